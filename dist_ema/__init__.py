@@ -1,0 +1,14 @@
+"""An exponential moving average of the weights that lives where the weights live."""
+
+from dist_ema.ema import ShardedEMA
+from dist_ema.schedule import Constant, Cosine, EqualWeight, HalfLife, PowerFunction, Warmup
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "EqualWeight",
+    "HalfLife",
+    "PowerFunction",
+    "ShardedEMA",
+    "Warmup",
+]

@@ -1,0 +1,200 @@
+"""Placements on a mesh: FSDP2, HSDP, tensor parallelism, expert parallelism, and their products.
+
+[Note: the sharded parameter]
+Under FSDP2 `module.parameters()` answers by the moment: shards before a forward, gathered tensors
+after one that does not reshard, shards of another mesh with an integer `reshard_after_forward`.
+The optimizer writes one thing only, the sharded parameter that each `FSDPParam` keeps, and that is
+what is listed here, whatever is gathered.
+
+Private names read here, all in torch 2.13: `FSDPModule._get_fsdp_state`,
+`FSDPState._fsdp_param_groups`, `FSDPParamGroup.fsdp_params`, `FSDPParam._module_info` and
+`.sharded_param`, `DTensor._local_tensor`, `_StridedShard`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard, _StridedShardOffsetMode
+
+from dist_ema.engines.engine import Weight, cut_whole, list_weights, pointer
+from dist_ema.layout import Box, Fragment, Place, Shape, dense_order
+from dist_ema.names import Slot, is_instance, slots
+
+Run = tuple[int, int, int]  # start in the global dim, start in the local dim, length
+
+
+class DTensorEngine:
+    """Shards that DTensor places on a device mesh. Nothing here communicates."""
+
+    source = "weights"
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._fsdp_modules: list[Any] = [m for m in model.modules() if _is_fsdp2(m)]
+        self._managed: dict[tuple[int, str], Any] = {
+            (id(info.module), info.param_name): fsdp_param
+            for fsdp_param in _fsdp_params(self._fsdp_modules)
+            for info in _places(fsdp_param)
+        }
+        self._fsdp_params = list({id(p): p for p in self._managed.values()}.values())
+        self._unmanaged = [
+            (slot.registry, slot.name)
+            for slot in slots(model)
+            if slot.is_buffer or (id(slot.owner), slot.name) not in self._managed
+        ]
+
+    @staticmethod
+    def claims(model: nn.Module) -> bool:
+        return any(_is_fsdp2(m) for m in model.modules()) or any(
+            isinstance(slot.tensor, DTensor) for slot in slots(model)
+        )
+
+    def weights(self) -> list[Weight]:
+        return list_weights(self._model, self._locate, _cut)
+
+    def stamp(self) -> list[int]:
+        managed = [pointer(_local(p.sharded_param)) for p in self._fsdp_params]
+        return managed + [pointer(_local(reg.get(name))) for reg, name in self._unmanaged]
+
+    def applied_steps(self) -> int | None:
+        return None
+
+    def process_groups(self) -> list[dist.ProcessGroup]:
+        tensors = [p.sharded_param for p in self._fsdp_params]
+        tensors += [reg.get(name) for reg, name in self._unmanaged]
+        meshes = {id(t.device_mesh): t.device_mesh for t in tensors if isinstance(t, DTensor)}
+        return [
+            mesh.get_group(axis)
+            for mesh in meshes.values()
+            if mesh.get_coordinate() is not None
+            for axis in range(mesh.ndim)
+        ]
+
+    def release(self) -> None:
+        # Gathered weights would survive a write to the shards and be read by the next forward,
+        # on the root at least: it does not reshard after forward by default.
+        for module in self._fsdp_modules:
+            module.reshard()
+
+    def publish(self) -> None:
+        self.release()
+
+    def _locate(self, slot: Slot) -> torch.Tensor:
+        if not slot.is_buffer:
+            fsdp_param = self._managed.get((id(slot.owner), slot.name))
+            if fsdp_param is not None:
+                sharded: torch.Tensor = fsdp_param.sharded_param
+                return sharded
+        return slot.tensor
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    return is_instance(module, "torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule")
+
+
+def _fsdp_params(fsdp_modules: Sequence[Any]) -> Iterator[Any]:
+    for module in fsdp_modules:
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            yield from group.fsdp_params
+
+
+def _places(fsdp_param: Any) -> Iterator[Any]:
+    """Every (module, param_name) that registers this parameter: tied ones are several."""
+    info = fsdp_param._module_info
+    yield info
+    for module, name in zip(info.shared_modules, info.shared_param_names, strict=True):
+        yield type(info)(module, name)
+
+
+def _local(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _cut(fqn: str, tensor: torch.Tensor) -> tuple[Shape, Sequence[Fragment]]:
+    if not isinstance(tensor, DTensor):
+        return cut_whole(fqn, tensor)
+    shape = tuple(tensor.shape)
+    local = tensor._local_tensor.detach()
+    indices = _global_indices(tensor)
+    if indices is None or local.numel() == 0:
+        return shape, ()
+    found = tuple(len(index) for index in indices)
+    if found != tuple(local.shape):
+        raise ValueError(f"placements {tensor.placements} give {found}, holds {local.shape}")
+    runs = [_runs(index) for index in indices]
+    if all(len(r) == 1 for r in runs):
+        order = dense_order(local)
+        flat = (local if order is None else local.permute(order)).view(-1)
+        box = Box(tuple(r[0][0] for r in runs), tuple(local.shape))
+        return shape, (Fragment(Place(fqn, shape, box, order), flat, flat),)
+    return shape, tuple(_split(fqn, shape, local, runs))
+
+
+def _global_indices(tensor: DTensor) -> list[Sequence[int]] | None:
+    """For each dim, the global indices of this rank's part; None off the mesh.
+
+    Placements are applied from the first mesh axis to the last. `_StridedShard` (FSDP over tensor
+    parallelism) takes one stretch out of each of `split_factor` parts, so the result need not be
+    one box: an offset and a size cannot tell it.
+    """
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    indices: list[Sequence[int]] = [range(size) for size in tensor.shape]
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Replicate):
+            continue
+        # _StridedShard is no subclass of Shard in torch 2.13.
+        if not isinstance(placement, (Shard, _StridedShard)):
+            raise ValueError(f"placement {placement} holds partial values, not a part of a weight")
+        held = indices[placement.dim]
+        num_chunks, position = mesh.size(axis), coordinate[axis]
+        if isinstance(placement, _StridedShard):
+            offsets: Any = placement.local_shard_size_and_offset(
+                len(held), num_chunks, position, _StridedShardOffsetMode.ALL
+            )[1]
+            indices[placement.dim] = [held[o] for o in offsets]
+        else:
+            size, offset = Shard.local_shard_size_and_offset(len(held), num_chunks, position)
+            indices[placement.dim] = held[int(offset) : int(offset) + int(size)]
+    return indices
+
+
+def _runs(index: Sequence[int]) -> list[Run]:
+    """Cut a list of global indices into stretches without gaps."""
+    if isinstance(index, range):
+        return [(index.start, 0, len(index))]
+    starts = [i for i in range(len(index)) if i == 0 or index[i] != index[i - 1] + 1]
+    stops = [*starts[1:], len(index)]
+    return [(index[a], a, b - a) for a, b in zip(starts, stops, strict=True)]
+
+
+def _split(
+    fqn: str, shape: Shape, local: torch.Tensor, runs: list[list[Run]]
+) -> Iterator[Fragment]:
+    """Boxes, each contiguous in the local tensor, of a part with gaps in some dim.
+
+    All dims after the last one with gaps are in one stretch; those before it are told one index at
+    a time, or else a box would not be contiguous.
+    """
+    if not local.is_contiguous():
+        raise ValueError(f"local shard with gaps and strides {local.stride()} is not contiguous")
+    last = max(dim for dim, r in enumerate(runs) if len(r) > 1)
+    per_dim = [
+        [(g + i, at + i, 1) for g, at, n in r for i in range(n)] if dim < last else r
+        for dim, r in enumerate(runs)
+    ]
+    flat = local.view(-1)
+    for combination in itertools.product(*per_dim):
+        box = Box(tuple(c[0] for c in combination), tuple(c[2] for c in combination))
+        start = sum(c[1] * stride for c, stride in zip(combination, local.stride(), strict=True))
+        view = flat[start : start + box.numel]
+        yield Fragment(Place(fqn, shape, box), view, view)

@@ -1,0 +1,121 @@
+"""What an engine is: it lists a model's weights as fragments and makes the forward pass see them.
+
+[Note: engines]
+Every way of cutting a model has one engine file, and each answers four questions only: which
+fragments does this rank hold, are those views still good, how are gathered copies dropped before
+the shown storage is written, and how is what was written made visible. Averaging, replicas, swap,
+gather and files are written once, against fragments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_ema.layout import Fragment, Shape, whole_fragment
+from dist_ema.names import Slot, slots
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """One tensor of the model, whether or not this rank holds a part of it."""
+
+    fqn: str
+    aliases: tuple[str, ...]  # further names of a tied tensor
+    shape: Shape  # of the whole tensor
+    tensor: torch.Tensor  # as registered (a shard or an empty tensor under some engines)
+    is_buffer: bool
+    persistent: bool
+    fragments: tuple[Fragment, ...]  # what this rank holds; empty is normal
+
+
+class Engine(Protocol):
+    """A model cut in one way. Built from the model as the user holds it; nothing is changed."""
+
+    source: str  # "master" or "weights": what the fragments' views are
+
+    def weights(self) -> list[Weight]:
+        """Every parameter and buffer, in the order of `state_dict()`. Local."""
+        ...
+
+    def stamp(self) -> list[int]:
+        """Data pointers of all that `weights()` viewed; equal lists mean good views. Local.
+
+        Called at every update: no allocation beyond the list, no communication, no host sync.
+        """
+        ...
+
+    def applied_steps(self) -> int | None:
+        """Optimizer steps that took effect so far, where the engine counts them. Local."""
+        ...
+
+    def process_groups(self) -> list[dist.ProcessGroup]:
+        """Groups that the engine made already, to be used for replicas before new ones. Local."""
+        ...
+
+    def release(self) -> None:
+        """Drop gathered copies, so that the shown storage may be written. May be collective."""
+        ...
+
+    def publish(self) -> None:
+        """Make the next forward pass read the shown storage as it is now. May be collective."""
+        ...
+
+
+def list_weights(
+    model: nn.Module,
+    locate: Callable[[Slot], torch.Tensor],
+    cut: Callable[[str, torch.Tensor], tuple[Shape, Sequence[Fragment]]],
+) -> list[Weight]:
+    """Walk a model's slots and tell each distinct tensor once, under its first name.
+
+    `locate` gives the tensor that a slot stands for in the engine's steady state, `cut` its global
+    shape and the fragments that this rank holds.
+    """
+    names: dict[int, list[str]] = {}
+    first: list[tuple[Slot, torch.Tensor]] = []
+    for slot in slots(model):
+        tensor = locate(slot)
+        known = names.setdefault(id(tensor), [])
+        if not known:
+            first.append((slot, tensor))
+        known.append(slot.fqn)
+    weights = []
+    for slot, tensor in first:
+        if tensor.is_meta or nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"{slot.fqn}: has no storage yet; materialise the model (to_empty, a first "
+                "forward of lazy modules, loading) before building the average"
+            )
+        try:
+            shape, fragments = cut(slot.fqn, tensor)
+        except ValueError as error:
+            raise ValueError(f"{slot.fqn}: {error}") from None
+        aliases = tuple(dict.fromkeys(n for n in names[id(tensor)] if n != slot.fqn))
+        weights.append(
+            Weight(
+                slot.fqn,
+                aliases,
+                shape,
+                tensor,
+                slot.is_buffer,
+                slot.persistent,
+                tuple(f for f in fragments if f.place.numel),
+            )
+        )
+    return weights
+
+
+def cut_whole(fqn: str, tensor: torch.Tensor) -> tuple[Shape, Sequence[Fragment]]:
+    """The cut of a tensor that is not cut: one fragment."""
+    return tuple(tensor.shape), (whole_fragment(fqn, tensor),)
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Address of a tensor's first element; 0 for a slot that is empty or holds no elements."""
+    return 0 if tensor is None else tensor.data_ptr()

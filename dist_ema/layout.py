@@ -1,0 +1,194 @@
+"""Boxes and fragments: where a piece of a tensor lies, told without any engine. Pure arithmetic.
+
+[Note: words]
+    fqn         canonical name of a weight, free of wrapper prefixes
+    shape       global shape of the whole tensor
+    box         offsets and sizes in the global tensor, one number per dim
+    flat range  [start, stop) in row-major order
+    fragment    a box, with a contiguous 1-D view of the storage that holds it
+    view        the storage that the optimizer writes (the fp32 master where there is one)
+    shown       the storage that the forward pass reads (the view itself, or a low-precision copy)
+    shadow      the averaged values of a fragment, same numel as its view
+    holders     the ranks that hold an equal fragment (replicas); the owner is the first of them
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """An axis-aligned part of a global tensor."""
+
+    offsets: Shape  # one per tensor dim
+    sizes: Shape  # one per tensor dim; all of them > 0 in a fragment
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+    def within(self, outer: Box) -> tuple[slice, ...]:
+        """Index of this box inside a tensor that holds `outer`."""
+        return tuple(
+            slice(o - base, o - base + s)
+            for o, base, s in zip(self.offsets, outer.offsets, self.sizes, strict=True)
+        )
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box that covers all of a tensor."""
+    return Box((0,) * len(shape), tuple(shape))
+
+
+def overlap(a: Box, b: Box) -> Box | None:
+    """The common part of two boxes of one tensor, or None. 0-d boxes always coincide."""
+    offsets, sizes = [], []
+    for ao, asz, bo, bsz in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True):
+        start, stop = max(ao, bo), min(ao + asz, bo + bsz)
+        if start >= stop:
+            return None
+        offsets.append(start)
+        sizes.append(stop - start)
+    return Box(tuple(offsets), tuple(sizes))
+
+
+def flat_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """The boxes that a flat range of a row-major tensor covers, in order.
+
+    Each box is itself a contiguous part of the range, so a 1-D buffer that holds the range is cut
+    into views, one after the other. At most max(1, 2 * ndim - 1) boxes.
+    """
+    if start >= stop:
+        return []
+    ndim = len(shape)
+    if ndim == 0:
+        return [Box((), ())]
+    if ndim == 1:
+        return [Box((start,), (stop - start,))]
+    row = math.prod(shape[1:])
+    (first, lead), (last, tail) = divmod(start, row), divmod(stop, row)
+
+    def part_of_row(index: int, begin: int, end: int) -> list[Box]:
+        return [
+            Box((index, *inner.offsets), (1, *inner.sizes))
+            for inner in flat_boxes(shape[1:], begin, end)
+        ]
+
+    if first == last:
+        return part_of_row(first, lead, tail)
+    boxes = []
+    if lead:
+        boxes += part_of_row(first, lead, row)
+        first += 1
+    if last > first:
+        boxes.append(Box((first,) + (0,) * (ndim - 1), (last - first, *shape[1:])))
+    if tail:
+        boxes += part_of_row(last, 0, tail)
+    return boxes
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a contiguous run of elements belongs: a box of a global tensor, in storage order.
+
+    `order` lists the tensor dims from outermost to innermost in storage. `None` means row-major;
+    a channels-last weight has (0, 2, 3, 1).
+    """
+
+    fqn: str
+    shape: Shape  # of the whole tensor
+    box: Box
+    order: Shape | None = None
+
+    @property
+    def numel(self) -> int:
+        return self.box.numel
+
+    def slices(self, start: int, stop: int) -> Iterator[tuple[int, Place]]:
+        """The places of elements [start, stop) of the run, each with its start in the run."""
+        if start <= 0 and stop >= self.numel:
+            yield 0, self
+            return
+        order = self.order or tuple(range(len(self.shape)))
+        at = start
+        for part in flat_boxes([self.box.sizes[d] for d in order], start, stop):
+            offsets, sizes = list(self.box.offsets), list(self.box.sizes)
+            for i, dim in enumerate(order):
+                offsets[dim] += part.offsets[i]
+                sizes[dim] = part.sizes[i]
+            yield at, replace(self, box=Box(tuple(offsets), tuple(sizes)))
+            at += part.numel
+
+    def unflatten(self, run: torch.Tensor) -> torch.Tensor:
+        """View a 1-D run of this place as a tensor of the box's sizes."""
+        if self.order is None:
+            return run.view(self.box.sizes)
+        permuted = run.view([self.box.sizes[d] for d in self.order])
+        back = [0] * len(self.order)
+        for position, dim in enumerate(self.order):
+            back[dim] = position
+        return permuted.permute(back)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fragment:
+    """A place and the storage that holds it on this rank."""
+
+    place: Place
+    view: torch.Tensor  # 1-D, contiguous: what the optimizer writes
+    shown: torch.Tensor  # 1-D, contiguous: what the forward pass reads; `view` itself if the same
+
+    def __post_init__(self) -> None:
+        for tensor in (self.view, self.shown):
+            if tensor.dim() != 1 or tensor.numel() != self.place.numel:
+                raise AssertionError(f"{self.place}: storage has shape {tuple(tensor.shape)}")
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the forward pass reads the storage that is averaged."""
+        return self.shown is self.view
+
+    def slices(self, start: int, stop: int) -> Iterator[Fragment]:
+        """The fragments of elements [start, stop), as views."""
+        for at, place in self.place.slices(start, stop):
+            view = self.view[at : at + place.numel]
+            shown = view if self.in_place else self.shown[at : at + place.numel]
+            yield Fragment(place, view, shown)
+
+
+def dense_order(tensor: torch.Tensor) -> Shape | None:
+    """The storage order of a tensor without gaps or overlap; None if it is row-major.
+
+    Raises:
+        ValueError: elements overlap or leave gaps in storage (an expanded or sliced tensor).
+    """
+    if tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: (-strides[d], d))
+    if not tensor.permute(order).is_contiguous():
+        raise ValueError(
+            f"storage is not dense: shape {tuple(tensor.shape)}, strides {tensor.stride()}; "
+            "make it contiguous before the average is built"
+        )
+    return tuple(order)
+
+
+def whole_fragment(fqn: str, tensor: torch.Tensor, shown: torch.Tensor | None = None) -> Fragment:
+    """The fragment of a tensor that this rank holds whole, in any dense memory format."""
+    order = dense_order(tensor)
+
+    def flat(t: torch.Tensor) -> torch.Tensor:
+        return (t.detach() if order is None else t.detach().permute(order)).view(-1)
+
+    view = flat(tensor)
+    shape = tuple(tensor.shape)
+    place = Place(fqn, shape, whole(shape), order)
+    return Fragment(place, view, view if shown is None else flat(shown))

@@ -1,0 +1,109 @@
+"""Canonical names: the places of a model where tensors are registered, wrappers adding no level.
+
+Wrappers are recognised by type, never by text: a user's own submodule may be called `module`.
+A wrapper's library is looked up in `sys.modules`, so nothing is imported that the user did not.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# Type of the wrapper -> attribute of the module that it wraps.
+_WRAPPERS = {
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+    (
+        "torch.distributed.fsdp.fully_sharded_data_parallel",
+        "FullyShardedDataParallel",
+    ): "_fsdp_wrapped_module",
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+    ): "_checkpoint_wrapped_module",
+    ("deepspeed.runtime.engine", "DeepSpeedEngine"): "module",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """A place in a module where a tensor is registered; it keeps its name if the tensor changes."""
+
+    fqn: str
+    owner: nn.Module
+    name: str
+    is_buffer: bool
+    persistent: bool  # in the model's state_dict()
+
+    @property
+    def registry(self) -> dict[str, torch.Tensor | None]:
+        owner = self.owner
+        return owner._buffers if self.is_buffer else owner._parameters  # type: ignore[return-value]
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        tensor = self.registry[self.name]
+        if tensor is None:
+            raise RuntimeError(f"{self.fqn}: was a tensor when the average was built, is None now")
+        return tensor
+
+
+def is_instance(obj: object, module: str, name: str) -> bool:
+    """`isinstance` against a class of a library that may never have been imported."""
+    cls = getattr(sys.modules.get(module), name, None)
+    return cls is not None and isinstance(obj, cls)
+
+
+def wrapped(module: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper, or None if this is no wrapper."""
+    for (library, name), attribute in _WRAPPERS.items():
+        if is_instance(module, library, name):
+            return module._modules.get(attribute)
+    return None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own outermost module."""
+    while (inner := wrapped(model)) is not None:
+        model = inner
+    return model
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its canonical name, in the order of `state_dict()`.
+
+    A module registered twice comes twice; a wrapper and what it wraps have the same name.
+    """
+
+    def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        yield name, module
+        inner = wrapped(module)
+        for child_name, child in module._modules.items():
+            if child is not None:
+                same = child is inner
+                yield from visit(child, name if same else _join(name, child_name))
+
+    return visit(model, "")
+
+
+def slots(model: nn.Module) -> list[Slot]:
+    """Every registered tensor, in the order of `state_dict()`, aliases of tied tensors included."""
+    found = []
+    for prefix, module in named_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.append(Slot(_join(prefix, name), module, name, False, True))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                persistent = name not in module._non_persistent_buffers_set
+                found.append(Slot(_join(prefix, name), module, name, True, persistent))
+    return found
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,155 @@
+"""The ranks that together hold a model: who they are, and how they fail together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_ERRORS = {e.__name__: e for e in (ValueError, TypeError, RuntimeError, FileExistsError)}
+
+
+class Ranks:
+    """A process group, or the one process there is. Ranks are counted within the group."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group: dist.ProcessGroup | None = None
+        self.rank, self.size = 0, 1
+        self.device = torch.device("cpu")  # of the tensors that the group can send
+        if not (dist.is_available() and dist.is_initialized()):
+            if group is not None:
+                raise ValueError("process_group was given but torch.distributed is not initialized")
+            return
+        group = group if group is not None else dist.group.WORLD
+        assert group is not None
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError("process_group: this rank is not a member; call from its members only")
+        self.device = device_for(group, self.device)
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """This process by itself: the same calls, and no communication."""
+        ranks = cls.__new__(cls)
+        ranks.group, ranks.rank, ranks.size = None, 0, 1
+        ranks.device = torch.device("cpu")
+        return ranks
+
+    def global_rank(self, rank: int) -> int:
+        assert self.group is not None
+        return dist.get_global_rank(self.group, rank)
+
+    def agree(self, problem: Exception | None = None) -> None:
+        """Raise on every rank if any rank has a problem. Collective: every rank calls it.
+
+        Costs an all-reduce of one number where all is well.
+        """
+        if self.size == 1 and problem is not None:
+            raise problem
+        if not self.any(problem is not None):
+            return
+        told = self.all_gather((type(problem).__name__, str(problem)) if problem else None)
+        if problem is not None:
+            raise problem
+        rank, (kind, text) = next((r, t) for r, t in enumerate(told) if t is not None)
+        raise _ERRORS.get(kind, RuntimeError)(f"rank {rank}: {text}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a local block; if it raises on any rank, raise on every rank. Collective."""
+        try:
+            yield
+        except Exception as error:
+            self.agree(error)
+            raise AssertionError("unreachable") from error
+        self.agree()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Collective: every rank calls it."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(flags.item())
+
+    def all_gather(self, obj: Any) -> list[Any]:
+        """One small object of each rank, on every rank. Collective: every rank calls it."""
+        if self.size == 1:
+            return [obj]
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, obj, group=self.group)
+        return out
+
+    def gather(self, obj: Any) -> list[Any]:
+        """One object of each rank, on rank 0; [] elsewhere. Collective: every rank calls it."""
+        if self.size == 1:
+            return [obj]
+        out: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(obj, out, dst=self.global_rank(0), group=self.group)
+        return out or []
+
+    def scatter(self, objs: Sequence[Any]) -> Any:
+        """Rank r gets `objs[r]` of rank 0. Collective: every rank calls it."""
+        if self.size == 1:
+            return objs[0]
+        out: list[Any] = [None]
+        given = list(objs) if self.rank == 0 else None
+        dist.scatter_object_list(out, given, src=self.global_rank(0), group=self.group)
+        return out[0]
+
+    def exchange(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Send `rows[r]` (1-D int64) to rank r, get one from each. Collective: every rank calls."""
+        if self.size == 1:
+            return [rows[0]]
+        counts = torch.tensor([len(row) for row in rows], device=self.device)
+        theirs = torch.empty_like(counts)
+        dist.all_to_all_single(theirs, counts, group=self.group)
+        sizes = theirs.tolist()
+        out = torch.empty(sum(sizes), dtype=torch.int64, device=self.device)
+        sent = torch.cat(list(rows)).to(self.device)
+        dist.all_to_all_single(out, sent, sizes, [len(row) for row in rows], group=self.group)
+        return list(out.cpu().split(sizes))
+
+    def subgroup(
+        self, ranks: tuple[int, ...], known: Sequence[dist.ProcessGroup]
+    ) -> dist.ProcessGroup:
+        """A group of these ranks in this order: a known one, or a new one.
+
+        Collective among `ranks`. A rank that needs several asks for them in sorted order, so that
+        no two wait for each other.
+        """
+        assert self.group is not None
+        wanted = [self.global_rank(r) for r in ranks]
+        for group in (self.group, *known):
+            if dist.get_process_group_ranks(group) == wanted:
+                return group
+        made = dist.new_group(wanted, use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)
+        return made
+
+
+def digest(*parts: object) -> tuple[int, int]:
+    """128 bits that tell equal descriptions from different ones, as two int64."""
+    raw = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+    return (
+        int.from_bytes(raw[:8], "little", signed=True),
+        int.from_bytes(raw[8:], "little", signed=True),
+    )
+
+
+def device_for(group: dist.ProcessGroup, wanted: torch.device) -> torch.device:
+    """A device whose tensors the group can send: the wanted one, the CPU, or this rank's own."""
+    able = {pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")}
+    if wanted.type in able:
+        return wanted
+    if "cpu" in able:
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or accelerator.type not in able:
+        raise RuntimeError(f"process group sends tensors of {sorted(able)}, none of which is here")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())

@@ -1,0 +1,297 @@
+"""Decay rules in Python floats: how much of the average an update keeps. No tensors, no torch.
+
+[Note: t and delta]
+A schedule is a callable `(t, delta) -> decay` with 1 <= delta <= t: the decay that carries the
+average from step t - delta to step t. Steps are counted from the end of the initial copies: with
+`start_step=s` the k-th call of `update` has t = k - s, and calls 1..s copy. To get the numbers
+of other libraries at their k-th update, each with `update_every=1`:
+
+    start_step=0 (t = k)          torch-ema, TensorFlow, torch's SWA, EDM2
+    start_step=1 (t = k - 1)      diffusers, ema-pytorch, timm; a float: torch, torchvision
+    start_step=u+1 (t = k-u-1)    diffusers, ema-pytorch, timm with `update_after_step=u`
+
+[Note: composition]
+`Constant`, `HalfLife`, `PowerFunction` and `EqualWeight` compose: the decay over a + b steps is
+the product of the decay over the first a and the decay over the last b, so `update_every` changes
+which weights are seen and nothing else. `Warmup` and `Cosine` raise the decay at t to delta, as if
+it had held since t - delta: while they rise, that is a little more than the product.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any, TypeAlias
+
+Schedule: TypeAlias = Callable[[int, int], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """The same decay at every step.
+
+        decay ** delta
+
+    With `start_step=1`: torch's `get_ema_avg_fn` and torchvision's `ExponentialMovingAverage`.
+    """
+
+    decay: float  # in [0, 1], per step
+
+    def __post_init__(self) -> None:
+        _store_fraction(self, "decay")
+
+    def __call__(self, t: int, delta: int) -> float:
+        return float(self.decay**delta)
+
+
+@dataclass(frozen=True, slots=True)
+class HalfLife:
+    """A constant decay, given as the number of steps after which a weight counts half.
+
+        2 ** (-delta / steps)
+
+    The `0.5 ** (batch / halflife)` of EDM's training loop (arXiv 2206.00364), in steps.
+    """
+
+    steps: float  # above 0, need not be whole
+
+    def __post_init__(self) -> None:
+        _store_above(self, "steps", 0.0)
+
+    def __call__(self, t: int, delta: int) -> float:
+        return float(2.0 ** (-delta / self.steps))
+
+
+@dataclass(frozen=True, slots=True)
+class Warmup:
+    """A decay that rises towards `decay`, so that the first weights are soon forgotten.
+
+        min(decay, (1 + t) / (10 + t)) ** delta                     without `inv_gamma`
+        min(decay, 1 - (1 + t / inv_gamma) ** -power) ** delta      with it
+
+    The first is TensorFlow's `ExponentialMovingAverage(num_updates)`, torch-ema's, and diffusers'
+    `EMAModel` as it comes; the second is diffusers' `use_ema_warmup`, ema-pytorch's `EMA` and
+    timm's `ModelEmaV3(use_warmup)`, all with their lower bound on the decay left at 0.
+    """
+
+    decay: float  # in [0, 1], the upper bound
+    inv_gamma: float | None = None  # above 0, in steps
+    power: float = 2 / 3  # above 0, used with inv_gamma only
+
+    def __post_init__(self) -> None:
+        _store_fraction(self, "decay")
+        _store_above(self, "power", 0.0)
+        if self.inv_gamma is not None:
+            _store_above(self, "inv_gamma", 0.0)
+        elif self.power != 2 / 3:
+            raise ValueError(
+                f"Warmup: power={self.power!r} has no effect without inv_gamma; "
+                "give inv_gamma (1.0 is the usual value) or leave power out"
+            )
+
+    def __call__(self, t: int, delta: int) -> float:
+        if self.inv_gamma is None:
+            rising = (1 + t) / (10 + t)
+        else:
+            rising = 1 - (1 + t / self.inv_gamma) ** -self.power
+        return float(min(self.decay, rising) ** delta)
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class PowerFunction:
+    """An average whose width grows with training: step s weighs about s ** gamma.
+
+        (1 - delta / t) ** (gamma + 1)
+
+    arXiv 2312.02696 (EDM2), section 3.1 and eq. 127. Given by `gamma` or by `sigma_rel`, the
+    standard deviation of the profile as a fraction of the training so far (eq. 123):
+
+        sigma_rel = (gamma + 1) ** 0.5 * (gamma + 2) ** -1 * (gamma + 3) ** -0.5
+
+    `sigma_rel` is at most 0.3002 (`EqualWeight` has 0.2887); where two exponents have the same,
+    the larger is meant, as in the paper's algorithm 2. The first decay, at t = delta, is 0: the
+    initial weights get no weight at all, and `start_step` is best left at 0.
+    """
+
+    gamma: float  # above -1; 0 weighs all steps alike
+
+    def __init__(self, gamma: float | None = None, *, sigma_rel: float | None = None) -> None:
+        if (gamma is None) == (sigma_rel is None):
+            raise ValueError(
+                "PowerFunction: give exactly one of gamma and sigma_rel, "
+                f"not gamma={gamma!r} and sigma_rel={sigma_rel!r}"
+            )
+        object.__setattr__(self, "gamma", _solve_gamma(sigma_rel) if gamma is None else gamma)
+        _store_above(self, "gamma", -1.0)
+
+    @property
+    def sigma_rel(self) -> float:
+        """The standard deviation of the averaging profile, relative to t."""
+        return _relative_width(self.gamma + 1)
+
+    def __call__(self, t: int, delta: int) -> float:
+        # (t - delta) / t rounds once; 1 - delta / t would lose digits where delta is close to t.
+        return float(((t - delta) / t) ** (self.gamma + 1))
+
+
+def EqualWeight() -> PowerFunction:
+    """The plain mean of the weights seen, `PowerFunction(0)`.
+
+        1 - delta / t
+
+    torch's `get_swa_avg_fn` (arXiv 1803.05407), with `start_step=0`.
+    """
+    return PowerFunction(0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Cosine:
+    """A cosine ramp from `start` at t = 0 to `end` at t = total_steps, and `end` from there on.
+
+        (end - (end - start) * (1 + cos(pi * t / total_steps)) / 2) ** delta
+
+    The teachers of BYOL (arXiv 2006.07733) and DINO (arXiv 2104.14294), which rise to 1. Code
+    that counts iterations from 0 reaches each value one update later.
+    """
+
+    start: float  # in [0, 1]
+    end: float  # in [0, 1]
+    total_steps: float  # above 0
+
+    def __post_init__(self) -> None:
+        _store_fraction(self, "start")
+        _store_fraction(self, "end")
+        _store_above(self, "total_steps", 0.0)
+
+    def __call__(self, t: int, delta: int) -> float:
+        left = (1 + math.cos(math.pi * min(t / self.total_steps, 1.0))) / 2  # 1 down to 0
+        return float((self.end - (self.end - self.start) * left) ** delta)
+
+
+def as_schedule(value: object) -> Schedule:
+    """Turn what a user gave as a decay into a schedule: a number is a `Constant`."""
+    if isinstance(value, Real | str):  # a bool is a Real; Constant refuses it, and the str, by name
+        return Constant(value)  # type: ignore[arg-type]
+    wanted = "a decay is a number in [0, 1], a schedule, or a callable (t, delta) -> float"
+    if isinstance(value, type) or value is EqualWeight:
+        name = getattr(value, "__name__", repr(value))
+        raise TypeError(f"{wanted}, not {name} itself: call it, as in {name}(...)")
+    if not callable(value):
+        raise TypeError(f"{wanted}, not {value!r}")
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # some builtins have none; what they return is checked later
+        return value
+    try:
+        signature.bind(1, 1)
+    except TypeError as error:
+        raise TypeError(f"{wanted}; {_name(value)}{signature} does not take (t, delta)") from error
+    return value
+
+
+def decay_at(schedule: Schedule, t: int, delta: int) -> float:
+    """Call the schedule and refuse anything but a number in [0, 1]: one NaN ruins an average."""
+    decay: object = schedule(t, delta)
+    if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= float(decay) <= 1:
+        shown = repr(schedule) if type(schedule) in _KINDS.values() else _name(schedule)
+        raise ValueError(
+            f"schedule {shown} gave {decay!r} at t={t}, delta={delta}; "
+            "a decay is a Python number in [0, 1]"
+        )
+    return float(decay)
+
+
+def to_json(schedule: Schedule) -> dict[str, Any]:
+    """Describe a schedule in JSON values. A custom callable is told by its name, never stored."""
+    kind = type(schedule).__name__
+    if _KINDS.get(kind) is not type(schedule):
+        return {"kind": "callable", "name": _name(schedule)}
+    return {"kind": kind} | {name: getattr(schedule, name) for name in _fields(type(schedule))}
+
+
+def from_json(value: object) -> Schedule:
+    """Rebuild what `to_json` wrote; ValueError on anything else."""
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping) or not isinstance(kind, str):
+        raise ValueError(f"a saved schedule is a mapping with a 'kind', not {value!r}")
+    if kind == "callable":
+        raise ValueError(
+            f"a custom schedule ({value.get('name')!r}) is not stored in a checkpoint; "
+            "pass the callable again"
+        )
+    if kind not in _KINDS:
+        raise ValueError(f"unknown schedule {kind!r}; this version knows {', '.join(_KINDS)}")
+    found, wanted = set(value) - {"kind"}, set(_fields(_KINDS[kind]))
+    if found != wanted:
+        raise ValueError(
+            f"saved {kind} has the fields {sorted(map(str, found))}, wanted {sorted(wanted)}"
+        )
+    schedule: Schedule = _KINDS[kind](**{name: value[name] for name in wanted})
+    return schedule
+
+
+_KINDS: dict[str, type[Any]] = {
+    cls.__name__: cls for cls in (Constant, HalfLife, Warmup, PowerFunction, Cosine)
+}
+
+
+def _fields(cls: type[Any]) -> list[str]:
+    return [field.name for field in fields(cls)]
+
+
+def _name(value: object) -> str:
+    """The qualified name of a function, or of the class of any other callable."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _number(label: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{label} must be a number, not {value!r}")
+    try:
+        return float(value)
+    except OverflowError:  # an int too large for a float; every range check refuses inf
+        return math.inf
+
+
+def _store_fraction(schedule: object, name: str) -> None:
+    """Replace a field by its float, which must lie in [0, 1]."""
+    label = f"{type(schedule).__name__}: {name}"
+    number = _number(label, getattr(schedule, name))
+    if not 0 <= number <= 1:
+        raise ValueError(f"{label} must be in [0, 1], not {number!r}")
+    object.__setattr__(schedule, name, number)
+
+
+def _store_above(schedule: object, name: str, bound: float) -> None:
+    """Replace a field by its float, which must be finite and above `bound`."""
+    label = f"{type(schedule).__name__}: {name}"
+    number = _number(label, getattr(schedule, name))
+    if not bound < number < math.inf:
+        raise ValueError(f"{label} must be finite and above {bound:g}, not {number!r}")
+    object.__setattr__(schedule, name, number)
+
+
+def _relative_width(x: float) -> float:
+    """sigma_rel of the exponent gamma = x - 1, written so that no square can overflow."""
+    return math.sqrt(x / (x + 2)) / (x + 1)
+
+
+# x at the widest profile, where d(sigma_rel)/dx = 0 <=> x**2 + x - 1 = 0; from here on sigma_rel
+# falls with x, and is below 1 / x.
+_WIDEST = (math.sqrt(5) - 1) / 2
+
+
+def _solve_gamma(sigma_rel: object) -> float:
+    """The larger gamma with this sigma_rel, by bisection to the last bit of x = gamma + 1."""
+    target = _number("PowerFunction: sigma_rel", sigma_rel)
+    if not 0 < target <= _relative_width(_WIDEST):
+        raise ValueError(
+            f"PowerFunction: sigma_rel must be above 0 and at most {_relative_width(_WIDEST):.5f}, "
+            f"not {target!r}; no power function has that width"
+        )
+    low, high = _WIDEST, 1 / target
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if _relative_width(middle) > target else (low, middle)
+    return high - 1

@@ -1,0 +1,209 @@
+"""The averaged values of this rank's fragments: one flat buffer a device, and the swap.
+
+[Note: gaps]
+Engines that keep many weights in one flat buffer leave small gaps between them (alignment, padding
+of the last shard). The shadow repeats such gaps, so that neighbours stay contiguous on both sides
+and one operation updates a whole buffer. What lies in a gap is never read as a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dist_ema.layout import Fragment
+from dist_ema.lerp import Lerp, Pair, accumulation_dtype
+from dist_ema.names import slots
+
+_MAX_GAP = 64  # elements of a flat buffer that belong to no weight
+_ALIGNMENT_BYTES = 16  # what vectorised kernels want of the start of a tensor
+_ALIGNED_FROM = 256  # elements: smaller tensors are packed, so that padding stays below 2 %
+_SWAP_BYTES = 4 << 20  # staging of the exchange of live and averaged values
+
+
+class Shadow:
+    """Averaged values of a list of fragments, in the order of that list. Everything is local."""
+
+    def __init__(self, fragments: Sequence[Fragment], dtype: torch.dtype) -> None:
+        views = [f.view for f in fragments]
+        self.values: list[torch.Tensor] = [torch.empty(0)] * len(views)
+        self._buffers: list[torch.Tensor] = []
+        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for i, view in enumerate(views):
+            kind = accumulation_dtype(dtype, view.dtype) if view.is_complex() else dtype
+            kinds.setdefault((kind, view.device), []).append(i)
+        for (kind, device), members in kinds.items():
+            members.sort(key=lambda i: _address(views[i]))
+            starts, total = _pack([views[i] for i in members], kind.itemsize)
+            # Zeros, not empty: gaps are averaged too, and must not hold numbers that trap.
+            with torch.inference_mode(False):
+                buffer = torch.zeros(total, dtype=kind, device=device)
+            self._buffers.append(buffer)
+            for i, start in zip(members, starts, strict=True):
+                self.values[i] = buffer[start : start + views[i].numel()]
+        self.bind(fragments)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.numel() * b.element_size() for b in self._buffers)
+
+    def bind(self, fragments: Sequence[Fragment]) -> None:
+        """Plan updates from these fragments, whose storage may have moved since the last time."""
+        self._fragments = list(fragments)
+        live = [f.view for f in fragments]
+        self._lerp = Lerp(_merge(list(zip(self.values, live, strict=True))))
+
+    def fold(self, decay: float) -> None:
+        """Fold the live values in. No collective, no host sync, no allocation."""
+        self._lerp.fold(decay)
+
+    def copy(self) -> None:
+        """Start again from the live values, bit for bit where the dtypes allow."""
+        self._lerp.copy()
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """One fragment in a swap: exchanged, set aside, or written over a copy of its master."""
+
+    fragment: Fragment
+    value: torch.Tensor
+    aside: torch.Tensor | None = None
+    done: bool = False
+
+
+class Swap:
+    """Averaged values in the shown storage of some fragments, and the way back. Local.
+
+    - one dtype on both sides: live and averaged values change places, through a small buffer;
+    - the forward pass reads a copy of a master: the copy is overwritten, and cast again to restore;
+    - dtypes differ and there is no master: the live values are set aside for the while.
+    """
+
+    def __init__(self, fragments: Sequence[Fragment], values: Sequence[torch.Tensor]) -> None:
+        self._items = [_Item(f, v) for f, v in zip(fragments, values, strict=True)]
+
+    def enter(self) -> None:
+        """Show the average. If it fails half-way, what was done is undone."""
+        try:
+            for item in self._items:
+                _show(item)
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Show the live weights again, bit for bit.
+
+        Backwards, so that two weights over one storage come back as well.
+        """
+        for item in reversed(self._items):
+            if item.done:
+                _hide(item)
+
+
+class Buffers:
+    """A model's buffers set aside while the average is shown. Local.
+
+    They are copied, not exchanged: an evaluation may write to them (DDP sends rank 0's to all,
+    `update_bn` recomputes them), and neither the live values nor the averaged ones may change.
+    """
+
+    def __init__(self, model: nn.Module, views: Sequence[torch.Tensor]) -> None:
+        """`views` are the 1-D storage of all buffers that this rank holds."""
+        self._registered = [(s.registry, s.name, s.tensor) for s in slots(model) if s.is_buffer]
+        self._kept = [(view, view.clone()) for view in views]
+
+    def restore(self) -> None:
+        for registry, name, tensor in self._registered:
+            if registry.get(name) is not tensor:
+                registry[name] = tensor
+        for view, kept in self._kept:
+            # A needless write would tell autograd that a saved buffer has changed.
+            if not torch.equal(view, kept):
+                view.copy_(kept)
+
+
+def _show(item: _Item) -> None:
+    fragment, value = item.fragment, item.value
+    if not fragment.in_place:
+        fragment.shown.copy_(value)
+    elif value.dtype == fragment.view.dtype:
+        _exchange(fragment.view, value)
+    else:
+        item.aside = fragment.view.clone()
+        fragment.view.copy_(value)
+    item.done = True
+
+
+def _hide(item: _Item) -> None:
+    fragment = item.fragment
+    if not fragment.in_place:
+        fragment.shown.copy_(fragment.view)
+    elif item.aside is not None:
+        fragment.view.copy_(item.aside)
+        item.aside = None
+    else:
+        _exchange(fragment.view, item.value)
+    item.done = False
+
+
+def _exchange(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Let two 1-D tensors change places, chunk by chunk."""
+    step = _SWAP_BYTES // a.element_size()
+    for part_a, part_b in zip(a.split(step), b.split(step), strict=True):
+        kept = part_a.clone()
+        part_a.copy_(part_b)
+        part_b.copy_(kept)
+
+
+def _address(view: torch.Tensor) -> tuple[int, int]:
+    return view.untyped_storage().data_ptr(), int(view.storage_offset())
+
+
+def _gap(before: torch.Tensor, after: torch.Tensor) -> int | None:
+    """Elements between two tensors of one storage; None if they are no near neighbours."""
+    if before.untyped_storage().data_ptr() != after.untyped_storage().data_ptr():
+        return None
+    if before.dtype != after.dtype:
+        return None
+    gap = int(after.storage_offset() - before.storage_offset()) - before.numel()
+    return gap if 0 <= gap <= _MAX_GAP else None
+
+
+def _pack(views: Sequence[torch.Tensor], itemsize: int) -> tuple[list[int], int]:
+    """Where each value starts in the flat buffer, and its length, in elements."""
+    grain = max(1, _ALIGNMENT_BYTES // itemsize)
+    starts: list[int] = []
+    end = 0
+    for i, view in enumerate(views):
+        gap = _gap(views[i - 1], view) if i else None
+        start = end + (gap or 0)
+        if gap is None and view.numel() >= _ALIGNED_FROM:
+            start = -(-end // grain) * grain
+        starts.append(start)
+        end = start + view.numel()
+    return starts, end
+
+
+def _merge(pairs: list[Pair]) -> list[Pair]:
+    """Join pairs that are neighbours on both sides, across equal gaps."""
+    merged: list[list[Pair]] = []
+    for pair in sorted(pairs, key=lambda p: (_address(p[0]), _address(p[1]))):
+        if merged:
+            gaps = [_gap(before, after) for before, after in zip(merged[-1][-1], pair, strict=True)]
+            if gaps[0] is not None and gaps[0] == gaps[1]:
+                merged[-1].append(pair)
+                continue
+        merged.append([pair])
+    return [(_span([p[0] for p in run]), _span([p[1] for p in run])) for run in merged]
+
+
+def _span(run: list[torch.Tensor]) -> torch.Tensor:
+    """One 1-D view from the start of the first tensor to the end of the last."""
+    first, last = run[0], run[-1]
+    length = int(last.storage_offset() - first.storage_offset()) + last.numel()
+    return first.as_strided((length,), (1,)) if len(run) > 1 else first

@@ -1,0 +1,545 @@
+"""Decay rules: exact values, composition, the numbers of other libraries, JSON, refusals."""
+
+import copy
+import dataclasses
+import functools
+import json
+import math
+import pickle
+
+import pytest
+
+from dist_ema import schedule as schedules
+from dist_ema.schedule import (
+    Constant,
+    Cosine,
+    EqualWeight,
+    HalfLife,
+    PowerFunction,
+    Warmup,
+    as_schedule,
+    decay_at,
+    from_json,
+    to_json,
+)
+
+ALL = [
+    Constant(0.999),
+    HalfLife(steps=700.5),
+    Warmup(0.9999),
+    Warmup(0.9999, inv_gamma=1.0),
+    Warmup(0.99, inv_gamma=3, power=0.75),
+    PowerFunction(6.94),
+    PowerFunction(-0.5),
+    PowerFunction(sigma_rel=0.1),
+    EqualWeight(),
+    Cosine(0.996, 1.0, total_steps=1000),
+    Cosine(0.0, 0.999, 7),
+]
+COMPOSING = [s for s in ALL if not isinstance(s, (Warmup, Cosine))]
+each = pytest.mark.parametrize("schedule", ALL, ids=repr)
+NUM_CALLS = 60
+
+
+def close(a, b, tolerance=1e-12):
+    return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def average(schedule, live, start_step):
+    """The library's counting in Python floats: the k-th update has t = k - start_step."""
+    averaged, seen = 0.0, []
+    for k, weight in enumerate(live, start=1):
+        decay = decay_at(schedule, k - start_step, 1) if k > start_step else 0.0
+        averaged = decay * averaged + (1 - decay) * weight
+        seen.append(averaged)
+    return seen
+
+
+# --- values ----------------------------------------------------------------------------------
+
+
+def test_formulas_at_values_worked_by_hand():
+    assert Constant(0.5)(7, 3) == 0.125
+    assert HalfLife(10)(99, 10) == 0.5
+    assert Warmup(0.9999)(8, 1) == 0.5
+    assert Warmup(0.4)(8, 2) == 0.4**2
+    assert Warmup(0.9999, inv_gamma=1, power=1)(3, 1) == 0.75
+    assert Warmup(0.9999, inv_gamma=2, power=0.5)(6, 2) == 0.25
+    assert PowerFunction(1)(4, 2) == 0.25
+    assert EqualWeight()(4, 1) == 0.75
+    assert close(Cosine(0.5, 1.0, 10)(5, 1), 0.75)
+    assert close(Cosine(0.5, 1.0, 10)(5, 2), 0.75**2)
+
+
+@pytest.mark.parametrize(
+    "power, t, left", [(2 / 3, 31_600, 1e-3), (2 / 3, 10**6, 1e-4), (0.75, 10**4, 1e-3)]
+)
+def test_warmup_reaches_the_landmarks_that_its_users_quote(power, t, left):
+    # "0.999 at 31.6K steps, 0.9999 at 1M" for 2/3, "0.999 at 10K" for 3/4: rounded step counts.
+    assert 1 - Warmup(1.0, 1.0, power)(t, 1) == pytest.approx(left, rel=1e-3)
+
+
+def test_warmup_with_unit_gamma_and_power_is_the_mean_counting_the_first_copy():
+    # gamma = power = 1 gives t / (t + 1): the copied weights are the first of the t + 1 seen.
+    for t in range(1, 50):
+        assert close(Warmup(1.0, inv_gamma=1, power=1)(t, 1), EqualWeight()(t + 1, 1))
+
+
+@each
+@pytest.mark.parametrize("t", [1, 2, 3, 10, 999, 1000, 1001, 10**9])
+def test_every_decay_is_a_float_in_0_1(schedule, t):
+    for delta in {1, min(2, t), t // 2 or 1, t}:
+        decay = decay_at(schedule, t, delta)
+        assert type(decay) is float and 0.0 <= decay <= 1.0
+
+
+@pytest.mark.parametrize("start", [0.0, 5e-324, 1e-17, 0.1, 0.7, 1 - 2**-53, 1.0])
+@pytest.mark.parametrize("end", [0.0, 5e-324, 1e-17, 0.1, 0.7, 1 - 2**-53, 1.0])
+def test_cosine_never_rounds_out_of_its_range(start, end):
+    for t in range(1, 102):
+        assert 0.0 <= decay_at(Cosine(start, end, 101), t, 1) <= 1.0
+
+
+def test_cosine_is_exactly_end_from_total_steps_on():
+    for t in (100, 101, 10**9):
+        assert Cosine(0.996, 0.9999, 100)(t, 1) == 0.9999
+
+
+@pytest.mark.parametrize("gamma", [math.nextafter(-1, 0), -0.5, 0, 0.3, 16.97, 1e6])
+@pytest.mark.parametrize("t", [1, 3, 10**9, 10**15])
+def test_power_function_is_exactly_0_where_the_average_begins(gamma, t):
+    assert PowerFunction(gamma)(t, t) == 0.0
+
+
+def test_equal_weight_is_the_power_function_of_exponent_0():
+    assert EqualWeight() == PowerFunction(0) and hash(EqualWeight()) == hash(PowerFunction(0))
+    live = [3.0, -1.0, 4.0, 1.0, -5.0]
+    means = [sum(live[:k]) / k for k in range(1, 6)]
+    assert all(map(close, average(EqualWeight(), live, start_step=0), means))
+
+
+def test_power_function_weighs_step_s_by_its_profile():
+    # Weight of step s after t steps: (s/t)^(g+1) - ((s-1)/t)^(g+1), the profile's mass in (s-1, s].
+    gamma, t = 6.94, 40
+    for s in range(1, t + 1):
+        live = [float(k == s) for k in range(1, t + 1)]
+        mass = (s / t) ** (gamma + 1) - ((s - 1) / t) ** (gamma + 1)
+        assert close(average(PowerFunction(gamma), live, start_step=0)[-1], mass)
+
+
+def test_small_differences_survive_at_huge_steps():
+    t = 10**9
+    assert 1 - EqualWeight()(t, 1) == pytest.approx(1e-9, rel=1e-6)
+    assert EqualWeight()(t, t - 1) == 1e-9
+    assert 1 - HalfLife(1e12)(t, 1) == pytest.approx(math.log(2) / 1e12, rel=1e-3)
+    assert HalfLife(5e-324)(t, 1) == 0.0
+    assert Constant(0.9)(t, t) == 0.0
+    assert Warmup(0.9999, inv_gamma=5e-324)(t, 1) == 0.9999
+    assert Cosine(0.5, 0.9, 5e-324)(t, 1) == 0.9
+
+
+# --- composition -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", COMPOSING, ids=repr)
+@pytest.mark.parametrize("t, delta", [(2, 2), (9, 2), (9, 9), (1000, 2), (1000, 37)])
+def test_decay_over_a_span_is_the_product_of_its_steps(schedule, t, delta):
+    steps = [schedule(s, 1) for s in range(t - delta + 1, t + 1)]
+    assert close(schedule(t, delta), math.prod(steps))
+    for cut in range(1, delta):
+        assert close(schedule(t, delta), schedule(t - delta + cut, cut) * schedule(t, delta - cut))
+
+
+@pytest.mark.parametrize("schedule", [Warmup(0.9999), Warmup(0.9999, 1.0), Cosine(0.9, 1.0, 500)])
+def test_rising_schedules_raise_the_decay_at_t_to_delta_which_is_more_than_the_product(schedule):
+    for t, delta in [(9, 2), (100, 10), (300, 50)]:
+        product = math.prod(schedule(s, 1) for s in range(t - delta + 1, t + 1))
+        assert schedule(t, delta) == schedule(t, 1) ** delta > product
+
+
+# --- sigma_rel -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma_rel", [1e-9, 1e-3, 0.05, 0.10, 0.15, 0.2, 0.25, 12**-0.5, 0.3])
+def test_sigma_rel_is_solved_in_float64(sigma_rel):
+    power = PowerFunction(sigma_rel=sigma_rel)
+    g = power.gamma
+    assert math.isclose(math.sqrt((g + 1) / (g + 3)) / (g + 2), sigma_rel, rel_tol=1e-14)
+    assert math.isclose(power.sigma_rel, sigma_rel, rel_tol=1e-14)
+
+
+def test_sigma_rel_of_known_exponents():
+    assert PowerFunction(sigma_rel=0.05).gamma == pytest.approx(16.97, abs=5e-3)
+    assert PowerFunction(sigma_rel=0.10).gamma == pytest.approx(6.94, abs=5e-3)
+    assert PowerFunction(sigma_rel=12**-0.5).gamma == pytest.approx(0.0, abs=1e-14)
+    assert EqualWeight().sigma_rel == pytest.approx(12**-0.5, rel=1e-15)
+
+
+def test_the_widest_profile_is_the_limit_and_the_larger_exponent_is_chosen():
+    widest = max(PowerFunction(k / 1000 - 1).sigma_rel for k in range(1, 3000))
+    assert PowerFunction(sigma_rel=widest).gamma == pytest.approx(-0.382, abs=2e-3)
+    narrow = PowerFunction(-0.9)  # left of the maximum: the same width as a larger exponent
+    assert PowerFunction(sigma_rel=narrow.sigma_rel).gamma > -0.382
+    for sigma_rel in (0.3003, 0.5, 1.0, 0.0, -0.1, math.nan, math.inf, 5e-324):
+        with pytest.raises(ValueError, match=r"PowerFunction: (sigma_rel|gamma) must be"):
+            PowerFunction(sigma_rel=sigma_rel)
+
+
+def test_sigma_rel_matches_ema_pytorch():
+    post_hoc = pytest.importorskip("ema_pytorch.post_hoc_ema")
+    for sigma_rel in (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.28):
+        gamma = post_hoc.sigma_rel_to_gamma(sigma_rel)
+        assert math.isclose(PowerFunction(sigma_rel=sigma_rel).gamma, gamma, rel_tol=1e-10)
+
+
+# --- the numbers of other libraries, from their own code -------------------------------------
+
+LIVE = [math.sin(k) for k in range(1, NUM_CALLS + 1)]
+
+
+def peer_average(peer_of, update):
+    """Run a peer on one float64 weight that starts at 0 and takes the values of LIVE."""
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    seen = []
+    with torch.no_grad():
+        model.weight.zero_()
+        peer = peer_of(model)
+        for value in LIVE:
+            model.weight.fill_(value)
+            seen.append(float(update(peer, model)))
+    return seen
+
+
+@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize(
+    "schedule, options",
+    [
+        (Warmup(0.9999), {"decay": 0.9999}),
+        (Warmup(0.5), {"decay": 0.5}),
+        (Warmup(0.9999, 1.0), {"decay": 0.9999, "use_ema_warmup": True}),
+        (Warmup(0.8, 1.0), {"decay": 0.8, "use_ema_warmup": True}),
+        (
+            Warmup(0.99, 3.0, 0.75),
+            {"decay": 0.99, "use_ema_warmup": True, "inv_gamma": 3.0, "power": 0.75},
+        ),
+    ],
+)
+def test_warmup_gives_diffusers_numbers(schedule, options, after):
+    training_utils = pytest.importorskip("diffusers.training_utils")
+    decays = []
+
+    def update(peer, model):
+        peer.step(model.parameters())
+        decays.append(peer.cur_decay_value)
+        return peer.shadow_params[0]
+
+    seen = peer_average(
+        lambda m: training_utils.EMAModel(m.parameters(), update_after_step=after, **options),
+        update,
+    )
+    start_step = after + 1
+    assert decays[:start_step] == [0.0] * start_step
+    assert decays[start_step:] == [schedule(t, 1) for t in range(1, NUM_CALLS - after)]
+    assert all(map(close, seen, average(schedule, LIVE, start_step)))
+
+
+@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize(
+    "schedule, options",
+    [
+        (Warmup(0.9999, 1.0), {}),
+        (Warmup(0.8, 1.0), {"beta": 0.8}),
+        (Warmup(0.99, 3.0, 0.75), {"beta": 0.99, "inv_gamma": 3.0, "power": 0.75}),
+    ],
+)
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 2e-7)])
+def test_warmup_gives_ema_pytorch_numbers(schedule, options, after, dtype, tolerance):
+    torch = pytest.importorskip("torch")
+    ema_pytorch = pytest.importorskip("ema_pytorch")
+    decays = []
+
+    def update(peer, model):
+        peer.update()
+        decays.append(peer.get_current_decay())
+        return peer.ema_model.weight
+
+    def peer_of(model):
+        return ema_pytorch.EMA(model, update_after_step=after, update_every=1, **options)
+
+    # It computes the decay in torch's default dtype: its own float32 rounding is all that differs.
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        seen = peer_average(peer_of, update)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    start_step = after + 1
+    ours = [0.0] * start_step + [schedule(t, 1) for t in range(1, NUM_CALLS - after)]
+    assert all(close(a, b, tolerance) for a, b in zip(decays, ours, strict=True))
+    expected = average(schedule, LIVE, start_step)
+    assert all(close(a, b, 10 * tolerance) for a, b in zip(seen, expected, strict=True))
+
+
+@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize("schedule", [Warmup(0.9999, 1.0), Warmup(0.8, 3.0, 0.75)])
+def test_warmup_gives_timm_numbers(schedule, after):
+    torch = pytest.importorskip("torch")
+    model_ema = pytest.importorskip("timm.utils.model_ema")
+    peer = model_ema.ModelEmaV3(
+        torch.nn.Linear(1, 1),
+        decay=schedule.decay,
+        use_warmup=True,
+        warmup_gamma=schedule.inv_gamma,
+        warmup_power=schedule.power,
+        update_after_step=after,
+    )
+    for k in range(1, NUM_CALLS + 1):  # the step that the caller passes, counted from 1
+        t = k - (after + 1)
+        assert peer.get_decay(k) == (schedule(t, 1) if t > 0 else 0.0)
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.5])
+@pytest.mark.parametrize("use_num_updates", [True, False])
+def test_warmup_gives_torch_ema_numbers_without_a_first_copy(decay, use_num_updates):
+    torch_ema = pytest.importorskip("torch_ema")
+
+    def update(peer, model):
+        peer.update()
+        return peer.shadow_params[0]
+
+    seen = peer_average(
+        lambda m: torch_ema.ExponentialMovingAverage(m.parameters(), decay, use_num_updates), update
+    )
+    schedule = Warmup(decay) if use_num_updates else Constant(decay)
+    assert all(map(close, seen, average(schedule, LIVE, start_step=0)))
+
+
+@pytest.mark.parametrize(
+    "schedule, start_step, function",
+    [(Constant(0.9), 1, "get_ema_avg_fn"), (EqualWeight(), 0, "get_swa_avg_fn")],
+)
+def test_torch_averaged_model_copies_first_under_a_float_and_is_equal_weight_under_swa(
+    schedule, start_step, function
+):
+    swa_utils = pytest.importorskip("torch.optim.swa_utils")
+    make = getattr(swa_utils, function)
+    avg_fn = make(schedule.decay) if isinstance(schedule, Constant) else make()
+
+    def update(peer, model):
+        peer.update_parameters(model)
+        return peer.module.weight
+
+    seen = peer_average(lambda m: swa_utils.AveragedModel(m, avg_fn=avg_fn), update)
+    assert all(map(close, seen, average(schedule, LIVE, start_step)))
+
+
+# --- value objects ---------------------------------------------------------------------------
+
+
+@each
+def test_repr_json_pickle_and_copy_rebuild_the_schedule(schedule):
+    stored = json.loads(json.dumps(to_json(schedule), allow_nan=False))
+    rebuilt = [
+        eval(repr(schedule), vars(schedules)),
+        from_json(stored),
+        pickle.loads(pickle.dumps(schedule)),
+        copy.deepcopy(schedule),
+    ]
+    for other in rebuilt:
+        assert type(other) is type(schedule)
+        assert other == schedule and hash(other) == hash(schedule)
+        assert repr(other) == repr(schedule)
+
+
+@each
+def test_schedules_are_frozen_slotted_and_hold_floats(schedule):
+    assert not hasattr(schedule, "__dict__")
+    for field in dataclasses.fields(schedule):
+        assert type(getattr(schedule, field.name)) in (float, type(None))
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(schedule, field.name, 0.5)
+
+
+def test_ints_are_stored_as_floats_and_equal_them():
+    assert repr(Constant(1)) == "Constant(decay=1.0)"
+    assert repr(HalfLife(700)) == "HalfLife(steps=700.0)"
+    assert Cosine(0, 1, 10) == Cosine(0.0, 1.0, 10.0)
+    assert repr(Warmup(1, 1, 1)) == "Warmup(decay=1.0, inv_gamma=1.0, power=1.0)"
+    assert PowerFunction(7) == PowerFunction(gamma=7.0) != PowerFunction(6)
+
+
+def test_importing_the_module_does_not_import_torch():
+    with open(schedules.__file__, encoding="utf-8") as file:
+        assert "import torch" not in (source := file.read()) and "from torch" not in source
+
+
+NOT_IN_0_1 = [-0.1, 1.1, math.nan, math.inf, -math.inf, 10**400]
+NOT_A_NUMBER = ["0.9", True, None, [0.9], 1j]
+
+
+@pytest.mark.parametrize("bad", NOT_IN_0_1 + NOT_A_NUMBER, ids=lambda v: repr(v)[:10])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda v: Constant(v),
+        lambda v: Warmup(v),
+        lambda v: Cosine(v, 1.0, 10),
+        lambda v: Cosine(0.9, v, 10),
+    ],
+    ids=["Constant", "Warmup", "Cosine.start", "Cosine.end"],
+)
+def test_decays_outside_0_1_are_refused(make, bad):
+    with pytest.raises(ValueError, match=r"^\w+: \w+ must be (in \[0, 1\]|a number), not "):
+        make(bad)
+
+
+@pytest.mark.parametrize(
+    "bad", [0, -1, math.nan, math.inf, 10**400, *NOT_A_NUMBER], ids=lambda v: repr(v)[:10]
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda v: HalfLife(v),
+        lambda v: Warmup(0.9, inv_gamma=1.0 if v is None else v, power=v if v is None else 1.0),
+        lambda v: Warmup(0.9, inv_gamma=1.0, power=v),
+        lambda v: Cosine(0.9, 1.0, v),
+    ],
+    ids=["HalfLife", "inv_gamma", "power", "total_steps"],
+)
+def test_lengths_and_powers_must_be_finite_and_positive(make, bad):
+    with pytest.raises(ValueError, match=r"^\w+: \w+ must be (finite and above 0|a number), not "):
+        make(bad)
+
+
+@pytest.mark.parametrize("bad", [-1, -1.000000001, -2, math.nan, math.inf, "1", True])
+def test_exponents_must_be_above_minus_1(bad):
+    with pytest.raises(ValueError, match=r"^PowerFunction: gamma must be"):
+        PowerFunction(bad)
+
+
+def test_power_function_wants_exactly_one_of_its_two_arguments():
+    for arguments in ({}, {"gamma": 1.0, "sigma_rel": 0.1}):
+        with pytest.raises(ValueError, match="exactly one of gamma and sigma_rel"):
+            PowerFunction(**arguments)
+
+
+def test_a_power_that_would_be_ignored_is_refused():
+    with pytest.raises(ValueError, match=r"power=0\.75 has no effect without inv_gamma"):
+        Warmup(0.999, power=0.75)
+
+
+# --- as_schedule, decay_at -------------------------------------------------------------------
+
+
+def linear_ramp(t, delta):
+    return min(t / 100, 0.999) ** delta
+
+
+class Ramp:
+    def __call__(self, t, delta):
+        return 0.5
+
+
+def test_as_schedule_wraps_numbers_and_passes_schedules_through():
+    assert as_schedule(0.999) == Constant(0.999)
+    assert as_schedule(1) == Constant(1.0) and as_schedule(0) == Constant(0.0)
+    np = pytest.importorskip("numpy")
+    assert as_schedule(np.float32(0.5)) == Constant(0.5)
+    ramp = Ramp()
+    partial = functools.partial(lambda scale, t, delta: scale, 0.5)
+    for schedule in [*ALL, linear_ramp, ramp, ramp.__call__, partial]:
+        assert as_schedule(schedule) is schedule
+
+
+@pytest.mark.parametrize("bad", [True, False, "0.999", "", 1.5, -1, math.nan, math.inf])
+def test_as_schedule_refuses_what_is_no_decay(bad):
+    with pytest.raises(ValueError, match=r"^Constant: decay must be .*, not "):
+        as_schedule(bad)
+
+
+@pytest.mark.parametrize(
+    "bad, found",
+    [
+        (None, "not None"),
+        ([0.9], r"not \[0\.9\]"),
+        ({"ema": 0.9}, "not {'ema': 0.9}"),
+        (Warmup, r"not Warmup itself: call it, as in Warmup\(\.\.\.\)"),
+        (EqualWeight, "not EqualWeight itself"),
+        (lambda t: 0.9, r"<lambda>\(t\) does not take \(t, delta\)"),
+    ],
+    ids=["None", "list", "dict", "class", "EqualWeight", "one argument"],
+)
+def test_as_schedule_refuses_what_cannot_be_called_with_t_and_delta(bad, found):
+    with pytest.raises(TypeError, match=r"a decay is a number in \[0, 1\].*" + found):
+        as_schedule(bad)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1e-9, 1.0000001, None, "0.9", True])
+def test_decay_at_names_the_schedule_the_value_and_the_step(bad):
+    def my_decay(t, delta):
+        return bad
+
+    with pytest.raises(ValueError) as caught:
+        decay_at(my_decay, 40, 4)
+    assert "my_decay" in str(caught.value) and "t=40, delta=4" in str(caught.value)
+    assert repr(bad) in str(caught.value)
+
+
+def test_decay_at_returns_a_python_float():
+    np = pytest.importorskip("numpy")
+    for value in (1, 0, np.float32(0.5), np.float64(0.5)):
+        assert type(decay_at(lambda t, delta, value=value: value, 1, 1)) is float
+
+
+# --- JSON ------------------------------------------------------------------------------------
+
+
+def test_json_of_a_schedule_is_its_kind_and_fields():
+    assert to_json(Warmup(0.99, 1)) == {
+        "kind": "Warmup", "decay": 0.99, "inv_gamma": 1.0, "power": 2 / 3
+    }  # fmt: skip
+    assert to_json(EqualWeight()) == {"kind": "PowerFunction", "gamma": 0.0}
+
+
+def test_a_custom_callable_is_told_by_name_and_not_rebuilt():
+    here = __name__
+    assert to_json(linear_ramp) == {"kind": "callable", "name": f"{here}.linear_ramp"}
+    assert to_json(Ramp()) == {"kind": "callable", "name": f"{here}.Ramp"}
+    assert to_json(functools.partial(linear_ramp)) == {
+        "kind": "callable", "name": "functools.partial"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"linear_ramp'.*pass the callable again"):
+        from_json(to_json(linear_ramp))
+
+
+def test_a_user_class_that_borrows_a_name_is_not_taken_for_ours():
+    impostor = type("Constant", (Ramp,), {})()
+    assert to_json(impostor)["kind"] == "callable"
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (None, "a mapping with a 'kind'"),
+        ("Constant", "a mapping with a 'kind'"),
+        ({}, "a mapping with a 'kind'"),
+        ({"kind": ["Constant"]}, "a mapping with a 'kind'"),
+        ({"kind": "Linear"}, "unknown schedule 'Linear'"),
+        ({"kind": "__class__"}, "unknown schedule"),
+        ({"kind": "Constant"}, r"fields \[\], wanted \['decay'\]"),
+        ({"kind": "Constant", "decay": 0.9, "x": 1}, r"fields \['decay', 'x'\]"),
+        ({"kind": "Warmup", "decay": 0.9}, "wanted"),
+        ({"kind": "PowerFunction", "sigma_rel": 0.1}, "wanted"),
+        ({"kind": "PowerFunction", "gamma": None}, "exactly one of"),
+        ({"kind": "Constant", "decay": "0.9"}, "must be a number"),
+        ({"kind": "Constant", "decay": None}, "must be a number"),
+        ({"kind": "Constant", "decay": 2}, r"must be in \[0, 1\]"),
+        ({"kind": "HalfLife", "steps": True}, "must be a number"),
+        ({"kind": "Warmup", "decay": 0.9, "inv_gamma": "1", "power": 1}, "must be a number"),
+        ({"kind": "Constant", 1: 0.9}, "wanted"),
+    ],
+    ids=str,
+)
+def test_from_json_refuses_anything_to_json_did_not_write(bad, message):
+    with pytest.raises(ValueError, match=message):
+        from_json(bad)
