@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_ema import replicas as storage
 from dist_ema.engines import select
+from dist_ema.engines.plain import PlainEngine
 from dist_ema.export import TensorSpec, export
-from dist_ema.gather import Entry, Gatherer
-from dist_ema.lerp import squared_norms
+from dist_ema.gather import Entry, Gatherer, on_every_rank, one_by_one
+from dist_ema.lerp import MultiAvgFn, squared_norms
 from dist_ema.names import slots, unwrap
 from dist_ema.plan import Plan, chosen, make_plan, rebind
 from dist_ema.ranks import Ranks
@@ -36,7 +39,13 @@ class ShardedEMA:
     Args:
         model: a plain module (also in one process), DDP, FSDP2, HSDP or tensor-parallel module,
             compiled or not, or what accelerate returned for one of these.
-        decay: part of the average that is kept per optimizer step, in [0, 1]; or a schedule.
+        decay: part of the average that is kept per optimizer step, in [0, 1]; or a schedule
+            (t, delta) -> decay; or a mapping of names to either, for several averages that are kept
+            in one pass over the live weights.
+        multi_avg_fn: in place of a decay, a function in the convention of torch's `AveragedModel`,
+            (averaged tensors, live tensors, updates before). The first update copies. It must be
+            elementwise: it sees 1-D pieces of weights, in lists of one dtype, several times an
+            update.
         update_every: apply every k-th call, with the decay of k steps at once.
         start_step: the first calls that copy the weights. 1 makes the first update copy.
         params: "trainable", "all", or a predicate (fqn, parameter) -> bool. What is not averaged
@@ -56,8 +65,9 @@ class ShardedEMA:
     def __init__(
         self,
         model: nn.Module,
-        decay: float | Schedule = 0.9999,
+        decay: float | Schedule | Mapping[str, float | Schedule] = 0.9999,
         *,
+        multi_avg_fn: MultiAvgFn | None = None,
         update_every: int = 1,
         start_step: int = 0,
         params: str | Callable[[str, nn.Parameter], bool] = "trainable",
@@ -73,7 +83,12 @@ class ShardedEMA:
                     f"model is a {type(model).__name__}, wanted the torch.nn.Module that is "
                     "trained (wrapped or not), not its parameters"
                 )
-            self._schedule = as_schedule(decay)
+            self._schedules = _schedules(decay)
+            if multi_avg_fn is not None and (
+                not callable(multi_avg_fn) or isinstance(decay, Mapping)
+            ):
+                raise ValueError("multi_avg_fn must be callable, and keeps one average only")
+            self._multi_avg_fn = multi_avg_fn
             _check_options(update_every, start_step, params, buffers, replicas, dtype)
             self._engine = select(model)
             weights = self._engine.weights()
@@ -83,14 +98,14 @@ class ShardedEMA:
         self._buffers = buffers
         self._update_every, self._start_step = update_every, start_step
         self._step = self._num_updates = 0
-        self._decay: float | None = None
+        self._decays: list[float] | None = None
         self._agree_on_options(replicas, dtype)
         split = replicas == "split"
         self._plan = make_plan(weights, averaged, self._engine, split, self._ranks)
         shares = any(s.group is not None for s in self._plan.sets)
         # Where no rank shares anything, a swap needs no other rank.
         self._any_shares = any(self._ranks.all_gather(shares))
-        self._shadow = Shadow([p.fragment for p in self._plan.pieces], dtype)
+        self._shadow = Shadow([p.fragment for p in self._plan.pieces], dtype, len(self._schedules))
         self._shadow.copy()
         self._stamp = self._engine.stamp()
         self._frozen = _frozen(self._plan, params)
@@ -105,7 +120,7 @@ class ShardedEMA:
     @property
     def names(self) -> list[str]:
         """The averages kept."""
-        return [_NAME]
+        return list(self._schedules)
 
     @property
     def step(self) -> int:
@@ -118,9 +133,16 @@ class ShardedEMA:
         return self._num_updates
 
     @property
-    def decay(self) -> float | None:
-        """The decay last applied (0.0 for a copy), None before the first update."""
-        return self._decay
+    def decay(self) -> float | dict[str, float] | None:
+        """The decay last applied (0.0 for a copy), of each average if there are several.
+
+        None before the first update, and where `multi_avg_fn` decides.
+        """
+        if self._decays is None:
+            return None
+        if list(self._schedules) == [_NAME]:
+            return self._decays[0]
+        return dict(zip(self._schedules, self._decays, strict=True))
 
     @property
     def nbytes(self) -> int:
@@ -133,8 +155,9 @@ class ShardedEMA:
         return self._engine.source
 
     def __repr__(self) -> str:
+        rule = self._multi_avg_fn or self._schedules
         return (
-            f"ShardedEMA({self._schedule!r}, step={self.step}, num_updates={self.num_updates}, "
+            f"ShardedEMA({rule!r}, step={self.step}, num_updates={self.num_updates}, "
             f"{type(self._engine).__name__}, source={self.source!r}, nbytes={self.nbytes})"
         )
 
@@ -169,15 +192,21 @@ class ShardedEMA:
             self._applied_steps = applied
         now = self._step + 1 if step is None else step
         since = now - self._start_step
-        if since <= 0:
-            decay = 0.0
-        elif since % self._update_every:
+        if since > 0 and since % self._update_every:
             self._step = now
             return False
+        if self._multi_avg_fn is None:
+            decays = [
+                decay_at(schedule, since, self._update_every) if since > 0 else 0.0
+                for schedule in self._schedules.values()
+            ]
+            self._shadow.fold(decays)
+            self._decays = decays
+        elif since <= 0 or self._num_updates == 0:
+            self._shadow.copy()
         else:
-            decay = decay_at(self._schedule, since, self._update_every)
-        self._shadow.fold(decay)
-        self._step, self._decay = now, decay
+            self._shadow.apply(self._multi_avg_fn, self._num_updates)
+        self._step = now
         self._num_updates += 1
         return True
 
@@ -188,7 +217,7 @@ class ShardedEMA:
         self._follow_storage()
         self._shadow.copy()
         self._step = self._num_updates = 0
-        self._decay = None
+        self._decays = None
 
     @torch.no_grad()
     def drift(self, name: str | None = None) -> float:
@@ -201,7 +230,7 @@ class ShardedEMA:
             self._check_name(name)
             self._follow_storage()
         sums = torch.zeros(2, dtype=torch.float64)
-        for piece, value in zip(self._plan.pieces, self._shadow.values, strict=True):
+        for piece, value in zip(self._plan.pieces, self._values(name), strict=True):
             if piece.sends:
                 sums += squared_norms(value, piece.fragment.view).cpu()
         if self._ranks.size > 1:
@@ -234,7 +263,7 @@ class ShardedEMA:
                 self._follow_storage()
             self._check_replicas(agree)
             num_parameters = len(self._plan.parameters)
-            values = self._shadow.values
+            values = self._values(name)
             swap = Swap([p.fragment for p in self._plan.parameters], values[:num_parameters])
             buffers = Buffers(self._model, self._plan.buffer_views())
             self._engine.release()
@@ -261,6 +290,43 @@ class ShardedEMA:
                 buffers.restore()
                 self._share()
             self._shown = None
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module | None = None, *, name: str | None = None) -> None:
+        """Make the average permanent in the live weights, or write it into a plain module.
+
+        Without a module, the live weights become the average, masters and low-precision copies
+        too, so that training goes on from there. With one, its whole state dict is written on every
+        rank: averaged weights, and frozen weights and buffers as they live here.
+
+        Args:
+            module: a module of the model's own class that no engine shards, on every rank.
+
+        Raises:
+            ValueError: `module` is sharded, or its names or shapes are others (they are listed).
+                On every rank; nothing is changed.
+
+        Collective: every rank calls it. Without a module, an all-gather of replicated weights;
+        with one, each byte is sent to rank 0 once and broadcast, in bounded buckets.
+        """
+        if module is not None:
+            self._write_into(module, name)
+            return
+        with self._ranks.together():
+            self._refuse_while_shown("copy_to()")
+            self._check_name(name)
+            self._follow_storage()
+        self._engine.release()
+        for piece, value in zip(self._plan.pieces, self._values(name), strict=True):
+            piece.fragment.view.copy_(value)
+        for replica_set in self._plan.sets:
+            replica_set.share(storage.source)
+        for weight in self._plan.weights:
+            if weight.fqn in self._plan.averaged:
+                for fragment in weight.fragments:
+                    if not fragment.in_place:
+                        fragment.shown.copy_(fragment.view)
+        self._engine.publish()
 
     # Gathering.
 
@@ -352,6 +418,11 @@ class ShardedEMA:
     def _gathered(
         self, what: str, name: str | None, dtype: torch.dtype | None
     ) -> Generator[tuple[Entry, torch.Tensor], None, None]:
+        return one_by_one(self._buckets_of(what, name, dtype))
+
+    def _buckets_of(
+        self, what: str, name: str | None, dtype: torch.dtype | None
+    ) -> Generator[list[tuple[Entry, torch.Tensor]], None, None]:
         with self._ranks.together():
             self._refuse_while_shown(what)
             self._check_name(name)
@@ -363,10 +434,33 @@ class ShardedEMA:
         # A rank that holds nothing does not notice that storage moved: all do it if one must.
         gatherer = self._gatherer
         if self._ranks.any(gatherer is None) or gatherer is None:
-            gatherer = Gatherer(self._plan, self._shadow.values, self._ranks)
+            gatherer = Gatherer(self._plan, self._values(name), self._ranks)
             self._gatherer = gatherer
         rest = [piece.fragment.view for piece in self._plan.rest]
-        return gatherer.tensors([*self._shadow.values, *rest], dtype)
+        return gatherer.buckets([*self._values(name), *rest], dtype)
+
+    def _write_into(self, module: nn.Module, name: str | None) -> None:
+        buckets = self._buckets_of("copy_to()", name, None)
+        entries: list[Entry] = self._ranks.broadcast(self._entries())
+        with self._ranks.together():
+            if not isinstance(module, nn.Module) or not isinstance(select(module), PlainEngine):
+                raise ValueError(
+                    f"module is a {type(module).__name__}, wanted a plain torch.nn.Module whose "
+                    "weights every rank holds whole; copy_to() without it writes the live weights"
+                )
+            targets = {slot.fqn: slot.tensor for slot in slots(module) if slot.persistent}
+            shapes = {fqn: e.shape for e in entries for fqn in (e.fqn, *e.aliases)}
+            wrong = [
+                f"{fqn}: average has {shapes.get(fqn, 'nothing')}, module has "
+                f"{tuple(targets[fqn].shape) if fqn in targets else 'nothing'}"
+                for fqn in dict.fromkeys([*shapes, *targets])
+                if fqn not in targets or shapes.get(fqn) != tuple(targets[fqn].shape)
+            ]
+            if wrong:
+                raise ValueError(f"module has another layout: {'; '.join(wrong)}")
+        for entry, tensor in on_every_rank(buckets, self._ranks):
+            for fqn in (entry.fqn, *entry.aliases):
+                targets[fqn].copy_(tensor)
 
     def _share(self) -> None:
         """Let replicas have each other's slices, and the forward pass what stands in storage."""
@@ -417,13 +511,19 @@ class ShardedEMA:
                 "and its storage holds the live weights; leave the block first"
             )
 
+    def _values(self, name: str | None) -> list[torch.Tensor]:
+        """One average, a tensor for each of the plan's pieces."""
+        return self._shadow.values[self.names.index(name) if name is not None else 0]
+
     def _check_name(self, name: str | None) -> None:
-        if name is not None and name not in self.names:
+        if name is None and len(self._schedules) > 1:
+            raise ValueError(f"there are several averages, {self.names}; say which by name=")
+        if name is not None and name not in self._schedules:
             raise ValueError(f"no average is named {name!r}; there is {self.names}")
 
     def _agree_on_options(self, replicas: str, dtype: torch.dtype) -> None:
         options = (
-            str(to_json(self._schedule)),
+            {name: to_json(schedule) for name, schedule in self._schedules.items()},
             self._update_every,
             self._start_step,
             replicas,
@@ -469,6 +569,20 @@ class ShardedEMA:
                     "replicas='whole'",
                     stacklevel=5,
                 )
+
+
+def _schedules(decay: object) -> dict[str, Schedule]:
+    if not isinstance(decay, Mapping):
+        return {_NAME: as_schedule(decay)}
+    if not decay:
+        raise ValueError("decay is an empty mapping, wanted at least one name")
+    found = {}
+    for name, value in decay.items():
+        # Names become names of files.
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name):
+            raise ValueError(f"{name!r} cannot name an average; use letters, digits, _ . -")
+        found[name] = as_schedule(value)
+    return found
 
 
 def _frozen(plan: Plan, params: object) -> list[tuple[str, torch.Tensor]]:

@@ -95,10 +95,12 @@ class Gatherer:
                 ]
         self._sends: list[list[_Span]] = ranks.scatter(sends)
 
-    def tensors(
+    def buckets(
         self, values: Sequence[torch.Tensor], dtype: torch.dtype | None
-    ) -> Generator[tuple[Entry, torch.Tensor], None, None]:
-        """Whole tensors, on the CPU of rank 0; nothing on other ranks, which must drive it too.
+    ) -> Generator[list[tuple[Entry, torch.Tensor]], None, None]:
+        """What is complete after each bucket: whole tensors on the CPU of rank 0, else nothing.
+
+        Every rank drives it, and gets as many lists as rank 0.
 
         Args:
             values: a tensor for each of the plan's `pieces` and `rest`, 1-D.
@@ -108,6 +110,7 @@ class Gatherer:
         if self._ranks.rank != 0:
             for spans in self._sends:
                 self._send(spans, sources, dtype)
+                yield []
             return
         whole: dict[int, torch.Tensor] = {}
         done = 0
@@ -115,12 +118,14 @@ class Gatherer:
             for bucket in self._buckets:
                 done += 1
                 self._receive(bucket, sources, dtype, whole)
+                complete = []
                 for number in bucket.complete:
                     entry = self.entries[number]
                     tensor = whole.pop(number, None)
                     if tensor is None:
                         tensor = torch.empty(entry.shape, dtype=entry.dtype_as(dtype))
-                    yield entry, tensor
+                    complete.append((entry, tensor))
+                yield complete
         finally:
             # The caller stopped half-way; the others are still sending.
             for bucket in self._buckets[done:]:
@@ -219,6 +224,32 @@ class Gatherer:
         for at, part in place.slices(span.start, span.stop):
             values = part.unflatten(run[at - span.start : at - span.start + part.numel])
             whole[number][part.box.within(Box((0,) * len(entry.shape), entry.shape))] = values
+
+
+def one_by_one(
+    buckets: Generator[list[tuple[Entry, torch.Tensor]], None, None],
+) -> Generator[tuple[Entry, torch.Tensor], None, None]:
+    """The tensors of some buckets; closing it lets the other ranks go on."""
+    try:
+        for bucket in buckets:
+            yield from bucket
+    finally:
+        buckets.close()
+
+
+def on_every_rank(
+    buckets: Generator[list[tuple[Entry, torch.Tensor]], None, None], ranks: Ranks
+) -> Generator[tuple[Entry, torch.Tensor], None, None]:
+    """The tensors of some buckets, on every rank. Collective: every rank exhausts it.
+
+    Each tensor is broadcast from rank 0; all ranks hold one bucket at a time.
+    """
+    for bucket in buckets:
+        entries = ranks.broadcast([(entry, tensor.dtype) for entry, tensor in bucket])
+        for number, (entry, dtype) in enumerate(entries):
+            tensor = bucket[number][1] if bucket else torch.empty(entry.shape, dtype=dtype)
+            ranks.broadcast_tensor(tensor)
+            yield entry, tensor
 
 
 def _route(

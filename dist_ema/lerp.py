@@ -1,73 +1,108 @@
 """The arithmetic on weights: shadow <- shadow + weight * (live - shadow), in fp32 or wider.
 
 Planned once into batches with equal dtypes and device, then applied with a few grouped calls. Where
-a dtype must change first, values pass through a staging buffer that is small enough to stay in
-cache: no full-size copy is ever made.
+a dtype must change first, or several averages read the same live values, the batches are chunks
+that stay in cache: no full-size copy is ever made, and live values are read from memory once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-_STAGED_ELEMENTS = 1 << 16  # of one staging buffer: 256 KB in fp32, half a common L2 cache
+_CHUNK_ELEMENTS = 1 << 17  # of live values: 512 KB in fp32, half a common L2 cache
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # shadow, live: 1-D, of one length
+MultiAvgFn = Callable[[list[torch.Tensor], list[torch.Tensor], int], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
-    """Pairs with equal dtypes and device. Staging is None where the dtype is right already."""
+    """Pieces with equal dtypes and device. Staging is None where the dtype is right already."""
 
-    shadows: list[torch.Tensor]
+    shadows: list[list[torch.Tensor]]  # one list for each average
     lives: list[torch.Tensor]
-    staged_shadows: list[torch.Tensor] | None
     staged_lives: list[torch.Tensor] | None
+    staged_shadows: list[torch.Tensor] | None  # used by one average after the other
 
-    def fold(self, weight: float) -> None:
-        shadows, lives = self.shadows, self.lives
-        if self.staged_lives is not None:
-            torch._foreach_copy_(self.staged_lives, lives)
-            lives = self.staged_lives
-        if self.staged_shadows is not None:
+    def fold(self, weights: Sequence[float]) -> None:
+        lives = self._wide_lives()
+        for shadows, weight in zip(self.shadows, weights, strict=True):
+            if weight == 0.0:
+                continue
+            if weight == 1.0:
+                torch._foreach_copy_(shadows, self.lives)
+                continue
+            if self.staged_shadows is None:
+                torch._foreach_lerp_(shadows, lives, weight)
+                continue
             torch._foreach_copy_(self.staged_shadows, shadows)
-            shadows = self.staged_shadows
-        torch._foreach_lerp_(shadows, lives, weight)
-        if self.staged_shadows is not None:
-            torch._foreach_copy_(self.shadows, self.staged_shadows)
+            torch._foreach_lerp_(self.staged_shadows, lives, weight)
+            torch._foreach_copy_(shadows, self.staged_shadows)
+
+    def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
+        lives = self._wide_lives()
+        for shadows in self.shadows:
+            if self.staged_shadows is None:
+                fn(shadows, lives, num_averaged)
+                continue
+            torch._foreach_copy_(self.staged_shadows, shadows)
+            fn(self.staged_shadows, lives, num_averaged)
+            torch._foreach_copy_(shadows, self.staged_shadows)
+
+    def copy(self) -> None:
+        for shadows in self.shadows:
+            torch._foreach_copy_(shadows, self.lives)
+
+    def _wide_lives(self) -> list[torch.Tensor]:
+        if self.staged_lives is None:
+            return self.lives
+        torch._foreach_copy_(self.staged_lives, self.lives)
+        return self.staged_lives
 
 
 class Lerp:
-    """The update of a fixed list of (shadow, live) pairs. Everything here is local."""
+    """The update of a fixed list of live tensors and their averages. Everything here is local."""
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        grouped: dict[object, list[Pair]] = {}
-        for shadow, live in pairs:
-            if shadow.numel():
-                key = (shadow.dtype, live.dtype, shadow.device, live.device)
-                grouped.setdefault(key, []).append((shadow, live))
-        self._batches = [batch for group in grouped.values() for batch in _batches(group)]
+    def __init__(
+        self, shadows: Sequence[Sequence[torch.Tensor]], lives: Sequence[torch.Tensor]
+    ) -> None:
+        """`shadows[k][i]` is what average k holds of `lives[i]`: 1-D, of one length."""
+        grouped: dict[object, list[int]] = {}
+        for i, live in enumerate(lives):
+            if live.numel():
+                like = shadows[0][i]
+                key = (like.dtype, live.dtype, like.device, live.device)
+                grouped.setdefault(key, []).append(i)
+        self._batches = [
+            batch
+            for members in grouped.values()
+            for batch in _batches([[s[i] for i in members] for s in shadows], lives, members)
+        ]
 
-    def fold(self, decay: float) -> None:
-        """shadow <- decay * shadow + (1 - decay) * live. No host sync, no allocation.
+    def fold(self, decays: Sequence[float]) -> None:
+        """shadow <- decay * shadow + (1 - decay) * live, with a decay for each average.
 
-        A decay of 0 copies and one of 1 leaves the shadow alone, both exactly, also where values
-        are not finite.
+        No host sync, no allocation. A decay of 0 copies and one of 1 leaves the average alone,
+        both exactly, also where values are not finite.
         """
-        if decay == 1.0:
-            return
-        if decay == 0.0:
-            self.copy()
-            return
+        weights = [1.0 - decay for decay in decays]
         for batch in self._batches:
-            batch.fold(1.0 - decay)
+            batch.fold(weights)
+
+    def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
+        """Let a function in torch's `multi_avg_fn` convention fold the live values in.
+
+        It is called with lists of 1-D pieces that have one dtype, batch by batch.
+        """
+        for batch in self._batches:
+            batch.apply(fn, num_averaged)
 
     def copy(self) -> None:
-        """shadow <- live."""
+        """shadow <- live, in every average."""
         for batch in self._batches:
-            torch._foreach_copy_(batch.shadows, batch.lives)
+            batch.copy()
 
 
 def accumulation_dtype(shadow: torch.dtype, live: torch.dtype) -> torch.dtype:
@@ -89,43 +124,45 @@ def squared_norms(shadow: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def _batches(pairs: list[Pair]) -> Iterator[_Batch]:
-    (shadow, live) = pairs[0]
+def _batches(
+    shadows: list[list[torch.Tensor]], every_live: Sequence[torch.Tensor], members: list[int]
+) -> Iterator[_Batch]:
+    lives = [every_live[i] for i in members]
+    shadow, live = shadows[0][0], lives[0]
     dtype = accumulation_dtype(shadow.dtype, live.dtype)
-    if shadow.dtype == dtype == live.dtype:
-        shadows, lives = zip(*pairs, strict=True)
-        yield _Batch(list(shadows), list(lives), None, None)
+    right = shadow.dtype == dtype == live.dtype
+    if right and len(shadows) == 1:
+        yield _Batch(shadows, lives, None, None)
         return
 
     def staging(wanted: bool) -> torch.Tensor | None:
         if not wanted:
             return None
-        return torch.empty(_STAGED_ELEMENTS, dtype=dtype, device=shadow.device)
+        return torch.empty(_CHUNK_ELEMENTS, dtype=dtype, device=shadow.device)
 
     shadow_buffer, live_buffer = staging(shadow.dtype != dtype), staging(live.dtype != dtype)
-    for chunk in _chunks(pairs):
-        shadows, lives = zip(*chunk, strict=True)
-        sizes = [s.numel() for s in shadows]
+    for cuts in _chunks([x.numel() for x in lives]):
+        sizes = [stop - start for _, start, stop in cuts]
         yield _Batch(
-            list(shadows),
-            list(lives),
-            None if shadow_buffer is None else list(shadow_buffer[: sum(sizes)].split(sizes)),
+            [[of_one[i][start:stop] for i, start, stop in cuts] for of_one in shadows],
+            [lives[i][start:stop] for i, start, stop in cuts],
             None if live_buffer is None else list(live_buffer[: sum(sizes)].split(sizes)),
+            None if shadow_buffer is None else list(shadow_buffer[: sum(sizes)].split(sizes)),
         )
 
 
-def _chunks(pairs: list[Pair]) -> Iterator[list[Pair]]:
-    """Cut and pack pairs into lists of at most `_STAGED_ELEMENTS` elements."""
-    chunk: list[Pair] = []
-    room = _STAGED_ELEMENTS
-    for shadow, live in pairs:
+def _chunks(sizes: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
+    """Pack ranges (number, start, stop) of 1-D tensors into lists of `_CHUNK_ELEMENTS` elements."""
+    chunk: list[tuple[int, int, int]] = []
+    room = _CHUNK_ELEMENTS
+    for number, size in enumerate(sizes):
         at = 0
-        while at < shadow.numel():
-            n = min(room, shadow.numel() - at)
-            chunk.append((shadow[at : at + n], live[at : at + n]))
+        while at < size:
+            n = min(room, size - at)
+            chunk.append((number, at, at + n))
             at, room = at + n, room - n
             if room == 0:
                 yield chunk
-                chunk, room = [], _STAGED_ELEMENTS
+                chunk, room = [], _CHUNK_ELEMENTS
     if chunk:
         yield chunk

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_BROADCAST_BYTES = 32 << 20  # at a time
 _ERRORS = {e.__name__: e for e in (ValueError, TypeError, RuntimeError, FileExistsError)}
 
 
@@ -101,6 +102,24 @@ class Ranks:
         given = list(objs) if self.rank == 0 else None
         dist.scatter_object_list(out, given, src=self.global_rank(0), group=self.group)
         return out[0]
+
+    def broadcast(self, obj: Any) -> Any:
+        """The object of rank 0, on every rank. Collective: every rank calls it."""
+        if self.size == 1:
+            return obj
+        out = [obj]
+        dist.broadcast_object_list(out, src=self.global_rank(0), group=self.group)
+        return out[0]
+
+    def broadcast_tensor(self, tensor: torch.Tensor) -> None:
+        """Fill a contiguous CPU tensor with rank 0's. Collective: every rank calls it."""
+        if self.size == 1 or tensor.numel() == 0:
+            return
+        for part in tensor.view(-1).view(torch.uint8).split(_BROADCAST_BYTES):
+            staged = part.to(self.device)
+            dist.broadcast(staged, src=self.global_rank(0), group=self.group)
+            if staged is not part:
+                part.copy_(staged)
 
     def exchange(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Send `rows[r]` (1-D int64) to rank r, get one from each. Collective: every rank calls."""

@@ -9,7 +9,7 @@ and receives 16 bytes a fragment and a few more for the answer, however many ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,16 @@ _CHUNK_BYTES = 32 << 20  # staging of an all-gather, over all ranks
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
 
 Holders = tuple[int, ...]
+
+
+def shown(fragment: Fragment) -> torch.Tensor:
+    """The storage that the forward pass reads."""
+    return fragment.shown
+
+
+def source(fragment: Fragment) -> torch.Tensor:
+    """The storage that the optimizer writes."""
+    return fragment.view
 
 
 def find_holders(places: Sequence[Place], ranks: Ranks) -> list[Holders]:
@@ -90,29 +100,32 @@ class ReplicaSet:
         """The slices that this rank averages."""
         return self._slices(self.cuts[self.index], self.cuts[self.index + 1])
 
-    def share(self) -> None:
-        """Fill the shown storage with what each rank wrote to the shown storage of its own slices.
+    def share(self, storage: Callable[[Fragment], torch.Tensor] = shown) -> None:
+        """Fill the fragments' storage with what each rank wrote to that of its own slices.
 
         Collective among `ranks`: all-gathers of bounded chunks; each byte is sent once.
+
+        Args:
+            storage: which storage of a fragment, the shown one by default.
         """
         if self.group is None:
             return
-        shown = self.fragments[0].shown
+        like = storage(self.fragments[0])
         longest = max(b - a for a, b in zip(self.cuts, self.cuts[1:], strict=False))
-        chunk = max(1, min(longest, _CHUNK_BYTES // (shown.element_size() * len(self.ranks))))
+        chunk = max(1, min(longest, _CHUNK_BYTES // (like.element_size() * len(self.ranks))))
         # Bytes, since no backend knows every dtype.
-        device = device_for(self.group, shown.device)
-        mine = torch.empty(chunk * shown.element_size(), dtype=torch.uint8, device=device)
+        device = device_for(self.group, like.device)
+        mine = torch.empty(chunk * like.element_size(), dtype=torch.uint8, device=device)
         every = torch.empty(len(self.ranks) * mine.numel(), dtype=torch.uint8, device=device)
         rows = every.view(len(self.ranks), -1)
         for start in range(0, longest, chunk):
-            for fragment, part in self._chunk(self.index, start, chunk, mine):
-                part.copy_(fragment.shown)
+            for values, part in self._chunk(self.index, start, chunk, mine, storage):
+                part.copy_(values)
             dist.all_gather_single(every, mine, group=self.group)
             for index in range(len(self.ranks)):
                 if index != self.index:
-                    for fragment, part in self._chunk(index, start, chunk, rows[index]):
-                        fragment.shown.copy_(part)
+                    for values, part in self._chunk(index, start, chunk, rows[index], storage):
+                        values.copy_(part)
 
     def differing(self) -> list[str]:
         """Names of weights whose live values are not the same bits on all of `ranks`.
@@ -146,15 +159,21 @@ class ReplicaSet:
             at += n
 
     def _chunk(
-        self, index: int, start: int, length: int, staging: torch.Tensor
-    ) -> Iterator[tuple[Fragment, torch.Tensor]]:
-        """Pieces of a chunk of one rank's slices, each with its part of the staging bytes."""
+        self,
+        index: int,
+        start: int,
+        length: int,
+        staging: torch.Tensor,
+        storage: Callable[[Fragment], torch.Tensor],
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Storage of a chunk of one rank's slices, each with its part of the staging bytes."""
         first = self.cuts[index] + start
         last = min(self.cuts[index + 1], first + length)
         at = 0
         for fragment in self._slices(first, last):
-            nbytes = fragment.shown.numel() * fragment.shown.element_size()
-            yield fragment, staging[at : at + nbytes].view(fragment.shown.dtype)
+            values = storage(fragment)
+            nbytes = values.numel() * values.element_size()
+            yield values, staging[at : at + nbytes].view(values.dtype)
             at += nbytes
 
 
@@ -167,8 +186,8 @@ def replica_sets(
     """
     together: dict[tuple[Holders, str, str], list[Fragment]] = {}
     for fragment, holders in held:
-        shown = fragment.shown
-        key = (holders, f"{shown.dtype}/{fragment.view.dtype}", shown.device.type)
+        dtypes = f"{fragment.shown.dtype}/{fragment.view.dtype}"
+        key = (holders, dtypes, fragment.shown.device.type)
         together.setdefault(key, []).append(fragment)
     sets = []
     for key in sorted(together):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dist_ema.layout import Fragment
-from dist_ema.lerp import Lerp, Pair, accumulation_dtype
+from dist_ema.lerp import Lerp, MultiAvgFn, accumulation_dtype
 from dist_ema.names import slots
 
 _MAX_GAP = 64  # elements of a flat buffer that belong to no weight
@@ -25,11 +25,16 @@ _SWAP_BYTES = 4 << 20  # staging of the exchange of live and averaged values
 
 
 class Shadow:
-    """Averaged values of a list of fragments, in the order of that list. Everything is local."""
+    """Averages of a list of fragments. Everything is local."""
 
-    def __init__(self, fragments: Sequence[Fragment], dtype: torch.dtype) -> None:
+    def __init__(
+        self, fragments: Sequence[Fragment], dtype: torch.dtype, num_averages: int = 1
+    ) -> None:
         views = [f.view for f in fragments]
-        self.values: list[torch.Tensor] = [torch.empty(0)] * len(views)
+        # For each average, a 1-D tensor for each fragment, in the order of the fragments.
+        self.values: list[list[torch.Tensor]] = [
+            [torch.empty(0)] * len(views) for _ in range(num_averages)
+        ]
         self._buffers: list[torch.Tensor] = []
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for i, view in enumerate(views):
@@ -38,27 +43,36 @@ class Shadow:
         for (kind, device), members in kinds.items():
             members.sort(key=lambda i: _address(views[i]))
             starts, total = _pack([views[i] for i in members], kind.itemsize)
-            # Zeros, not empty: gaps are averaged too, and must not hold numbers that trap.
-            with torch.inference_mode(False):
-                buffer = torch.zeros(total, dtype=kind, device=device)
-            self._buffers.append(buffer)
-            for i, start in zip(members, starts, strict=True):
-                self.values[i] = buffer[start : start + views[i].numel()]
+            for values in self.values:
+                # Zeros, not empty: gaps are averaged too, and must not hold numbers that trap.
+                with torch.inference_mode(False):
+                    buffer = torch.zeros(total, dtype=kind, device=device)
+                self._buffers.append(buffer)
+                for i, start in zip(members, starts, strict=True):
+                    values[i] = buffer[start : start + views[i].numel()]
         self.bind(fragments)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all averages together."""
         return sum(b.numel() * b.element_size() for b in self._buffers)
 
     def bind(self, fragments: Sequence[Fragment]) -> None:
         """Plan updates from these fragments, whose storage may have moved since the last time."""
-        self._fragments = list(fragments)
-        live = [f.view for f in fragments]
-        self._lerp = Lerp(_merge(list(zip(self.values, live, strict=True))))
+        lives = [f.view for f in fragments]
+        runs = _merge(self.values[0], lives)
+        self._lerp = Lerp(
+            [[_span([values[i] for i in run]) for run in runs] for values in self.values],
+            [_span([lives[i] for i in run]) for run in runs],
+        )
 
-    def fold(self, decay: float) -> None:
-        """Fold the live values in. No collective, no host sync, no allocation."""
-        self._lerp.fold(decay)
+    def fold(self, decays: Sequence[float]) -> None:
+        """Fold the live values in, with a decay for each average. No host sync, no allocation."""
+        self._lerp.fold(decays)
+
+    def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
+        """Fold the live values in by a function in torch's `multi_avg_fn` convention."""
+        self._lerp.apply(fn, num_averaged)
 
     def copy(self) -> None:
         """Start again from the live values, bit for bit where the dtypes allow."""
@@ -189,20 +203,20 @@ def _pack(views: Sequence[torch.Tensor], itemsize: int) -> tuple[list[int], int]
     return starts, end
 
 
-def _merge(pairs: list[Pair]) -> list[Pair]:
-    """Join pairs that are neighbours on both sides, across equal gaps."""
-    merged: list[list[Pair]] = []
-    for pair in sorted(pairs, key=lambda p: (_address(p[0]), _address(p[1]))):
-        if merged:
-            gaps = [_gap(before, after) for before, after in zip(merged[-1][-1], pair, strict=True)]
-            if gaps[0] is not None and gaps[0] == gaps[1]:
-                merged[-1].append(pair)
+def _merge(values: Sequence[torch.Tensor], lives: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Runs of numbers of pieces that are neighbours on both sides, across equal gaps."""
+    runs: list[list[int]] = []
+    for i in sorted(range(len(lives)), key=lambda i: (_address(values[i]), _address(lives[i]))):
+        if runs:
+            gap = _gap(values[runs[-1][-1]], values[i])
+            if gap is not None and gap == _gap(lives[runs[-1][-1]], lives[i]):
+                runs[-1].append(i)
                 continue
-        merged.append([pair])
-    return [(_span([p[0] for p in run]), _span([p[1] for p in run])) for run in merged]
+        runs.append([i])
+    return runs
 
 
-def _span(run: list[torch.Tensor]) -> torch.Tensor:
+def _span(run: Sequence[torch.Tensor]) -> torch.Tensor:
     """One 1-D view from the start of the first tensor to the end of the last."""
     first, last = run[0], run[-1]
     length = int(last.storage_offset() - first.storage_offset()) + last.numel()
