@@ -157,10 +157,21 @@ class Fragment:
 
     def slices(self, start: int, stop: int) -> Iterator[Fragment]:
         """The fragments of elements [start, stop), as views."""
-        for at, place in self.place.slices(start, stop):
-            view = self.view[at : at + place.numel]
-            shown = view if self.in_place else self.shown[at : at + place.numel]
-            yield Fragment(place, view, shown)
+        shown = None if self.in_place else self.shown[start:stop]
+        return range_fragments(self.place, start, self.view[start:stop], shown)
+
+
+def range_fragments(
+    place: Place, start: int, view: torch.Tensor, shown: torch.Tensor | None = None
+) -> Iterator[Fragment]:
+    """The fragments of a flat range of a place, in order: `view` holds it from `start` on.
+
+    `shown` is what the forward pass reads, where that is another tensor.
+    """
+    for at, part in place.slices(start, start + view.numel()):
+        run = slice(at - start, at - start + part.numel)
+        own = view[run]
+        yield Fragment(part, own, own if shown is None else shown[run])
 
 
 def dense_order(tensor: torch.Tensor) -> Shape | None:

@@ -2,6 +2,9 @@
 
 Wrappers are recognised by type, never by text: a user's own submodule may be called `module`.
 A wrapper's library is looked up in `sys.modules`, so nothing is imported that the user did not.
+
+FSDP1 without `use_orig_params` takes parameters out of the registries, puts a flat one there, and
+leaves plain attributes in their places. Those places are listed here, the flat one is not.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +47,9 @@ class Slot:
     @property
     def registry(self) -> dict[str, torch.Tensor | None]:
         owner = self.owner
-        return owner._buffers if self.is_buffer else owner._parameters  # type: ignore[return-value]
+        if self.is_buffer:
+            return owner._buffers
+        return owner._parameters if self.name in owner._parameters else owner.__dict__  # type: ignore[return-value]
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -94,15 +100,31 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def slots(model: nn.Module) -> list[Slot]:
     """Every registered tensor, in the order of `state_dict()`, aliases of tied tensors included."""
     found = []
+    flattened = _flattened(model)
     for prefix, module in named_modules(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.append(Slot(_join(prefix, name), module, name, False, True))
+        names = [n for n, p in module._parameters.items() if p is not None and not _is_flat(p)]
+        for name in (*names, *flattened.get(id(module), ())):
+            found.append(Slot(_join(prefix, name), module, name, False, True))
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 persistent = name not in module._non_persistent_buffers_set
                 found.append(Slot(_join(prefix, name), module, name, True, persistent))
     return found
+
+
+def _flattened(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the parameters that FSDP1 took out of each module, by the module's id."""
+    names: dict[int, list[str]] = {}
+    flat: Any
+    for flat in filter(_is_flat, model.parameters()):
+        # Private names of torch 2.13.
+        for info in (*flat._param_infos, *flat._shared_param_infos):
+            names.setdefault(id(info.module), []).append(info.param_name)
+    return names
+
+
+def _is_flat(parameter: torch.Tensor) -> bool:
+    return is_instance(parameter, "torch.distributed.fsdp._flat_param", "FlatParameter")
 
 
 def _join(prefix: str, name: str) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 
 from dist_ema.layout import Fragment
 from dist_ema.lerp import Lerp, MultiAvgFn, accumulation_dtype
-from dist_ema.names import slots
+from dist_ema.names import is_instance, slots
 
 _MAX_GAP = 64  # elements of a flat buffer that belong to no weight
 _ALIGNMENT_BYTES = 16  # what vectorised kernels want of the start of a tensor
@@ -130,6 +130,13 @@ class Buffers:
         """`views` are the 1-D storage of all buffers that this rank holds."""
         self._registered = [(s.registry, s.name, s.tensor) for s in slots(model) if s.is_buffer]
         self._kept = [(view, view.clone()) for view in views]
+        # A forward without gradients makes DDP skip the next broadcast of buffers: it takes them to
+        # be equal on all ranks, which they are no more once they are restored.
+        self._ddp = [
+            (module, module.require_forward_param_sync)
+            for module in model.modules()
+            if is_instance(module, "torch.nn.parallel.distributed", "DistributedDataParallel")
+        ]
 
     def restore(self) -> None:
         for registry, name, tensor in self._registered:
@@ -139,6 +146,8 @@ class Buffers:
             # A needless write would tell autograd that a saved buffer has changed.
             if not torch.equal(view, kept):
                 view.copy_(kept)
+        for module, must_sync in self._ddp:
+            module.require_forward_param_sync = must_sync
 
 
 def _show(item: _Item) -> None:

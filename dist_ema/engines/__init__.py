@@ -6,10 +6,11 @@ from torch import nn
 
 from dist_ema.engines.dtensor import DTensorEngine
 from dist_ema.engines.engine import Engine
+from dist_ema.engines.fsdp1 import Fsdp1Engine
 from dist_ema.engines.plain import PlainEngine
 
 # The most specific first; the last claims any module.
-_ENGINES = (DTensorEngine, PlainEngine)
+_ENGINES = (Fsdp1Engine, DTensorEngine, PlainEngine)
 
 
 def select(model: nn.Module) -> Engine:

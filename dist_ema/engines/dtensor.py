@@ -7,13 +7,14 @@ The optimizer writes one thing only, the sharded parameter that each `FSDPParam`
 what is listed here, whatever is gathered.
 
 Private names read here, all in torch 2.13: `FSDPModule._get_fsdp_state`,
-`FSDPState._fsdp_param_groups`, `FSDPParamGroup.fsdp_params`, `FSDPParam._module_info` and
-`.sharded_param`, `DTensor._local_tensor`, `_StridedShard`.
+`FSDPState._fsdp_param_groups`, `FSDPParamGroup.fsdp_params`, `FSDPParam._module_info`,
+`._orig_param_uid` and `.sharded_param`, `DTensor._local_tensor`, `_StridedShard`.
 """
 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ class DTensorEngine:
             for info in _places(fsdp_param)
         }
         self._fsdp_params = list({id(p): p for p in self._managed.values()}.values())
+        self._warn_of_cut_ties()
         self._unmanaged = [
             (slot.registry, slot.name)
             for slot in slots(model)
@@ -86,6 +88,23 @@ class DTensorEngine:
     def publish(self) -> None:
         self.release()
 
+    def _warn_of_cut_ties(self) -> None:
+        """A weight tied across two `fully_shard` units is two weights from then on."""
+        fqns = {(id(s.owner), s.name): s.fqn for s in slots(self._model) if not s.is_buffer}
+        names: dict[int, list[str]] = {}
+        for fsdp_param in self._fsdp_params:
+            info = fsdp_param._module_info
+            fqn = fqns[id(info.module), info.param_name]
+            names.setdefault(fsdp_param._orig_param_uid, []).append(fqn)
+        cut = [tie for tie in names.values() if len(tie) > 1]
+        if cut:
+            warnings.warn(
+                "fully_shard cut tied weights apart, and they train and are averaged as different "
+                f"weights now: {'; '.join(' and '.join(tie) for tie in cut)}; shard the modules "
+                "that share a weight in one call",
+                stacklevel=5,
+            )
+
     def _locate(self, slot: Slot) -> torch.Tensor:
         if not slot.is_buffer:
             fsdp_param = self._managed.get((id(slot.owner), slot.name))
@@ -117,9 +136,10 @@ def _local(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def _cut(fqn: str, tensor: torch.Tensor) -> tuple[Shape, Sequence[Fragment]]:
+def _cut(slot: Slot, tensor: torch.Tensor) -> tuple[Shape, Sequence[Fragment]]:
     if not isinstance(tensor, DTensor):
-        return cut_whole(fqn, tensor)
+        return cut_whole(slot, tensor)
+    fqn = slot.fqn
     shape = tuple(tensor.shape)
     local = tensor._local_tensor.detach()
     indices = _global_indices(tensor)

@@ -70,7 +70,7 @@ class Engine(Protocol):
 def list_weights(
     model: nn.Module,
     locate: Callable[[Slot], torch.Tensor],
-    cut: Callable[[str, torch.Tensor], tuple[Shape, Sequence[Fragment]]],
+    cut: Callable[[Slot, torch.Tensor], tuple[Shape, Sequence[Fragment]]],
 ) -> list[Weight]:
     """Walk a model's slots and tell each distinct tensor once, under its first name.
 
@@ -93,7 +93,7 @@ def list_weights(
                 "forward of lazy modules, loading) before building the average"
             )
         try:
-            shape, fragments = cut(slot.fqn, tensor)
+            shape, fragments = cut(slot, tensor)
         except ValueError as error:
             raise ValueError(f"{slot.fqn}: {error}") from None
         aliases = tuple(dict.fromkeys(n for n in names[id(tensor)] if n != slot.fqn))
@@ -111,9 +111,9 @@ def list_weights(
     return weights
 
 
-def cut_whole(fqn: str, tensor: torch.Tensor) -> tuple[Shape, Sequence[Fragment]]:
+def cut_whole(slot: Slot, tensor: torch.Tensor) -> tuple[Shape, Sequence[Fragment]]:
     """The cut of a tensor that is not cut: one fragment."""
-    return tuple(tensor.shape), (whole_fragment(fqn, tensor),)
+    return tuple(tensor.shape), (whole_fragment(slot.fqn, tensor),)
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

@@ -1,0 +1,178 @@
+"""FSDP1: each unit keeps its weights end to end in one flat parameter, cut evenly over ranks.
+
+[Note: the shard]
+What `parameters()` gives depends on the moment and on `use_orig_params`: shards of odd shapes,
+gathered weights, low-precision ones, or nothing but the flat parameter. The optimizer writes one
+thing only, the local shard of the flat parameter, and that is what is listed here. Of each original
+parameter the unit knows which range of it lies where in the shard. Between them lies padding, which
+is part of no weight.
+
+Private names read here, all in torch 2.13: `FullyShardedDataParallel._handle`, `._inter_node_pg`;
+of the handle `flat_param`, `process_group`, `uses_sharded_strategy`; of the flat parameter
+`_local_shard`, `_full_param_padded`, `_full_prec_full_param_padded`, `_params`, `_param_infos`,
+`_shared_param_infos`, `_shard_param_infos`, `_shapes`, `_strides`, `_param_extensions`;
+`_runtime_utils._reshard`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_ema.engines.engine import Weight, cut_whole, list_weights, pointer
+from dist_ema.layout import Fragment, Place, Shape, dense_order, range_fragments, whole
+from dist_ema.names import Slot, is_instance, slots
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Original:
+    """A parameter as the user's module had it, now part of a unit's flat parameter."""
+
+    handle: Any
+    index: int  # in the lists of the flat parameter
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """One object for all places of a tied parameter, with the `requires_grad` it trains by."""
+        flat = self.handle.flat_param
+        if flat._params is not None:
+            parameter: torch.Tensor = flat._params[self.index]
+            return parameter
+        info = flat._param_infos[self.index]
+        view: torch.Tensor = getattr(info.module, info.param_name)
+        return view
+
+    def cut(self, fqn: str) -> tuple[Shape, Sequence[Fragment]]:
+        flat, index = self.handle.flat_param, self.index
+        if flat._param_extensions[index] is not None:
+            raise ValueError("FSDP1 over tensor parallelism is not supported; use fully_shard()")
+        shape = tuple(flat._shapes[index])
+        # Strided but dense parameters (channels-last) are laid down in the order of their storage.
+        order = dense_order(torch.empty_strided(shape, flat._strides[index], device="meta"))
+        part = flat._shard_param_infos[index]
+        if not part.in_shard:
+            return shape, ()
+        start, n = part.offset_in_shard, part.numel_in_shard
+        view = _shard(self.handle).detach()[start : start + n]
+        place = Place(fqn, shape, whole(shape), order)
+        return shape, tuple(range_fragments(place, part.intra_param_start_idx, view))
+
+
+class Fsdp1Engine:
+    """Ranges of flat parameters. Nothing here communicates."""
+
+    source = "weights"
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._units: list[Any] = [m for m in model.modules() if _is_fsdp1(m) and m._handle]
+        self._handles = [unit._handle for unit in self._units]
+        self._originals = {
+            (id(module), name): original
+            for handle in self._handles
+            for module, name, original in _originals(handle)
+        }
+        self._taken = {
+            id(p): handle for handle in self._handles for p in handle.flat_param._params or ()
+        }
+        self._others = [
+            (slot.registry, slot.name)
+            for slot in slots(model)
+            if slot.is_buffer or (id(slot.owner), slot.name) not in self._originals
+        ]
+
+    @staticmethod
+    def claims(model: nn.Module) -> bool:
+        return any(_is_fsdp1(m) for m in model.modules())
+
+    def weights(self) -> list[Weight]:
+        return list_weights(self._model, self._locate, self._cut)
+
+    def stamp(self) -> list[int]:
+        shards = [pointer(_shard(handle)) for handle in self._handles]
+        return shards + [pointer(registry.get(name)) for registry, name in self._others]
+
+    def applied_steps(self) -> int | None:
+        return None
+
+    def process_groups(self) -> list[dist.ProcessGroup]:
+        groups = [handle.process_group for handle in self._handles]
+        groups += [getattr(unit, "_inter_node_pg", None) for unit in self._units]
+        return [group for group in dict.fromkeys(groups) if group is not None]
+
+    def release(self) -> None:
+        # A forward that does not reshard (SHARD_GRAD_OP, and the root under FULL_SHARD) leaves the
+        # gathered weights allocated, and the next one would read them in place of the shards.
+        from torch.distributed.fsdp._runtime_utils import _reshard
+
+        for unit in self._units:
+            handle = unit._handle
+            gathered = list(_gathered(handle))
+            if gathered:
+                _reshard(unit, handle, True)
+                # FSDP frees the one of two precisions that the mode of the module asks for now.
+                for tensor in gathered:
+                    tensor.untyped_storage().resize_(0)
+
+    def publish(self) -> None:
+        self.release()
+
+    def _original(self, slot: Slot) -> _Original | None:
+        return None if slot.is_buffer else self._originals.get((id(slot.owner), slot.name))
+
+    def _locate(self, slot: Slot) -> torch.Tensor:
+        original = self._original(slot)
+        return slot.tensor if original is None else original.tensor
+
+    def _cut(self, slot: Slot, tensor: torch.Tensor) -> tuple[Shape, Sequence[Fragment]]:
+        original = self._original(slot)
+        if original is not None:
+            return original.cut(slot.fqn)
+        if id(tensor) in self._taken:
+            raise ValueError(
+                "is tied to a weight that another FSDP unit has taken, and is a shard of it now; "
+                "wrap both modules in one unit, or untie them"
+            )
+        return cut_whole(slot, tensor)
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    library = "torch.distributed.fsdp.fully_sharded_data_parallel"
+    return is_instance(module, library, "FullyShardedDataParallel")
+
+
+def _originals(handle: Any) -> Iterator[tuple[nn.Module, str, _Original]]:
+    """Every (module, name) that registered a parameter of this unit: tied ones have several."""
+    flat = handle.flat_param
+    originals = {}
+    for index, info in enumerate(flat._param_infos):
+        originals[id(info.module), info.param_name] = original = _Original(handle, index)
+        yield info.module, info.param_name, original
+    for info in flat._shared_param_infos:
+        first = originals[id(info.prim_module), info.prim_param_name]
+        yield info.module, info.param_name, first
+
+
+def _shard(handle: Any) -> torch.Tensor:
+    """This rank's part of the flat parameter; all of it where nothing is sharded."""
+    flat: Any = handle.flat_param
+    # There is no shard before the first forward. Without sharding the flat parameter itself is
+    # viewed, so that autograd notices a write between forward and backward.
+    shard: torch.Tensor | None = getattr(flat, "_local_shard", None)
+    if shard is None or not handle.uses_sharded_strategy:
+        whole_flat: torch.Tensor = flat
+        return whole_flat
+    return shard
+
+
+def _gathered(handle: Any) -> Iterator[torch.Tensor]:
+    """Gathered weights that are allocated now."""
+    for name in ("_full_param_padded", "_full_prec_full_param_padded"):
+        tensor: torch.Tensor | None = getattr(handle.flat_param, name, None)
+        if tensor is not None and tensor.untyped_storage().size():
+            yield tensor
