@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,19 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema import replicas as storage
-from dist_ema.engines import select
-from dist_ema.engines.plain import PlainEngine
+from dist_ema.binding import Binding
 from dist_ema.export import TensorSpec, export
-from dist_ema.gather import Entry, Gatherer, on_every_rank, one_by_one
+from dist_ema.gather import Entry, one_by_one, write_into
 from dist_ema.lerp import MultiAvgFn, squared_norms
 from dist_ema.names import slots, unwrap
-from dist_ema.plan import Plan, chosen, make_plan, rebind
+from dist_ema.options import DEFAULT_NAME, Options, schedules_of
 from dist_ema.ranks import Ranks
-from dist_ema.schedule import Schedule, as_schedule, decay_at, to_json
-from dist_ema.shadow import Buffers, Shadow, Swap
-
-_NAME = "ema"
+from dist_ema.schedule import Schedule, decay_at
 
 
 class ShardedEMA:
@@ -83,36 +77,23 @@ class ShardedEMA:
                     f"model is a {type(model).__name__}, wanted the torch.nn.Module that is "
                     "trained (wrapped or not), not its parameters"
                 )
-            self._schedules = _schedules(decay)
-            if multi_avg_fn is not None and (
-                not callable(multi_avg_fn) or isinstance(decay, Mapping)
-            ):
-                raise ValueError("multi_avg_fn must be callable, and keeps one average only")
-            self._multi_avg_fn = multi_avg_fn
-            _check_options(update_every, start_step, params, buffers, replicas, dtype)
-            self._engine = select(model)
-            weights = self._engine.weights()
-            averaged = chosen(weights, params, buffers)
-        self._model = model
-        self._params = params
-        self._buffers = buffers
-        self._update_every, self._start_step = update_every, start_step
+            self._options = Options(
+                schedules_of(decay),
+                multi_avg_fn,
+                update_every,
+                start_step,
+                params,
+                buffers,
+                replicas,
+                dtype,
+            )
+        self._options.agree(self._ranks)
+        num_averages = len(self._options.schedules)
+        self._bound = Binding(model, params, buffers, replicas, dtype, num_averages, self._ranks)
         self._step = self._num_updates = 0
         self._decays: list[float] | None = None
-        self._agree_on_options(replicas, dtype)
-        split = replicas == "split"
-        self._plan = make_plan(weights, averaged, self._engine, split, self._ranks)
-        shares = any(s.group is not None for s in self._plan.sets)
-        # Where no rank shares anything, a swap needs no other rank.
-        self._any_shares = any(self._ranks.all_gather(shares))
-        self._shadow = Shadow([p.fragment for p in self._plan.pieces], dtype, len(self._schedules))
-        self._shadow.copy()
-        self._stamp = self._engine.stamp()
-        self._frozen = _frozen(self._plan, params)
-        self._applied_steps = self._engine.applied_steps()
+        self._applied_steps = self._bound.engine.applied_steps()
         self._shown: str | None = None  # name of the average that the model shows just now
-        self._replicas_checked = False
-        self._gatherer: Gatherer | None = None
         self._warn_of_low_precision(dtype)
 
     # What the average is at.
@@ -120,7 +101,7 @@ class ShardedEMA:
     @property
     def names(self) -> list[str]:
         """The averages kept."""
-        return list(self._schedules)
+        return list(self._options.schedules)
 
     @property
     def step(self) -> int:
@@ -140,25 +121,25 @@ class ShardedEMA:
         """
         if self._decays is None:
             return None
-        if list(self._schedules) == [_NAME]:
+        if self.names == [DEFAULT_NAME]:
             return self._decays[0]
-        return dict(zip(self._schedules, self._decays, strict=True))
+        return dict(zip(self.names, self._decays, strict=True))
 
     @property
     def nbytes(self) -> int:
         """Bytes that this rank holds for its averages."""
-        return self._shadow.nbytes
+        return self._bound.shadow.nbytes
 
     @property
     def source(self) -> str:
         """What is averaged: "master" (the engine's fp32 copy) or "weights"."""
-        return self._engine.source
+        return self._bound.engine.source
 
     def __repr__(self) -> str:
-        rule = self._multi_avg_fn or self._schedules
+        rule = self._options.multi_avg_fn or self._options.schedules
         return (
             f"ShardedEMA({rule!r}, step={self.step}, num_updates={self.num_updates}, "
-            f"{type(self._engine).__name__}, source={self.source!r}, nbytes={self.nbytes})"
+            f"{type(self._bound.engine).__name__}, source={self.source!r}, nbytes={self.nbytes})"
         )
 
     # Averaging.
@@ -181,41 +162,43 @@ class ShardedEMA:
                 frozen one trains now. The average is unchanged.
         """
         self._refuse_while_shown("update()")
-        self._follow_storage()
-        self._refuse_thawed()
+        self._bound.follow()
+        self._bound.refuse_thawed()
         if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
             raise ValueError(f"step is {step!r}, wanted the number of an optimizer step, >= 0")
-        applied = self._engine.applied_steps()
-        if applied is not None:
-            if applied == self._applied_steps:
-                return False
-            self._applied_steps = applied
-        now = self._step + 1 if step is None else step
-        since = now - self._start_step
-        if since > 0 and since % self._update_every:
-            self._step = now
+        applied_steps = self._bound.engine.applied_steps()
+        if applied_steps is not None and applied_steps == self._applied_steps:
             return False
-        if self._multi_avg_fn is None:
+        now = self._step + 1 if step is None else step
+        applies = self._fold(now - self._options.start_step)
+        self._applied_steps, self._step = applied_steps, now
+        self._num_updates += applies
+        return applies
+
+    def _fold(self, since: int) -> bool:
+        """Fold the live weights in, `since` steps after the copies of the start."""
+        options, shadow = self._options, self._bound.shadow
+        if since > 0 and since % options.update_every:
+            return False
+        if options.multi_avg_fn is None:
             decays = [
-                decay_at(schedule, since, self._update_every) if since > 0 else 0.0
-                for schedule in self._schedules.values()
+                decay_at(schedule, since, options.update_every) if since > 0 else 0.0
+                for schedule in options.schedules.values()
             ]
-            self._shadow.fold(decays)
+            shadow.fold(decays)
             self._decays = decays
         elif since <= 0 or self._num_updates == 0:
-            self._shadow.copy()
+            shadow.copy()
         else:
-            self._shadow.apply(self._multi_avg_fn, self._num_updates)
-        self._step = now
-        self._num_updates += 1
+            shadow.apply(options.multi_avg_fn, self._num_updates)
         return True
 
     @torch.no_grad()
     def reset(self) -> None:
         """Start again: the average is the live weights, `step` and `num_updates` are 0. Local."""
         self._refuse_while_shown("reset()")
-        self._follow_storage()
-        self._shadow.copy()
+        self._bound.follow()
+        self._bound.shadow.copy()
         self._step = self._num_updates = 0
         self._decays = None
 
@@ -228,9 +211,9 @@ class ShardedEMA:
         with self._ranks.together():
             self._refuse_while_shown("drift()")
             self._check_name(name)
-            self._follow_storage()
+            self._bound.follow()
         sums = torch.zeros(2, dtype=torch.float64)
-        for piece, value in zip(self._plan.pieces, self._values(name), strict=True):
+        for piece, value in zip(self._bound.plan.pieces, self._values(name), strict=True):
             if piece.sends:
                 sums += squared_norms(value, piece.fragment.view).cpu()
         if self._ranks.size > 1:
@@ -255,41 +238,16 @@ class ShardedEMA:
         tensor parallelism): an all-gather of the averaged weights on entry, of the live ones on
         exit, and on the first entry one all-reduce that checks that replicas are equal. Else local.
         """
-        agree = self._ranks if self._any_shares else Ranks.alone()
-        with torch.no_grad():
-            with agree.together():
-                self._refuse_while_shown("average_parameters()")
-                self._check_name(name)
-                self._follow_storage()
-            self._check_replicas(agree)
-            num_parameters = len(self._plan.parameters)
-            values = self._values(name)
-            swap = Swap([p.fragment for p in self._plan.parameters], values[:num_parameters])
-            buffers = Buffers(self._model, self._plan.buffer_views())
-            self._engine.release()
+        with self._bound.swap_ranks.together():
+            self._refuse_while_shown("average_parameters()")
+            self._check_name(name)
+            self._bound.follow()
+        with self._bound.showing(self._values(name)):
+            self._shown = name or self.names[0]
             try:
-                with agree.together():
-                    swap.enter()
-                    for piece, value in zip(
-                        self._plan.buffers, values[num_parameters:], strict=True
-                    ):
-                        piece.fragment.view.copy_(value)
-            except BaseException:
-                swap.leave()
-                buffers.restore()
-                raise
-        self._shown = name or _NAME
-        try:
-            with torch.no_grad():
-                self._share()
-            yield
-        finally:
-            with torch.no_grad():
-                self._engine.release()
-                swap.leave()
-                buffers.restore()
-                self._share()
-            self._shown = None
+                yield
+            finally:
+                self._shown = None
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module | None = None, *, name: str | None = None) -> None:
@@ -310,23 +268,14 @@ class ShardedEMA:
         with one, each byte is sent to rank 0 once and broadcast, in bounded buckets.
         """
         if module is not None:
-            self._write_into(module, name)
+            entries, buckets = self._gathered("copy_to()", name, None)
+            write_into(module, entries, buckets, self._ranks)
             return
         with self._ranks.together():
             self._refuse_while_shown("copy_to()")
             self._check_name(name)
-            self._follow_storage()
-        self._engine.release()
-        for piece, value in zip(self._plan.pieces, self._values(name), strict=True):
-            piece.fragment.view.copy_(value)
-        for replica_set in self._plan.sets:
-            replica_set.share(storage.source)
-        for weight in self._plan.weights:
-            if weight.fqn in self._plan.averaged:
-                for fragment in weight.fragments:
-                    if not fragment.in_place:
-                        fragment.shown.copy_(fragment.view)
-        self._engine.publish()
+            self._bound.follow()
+        self._bound.make_permanent(self._values(name))
 
     # Gathering.
 
@@ -345,12 +294,13 @@ class ShardedEMA:
         Collective: every rank calls it. Each byte is sent to rank 0 once, in bounded buckets.
         """
         state: dict[str, torch.Tensor] = {}
-        for entry, tensor in self._gathered("gather_state_dict()", name, dtype):
+        _, buckets = self._gathered("gather_state_dict()", name, dtype)
+        for entry, tensor in one_by_one(buckets):
             for fqn in (entry.fqn, *entry.aliases):
                 state[fqn] = tensor
         if self._ranks.rank != 0:
             return {}
-        order = {slot.fqn: i for i, slot in enumerate(slots(self._model))}
+        order = {slot.fqn: i for i, slot in enumerate(slots(self._bound.model))}
         return dict(sorted(state.items(), key=lambda item: order.get(item[0], len(order))))
 
     def gather_tensors(
@@ -360,8 +310,12 @@ class ShardedEMA:
 
         Collective: every rank calls it and exhausts the iterator, which is empty off rank 0.
         """
-        gathered = self._gathered("gather_tensors()", name, dtype)
-        return ((fqn, tensor) for entry, tensor in gathered for fqn in (entry.fqn, *entry.aliases))
+        _, buckets = self._gathered("gather_tensors()", name, dtype)
+        return (
+            (fqn, tensor)
+            for entry, tensor in one_by_one(buckets)
+            for fqn in (entry.fqn, *entry.aliases)
+        )
 
     def export(
         self,
@@ -393,16 +347,17 @@ class ShardedEMA:
 
         Collective: every rank calls it. Tensors are streamed through rank 0, one at a time.
         """
-        gathered = self._gathered("export()", name, dtype)
+        entries, buckets = self._gathered("export()", name, dtype)
+        gathered = one_by_one(buckets)
         with self._ranks.together():
             try:
                 if self._ranks.rank == 0:
                     export(
                         Path(path),
-                        unwrap(self._model),
+                        unwrap(self._bound.model),
                         [
                             TensorSpec(e.fqn, e.aliases, e.shape, e.dtype_as(dtype), e.averaged)
-                            for e in self._entries()
+                            for e in entries
                         ],
                         (tensor for _, tensor in gathered),
                         max_shard_size=max_shard_size,
@@ -417,12 +372,7 @@ class ShardedEMA:
 
     def _gathered(
         self, what: str, name: str | None, dtype: torch.dtype | None
-    ) -> Generator[tuple[Entry, torch.Tensor], None, None]:
-        return one_by_one(self._buckets_of(what, name, dtype))
-
-    def _buckets_of(
-        self, what: str, name: str | None, dtype: torch.dtype | None
-    ) -> Generator[list[tuple[Entry, torch.Tensor]], None, None]:
+    ) -> tuple[list[Entry], Generator[list[tuple[Entry, torch.Tensor]], None, None]]:
         with self._ranks.together():
             self._refuse_while_shown(what)
             self._check_name(name)
@@ -430,79 +380,8 @@ class ShardedEMA:
                 isinstance(dtype, torch.dtype) and dtype.is_floating_point
             ):
                 raise ValueError(f"dtype is {dtype!r}, wanted a floating torch.dtype or None")
-            self._follow_storage()
-        # A rank that holds nothing does not notice that storage moved: all do it if one must.
-        gatherer = self._gatherer
-        if self._ranks.any(gatherer is None) or gatherer is None:
-            gatherer = Gatherer(self._plan, self._values(name), self._ranks)
-            self._gatherer = gatherer
-        rest = [piece.fragment.view for piece in self._plan.rest]
-        return gatherer.buckets([*self._values(name), *rest], dtype)
-
-    def _write_into(self, module: nn.Module, name: str | None) -> None:
-        buckets = self._buckets_of("copy_to()", name, None)
-        entries: list[Entry] = self._ranks.broadcast(self._entries())
-        with self._ranks.together():
-            if not isinstance(module, nn.Module) or not isinstance(select(module), PlainEngine):
-                raise ValueError(
-                    f"module is a {type(module).__name__}, wanted a plain torch.nn.Module whose "
-                    "weights every rank holds whole; copy_to() without it writes the live weights"
-                )
-            targets = {slot.fqn: slot.tensor for slot in slots(module) if slot.persistent}
-            shapes = {fqn: e.shape for e in entries for fqn in (e.fqn, *e.aliases)}
-            wrong = [
-                f"{fqn}: average has {shapes.get(fqn, 'nothing')}, module has "
-                f"{tuple(targets[fqn].shape) if fqn in targets else 'nothing'}"
-                for fqn in dict.fromkeys([*shapes, *targets])
-                if fqn not in targets or shapes.get(fqn) != tuple(targets[fqn].shape)
-            ]
-            if wrong:
-                raise ValueError(f"module has another layout: {'; '.join(wrong)}")
-        for entry, tensor in on_every_rank(buckets, self._ranks):
-            for fqn in (entry.fqn, *entry.aliases):
-                targets[fqn].copy_(tensor)
-
-    def _share(self) -> None:
-        """Let replicas have each other's slices, and the forward pass what stands in storage."""
-        for replica_set in self._plan.sets:
-            replica_set.share()
-        self._engine.publish()
-
-    def _follow_storage(self) -> None:
-        """Make the plan again if the model's storage moved. Local.
-
-        Raises:
-            RuntimeError: the model is cut in another way than when the average was built.
-        """
-        if self._engine.stamp() == self._stamp:
-            return
-        engine = select(self._model)
-        plan = None
-        if type(engine) is type(self._engine):
-            plan = rebind(self._plan, engine.weights(), self._ranks)
-        if plan is None:
-            raise RuntimeError(
-                "the model's parameters were replaced since this average was built (it was cut by "
-                f"{type(self._engine).__name__}, is by {type(engine).__name__} now, or its weights "
-                "have other names, shapes or shards); build ShardedEMA after fully_shard(), DDP or "
-                "accelerator.prepare(), with the model that they return"
-            )
-        self._engine, self._plan, self._stamp = engine, plan, engine.stamp()
-        self._shadow.bind([p.fragment for p in plan.pieces])
-        self._frozen = _frozen(plan, self._params)
-        self._gatherer = None
-
-    def _entries(self) -> list[Entry]:
-        assert self._gatherer is not None
-        return self._gatherer.entries
-
-    def _refuse_thawed(self) -> None:
-        for fqn, tensor in self._frozen:
-            if tensor.requires_grad:
-                raise RuntimeError(
-                    f"{fqn}: was frozen when the average was built, so it is not averaged, and "
-                    "requires grad now; build ShardedEMA with params='all', or after unfreezing"
-                )
+            self._bound.follow()
+        return self._bound.entries_and_buckets(self._values(name), dtype)
 
     def _refuse_while_shown(self, what: str) -> None:
         if self._shown is not None:
@@ -513,29 +392,13 @@ class ShardedEMA:
 
     def _values(self, name: str | None) -> list[torch.Tensor]:
         """One average, a tensor for each of the plan's pieces."""
-        return self._shadow.values[self.names.index(name) if name is not None else 0]
+        return self._bound.shadow.values[self.names.index(name) if name is not None else 0]
 
     def _check_name(self, name: str | None) -> None:
-        if name is None and len(self._schedules) > 1:
+        if name is None and len(self.names) > 1:
             raise ValueError(f"there are several averages, {self.names}; say which by name=")
-        if name is not None and name not in self._schedules:
+        if name is not None and name not in self.names:
             raise ValueError(f"no average is named {name!r}; there is {self.names}")
-
-    def _agree_on_options(self, replicas: str, dtype: torch.dtype) -> None:
-        options = (
-            {name: to_json(schedule) for name, schedule in self._schedules.items()},
-            self._update_every,
-            self._start_step,
-            replicas,
-            str(dtype),
-        )
-        told = self._ranks.all_gather(options)
-        for rank, theirs in enumerate(told):
-            if theirs != told[0]:
-                raise ValueError(
-                    f"ranks build different averages: rank 0 has (decay, update_every, start_step, "
-                    f"replicas, dtype) = {told[0]}, rank {rank} has {theirs}"
-                )
 
     def _warn_of_low_precision(self, dtype: torch.dtype) -> None:
         if dtype.itemsize < 4:
@@ -544,7 +407,7 @@ class ShardedEMA:
                 "1 it stops moving; use dtype=torch.float32",
                 stacklevel=3,
             )
-        views = [p.fragment for p in self._plan.parameters]
+        views = [p.fragment for p in self._bound.plan.parameters]
         low = sorted({str(f.view.dtype) for f in views if f.view.element_size() < 4})
         if low and self.source == "weights":
             warnings.warn(
@@ -553,63 +416,3 @@ class ShardedEMA:
                 "use mixed precision (MixedPrecisionPolicy, autocast) if that matters",
                 stacklevel=3,
             )
-
-    def _check_replicas(self, agree: Ranks) -> None:
-        """Warn of weights that replicas do not hold alike, once. Collective where they share."""
-        if self._replicas_checked:
-            return
-        self._replicas_checked = True
-        names = sorted({n for s in self._plan.sets for n in s.differing()})
-        with agree.together():
-            if names:
-                warnings.warn(
-                    f"weights that ranks should hold alike differ: {', '.join(names)}; the average "
-                    "is made of slices of each rank's, and after average_parameters() all ranks "
-                    "hold their owners' values; synchronise them, or build ShardedEMA with "
-                    "replicas='whole'",
-                    stacklevel=5,
-                )
-
-
-def _schedules(decay: object) -> dict[str, Schedule]:
-    if not isinstance(decay, Mapping):
-        return {_NAME: as_schedule(decay)}
-    if not decay:
-        raise ValueError("decay is an empty mapping, wanted at least one name")
-    found = {}
-    for name, value in decay.items():
-        # Names become names of files.
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name):
-            raise ValueError(f"{name!r} cannot name an average; use letters, digits, _ . -")
-        found[name] = as_schedule(value)
-    return found
-
-
-def _frozen(plan: Plan, params: object) -> list[tuple[str, torch.Tensor]]:
-    """Parameters that are left out because they do not train."""
-    if params != "trainable":
-        return []
-    return [
-        (w.fqn, w.tensor) for w in plan.weights if not w.is_buffer and w.fqn not in plan.averaged
-    ]
-
-
-def _check_options(
-    update_every: int,
-    start_step: int,
-    params: object,
-    buffers: str,
-    replicas: str,
-    dtype: torch.dtype,
-) -> None:
-    for label, number, least in (("update_every", update_every, 1), ("start_step", start_step, 0)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise ValueError(f"{label} is {number!r}, wanted a whole number >= {least}")
-    if not callable(params) and params not in ("trainable", "all"):
-        raise ValueError(f"params is {params!r}, wanted 'trainable', 'all' or a predicate")
-    if buffers not in ("copy", "average"):
-        raise ValueError(f"buffers is {buffers!r}, wanted 'copy' or 'average'")
-    if replicas not in ("split", "whole"):
-        raise ValueError(f"replicas is {replicas!r}, wanted 'split' or 'whole'")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(f"dtype is {dtype!r}, wanted a floating torch.dtype of 16 bits or more")

@@ -13,8 +13,12 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from dist_ema.engines import select
+from dist_ema.engines.plain import PlainEngine
 from dist_ema.layout import Box, Place, Shape
+from dist_ema.names import slots
 from dist_ema.plan import Plan
 from dist_ema.ranks import Ranks
 
@@ -237,19 +241,43 @@ def one_by_one(
         buckets.close()
 
 
-def on_every_rank(
-    buckets: Generator[list[tuple[Entry, torch.Tensor]], None, None], ranks: Ranks
-) -> Generator[tuple[Entry, torch.Tensor], None, None]:
-    """The tensors of some buckets, on every rank. Collective: every rank exhausts it.
+def write_into(
+    module: nn.Module,
+    entries: list[Entry],
+    buckets: Generator[list[tuple[Entry, torch.Tensor]], None, None],
+    ranks: Ranks,
+) -> None:
+    """Write gathered tensors into a plain module of each rank. Collective: every rank calls it.
 
     Each tensor is broadcast from rank 0; all ranks hold one bucket at a time.
+
+    Raises:
+        ValueError: the module is sharded, or its names or shapes are others. On every rank.
     """
+    entries = ranks.broadcast(entries)
+    with ranks.together():
+        if not isinstance(module, nn.Module) or not isinstance(select(module), PlainEngine):
+            raise ValueError(
+                f"module is a {type(module).__name__}, wanted a plain torch.nn.Module whose "
+                "weights every rank holds whole; copy_to() without it writes the live weights"
+            )
+        targets = {slot.fqn: slot.tensor for slot in slots(module) if slot.persistent}
+        shapes = {fqn: e.shape for e in entries for fqn in (e.fqn, *e.aliases)}
+        wrong = [
+            f"{fqn}: average has {shapes.get(fqn, 'nothing')}, module has "
+            f"{tuple(targets[fqn].shape) if fqn in targets else 'nothing'}"
+            for fqn in dict.fromkeys([*shapes, *targets])
+            if fqn not in targets or shapes.get(fqn) != tuple(targets[fqn].shape)
+        ]
+        if wrong:
+            raise ValueError(f"module has another layout: {'; '.join(wrong)}")
     for bucket in buckets:
-        entries = ranks.broadcast([(entry, tensor.dtype) for entry, tensor in bucket])
-        for number, (entry, dtype) in enumerate(entries):
+        told = ranks.broadcast([(entry, tensor.dtype) for entry, tensor in bucket])
+        for number, (entry, dtype) in enumerate(told):
             tensor = bucket[number][1] if bucket else torch.empty(entry.shape, dtype=dtype)
             ranks.broadcast_tensor(tensor)
-            yield entry, tensor
+            for fqn in (entry.fqn, *entry.aliases):
+                targets[fqn].copy_(tensor)
 
 
 def _route(

@@ -73,6 +73,12 @@ def wrapped(module: nn.Module) -> nn.Module | None:
     return None
 
 
+def ddp_modules(model: nn.Module) -> list[Any]:
+    """The DistributedDataParallel wrappers in a model, itself included."""
+    ddp = ("torch.nn.parallel.distributed", "DistributedDataParallel")
+    return [module for module in model.modules() if is_instance(module, *ddp)]
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own outermost module."""
     while (inner := wrapped(model)) is not None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from dist_ema.layout import Fragment
 from dist_ema.lerp import Lerp, MultiAvgFn, accumulation_dtype
-from dist_ema.names import is_instance, slots
+from dist_ema.names import ddp_modules, slots
 
 _MAX_GAP = 64  # elements of a flat buffer that belong to no weight
 _ALIGNMENT_BYTES = 16  # what vectorised kernels want of the start of a tensor
@@ -132,11 +132,7 @@ class Buffers:
         self._kept = [(view, view.clone()) for view in views]
         # A forward without gradients makes DDP skip the next broadcast of buffers: it takes them to
         # be equal on all ranks, which they are no more once they are restored.
-        self._ddp = [
-            (module, module.require_forward_param_sync)
-            for module in model.modules()
-            if is_instance(module, "torch.nn.parallel.distributed", "DistributedDataParallel")
-        ]
+        self._ddp = [(m, m.require_forward_param_sync) for m in ddp_modules(model)]
 
     def restore(self) -> None:
         for registry, name, tensor in self._registered:

@@ -85,13 +85,14 @@ def list_weights(
         if not known:
             first.append((slot, tensor))
         known.append(slot.fqn)
+    empty = [slot.fqn for slot, t in first if t.is_meta or nn.parameter.is_lazy(t)]
+    if empty:
+        raise ValueError(
+            f"no storage yet: {', '.join(empty)}; materialise the model (to_empty, a first "
+            "forward of lazy modules, loading) before building the average"
+        )
     weights = []
     for slot, tensor in first:
-        if tensor.is_meta or nn.parameter.is_lazy(tensor):
-            raise ValueError(
-                f"{slot.fqn}: has no storage yet; materialise the model (to_empty, a first "
-                "forward of lazy modules, loading) before building the average"
-            )
         try:
             shape, fragments = cut(slot, tensor)
         except ValueError as error:

@@ -1,0 +1,178 @@
+"""A model's weights bound to averages of them, and what keeps the bond good while storage moves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from dist_ema.engines import select
+from dist_ema.gather import Entry, Gatherer
+from dist_ema.plan import Plan, Selects, chosen, make_plan, rebind
+from dist_ema.ranks import Ranks
+from dist_ema.replicas import source
+from dist_ema.shadow import Buffers, Shadow, Swap
+
+
+class Binding:
+    """The engine, plan and averages of one model. Its construction is collective."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Selects,
+        buffers: str,
+        replicas: str,
+        dtype: torch.dtype,
+        num_averages: int,
+        ranks: Ranks,
+    ) -> None:
+        self.model, self.ranks = model, ranks
+        self._params = params
+        with ranks.together():
+            self.engine = select(model)
+            weights = self.engine.weights()
+            averaged = chosen(weights, params, buffers)
+        self.plan = make_plan(weights, averaged, self.engine, replicas == "split", ranks)
+        # Where no rank shares anything, a swap needs no other rank.
+        self._any_shares = ranks.any(any(s.group is not None for s in self.plan.sets))
+        self.shadow = Shadow([p.fragment for p in self.plan.pieces], dtype, num_averages)
+        self.shadow.copy()
+        self._stamp = self.engine.stamp()
+        self._frozen = _frozen(self.plan, params)
+        self._replicas_checked = False
+        self._gatherer: Gatherer | None = None
+
+    def follow(self) -> None:
+        """Make the plan again if the model's storage moved. Local.
+
+        Raises:
+            RuntimeError: the model is cut in another way than when the average was built.
+        """
+        if self.engine.stamp() != self._stamp:
+            self._rebind()
+
+    def refuse_thawed(self) -> None:
+        """Raise if a weight that was left out, since it was frozen, trains now. Local."""
+        for fqn, tensor in self._frozen:
+            if tensor.requires_grad:
+                raise RuntimeError(
+                    f"{fqn}: was frozen when the average was built, so it is not averaged, and "
+                    "requires grad now; build ShardedEMA with params='all', or after unfreezing"
+                )
+
+    def _rebind(self) -> None:
+        engine = select(self.model)
+        plan = None
+        if type(engine) is type(self.engine):
+            plan = rebind(self.plan, engine.weights(), self.ranks)
+        if plan is None:
+            raise RuntimeError(
+                "the model's parameters were replaced since this average was built (it was cut by "
+                f"{type(self.engine).__name__}, is by {type(engine).__name__} now, or its weights "
+                "have other names, shapes or shards); build ShardedEMA after fully_shard(), DDP or "
+                "accelerator.prepare(), with the model that they return"
+            )
+        self.engine, self.plan, self._stamp = engine, plan, engine.stamp()
+        self.shadow.bind([p.fragment for p in plan.pieces])
+        self._frozen = _frozen(plan, self._params)
+        self._gatherer = None
+
+    def entries_and_buckets(
+        self, values: list[torch.Tensor], dtype: torch.dtype | None
+    ) -> tuple[list[Entry], Generator[list[tuple[Entry, torch.Tensor]], None, None]]:
+        """What is gathered, known on rank 0, and its tensors. Collective: every rank calls it."""
+        # A rank that holds nothing does not notice that storage moved: all do it if one must.
+        gatherer = self._gatherer
+        if self.ranks.any(gatherer is None) or gatherer is None:
+            gatherer = self._gatherer = Gatherer(self.plan, values, self.ranks)
+        rest = [piece.fragment.view for piece in self.plan.rest]
+        return gatherer.entries, gatherer.buckets([*values, *rest], dtype)
+
+    def make_permanent(self, values: list[torch.Tensor]) -> None:
+        """Write an average over the live weights, masters and low-precision copies too.
+
+        Collective where weights are replicated or the engine keeps copies.
+        """
+        self.engine.release()
+        for piece, value in zip(self.plan.pieces, values, strict=True):
+            piece.fragment.view.copy_(value)
+        for replica_set in self.plan.sets:
+            replica_set.share(source)
+        for weight in self.plan.weights:
+            if weight.fqn in self.plan.averaged:
+                for fragment in weight.fragments:
+                    if not fragment.in_place:
+                        fragment.shown.copy_(fragment.view)
+        self.engine.publish()
+
+    @contextmanager
+    def showing(self, values: list[torch.Tensor]) -> Iterator[None]:
+        """Within the block the forward pass reads an average. Collective where replicas share."""
+        self._check_replicas()
+        num_parameters = len(self.plan.parameters)
+        swap = Swap([p.fragment for p in self.plan.parameters], values[:num_parameters])
+        buffers = Buffers(self.model, self.plan.buffer_views())
+        with torch.no_grad():
+            self.engine.release()
+            try:
+                with self.swap_ranks.together():
+                    swap.enter()
+                    averaged = zip(self.plan.buffers, values[num_parameters:], strict=True)
+                    for piece, value in averaged:
+                        piece.fragment.view.copy_(value)
+            except BaseException:
+                swap.leave()
+                buffers.restore()
+                self.engine.publish()
+                raise
+        try:
+            with torch.no_grad():
+                self._share()
+            yield
+        finally:
+            with torch.no_grad():
+                self.engine.release()
+                swap.leave()
+                buffers.restore()
+                self._share()
+
+    @property
+    def swap_ranks(self) -> Ranks:
+        """The ranks that a swap involves: all of them, or this one by itself."""
+        return self.ranks if self._any_shares else Ranks.alone()
+
+    def _share(self) -> None:
+        """Let replicas have each other's slices, and the forward pass what stands in storage."""
+        for replica_set in self.plan.sets:
+            replica_set.share()
+        self.engine.publish()
+
+    @torch.no_grad()
+    def _check_replicas(self) -> None:
+        """Warn of weights that replicas do not hold alike, once. Collective where they share."""
+        if self._replicas_checked:
+            return
+        self._replicas_checked = True
+        with self.swap_ranks.together():
+            names = sorted({n for s in self.plan.sets for n in s.differing()})
+            if names:
+                warnings.warn(
+                    f"weights that ranks should hold alike differ: {', '.join(names)}; the average "
+                    "is made of slices of each rank's, and after average_parameters() all ranks "
+                    "hold their owners' values; synchronise them, or build ShardedEMA with "
+                    "replicas='whole'",
+                    stacklevel=7,
+                )
+
+
+def _frozen(plan: Plan, params: Selects) -> list[tuple[str, torch.Tensor]]:
+    """Parameters that are left out because they do not train."""
+    if params != "trainable":
+        return []
+    return [
+        (w.fqn, w.tensor) for w in plan.weights if not w.is_buffer and w.fqn not in plan.averaged
+    ]

@@ -1,0 +1,84 @@
+"""What a `ShardedEMA` is asked for, checked before anything is built."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dist_ema.lerp import MultiAvgFn
+from dist_ema.ranks import Ranks
+from dist_ema.schedule import Schedule, as_schedule, to_json
+
+DEFAULT_NAME = "ema"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The constructor's arguments, all but the model."""
+
+    schedules: dict[str, Schedule]  # by name of the average
+    multi_avg_fn: MultiAvgFn | None
+    update_every: int
+    start_step: int
+    params: str | Callable[[str, nn.Parameter], bool]
+    buffers: str
+    replicas: str
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        counts = (("update_every", self.update_every, 1), ("start_step", self.start_step, 0))
+        for label, number, least in counts:
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(f"{label} is {number!r}, wanted a whole number >= {least}")
+        if not callable(self.params) and self.params not in ("trainable", "all"):
+            raise ValueError(f"params is {self.params!r}, wanted 'trainable', 'all' or a predicate")
+        if self.buffers not in ("copy", "average"):
+            raise ValueError(f"buffers is {self.buffers!r}, wanted 'copy' or 'average'")
+        if self.replicas not in ("split", "whole"):
+            raise ValueError(f"replicas is {self.replicas!r}, wanted 'split' or 'whole'")
+        dtype = self.dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ValueError(f"dtype is {dtype!r}, wanted a floating torch.dtype, 16 bits or more")
+        if self.multi_avg_fn is not None:
+            if not callable(self.multi_avg_fn):
+                raise TypeError(f"multi_avg_fn is {self.multi_avg_fn!r}, wanted a callable")
+            if list(self.schedules) != [DEFAULT_NAME]:
+                raise ValueError("multi_avg_fn keeps one average; give it without a mapping")
+
+    def agree(self, ranks: Ranks) -> None:
+        """Refuse averages that differ from rank to rank. Collective: every rank calls it."""
+        mine = {
+            "decay": {name: to_json(schedule) for name, schedule in self.schedules.items()},
+            "update_every": self.update_every,
+            "start_step": self.start_step,
+            "buffers": self.buffers,
+            "replicas": self.replicas,
+            "dtype": str(self.dtype),
+        }
+        told = ranks.all_gather(mine)
+        for rank, theirs in enumerate(told):
+            for label, value in theirs.items():
+                if value != told[0][label]:
+                    raise ValueError(
+                        f"ranks build different averages: {label} is {told[0][label]!r} on rank 0, "
+                        f"{value!r} on rank {rank}"
+                    )
+
+
+def schedules_of(decay: object) -> dict[str, Schedule]:
+    """A schedule for each average, by its name."""
+    if not isinstance(decay, Mapping):
+        return {DEFAULT_NAME: as_schedule(decay)}
+    if not decay:
+        raise ValueError("decay is an empty mapping, wanted at least one name")
+    found = {}
+    for name, value in decay.items():
+        # Names become names of files.
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name):
+            raise ValueError(f"{name!r} cannot name an average; use letters, digits, _ . -")
+        found[name] = as_schedule(value)
+    return found
