@@ -14,7 +14,8 @@ from dist_ema.gather import Entry, Gatherer
 from dist_ema.plan import Plan, Selects, chosen, make_plan, rebind
 from dist_ema.ranks import Ranks
 from dist_ema.replicas import source
-from dist_ema.shadow import Buffers, Shadow, Swap
+from dist_ema.shadow import Buffers, Shadow, Swap, allocate
+from dist_ema.teacher import Teacher
 
 
 class Binding:
@@ -28,6 +29,7 @@ class Binding:
         replicas: str,
         dtype: torch.dtype,
         num_averages: int,
+        into: nn.Module | None,
         ranks: Ranks,
     ) -> None:
         self.model, self.ranks = model, ranks
@@ -36,11 +38,23 @@ class Binding:
             self.engine = select(model)
             weights = self.engine.weights()
             averaged = chosen(weights, params, buffers)
-        self.plan = make_plan(weights, averaged, self.engine, replicas == "split", ranks)
+        # A teacher is whole on every rank that holds it.
+        split = replicas == "split" and into is None
+        self.plan = make_plan(weights, averaged, self.engine, split, ranks)
         # Where no rank shares anything, a swap needs no other rank.
         self._any_shares = ranks.any(any(s.group is not None for s in self.plan.sets))
-        self.shadow = Shadow([p.fragment for p in self.plan.pieces], dtype, num_averages)
-        self.shadow.copy()
+        fragments = [p.fragment for p in self.plan.pieces]
+        self._teacher: Teacher | None = None
+        self._copies_buffers = buffers == "copy"
+        if into is None:
+            self.shadow = Shadow(fragments, allocate(fragments, dtype, num_averages))
+        else:
+            with ranks.together():
+                self._teacher = Teacher(into, self.engine, self.plan)
+            self.shadow = Shadow(fragments, [self._teacher.values(self.plan)])
+            with torch.no_grad():
+                self._teacher.copy_rest(self.plan, buffers_only=False)
+        self.start_again()
         self._stamp = self.engine.stamp()
         self._frozen = _frozen(self.plan, params)
         self._replicas_checked = False
@@ -54,6 +68,23 @@ class Binding:
         """
         if self.engine.stamp() != self._stamp:
             self._rebind()
+        if self._teacher is not None and self._teacher.moved():
+            self._teacher.follow(self.plan)
+            fragments = [p.fragment for p in self.plan.pieces]
+            self.shadow = Shadow(fragments, [self._teacher.values(self.plan)])
+
+    @torch.no_grad()
+    def start_again(self) -> None:
+        """Let every average be the live weights. Local."""
+        self.shadow.copy()
+        self.refresh_teacher()
+
+    def refresh_teacher(self) -> None:
+        """Let the teacher, if there is one, compute with what was averaged. Local."""
+        if self._teacher is not None:
+            if self._copies_buffers:
+                self._teacher.copy_rest(self.plan, buffers_only=True)
+            self._teacher.refresh()
 
     def refuse_thawed(self) -> None:
         """Raise if a weight that was left out, since it was frozen, trains now. Local."""

@@ -49,6 +49,9 @@ class ShardedEMA:
             all that a rank holds.
         dtype: of the average. The live weights' own is no good if it is narrower than fp32: at a
             decay of 0.9999 a bf16 average stops moving.
+        into: a second module, wrapped as the model is, whose weights become the average (a teacher,
+            as in DINO, BYOL, mean teacher). It starts as a copy of the model and is ready for a
+            forward pass after each update. Its own dtype counts; replicas keep it whole.
         process_group: the ranks that together hold the model; the default group if None.
 
     Raises:
@@ -68,6 +71,7 @@ class ShardedEMA:
         buffers: str = "copy",
         replicas: str = "split",
         dtype: torch.dtype = torch.float32,
+        into: nn.Module | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self._ranks = Ranks(process_group)
@@ -87,9 +91,13 @@ class ShardedEMA:
                 replicas,
                 dtype,
             )
+            if into is not None and len(self._options.schedules) > 1:
+                raise ValueError("into is one module and holds one average; give one decay")
         self._options.agree(self._ranks)
         num_averages = len(self._options.schedules)
-        self._bound = Binding(model, params, buffers, replicas, dtype, num_averages, self._ranks)
+        self._bound = Binding(
+            model, params, buffers, replicas, dtype, num_averages, into, self._ranks
+        )
         self._step = self._num_updates = 0
         self._decays: list[float] | None = None
         self._applied_steps = self._bound.engine.applied_steps()
@@ -191,6 +199,7 @@ class ShardedEMA:
             shadow.copy()
         else:
             shadow.apply(options.multi_avg_fn, self._num_updates)
+        self._bound.refresh_teacher()
         return True
 
     @torch.no_grad()
@@ -198,7 +207,7 @@ class ShardedEMA:
         """Start again: the average is the live weights, `step` and `num_updates` are 0. Local."""
         self._refuse_while_shown("reset()")
         self._bound.follow()
-        self._bound.shadow.copy()
+        self._bound.start_again()
         self._step = self._num_updates = 0
         self._decays = None
 

@@ -28,34 +28,17 @@ class Shadow:
     """Averages of a list of fragments. Everything is local."""
 
     def __init__(
-        self, fragments: Sequence[Fragment], dtype: torch.dtype, num_averages: int = 1
+        self, fragments: Sequence[Fragment], values: Sequence[Sequence[torch.Tensor]]
     ) -> None:
-        views = [f.view for f in fragments]
-        # For each average, a 1-D tensor for each fragment, in the order of the fragments.
-        self.values: list[list[torch.Tensor]] = [
-            [torch.empty(0)] * len(views) for _ in range(num_averages)
-        ]
-        self._buffers: list[torch.Tensor] = []
-        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for i, view in enumerate(views):
-            kind = accumulation_dtype(dtype, view.dtype) if view.is_complex() else dtype
-            kinds.setdefault((kind, view.device), []).append(i)
-        for (kind, device), members in kinds.items():
-            members.sort(key=lambda i: _address(views[i]))
-            starts, total = _pack([views[i] for i in members], kind.itemsize)
-            for values in self.values:
-                # Zeros, not empty: gaps are averaged too, and must not hold numbers that trap.
-                with torch.inference_mode(False):
-                    buffer = torch.zeros(total, dtype=kind, device=device)
-                self._buffers.append(buffer)
-                for i, start in zip(members, starts, strict=True):
-                    values[i] = buffer[start : start + views[i].numel()]
+        """`values` has for each average a 1-D tensor for each fragment."""
+        self.values = [list(of_one) for of_one in values]
         self.bind(fragments)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all averages together."""
-        return sum(b.numel() * b.element_size() for b in self._buffers)
+        """Bytes of all averages together, padding included."""
+        storages = [v.untyped_storage() for of_one in self.values for v in of_one]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def bind(self, fragments: Sequence[Fragment]) -> None:
         """Plan updates from these fragments, whose storage may have moved since the last time."""
@@ -77,6 +60,28 @@ class Shadow:
     def copy(self) -> None:
         """Start again from the live values, bit for bit where the dtypes allow."""
         self._lerp.copy()
+
+
+def allocate(
+    fragments: Sequence[Fragment], dtype: torch.dtype, num_averages: int
+) -> list[list[torch.Tensor]]:
+    """For each average a 1-D tensor for each fragment, in one flat buffer a device."""
+    views = [f.view for f in fragments]
+    averages = [[torch.empty(0)] * len(views) for _ in range(num_averages)]
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, view in enumerate(views):
+        kind = accumulation_dtype(dtype, view.dtype) if view.is_complex() else dtype
+        kinds.setdefault((kind, view.device), []).append(i)
+    for (kind, device), members in kinds.items():
+        members.sort(key=lambda i: _address(views[i]))
+        starts, total = _pack([views[i] for i in members], kind.itemsize)
+        for values in averages:
+            # Zeros, not empty: gaps are averaged too, and must not hold numbers that trap.
+            with torch.inference_mode(False):
+                buffer = torch.zeros(total, dtype=kind, device=device)
+            for i, start in zip(members, starts, strict=True):
+                values[i] = buffer[start : start + views[i].numel()]
+    return averages
 
 
 @dataclass(slots=True, eq=False)

@@ -1,0 +1,116 @@
+"""Batch-norm statistics of averaged weights, over the batches of every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # the base that torch's own update_bn looks for
+
+from dist_ema.names import ddp_modules
+from dist_ema.ranks import Ranks
+
+
+def update_bn(
+    loader: Iterable[Any],
+    model: nn.Module,
+    device: torch.device | int | str | None = None,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+) -> None:
+    """Recompute the running statistics of batch-norm layers with one pass over some batches.
+
+    What `torch.optim.swa_utils.update_bn` does, over all ranks: each rank passes its own batches
+    through the model, and every rank ends with the statistics of one process that saw them all (the
+    mean over batches). Averaged weights need it, since their activations are not those whose
+    statistics were kept in training. Inside `average_parameters()` it holds until the block ends.
+
+    Args:
+        loader: batches of this rank; of a tuple or list the first element is the input. Under FSDP
+            every rank needs as many, since each forward pass communicates.
+        model: any module, wrapped or not.
+        device: where batches are moved to first; None: they stay.
+        process_group: the ranks that share their statistics; the default group if None.
+
+    Raises:
+        ValueError: no rank passed any batch. Statistics are as before.
+
+    Collective: every rank calls it. Two numbers a channel are all-reduced at the end. Momenta and
+    training modes are restored, also on an exception; then the statistics are, too.
+    """
+    layers = [
+        m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
+    ]
+    if not layers:
+        return
+    ranks = Ranks(process_group)
+    before = [{name: b.clone() for name, b in layer.named_buffers()} for layer in layers]
+    try:
+        with ranks.together(), torch.no_grad(), _cumulative(model, layers):
+            for batch in loader:
+                inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
+                model(inputs if device is None else inputs.to(device))
+        with torch.no_grad():
+            _combine(layers, ranks)
+    except BaseException:
+        with torch.no_grad():
+            for layer, buffers in zip(layers, before, strict=True):
+                for name, buffer in layer.named_buffers():
+                    buffer.copy_(buffers[name])
+        raise
+
+
+@contextmanager
+def _cumulative(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
+    """Let layers average over batches from nothing, each rank for itself, in training mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [(layer, layer.momentum) for layer in layers]
+    # Before each forward DDP would send rank 0's statistics to all.
+    ddp = [(module, module.require_forward_param_sync) for module in ddp_modules(model)]
+    try:
+        model.train()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # a cumulative mean
+        for module, _ in ddp:
+            module.require_forward_param_sync = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for layer, momentum in momenta:
+            layer.momentum = momentum
+        for module, must_sync in ddp:
+            module.require_forward_param_sync = must_sync
+
+
+def _combine(layers: list[_BatchNorm], ranks: Ranks) -> None:
+    """Average the statistics of all ranks, weighted by the batches that each saw."""
+    rows = []
+    for layer in layers:
+        mean, variance, count = (x.double().view(-1) for x in _statistics(layer))
+        rows += [mean * count, variance * count, count]
+    sums = torch.cat(rows).to(ranks.device)
+    if ranks.size > 1:
+        dist.all_reduce(sums, group=ranks.group)
+    for layer in layers:
+        running_mean, running_var, num_batches = _statistics(layer)
+        channels = len(running_mean)
+        means, variances, total, sums = sums.split(
+            [channels, channels, 1, len(sums) - 2 * channels - 1]
+        )
+        if not total:
+            raise ValueError("update_bn: no batch passed through the batch-norm layers")
+        running_mean.copy_(means / total)
+        running_var.copy_(variances / total)
+        num_batches.copy_(total[0])
+
+
+def _statistics(layer: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    assert layer.running_mean is not None and layer.running_var is not None
+    assert layer.num_batches_tracked is not None
+    return layer.running_mean, layer.running_var, layer.num_batches_tracked

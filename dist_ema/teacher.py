@@ -1,0 +1,92 @@
+"""A second module whose weights are the average: the teacher of DINO, BYOL and mean teacher."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dist_ema.engines import select
+from dist_ema.engines.engine import Engine, Weight
+from dist_ema.layout import Fragment, Place
+from dist_ema.plan import Plan
+
+
+class Teacher:
+    """A module cut as the student is, so that each rank averages into what it holds. Local.
+
+    Shards that differ would be averaged into the wrong weights in silence, so every fragment of the
+    student must have its own of the same place.
+    """
+
+    def __init__(self, module: nn.Module, student: Engine, plan: Plan) -> None:
+        """
+        Raises:
+            ValueError: the teacher is cut in another way; the weights are named.
+        """
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"into is a {type(module).__name__}, wanted a torch.nn.Module")
+        self._module = module
+        self._engine = select(module)
+        if type(self._engine) is not type(student):
+            raise ValueError(
+                f"into is cut by {type(self._engine).__name__}, the model by "
+                f"{type(student).__name__}; wrap both in the same way"
+            )
+        self._bind(plan)
+        if any(
+            self._fragments[fragment.place].view.data_ptr() == fragment.view.data_ptr()
+            for weight in plan.weights
+            for fragment in weight.fragments
+        ):
+            raise ValueError("into shares weights with the model; give a module of its own")
+
+    def values(self, plan: Plan) -> list[torch.Tensor]:
+        """The teacher's storage of each of the plan's pieces, 1-D."""
+        return [self._fragments[piece.fragment.place].view for piece in plan.pieces]
+
+    def moved(self) -> bool:
+        """Whether storage moved since `values` was called."""
+        return self._engine.stamp() != self._stamp
+
+    def follow(self, plan: Plan) -> None:
+        """Find the storage again."""
+        self._engine = select(self._module)
+        self._bind(plan)
+
+    def copy_rest(self, plan: Plan, *, buffers_only: bool) -> None:
+        """Copy what is not averaged from the student: buffers, and frozen weights at the start."""
+        for weight in plan.weights:
+            if weight.fqn not in plan.averaged and (weight.is_buffer or not buffers_only):
+                for fragment in weight.fragments:
+                    self._fragments[fragment.place].view.copy_(fragment.view)
+
+    def refresh(self) -> None:
+        """Let the teacher's next forward pass read what was averaged."""
+        self._engine.release()
+        self._engine.publish()
+
+    def _bind(self, plan: Plan) -> None:
+        theirs = {w.fqn: w for w in self._engine.weights()}
+        wrong = [
+            problem
+            for weight in plan.weights
+            if (problem := _difference(weight, theirs.get(weight.fqn))) is not None
+        ]
+        if wrong:
+            raise ValueError(f"into has another layout than the model: {'; '.join(wrong)}")
+        self._fragments: dict[Place, Fragment] = {
+            f.place: f for w in theirs.values() for f in w.fragments
+        }
+        self._stamp = self._engine.stamp()
+
+
+def _difference(mine: Weight, theirs: Weight | None) -> str | None:
+    if theirs is None:
+        return f"{mine.fqn} is missing"
+    if theirs.shape != mine.shape:
+        return f"{mine.fqn} has shape {theirs.shape}, the model's {mine.shape}"
+    if [f.place for f in theirs.fragments] != [f.place for f in mine.fragments]:
+        return f"{mine.fqn} is sharded in another way"
+    if any(not f.in_place for f in theirs.fragments):
+        return f"{mine.fqn} is a copy that its engine overwrites from a master"
+    return None
