@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from dist_ema.engines import select
+from dist_ema.engines.engine import Weight
 from dist_ema.gather import Entry, Gatherer
 from dist_ema.plan import Plan, Selects, chosen, make_plan, rebind
 from dist_ema.ranks import Ranks
 from dist_ema.replicas import source
-from dist_ema.shadow import Buffers, Shadow, Swap, allocate
+from dist_ema.shadow import Buffers, Shadow, Swap, allocate, shadow_dtype
 from dist_ema.teacher import Teacher
 
 
@@ -33,7 +34,7 @@ class Binding:
         ranks: Ranks,
     ) -> None:
         self.model, self.ranks = model, ranks
-        self._params = params
+        self._params, self._dtype = params, dtype
         with ranks.together():
             self.engine = select(model)
             weights = self.engine.weights()
@@ -111,6 +112,12 @@ class Binding:
         self.shadow.bind([p.fragment for p in plan.pieces])
         self._frozen = _frozen(plan, self._params)
         self._gatherer = None
+
+    def average_dtype(self, weight: Weight) -> torch.dtype:
+        """The dtype in which a weight is averaged, on whatever rank. Local."""
+        if self._teacher is not None:
+            return self._teacher.dtype_of(weight.fqn)
+        return shadow_dtype(self._dtype, weight.tensor)
 
     def entries_and_buckets(
         self, values: list[torch.Tensor], dtype: torch.dtype | None

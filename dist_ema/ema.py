@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_ema import checkpoint, stateful
 from dist_ema.binding import Binding
+from dist_ema.checkpoint import Handle, Part, TensorInfo
 from dist_ema.export import TensorSpec, export
 from dist_ema.gather import Entry, one_by_one, write_into
 from dist_ema.lerp import MultiAvgFn, squared_norms
@@ -377,7 +380,128 @@ class ShardedEMA:
             finally:
                 gathered.close()  # lets the others go on sending if writing failed
 
+    # Resuming.
+
+    def save(self, path: str | Path, *, asynchronous: bool = False) -> Handle | None:
+        """Write all averages, cut as they are, with their counters and schedules.
+
+        A directory of safetensors files, one or a few of each rank, and a manifest with checksums;
+        nothing in it can be executed. It appears whole: until every rank has written and synced,
+        what was at `path` stands, and then it is replaced at one instant.
+
+        Args:
+            path: directory on a file system that all ranks share.
+            asynchronous: return after one copy of this rank's bytes and write in the background.
+                The handle's `result()` waits, and raises what went wrong. A save or load that
+                follows waits for it first, and so does the end of the process.
+
+        Raises:
+            CheckpointError: an average holds NaN or Inf (the tensors are named), or a rank cannot
+                write. On every rank; what was at `path` is as it was.
+
+        Collective: every rank calls it. Each rank writes what it owns; four small exchanges.
+        """
+        self._ready("save()")
+        return checkpoint.save(
+            path, self._parts(), self._tensors(), self._state(), self._ranks,
+            asynchronous=asynchronous,
+        )  # fmt: skip
+
+    def load(self, path: str | Path, *, strict: bool = True) -> None:
+        """Take averages and counters from a checkpoint, under whatever engine and world it was.
+
+        A consolidated safetensors file or directory, of any model with these names, is taken too;
+        counting then starts at 0. A schedule that differs from the constructor's is warned of, and
+        the constructor's goes on.
+
+        Args:
+            strict: refuse missing and unexpected tensors, instead of warning of them.
+
+        Raises:
+            CheckpointError: the checkpoint is cut short, altered or none; an average or a tensor is
+                missing, unexpected or of another shape (all are listed). On every rank; nothing has
+                changed.
+
+        Collective: every rank calls it, and reads what it holds.
+        """
+        self._ready("load()")
+        names = {n for w in self._bound.plan.weights for n in (w.fqn, *w.aliases)}
+        state = checkpoint.load(
+            path, self._parts(), self._tensors(), self._ranks, strict=strict, others=names
+        )
+        self._resume(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `torch.distributed.checkpoint`: `dcp.save({"model": ..., "ema": ema})`. Local.
+
+        Values are tensors that it cuts and reshards, and share the average's storage. On one rank
+        alone they are no full state dict; `gather_state_dict()` is.
+        """
+        self._refuse_while_shown("state_dict()")
+        self._bound.follow()
+        return stateful.state_dict(self._parts(), self._tensors(), self._state())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take what `torch.distributed.checkpoint` filled in. Local.
+
+        Raises:
+            CheckpointError: it is of other averages or tensors. Nothing has changed.
+        """
+        self._refuse_while_shown("load_state_dict()")
+        self._bound.follow()
+        self._resume(stateful.load_state_dict(state_dict, self._parts(), self._tensors()))
+
     # Inside.
+
+    def _ready(self, what: str) -> None:
+        with self._ranks.together():
+            self._refuse_while_shown(what)
+            self._bound.follow()
+
+    def _parts(self) -> dict[str, list[Part]]:
+        """What this rank holds of each average."""
+        pieces = self._bound.plan.pieces
+        return {
+            name: [
+                Part(piece.fragment.place, value, piece.sends)
+                for piece, value in zip(pieces, values, strict=True)
+            ]
+            for name, values in zip(self.names, self._bound.shadow.values, strict=True)
+        }
+
+    def _tensors(self) -> list[TensorInfo]:
+        """What is averaged, on any rank."""
+        return [
+            TensorInfo(w.fqn, w.aliases, w.shape, self._bound.average_dtype(w))
+            for w in self._bound.plan.weights
+            if w.fqn in self._bound.plan.averaged
+        ]
+
+    def _state(self) -> dict[str, Any]:
+        """Counters and schedules, as JSON."""
+        options = self._options
+        decays: Sequence[float | None] = self._decays or [None] * len(self.names)
+        return {
+            "step": self.step,
+            "num_updates": self.num_updates,
+            "update_every": options.update_every,
+            "start_step": options.start_step,
+            "averages": {
+                name: {"schedule": options.rule(name), "decay": decay}
+                for name, decay in zip(self.names, decays, strict=True)
+            },
+        }
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state that was saved; from the start if it is empty."""
+        for told in checkpoint.differing_schedules(state, self._state()) if state else ():
+            warnings.warn(told, stacklevel=3)
+        self._step, self._num_updates = state.get("step", 0), state.get("num_updates", 0)
+        averages: Mapping[str, Any] = state.get("averages", {})
+        saved: list[Any] = [averages[name]["decay"] for name in self.names] if averages else [None]
+        self._decays = None if None in saved else [float(decay) for decay in saved]
+        self._applied_steps = self._bound.engine.applied_steps()
+        self._bound.refresh_teacher()
 
     def _gathered(
         self, what: str, name: str | None, dtype: torch.dtype | None

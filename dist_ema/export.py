@@ -33,7 +33,7 @@ _SIZE_UNITS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -78,7 +78,7 @@ def export(
     stem = name.removesuffix(".safetensors")
     if not name.endswith(".safetensors") or Path(name).name != name or not stem:
         raise ValueError(f"weights_name is {name!r}, wanted a file name that ends in .safetensors")
-    unknown = [f"{s.fqn} ({s.dtype})" for s in specs if s.dtype not in _DTYPES]
+    unknown = [f"{s.fqn} ({s.dtype})" for s in specs if s.dtype not in DTYPES]
     if unknown:
         raise ValueError(f"safetensors has no dtype for {', '.join(unknown)}")
     files = _split(specs, stem, max_bytes(max_shard_size))
@@ -115,7 +115,7 @@ def safetensors_header(specs: Sequence[TensorSpec], metadata: dict[str, str]) ->
     end = 0
     for spec in specs:
         header[spec.fqn] = {
-            "dtype": _DTYPES[spec.dtype],
+            "dtype": DTYPES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [end, end + spec.nbytes],
         }

@@ -1,10 +1,18 @@
-"""Directories that appear whole or not at all."""
+"""Directories that appear whole or not at all.
+
+[Note: siblings]
+A directory `NAME` is written as `.NAME.tmp-xxxxxxxx` beside it and exchanged with what stands
+there; what stood there is then removed under that name. Where the file system cannot exchange two
+names, the old directory is `.NAME.old-xxxxxxxx` for the moment between two renames. Whatever a
+killed process left of these is put right by `clear_stale`, and read by `find`.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,26 +35,48 @@ def replaced_directory(path: Path, keep: Callable[[str], bool] | None = None) ->
         path: directory; its parents are made.
         keep: which entries of the old directory, by name, go over to the new one as they are.
     """
-    path = path.resolve() if path.is_symlink() else path.absolute()
+    path = target(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} exists and is no directory")
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.parent / f".{path.name}.tmp-{uuid.uuid4().hex[:8]}"
+    clear_stale(path)
+    new = sibling(path, "tmp")
     new.mkdir()
     try:
         yield new
-        if keep is not None and path.exists():
-            for entry in path.iterdir():
-                if keep(entry.name) and not (new / entry.name).exists():
-                    _carry(entry, new / entry.name)
-        for file in new.iterdir():
-            if file.is_file():
-                sync(file)
-        sync(new)
-        _put_in_place(new, path)
+        put_in_place(new, path, keep)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+def target(path: Path) -> Path:
+    """The absolute path that is to be replaced: a link's target stands for the link."""
+    return path.resolve() if path.is_symlink() else path.absolute()
+
+
+def sibling(path: Path, kind: str) -> Path:
+    """A fresh hidden name beside a path; `kind` is one of those of `clear_stale`."""
+    return path.parent / f".{path.name}.{kind}-{uuid.uuid4().hex[:8]}"
+
+
+def clear_stale(path: Path) -> None:
+    """Remove what killed writers of this path left beside it; put the old one back if it is all.
+
+    Only for the one process that writes `path` next: what another one writes just now would go too.
+    """
+    if not path.exists() and (old := _latest_old(path)) is not None:
+        os.rename(old, path)
+    for entry in _siblings(path, "tmp|old|mail"):
+        shutil.rmtree(entry, ignore_errors=True)
+
+
+def find(path: Path) -> Path:
+    """The directory to read for a path: itself, or the one that a killed writer had put aside."""
+    path = target(path)
+    if path.exists():
+        return path
+    return _latest_old(path) or path
 
 
 def sync(path: Path) -> None:
@@ -56,6 +86,52 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def put_in_place(new: Path, path: Path, keep: Callable[[str], bool] | None = None) -> None:
+    """Let a sibling take the place of a path, in one step where the system can; durable after.
+
+    Its own files are synced here; those in its directories are the caller's to sync.
+    """
+    if keep is not None and path.exists():
+        for entry in path.iterdir():
+            if keep(entry.name) and not (new / entry.name).exists():
+                _carry(entry, new / entry.name)
+    for entry in new.iterdir():
+        if entry.is_file() or entry.is_dir():
+            sync(entry)
+    sync(new)
+    try:
+        os.rename(new, path)  # replaces an empty directory as well
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if _exchange(new, path):
+            old = new
+        else:
+            old = sibling(path, "old")
+            os.rename(path, old)
+            try:
+                os.rename(new, path)
+            except OSError:
+                os.rename(old, path)
+                raise
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    sync(path.parent)
+
+
+def _siblings(path: Path, kinds: str) -> list[Path]:
+    pattern = re.compile(re.escape(f".{path.name}.") + rf"({kinds})-[0-9a-f]{{8}}")
+    try:
+        entries = list(path.parent.iterdir())
+    except FileNotFoundError:
+        return []
+    return [entry for entry in entries if pattern.fullmatch(entry.name)]
+
+
+def _latest_old(path: Path) -> Path | None:
+    return max(_siblings(path, "old"), key=lambda entry: entry.stat().st_ctime, default=None)
 
 
 def _carry(source: Path, target: Path) -> None:
@@ -72,23 +148,6 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copy2(source, target)
-
-
-def _put_in_place(new: Path, path: Path) -> None:
-    try:
-        os.rename(new, path)  # replaces an empty directory as well
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        if _exchange(new, path):
-            old = new
-        else:
-            old = path.parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
-            os.rename(path, old)
-            os.rename(new, path)
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    sync(path.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -49,10 +50,16 @@ class Options:
             if list(self.schedules) != [DEFAULT_NAME]:
                 raise ValueError("multi_avg_fn keeps one average; give it without a mapping")
 
+    def rule(self, name: str) -> dict[str, Any]:
+        """How an average is made, as JSON."""
+        if self.multi_avg_fn is not None:
+            return to_json(cast(Schedule, self.multi_avg_fn))  # by its name, as any callable
+        return to_json(self.schedules[name])
+
     def agree(self, ranks: Ranks) -> None:
         """Refuse averages that differ from rank to rank. Collective: every rank calls it."""
         mine = {
-            "decay": {name: to_json(schedule) for name, schedule in self.schedules.items()},
+            "decay": {name: self.rule(name) for name in self.schedules},
             "update_every": self.update_every,
             "start_step": self.start_step,
             "buffers": self.buffers,

@@ -62,6 +62,11 @@ class Shadow:
         self._lerp.copy()
 
 
+def shadow_dtype(wanted: torch.dtype, live: torch.Tensor) -> torch.dtype:
+    """The dtype of an average: the wanted one, or its complex counterpart at least."""
+    return accumulation_dtype(wanted, live.dtype) if live.is_complex() else wanted
+
+
 def allocate(
     fragments: Sequence[Fragment], dtype: torch.dtype, num_averages: int
 ) -> list[list[torch.Tensor]]:
@@ -70,8 +75,7 @@ def allocate(
     averages = [[torch.empty(0)] * len(views) for _ in range(num_averages)]
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, view in enumerate(views):
-        kind = accumulation_dtype(dtype, view.dtype) if view.is_complex() else dtype
-        kinds.setdefault((kind, view.device), []).append(i)
+        kinds.setdefault((shadow_dtype(dtype, view), view.device), []).append(i)
     for (kind, device), members in kinds.items():
         members.sort(key=lambda i: _address(views[i]))
         starts, total = _pack([views[i] for i in members], kind.itemsize)

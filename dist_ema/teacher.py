@@ -44,6 +44,10 @@ class Teacher:
         """The teacher's storage of each of the plan's pieces, 1-D."""
         return [self._fragments[piece.fragment.place].view for piece in plan.pieces]
 
+    def dtype_of(self, fqn: str) -> torch.dtype:
+        """The dtype of one of the teacher's weights."""
+        return self._dtypes[fqn]
+
     def moved(self) -> bool:
         """Whether storage moved since `values` was called."""
         return self._engine.stamp() != self._stamp
@@ -74,6 +78,7 @@ class Teacher:
         ]
         if wrong:
             raise ValueError(f"into has another layout than the model: {'; '.join(wrong)}")
+        self._dtypes = {fqn: w.tensor.dtype for fqn, w in theirs.items()}
         self._fragments: dict[Place, Fragment] = {
             f.place: f for w in theirs.values() for f in w.fragments
         }

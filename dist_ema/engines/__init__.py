@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from dist_ema.engines.deepspeed import ZeroEngine
 from dist_ema.engines.dtensor import DTensorEngine
 from dist_ema.engines.engine import Engine
 from dist_ema.engines.fsdp1 import Fsdp1Engine
 from dist_ema.engines.plain import PlainEngine
 
 # The most specific first; the last claims any module.
-_ENGINES = (Fsdp1Engine, DTensorEngine, PlainEngine)
+_ENGINES = (ZeroEngine, Fsdp1Engine, DTensorEngine, PlainEngine)
 
 
 def select(model: nn.Module) -> Engine:

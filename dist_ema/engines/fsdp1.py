@@ -16,6 +16,8 @@ of the handle `flat_param`, `process_group`, `uses_sharded_strategy`; of the fla
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,8 @@ from dist_ema.engines.engine import Weight, cut_whole, list_weights, pointer
 from dist_ema.layout import Fragment, Place, Shape, dense_order, range_fragments, whole
 from dist_ema.names import Slot, is_instance, slots
 
+_RARE = 4  # weights of one shape, at most, that may be one weight cut apart
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Original:
@@ -35,6 +39,10 @@ class _Original:
 
     handle: Any
     index: int  # in the lists of the flat parameter
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.handle.flat_param._shapes[self.index])
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -51,16 +59,20 @@ class _Original:
         flat, index = self.handle.flat_param, self.index
         if flat._param_extensions[index] is not None:
             raise ValueError("FSDP1 over tensor parallelism is not supported; use fully_shard()")
-        shape = tuple(flat._shapes[index])
         # Strided but dense parameters (channels-last) are laid down in the order of their storage.
-        order = dense_order(torch.empty_strided(shape, flat._strides[index], device="meta"))
-        part = flat._shard_param_infos[index]
+        order = dense_order(torch.empty_strided(self.shape, flat._strides[index], device="meta"))
+        place = Place(fqn, self.shape, whole(self.shape), order)
+        return self.shape, tuple(range_fragments(place, *self.held()))
+
+    def held(self) -> tuple[int, torch.Tensor]:
+        """Where this rank's range of the parameter starts, in storage order, and its values."""
+        part = self.handle.flat_param._shard_param_infos[self.index]
+        shard = _shard(self.handle).detach()
         if not part.in_shard:
-            return shape, ()
-        start, n = part.offset_in_shard, part.numel_in_shard
-        view = _shard(self.handle).detach()[start : start + n]
-        place = Place(fqn, shape, whole(shape), order)
-        return shape, tuple(range_fragments(place, part.intra_param_start_idx, view))
+            return 0, shard[:0]
+        return part.intra_param_start_idx, shard.narrow(
+            0, part.offset_in_shard, part.numel_in_shard
+        )
 
 
 class Fsdp1Engine:
@@ -85,6 +97,7 @@ class Fsdp1Engine:
             for slot in slots(model)
             if slot.is_buffer or (id(slot.owner), slot.name) not in self._originals
         ]
+        self._warn_of_cut_ties()
 
     @staticmethod
     def claims(model: nn.Module) -> bool:
@@ -122,6 +135,28 @@ class Fsdp1Engine:
     def publish(self) -> None:
         self.release()
 
+    def _warn_of_cut_ties(self) -> None:
+        """A weight tied across two units is two weights from then on.
+
+        No trace of the tie is left but equal values, looked for among weights of a rare shape.
+        """
+        alike: dict[Shape, dict[_Original, str]] = {}
+        for slot in slots(self._model):
+            original = self._original(slot)
+            if original is not None and original.tensor.requires_grad:
+                alike.setdefault(original.shape, {}).setdefault(original, slot.fqn)
+        for fqns in alike.values():
+            if len(fqns) > _RARE:
+                continue
+            for a, b in itertools.combinations(fqns, 2):
+                if a.handle is not b.handle and _same_values(a, b):
+                    warnings.warn(
+                        f"{fqns[a]} and {fqns[b]} hold the same values in two FSDP units; if they "
+                        "were tied, they train and are averaged as different weights now: wrap the "
+                        "modules that share a weight in one unit",
+                        stacklevel=6,
+                    )
+
     def _original(self, slot: Slot) -> _Original | None:
         return None if slot.is_buffer else self._originals.get((id(slot.owner), slot.name))
 
@@ -156,6 +191,17 @@ def _originals(handle: Any) -> Iterator[tuple[nn.Module, str, _Original]]:
     for info in flat._shared_param_infos:
         first = originals[id(info.prim_module), info.prim_param_name]
         yield info.module, info.param_name, first
+
+
+def _same_values(a: _Original, b: _Original) -> bool:
+    """Whether this rank sees that two weights of one shape are equal, and no constants."""
+    (first_a, values_a), (first_b, values_b) = a.held(), b.held()
+    first = max(first_a, first_b)
+    part_a, part_b = values_a[first - first_a :], values_b[first - first_b :]
+    common = min(part_a.numel(), part_b.numel())
+    if not common or not torch.equal(part_a[:common], part_b[:common]):
+        return False
+    return bool((part_a[:common] != part_a[0]).any())
 
 
 def _shard(handle: Any) -> torch.Tensor:

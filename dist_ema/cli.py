@@ -1,0 +1,220 @@
+"""Checkpoints looked at from the shell: no process group, no engine, no model.
+
+    dist-ema inspect PATH [--json]      what a checkpoint holds
+    dist-ema verify PATH                read it all and compare every checksum
+
+Exit status: 0 if all is well, 1 if the checkpoint is not, 2 if the command makes no sense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dist_ema import consolidated, verify
+from dist_ema.blocks import Files
+from dist_ema.manifest import CheckpointError, Manifest, SavedAverage
+
+_PROGRESS_EVERY_S = 0.2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        run: Callable[[argparse.Namespace], int] = options.run
+        status = run(options)
+        sys.stdout.flush()
+        return status
+    except CheckpointError as error:
+        sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
+        return 1
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dist-ema", description="Checkpoints of averaged weights")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="show what a checkpoint holds")
+    inspect.add_argument("path", type=Path, help="a checkpoint, or plain safetensors")
+    inspect.add_argument("--json", action="store_true", help="write JSON, for programs")
+    inspect.set_defaults(run=_inspect)
+
+    check = commands.add_parser("verify", help="read a checkpoint and compare every checksum")
+    check.add_argument("path", type=Path, help="a checkpoint")
+    check.set_defaults(run=_verify)
+    return parser
+
+
+# inspect
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    files, about = consolidated.open_any(options.path)
+    with files:
+        told = _summary(files, about)
+    if options.json:
+        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        return 0
+    written = told["written"]
+    _say(f"{told['path']}: {_size(told['nbytes'])} in {told['num_files']} files")
+    if written:
+        _say(
+            f"written by {written.get('world_size')} ranks, {written.get('time')}, "
+            f"dist_ema {written.get('dist_ema')}, torch {written.get('torch')}"
+        )
+    if told["state"]:
+        _say(f"step {told['state']['step']}, {told['state']['num_updates']} updates")
+    for name, average in told["averages"].items():
+        _say("")
+        _say(
+            f"average {name or '(without a name)'}: {len(average['tensors'])} tensors, "
+            f"{average['num_elements']:,} elements, {_size(average['nbytes'])}"
+        )
+        if "schedule" in average:
+            _say(f"schedule {_schedule(average['schedule'])}, last decay {average.get('decay')}")
+        _table(
+            ("tensor", "shape", "dtype", "boxes", "size"),
+            [
+                (
+                    " = ".join([fqn, *tensor["aliases"]]),
+                    " x ".join(map(str, tensor["shape"])) or "scalar",
+                    tensor["dtype"],
+                    str(tensor["num_boxes"]),
+                    _size(tensor["nbytes"]),
+                )
+                for fqn, tensor in average["tensors"].items()
+            ],
+        )
+    return 0
+
+
+def _summary(files: Files, about: Manifest) -> dict[str, Any]:
+    states = about.state.get("averages", {})
+    averages = about.averages
+    return {
+        "path": str(files.directory),
+        "id": about.id,
+        "checksum": about.algorithm,
+        "nbytes": sum(f.nbytes for a in averages.values() for f in a.files.values()),
+        "num_files": sum(len(a.files) for a in averages.values()),
+        "written": dict(about.written),
+        "state": dict(about.state),
+        "averages": {n: states.get(n, {}) | _average_summary(a) for n, a in averages.items()},
+    }
+
+
+def _average_summary(average: SavedAverage) -> dict[str, Any]:
+    tensors = average.tensors
+    return {
+        "directory": average.directory,
+        "num_elements": sum(s.box.numel for t in tensors.values() for s in t.boxes),
+        "nbytes": sum(t.nbytes for t in tensors.values()),
+        "tensors": {
+            fqn: {
+                "shape": list(t.shape),
+                "dtype": t.dtype,
+                "aliases": list(t.aliases),
+                "num_boxes": len(t.boxes),
+                "nbytes": t.nbytes,
+            }
+            for fqn, t in tensors.items()
+        },
+    }
+
+
+def _schedule(schedule: Mapping[str, Any]) -> str:
+    fields = ", ".join(f"{key}={value}" for key, value in schedule.items() if key != "kind")
+    return f"{schedule.get('kind')}({fields})"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Columns as wide as they must be; the first two left, numbers right."""
+    printable = [head, *(tuple(map(_printable, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*printable, strict=True)]
+    for row in printable:
+        cells = [
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        _say(f"  {'  '.join(cells)}".rstrip())
+
+
+# verify
+
+
+def _verify(options: argparse.Namespace) -> int:
+    files, about = consolidated.open_any(options.path)
+    with files:
+        if not about.algorithm:
+            raise CheckpointError(
+                f"{options.path}: has no manifest.json, so there are no checksums to compare"
+            )
+        boxes = [
+            saved for a in about.averages.values() for t in a.tensors.values() for saved in t.boxes
+        ]
+        nbytes = sum(saved.nbytes for saved in boxes)
+        with _progress(nbytes) as advance:
+            problems = list(verify.problems(files, about, advance))
+    for problem in problems:
+        _say(problem)
+    if problems:
+        _say(f"{files.directory}: damaged, {len(problems)} problems")
+        return 1
+    _say(f"{files.directory}: good; {len(boxes)} boxes, {_size(nbytes)}, {about.algorithm}")
+    return 0
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], object]]:
+    """A bar on a terminal: tqdm's where it is installed, else a percentage."""
+    if not sys.stderr.isatty():
+        yield lambda nbytes: None
+        return
+    try:
+        tqdm = importlib.import_module("tqdm").tqdm
+    except ImportError:
+        done, shown = 0, 0.0
+
+        def advance(nbytes: int) -> None:
+            nonlocal done, shown
+            done += nbytes
+            if time.monotonic() - shown > _PROGRESS_EVERY_S:
+                shown = time.monotonic()
+                sys.stderr.write(f"\r{done * 100 // max(total, 1)} %")
+                sys.stderr.flush()
+
+        yield advance
+        sys.stderr.write("\r")
+        return
+    with tqdm(total=total, unit="B", unit_scale=True, leave=False) as bar:
+        yield bar.update
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(_printable(text) + "\n")
+
+
+def _printable(text: str) -> str:
+    """The text without what a terminal would obey: names come from a file."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _size(nbytes: int) -> str:
+    size, unit = float(nbytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{nbytes} B" if unit == "B" else f"{size:.3g} {unit}"

@@ -1,0 +1,151 @@
+"""Kills saves at random moments and checks that nothing is lost.
+
+    python -m tests.checkpoint_kill --kills 200
+
+Each round forks one or two ranks that save to one path over and over, in the foreground or the
+background, and kills all of them or one with SIGKILL after a random while. Then what is at the path
+must be whole, and be the last save that was finished or the one under way; the next save must leave
+nothing beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dist_ema import files
+from dist_ema.checkpoint import load, save
+from dist_ema.ranks import Ranks
+from tests.cuts import blank, infos, parts_of, state_of
+
+TENSORS = infos({"a": (300, 700), "b": (1000,), "c": (64, 3, 3, 3), "d": ()})
+LONGEST_S = 0.25  # of a round after its first save: some ten saves
+
+
+def write(path: Path, step: int, ranks: Ranks, asynchronous: bool = False):
+    values = {t.fqn: torch.full(t.shape, float(step)) for t in TENSORS}
+    parts = parts_of("flat", TENSORS, values, ranks)
+    return save(
+        path, {"ema": parts}, TENSORS, state_of(step=step), ranks, asynchronous=asynchronous
+    )
+
+
+def read(path: Path) -> int:
+    """The step of the average at a path, all of which must be of that step."""
+    parts = blank("rows", TENSORS, Ranks.alone())
+    step = load(path, {"ema": parts}, TENSORS, Ranks.alone())["step"]
+    for part in parts:
+        assert bool((part.values == step).all()), f"{part.place.fqn}: not of step {step}"
+    return step
+
+
+def rank_main(rank: int, size: int, path: Path, step: int, mode: str, told: int) -> None:
+    """Save until killed; rank 0 tells each step that is finished."""
+    ranks = Ranks()
+    if size > 1:
+        dist.init_process_group(
+            "gloo", rank=rank, world_size=size, init_method=f"file://{path}.store-{step}"
+        )
+        ranks = Ranks()
+    while True:
+        step += 1
+        handle = write(path, step, ranks, mode == "background")
+        if handle is not None:
+            handle.result()
+        if rank == 0:
+            os.write(told, step.to_bytes(8, "little"))
+
+
+def play(path: Path, step: int, size: int, mode: str, victims: str, longest_s: float) -> int:
+    """One round. Returns the last step that was finished for certain."""
+    reading, told = os.pipe()
+    children = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(reading)
+                devnull = os.open(os.devnull, os.O_WRONLY)
+                if victims == "one":
+                    os.dup2(devnull, 2)  # the survivors complain
+                rank_main(rank, size, path, step, mode, told)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        children.append(pid)
+    os.close(told)
+    finished = int.from_bytes(os.read(reading, 8) or step.to_bytes(8, "little"), "little")
+    time.sleep(random.uniform(0, longest_s))
+    first = children if victims == "all" else [random.choice(children)]
+    for pid in first:
+        os.kill(pid, signal.SIGKILL)
+    if victims == "one":
+        time.sleep(0.05)
+        for pid in set(children) - set(first):
+            os.kill(pid, signal.SIGKILL)
+    for pid in children:
+        os.waitpid(pid, 0)
+    while data := os.read(reading, 8):
+        finished = int.from_bytes(data, "little")
+    os.close(reading)
+    for store in path.parent.glob(f"{path.name}.store-*"):
+        store.unlink()
+    return finished
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    random.seed(options.seed)
+    torch.set_num_threads(1)
+    found: collections.Counter[str] = collections.Counter()
+    exchange, rename = files._exchange, os.rename
+
+    def slowly(old, new):
+        rename(old, new)
+        time.sleep(0.02)
+
+    with tempfile.TemporaryDirectory() as directory:
+        path, step = Path(directory) / "ema", 0
+        write(path, step, Ranks.alone())
+        for kill in range(options.kills):
+            size, mode = 1 + kill % 2, ("foreground", "background")[kill // 2 % 2]
+            victims = ("all", "one")[kill // 4 % 2] if size > 1 else "all"
+            # Every eighth round on a file system that could not exchange two names.
+            files._exchange = (lambda a, b: False) if kill % 8 in (6, 7) else exchange
+            os.rename = slowly if kill % 8 in (6, 7) else rename
+            last = play(path, step, size, mode, victims, LONGEST_S * (1 + (size > 1)))
+            debris = sorted(p.name for p in path.parent.iterdir() if p != path)
+            step = read(path)
+            assert step in (last, last + 1), f"read {step}, {last} was finished"
+            found["the last finished" if step == last else "the one under way"] += 1
+            found["with debris"] += bool(debris)
+            found["put aside"] += any(".old-" in name for name in debris) and not path.exists()
+            files._exchange, os.rename = exchange, rename
+            if kill % 3 == 0:
+                step += 1
+                write(path, step, Ranks.alone())
+                left = [p.name for p in path.parent.iterdir()]
+                assert left == [path.name], left
+                assert read(path) == step
+    print(f"{options.kills} kills: {dict(found)}")
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,187 @@
+"""Made-up averages, cut in every way that an engine may cut them, without an engine.
+
+The oracle is the full tensor: a part holds the slice of it that its box says, in its storage order.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ema.boxed import Part, TensorInfo
+from dist_ema.layout import Box, Place, flat_boxes
+from dist_ema.ranks import Ranks
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "emb.weight": (13, 6),
+    "conv.weight": (4, 3, 3, 2),
+    "scale": (),
+    "empty": (0, 3),
+    "bias": (1,),
+    "norm.weight": (7,),
+    "cube": (3, 2, 5),
+}
+ALIASES = {"emb.weight": ("head.weight",)}
+CHANNELS_LAST = (0, 2, 3, 1)
+
+
+def infos(
+    shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32
+) -> list[TensorInfo]:
+    return [TensorInfo(fqn, ALIASES.get(fqn, ()), shape, dtype) for fqn, shape in shapes.items()]
+
+
+def full(tensors: Sequence[TensorInfo], seed: int = 0) -> dict[str, Tensor]:
+    """Random tensors, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        t.fqn: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)
+        for t in tensors
+    }
+
+
+def state_of(names: Sequence[str] = ("ema",), step: int = 7) -> dict[str, Any]:
+    schedule = {"kind": "Constant", "decay": 0.5}
+    return {
+        "step": step,
+        "num_updates": step,
+        "averages": {name: {"schedule": schedule, "decay": 0.5} for name in names},
+    }
+
+
+Cut = list[tuple[str, Box, tuple[int, ...] | None]]
+
+
+def rows(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
+    """As `fully_shard` and torch's `chunk` cut: even but for the last ones, which may be empty."""
+    return list(_along(tensors, rank, size, lambda shape: 0))
+
+
+def columns(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
+    return list(_along(tensors, rank, size, lambda shape: len(shape) - 1))
+
+
+def _along(tensors: Sequence[TensorInfo], rank: int, size: int, dim_of: Any) -> Iterator[Any]:
+    for t in tensors:
+        if not t.shape:
+            if rank == 0:
+                yield t.fqn, Box((), ()), None
+            continue
+        dim = dim_of(t.shape)
+        n = -(-t.shape[dim] // size)
+        start, stop = min(rank * n, t.shape[dim]), min((rank + 1) * n, t.shape[dim])
+        offsets, sizes = [0] * len(t.shape), list(t.shape)
+        offsets[dim], sizes[dim] = start, stop - start
+        yield t.fqn, Box(tuple(offsets), tuple(sizes)), None
+
+
+def grid(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
+    """Rows by columns where the number of ranks and the tensor's dims allow."""
+    across = 2 if size % 2 == 0 else 1
+    cut: Cut = []
+    for t in tensors:
+        if len(t.shape) < 2:
+            cut += rows([t], rank, size)
+            continue
+        [(_, outer, _)] = rows([t], rank // across, size // across)
+        [(_, inner, _)] = columns([t], rank % across, across)
+        offsets, sizes = list(inner.offsets), list(inner.sizes)
+        offsets[0], sizes[0] = outer.offsets[0], outer.sizes[0]
+        cut.append((t.fqn, Box(tuple(offsets), tuple(sizes)), None))
+    return cut
+
+
+def flat(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
+    """A range of all tensors laid end to end, as ZeRO and FSDP1 cut."""
+    total = sum(math.prod(t.shape) for t in tensors)
+    start, stop = total * rank // size, total * (rank + 1) // size
+    cut: Cut = []
+    at = 0
+    for t in tensors:
+        n = math.prod(t.shape)
+        boxes = flat_boxes(t.shape, max(0, start - at), min(n, stop - at))
+        cut += [(t.fqn, box, None) for box in boxes]
+        at += n
+    return cut
+
+
+def last(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
+    """All on the last rank, nothing on the others; images channels-last."""
+    if rank != size - 1:
+        return []
+    return [
+        (
+            t.fqn,
+            Box((0,) * len(t.shape), t.shape),
+            CHANNELS_LAST if len(t.shape) == 4 else None,
+        )
+        for t in tensors
+    ]
+
+
+def crumbs(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
+    """Single elements, dealt out like cards."""
+    cut: Cut = []
+    for t in tensors:
+        places = itertools.product(*map(range, t.shape))
+        cut += [
+            (t.fqn, Box(place, (1,) * len(place)), None)
+            for place in itertools.islice(places, rank, None, size)
+        ]
+    return cut
+
+
+CUTS = {f.__name__: f for f in (rows, columns, grid, flat, last, crumbs)}
+
+
+def parts_of(
+    cut: str, tensors: Sequence[TensorInfo], values: dict[str, Tensor], ranks: Ranks
+) -> list[Part]:
+    """What a rank holds of some full tensors."""
+    shapes = {t.fqn: t.shape for t in tensors}
+    parts = []
+    for fqn, box, order in CUTS[cut](tensors, ranks.rank, ranks.size):
+        if box.numel:
+            here = values[fqn][
+                tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
+            ]
+            here = here if order is None else here.permute(order)
+            run = here.reshape(-1).clone()
+            parts.append(Part(Place(fqn, shapes[fqn], box, order), run, True))
+    return parts
+
+
+def blank(cut: str, tensors: Sequence[TensorInfo], ranks: Ranks) -> list[Part]:
+    """The same, holding numbers that no average has."""
+    return parts_of(cut, tensors, {t.fqn: _filled(t) for t in tensors}, ranks)
+
+
+def _filled(info: TensorInfo) -> Tensor:
+    return torch.full(info.shape, -77.0, dtype=info.dtype)
+
+
+def differing(parts: Sequence[Part], expected: Sequence[Part]) -> list[str]:
+    """Names of tensors in which two lists of parts are not the same bits."""
+    return [
+        a.place.fqn
+        for a, b in zip(parts, expected, strict=True)
+        if not torch.equal(a.values.view(torch.uint8), b.values.view(torch.uint8))
+    ]
+
+
+@functools.cache
+def first_ranks(size: int) -> Ranks | None:
+    """The first ranks of the world as a world of their own; None on the others. Collective."""
+    if size == 1:
+        return Ranks.alone() if not dist.is_initialized() or dist.get_rank() == 0 else None
+    if size == dist.get_world_size():
+        return Ranks()
+    group = dist.new_group(list(range(size)))
+    return Ranks(group) if dist.get_rank() < size else None

@@ -1,0 +1,286 @@
+"""Persistent gloo workers that run a test body on every rank.
+
+[Note: worker pool]
+A pool is one process per rank, kept alive from test to test, because importing torch and building
+the process group costs seconds and a body costs milliseconds. Workers come from a fork server that
+has torch imported already, so that a fresh pool after a failure is cheap too. Each rank has its own
+pipe: a worker that dies closes it, which is seen at once.
+
+A body is named, not sent: the worker imports its module, so only the arguments are pickled.
+`NO_GROUP` ranks means one worker without a process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+NO_GROUP = 0
+TIMEOUT_S = 120.0
+GRACE_S = 1.0  # how long the other ranks may go on after the first one has failed
+COLLECTIVE_TIMEOUT = timedelta(seconds=30)
+LOG_TAIL_CHARS = 6000
+
+# One thread a worker: there are more workers than cores. deepspeed picks its accelerator when it is
+# imported, and must not look for a GPU; the Hugging Face libraries must not look for a network.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "MASTER_ADDR": "127.0.0.1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+PRELOAD = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.nn.parallel",
+    "pytest",
+]
+
+
+class RankFailure(AssertionError):
+    """A body failed, died or hung on one or more ranks; the message has each rank's traceback."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A test body and its arguments."""
+
+    module: str
+    function: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """How the body ended on one rank. `at` is CLOCK_MONOTONIC, comparable between processes."""
+
+    outcome: str  # "passed", "skipped" or "failed"
+    text: str
+    at: float
+
+
+class WorkerPool:
+    """One worker per rank; unusable after the first failure."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self._directory = tempfile.TemporaryDirectory(prefix="pool-")
+        self._pipes: list[Connection] = []
+        self._workers = []
+        with _environment(ENVIRONMENT):
+            context = get_context("forkserver")
+            context.set_forkserver_preload(PRELOAD)
+            for rank in range(max(num_ranks, 1)):
+                here, there = context.Pipe()
+                worker = context.Process(
+                    target=_serve, args=(rank, num_ranks, self._directory.name, there), daemon=True
+                )
+                worker.start()
+                there.close()
+                self._pipes.append(here)
+                self._workers.append(worker)
+
+    @property
+    def usable(self) -> bool:
+        return bool(self._workers)
+
+    def run(self, task: Task, timeout_s: float = TIMEOUT_S) -> str | None:
+        """Run the body on every rank. Returns the reason if every rank skipped it, else None.
+
+        Raises RankFailure, after which the pool is gone.
+        """
+        # Pickled once and before any rank has the task: an argument that cannot be pickled must not
+        # leave some ranks with a task and others without.
+        message = ForkingPickler.dumps(task)
+        reports: dict[int, Report] = {}
+        try:
+            for rank, pipe in enumerate(self._pipes):
+                try:
+                    pipe.send_bytes(message)
+                except OSError:
+                    reports[rank] = self._death(rank)
+            hung = self._collect(reports, timeout_s)
+            outcomes = {report.outcome for report in reports.values()}
+            if not hung and outcomes == {"passed"}:
+                return None
+            if not hung and outcomes == {"skipped"}:
+                return reports[0].text
+            failure = RankFailure(self._describe(reports, hung))
+        except BaseException:
+            self.close()
+            raise
+        self.close()
+        raise failure
+
+    def close(self) -> None:
+        """Kill the workers: they hold nothing that must be written, and gloo may hang at exit."""
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._workers, self._pipes = [], []
+        self._directory.cleanup()
+
+    def _collect(self, reports: dict[int, Report], timeout_s: float) -> list[int]:
+        """Fill in the reports as they come; returns the ranks that are still running at the end."""
+        ranks = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in reports}
+        deadline = time.monotonic() + timeout_s
+        graced = False
+        while ranks:
+            if not graced and any(report.outcome == "failed" for report in reports.values()):
+                deadline, graced = min(deadline, time.monotonic() + GRACE_S), True
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            for pipe in wait(list(ranks), left):
+                rank = ranks.pop(pipe)
+                try:
+                    reports[rank] = pipe.recv()
+                except (EOFError, OSError):
+                    reports[rank] = self._death(rank)
+        hung = sorted(ranks.values())
+        for rank in hung:
+            os.kill(self._workers[rank].pid, signal.SIGUSR1)  # makes it print its stack to its log
+        if hung:
+            time.sleep(0.2)
+        return hung
+
+    def _death(self, rank: int) -> Report:
+        self._workers[rank].join(5)
+        exitcode = self._workers[rank].exitcode
+        return Report("failed", f"the process died, exit code {exitcode}\n", time.monotonic())
+
+    def _describe(self, reports: dict[int, Report], hung: list[int]) -> str:
+        """The ranks that failed in the order in which they did, then what the others were doing."""
+        lines = []
+        for rank, report in sorted(reports.items(), key=lambda item: item[1].at):
+            if report.outcome == "failed":
+                lines.append(f"--- rank {rank} of {self.num_ranks} ---\n{report.text}")
+                lines.append(self._log(rank))
+        for rank in hung:
+            lines.append(f"--- rank {rank} of {self.num_ranks}: still running, killed ---\n")
+            lines.append(self._log(rank))
+        skipped = sorted(rank for rank, report in reports.items() if report.outcome == "skipped")
+        if skipped:
+            lines.append(f"--- ranks {skipped} skipped, which only all ranks together may do ---\n")
+        return "\n" + "".join(lines)
+
+    def _log(self, rank: int) -> str:
+        text = (Path(self._directory.name) / f"rank{rank}.log").read_text(errors="replace")
+        return f"[output of rank {rank}]\n{text[-LOG_TAIL_CHARS:]}\n" if text.strip() else ""
+
+
+class PoolKeeper:
+    """Hands out pools and keeps one alive at a time."""
+
+    def __init__(self) -> None:
+        self._pool: WorkerPool | None = None
+
+    def get(self, num_ranks: int) -> WorkerPool:
+        pool = self._pool
+        if pool is None or not pool.usable or pool.num_ranks != num_ranks:
+            self.close()
+            self._pool = pool = WorkerPool(num_ranks)
+        return pool
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """The fork server inherits the environment of the moment in which the first pool starts it."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def _serve(rank: int, num_ranks: int, directory: str, pipe: Connection) -> None:
+    """The life of a worker: join the group, then one task after the other until the pipe closes."""
+    _redirect_output(f"{directory}/rank{rank}.log")
+    faulthandler.register(signal.SIGUSR1)
+    torch.set_num_threads(1)
+    if num_ranks != NO_GROUP:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(f"{directory}/store", num_ranks),
+            rank=rank,
+            world_size=num_ranks,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            task = pipe.recv()
+            os.ftruncate(1, 0)
+            pipe.send(_report(task))
+
+
+def _redirect_output(path: str) -> None:
+    """Send both streams to one file. Append mode, so that it can be emptied before each task."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+
+
+def _report(task: Task) -> Report:
+    try:
+        _reset_state()
+        body = getattr(importlib.import_module(task.module), task.function)
+        with warnings.catch_warnings():
+            # A warning that no test asked for is a failure; other libraries may warn.
+            warnings.filterwarnings("error", module=r"(dist_ema|tests)(\.|$)")
+            body(**task.arguments)
+    except pytest.skip.Exception as skipped:
+        return Report("skipped", str(skipped), time.monotonic())
+    except BaseException:
+        return Report("failed", traceback.format_exc(), time.monotonic())
+    return Report("passed", "", time.monotonic())
+
+
+def _reset_state() -> None:
+    """What a test must not inherit from the one before it."""
+    torch.manual_seed(0)
+    random.seed(0)
+    torch.set_grad_enabled(True)
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()

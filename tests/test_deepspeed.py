@@ -1,0 +1,401 @@
+"""DeepSpeed: the same claims as for every other engine, and what only it does."""
+
+from __future__ import annotations
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+
+from dist_ema import ShardedEMA
+from tests import grid, test_average, test_cost, test_swap
+from tests.grid import lerped_tensors, named, over
+from tests.net import FROZEN, TRAINABLE, Net, batch_of_tokens, loss_of
+from tests.oracle import worst_relative_error
+from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR, Run, start
+from tests.worlds import World, from_rank_0, num_ranks, rank
+from tests.worlds_deepspeed import WORLDS, Zero, library
+
+# One row of each way of keeping masters.
+KINDS = named(WORLDS, "z0_bf16", "z1_bf16_optimizer", "z2_bf16", "z3", "z3_bf16_cut")
+
+globals().update(
+    over(
+        WORLDS,
+        test_average.test_the_average_is_that_of_the_full_weights_in_float64,
+        test_swap.test_the_forward_under_the_swap_is_that_of_a_plain_model,
+        test_swap.test_training_after_a_swap_is_bit_identical_to_training_without,
+        test_cost.test_all_ranks_together_hold_one_fp32_copy,
+    )
+    | over(
+        KINDS,
+        test_average.test_the_gathered_state_is_the_bare_models_state_dict,
+        test_average.test_a_cut_does_not_change_a_bit_of_the_average,
+        test_average.test_an_eval_forward_before_the_update_does_not_change_the_average,
+        test_swap.test_weights_and_buffers_come_back_bit_for_bit,
+        test_swap.test_weights_come_back_after_an_exception,
+        test_cost.test_an_update_makes_no_collective_and_no_host_sync,
+        test_cost.test_an_update_takes_a_few_operators_however_many_weights_there_are,
+        test_cost.test_an_update_allocates_nothing,
+        grid.test_an_average_of_zeros_makes_a_model_of_zeros,
+        grid.test_weights_that_do_not_train_are_averaged_with_all_and_shown,
+    )
+)
+
+
+def rows(*names: str) -> pytest.MarkDecorator:
+    """Each world with its first number of ranks."""
+    return pytest.mark.parametrize(
+        ("world", "num_ranks"),
+        [pytest.param(w, w.ranks[0], id=f"{w.name}-{w.ranks[0]}") for w in named(WORLDS, *names)],
+    )
+
+
+every_world = pytest.mark.parametrize(
+    ("world", "num_ranks"),
+    [pytest.param(w, n, id=f"{w.name}-{n}") for w in WORLDS for n in w.ranks],
+)
+
+
+@every_world
+def test_copies_show_the_average_while_masters_stay(world: World):
+    run = start(world).train(2)
+    engine = world.engine
+    assert run.ema.source == ("weights" if engine.stage == 0 and engine.bf16 is None else "master")
+    state = from_rank_0(run.ema.gather_state_dict())
+    before, masters = engine.shown_weights(run.training), run.training.full_weights()
+    run.training.evaluate()
+    with run.ema.average_parameters():
+        run.training.engine.settle(run.training)
+        shown = engine.shown_weights(run.training)
+        if run.ema.source == "master":
+            inside = run.training.full_weights()
+            torch.testing.assert_close(
+                {n: inside[n] for n in TRAINABLE}, {n: masters[n] for n in TRAINABLE}, **EXACT
+            )
+    for name in TRAINABLE:
+        assert torch.equal(shown[name], state[name].to(shown[name].dtype)), name
+    after = engine.shown_weights(run.training)
+    for name in TRAINABLE:
+        assert torch.equal(after[name], masters[name].to(after[name].dtype)), name
+    if "torch_autocast" not in engine.config:
+        torch.testing.assert_close(after, before, **EXACT)
+    torch.testing.assert_close(run.training.full_weights(), masters, **EXACT)
+
+
+@rows("z0_bf16", "z1_bf16_optimizer", "z2_bf16", "z3", "z3_bf16_cut")
+def test_a_swap_between_forward_and_backward_is_harmless(world: World):
+    def step(swap: bool) -> dict[str, torch.Tensor]:
+        run = start(world).train(1)
+        loss = run.training.loss(1)
+        if swap:
+            with run.ema.average_parameters():
+                pass
+        run.training.engine.step(run.training, loss)
+        return run.training.full_weights()
+
+    torch.testing.assert_close(step(swap=True), step(swap=False), **EXACT)
+
+
+@rows("z1", "z2", "z3", "z3_bf16", "z3_sub_groups", "z1_aligned_bf16")
+def test_an_update_reads_one_run_of_values_a_flat_buffer(world: World):
+    run = start(world)
+    optimizer = run.training.optimizer
+    buffers = getattr(optimizer, "fp32_partitioned_groups_flat", None)
+    if buffers is None:
+        buffers = optimizer.single_partition_of_fp32_groups
+    assert len(buffers) < len(TRAINABLE)
+    assert lerped_tensors(run) <= len(buffers)
+
+
+# When an update counts.
+
+
+def with_config(name: str, **config) -> World:
+    """A row of the table with further entries in its configuration."""
+    (world,) = named(WORLDS, name)
+    engine = dataclasses.replace(world.engine, config={**world.engine.config, **config})
+    return dataclasses.replace(world, engine=engine)
+
+
+def overflowing(name: str) -> World:
+    (world,) = named(WORLDS, name)
+    engine = dataclasses.replace(world.engine, bf16={"check_grad_overflow": True})
+    return dataclasses.replace(world, engine=engine)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", ["z0", "z1_bf16", "z2", "z3_bf16"])
+def test_updates_are_the_optimizer_steps_under_gradient_accumulation(name: str):
+    world = with_config(name, gradient_accumulation_steps=4)
+    run = start(world)
+    for i in range(8):
+        run.training.train_step(i)
+        assert run.ema.update() is (i % 4 == 3), i
+        assert run.ema.update() is False
+        if i % 4 == 3:
+            run.weights.append(run.training.full_weights())
+    assert (run.ema.step, run.ema.num_updates) == (2, 2)
+    state = run.ema.gather_state_dict()
+    if rank() == 0:
+        assert worst_relative_error(state, run.oracle().average) <= MAX_RELATIVE_ERROR
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", ["z0_bf16", "z1_bf16", "z2_bf16", "z3_bf16"])
+def test_a_step_that_overflows_is_no_update(name: str):
+    run = start(overflowing(name))
+    for i in range(4):
+        loss = run.training.loss(i)
+        run.training.engine.step(run.training, loss * torch.inf if i == 1 else loss)
+        assert run.ema.update() is (i != 1), i
+        if i != 1:
+            run.weights.append(run.training.full_weights())
+    assert run.training.model.skipped_steps == 1
+    assert (run.ema.step, run.ema.num_updates) == (3, 3)
+    state = run.ema.gather_state_dict()
+    if rank() == 0:
+        assert worst_relative_error(state, run.oracle().average) <= MAX_RELATIVE_ERROR
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_updates_are_the_optimizer_steps_under_accelerate(stage: int):
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState
+
+    library()
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 4,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": True, "check_grad_overflow": True},
+        "steps_per_print": 10**9,
+    }
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=4,
+            mixed_precision="bf16",
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+        )
+        net = Net()
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+        model, optimizer = accelerator.prepare(net, optimizer)
+        ema = ShardedEMA(model, DECAY)
+        applied = []
+        for i in range(12):
+            with accelerator.accumulate(model):
+                loss = loss_of(model(batch_of_tokens(i)))
+                accelerator.backward(loss * torch.inf if i == 6 else loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            applied.append(ema.update())
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert [i for i, done in enumerate(applied) if done] == [3, 11]
+    assert (ema.step, ema.num_updates, model.skipped_steps) == (2, 2, 1)
+    with ema.average_parameters():
+        model(batch_of_tokens(0))
+
+
+# Storage that moves.
+
+
+@rows("z1_bf16", "z2")
+def test_the_average_follows_states_that_are_offloaded_and_reloaded(world: World):
+    run = start(world).train(1)
+    engine = run.training.model
+    flats = run.training.optimizer.single_partition_of_fp32_groups
+    at = [flat.data_ptr() for flat in flats]
+    engine.offload_states()
+    assert all(flat.data_ptr() != before for flat, before in zip(flats, at, strict=True))
+    state = run.ema.gather_state_dict()
+    with pytest.raises(RuntimeError, match="reload_states"):
+        run.ema.average_parameters().__enter__()
+    engine.reload_states()
+    torch.testing.assert_close(run.ema.gather_state_dict(), state, **EXACT)
+    run.train(2)
+    with run.ema.average_parameters():
+        run.training.evaluate()
+    run.train(1)
+    state = run.ema.gather_state_dict()
+    if rank() == 0:
+        assert worst_relative_error(state, run.oracle().average) <= MAX_RELATIVE_ERROR
+
+
+@rows("z3", "z3_bf16_cut")
+def test_stage_3_follows_copies_that_are_offloaded_and_reloaded(world: World):
+    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+
+    # DeepSpeed loses count of partitions here if some parameters do not train.
+    training = world.train(world.make_net().requires_grad_(True))
+    run = Run(training, ShardedEMA(training.model, DECAY), [training.full_weights()]).train(1)
+    live = run.training.evaluate()
+    run.training.model.offload_states(include=[OffloadStateTypeEnum.lp_params])
+    state = run.ema.gather_state_dict()
+    with pytest.raises(RuntimeError, match="reload_states"):
+        run.ema.average_parameters().__enter__()
+    run.training.model.reload_states()
+    torch.testing.assert_close(run.ema.gather_state_dict(), state, **EXACT)
+    with run.ema.average_parameters():
+        assert not torch.equal(run.training.evaluate(), live)
+    torch.testing.assert_close(run.training.evaluate(), live, **EXACT)
+    state = run.train(1).ema.gather_state_dict()
+    if rank() == 0:
+        assert worst_relative_error(state, run.oracle().average) <= MAX_RELATIVE_ERROR
+
+
+@rows("z1_bf16", "z2_offload_bf16", "z3_bf16_cut")
+def test_a_loaded_checkpoint_is_seen(world: World, tmp_path):
+    run = start(world).train(1)
+    run.training.model.save_checkpoint(str(tmp_path), tag="t")
+    saved = run.weights[-1]
+    run.train(2)
+    run.training.model.load_checkpoint(str(tmp_path), tag="t")
+    torch.testing.assert_close(run.training.full_weights(), saved, **EXACT)
+    run.ema.reset()
+    assert run.ema.drift() == 0
+    run.weights = [saved]
+    state = run.train(2).ema.gather_state_dict()
+    if rank() == 0:
+        assert worst_relative_error(state, run.oracle().average) <= MAX_RELATIVE_ERROR
+
+
+@rows("z1", "z2_bf16")
+@pytest.mark.parametrize("how", ["cast", "assign"])
+def test_parameters_that_are_replaced_under_the_engine_are_an_error(world: World, how: str):
+    run = start(world).train(1)
+    if how == "cast":
+        run.training.model.module.to(torch.float64)
+    else:
+        state = {n: t.clone() for n, t in run.training.net.state_dict().items()}
+        run.training.net.load_state_dict(state, assign=True)
+    with pytest.raises(RuntimeError, match="replace"):
+        run.ema.update()
+
+
+# What is refused.
+
+
+@rows("z1", "z1_bf16_optimizer", "z2_bf16", "z3", "z3_init")
+def test_the_module_without_its_engine_is_refused_with_the_remedy(world: World):
+    training = world.train()
+    for model in (training.model.module, torch.nn.Sequential(training.net)):
+        with pytest.raises(ValueError, match="DeepSpeedEngine"):
+            ShardedEMA(model)
+    ShardedEMA(torch.compile(training.model, backend="eager"))
+
+
+@rows("z1", "z2_bf16", "z3", "z3_bf16")
+def test_an_average_built_before_initialize_raises_at_the_first_update(world: World):
+    net = world.make_net()
+    ema = ShardedEMA(net)
+    world.train(net)
+    with pytest.raises((RuntimeError, ValueError), match="DeepSpeedEngine"):
+        ema.update()
+    assert (ema.step, ema.num_updates) == (0, 0)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("holder", "attribute", "value"),
+    [
+        ("optimizer", "swap_optimizer", True),
+        ("optimizer", "params_in_nvme_and_cpu", True),
+        ("engine", "has_moe_layers", True),
+        ("engine", "pipeline_parallelism", True),
+        ("engine", "mp_world_size", 2),
+        ("engine", "autotp_size()", 2),
+        ("engine", "super_offload()", True),
+    ],
+)
+def test_what_is_not_supported_is_refused(holder: str, attribute: str, value):
+    engine = Zero(stage=3).wrap(Net())
+    told = mock.Mock(return_value=value) if attribute.endswith("()") else value
+    where = engine if holder == "engine" else engine.optimizer
+    with mock.patch.object(where, attribute.removesuffix("()"), told):
+        with pytest.raises(ValueError, match="not supported"):
+            ShardedEMA(engine)
+    ShardedEMA(engine)
+
+
+# Branches that this machine does not reach by itself.
+
+
+@pytest.mark.ranks(2, 3)
+def test_stage_3_in_fp32_may_have_one_storage_for_master_and_copy():
+    """On an accelerator, where its device compares equal to that of the tensors."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    create = DeepSpeedZeroOptimizer_Stage3._create_fp32_partitions
+
+    def aliasing(self) -> None:
+        self.device = torch.device("cpu")
+        create(self)
+
+    (world,) = named(WORLDS, "z3")
+    with mock.patch.object(DeepSpeedZeroOptimizer_Stage3, "_create_fp32_partitions", aliasing):
+        run = start(world)
+    optimizer = run.training.optimizer
+    for master, copy in zip(
+        optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
+    ):
+        assert master.data_ptr() == copy.data_ptr()
+    run.train(2)
+    check_swap(world, run)
+    state = run.train(1).ema.gather_state_dict()
+    if rank() == 0:
+        assert worst_relative_error(state, run.oracle().average) <= MAX_RELATIVE_ERROR
+
+
+@pytest.mark.ranks(2)
+def test_stage_0_with_a_fused_optimizer_keeps_masters_in_flat_buffers():
+    engine_module = pytest.importorskip("deepspeed.runtime.engine")
+    (world,) = named(WORLDS, "z0_bf16")
+    with mock.patch.object(engine_module, "FusedAdam", torch.optim.AdamW):
+        run = start_fused(world)
+    assert type(run.training.optimizer).__name__ == "FP16_Optimizer"
+    for i in range(2):
+        run.training.train_step(i)
+        assert run.ema.update()
+        run.weights.append(fused_masters(run))
+    check_swap(world, run)
+    state = run.ema.gather_state_dict()
+    if rank() == 0:
+        assert worst_relative_error(state, run.oracle().average) <= MAX_RELATIVE_ERROR
+
+
+def start_fused(world: World) -> Run:
+    training = world.train()
+    run = Run(training, ShardedEMA(training.model, DECAY), [])
+    run.weights.append(fused_masters(run))
+    return run
+
+
+def fused_masters(run: Run) -> dict[str, torch.Tensor]:
+    optimizer, found = run.training.optimizer, {}
+    for name, parameter in run.training.net.named_parameters():
+        found[name] = parameter.detach().clone()
+        for copies, masters in zip(
+            optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True
+        ):
+            start = (parameter.data_ptr() - copies.data_ptr()) // copies.element_size()
+            if name not in FROZEN and 0 <= start < copies.numel():
+                flat = masters.detach()[start : start + parameter.numel()]
+                found[name] = flat.clone().view(parameter.shape)
+    return found
+
+
+def check_swap(world: World, run: Run) -> None:
+    """The forward computes with the average, and then with the weights, bit for bit."""
+    state = from_rank_0(run.ema.gather_state_dict())
+    live = run.training.evaluate()
+    with run.ema.average_parameters():
+        shown = run.training.evaluate()
+    torch.testing.assert_close(shown, world.parallel_twin(state).evaluate(), **EXACT)
+    torch.testing.assert_close(run.training.evaluate(), live, **EXACT)
+    assert not torch.equal(shown, live)
+    assert num_ranks() > 1

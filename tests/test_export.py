@@ -1,0 +1,313 @@
+"""Exports: what the libraries that read them find is the gathered average, or nothing new."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, load_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_ema import ShardedEMA
+from tests.net import ALIASES
+from tests.runs import EXACT, live_state, start
+from tests.worlds import World, evaluate, mesh, rank, worlds
+
+FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+a_few_worlds = worlds("plain", "plain_compiled", "ddp-2", "fsdp2-2", "fsdp2-3", "hsdp", "fsdp2_tp")
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def written(path: Path, pattern: str = "*.safetensors") -> dict[str, Tensor]:
+    """All tensors of an export; no name is in two files."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(path.glob(pattern)):
+        part = load_file(file)
+        assert not part.keys() & found.keys()
+        found |= part
+    return found
+
+
+def unaliased(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name not in ALIASES}
+
+
+@a_few_worlds
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_one_file_holds_the_gathered_average(world: World, dtype, tmp_path):
+    run = start(world).train(2)
+    state = run.ema.gather_state_dict(dtype=dtype)
+    live = live_state(run.training)
+    run.ema.export(tmp_path / "made" / "export", dtype=dtype)
+    torch.testing.assert_close(live_state(run.training), live, **EXACT)
+    if rank() != 0:
+        return
+    path = tmp_path / "made" / "export"
+    assert [file.name for file in path.iterdir()] == [FILE]
+    assert [entry.name for entry in path.parent.iterdir()] == ["export"]
+    with safe_open(path / FILE, framework="pt") as file:
+        assert file.metadata()["format"] == "pt"
+        found = {name: file.get_tensor(name) for name in file.keys()}
+    torch.testing.assert_close(found, unaliased(state), **EXACT)
+    floats = {tensor.dtype for tensor in found.values() if tensor.is_floating_point()}
+    assert floats == {dtype or torch.float32}
+
+
+@a_few_worlds
+def test_safetensors_loads_an_export_into_a_plain_module(world: World, tmp_path):
+    run = start(world).train(2)
+    state = run.ema.gather_state_dict()
+    run.ema.export(tmp_path)
+    if rank() == 0:
+        net = world.make_net(seed=1)
+        missing, unexpected = load_model(net, tmp_path / FILE, strict=True)
+        assert not set(missing) and not unexpected
+        torch.testing.assert_close(dict(net.state_dict()), state, **EXACT)
+        assert net.head.weight is net.emb.weight
+        torch.testing.assert_close(evaluate(net), evaluate(world.plain_twin(state)), **EXACT)
+
+
+@a_few_worlds
+@pytest.mark.parametrize(("size", "limit"), [(500, 500), ("1KB", 1000), ("1 KiB", 1024)])
+def test_files_are_split_at_the_asked_size(world: World, size, limit: int, tmp_path):
+    run = start(world).train(1)
+    state = run.ema.gather_state_dict()
+    run.ema.export(tmp_path / "export", max_shard_size=size)
+    if rank() != 0:
+        return
+    path = tmp_path / "export"
+    index = json.loads((path / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    of = f"of-{len(files):05d}.safetensors"
+    assert files == [f"model-{i:05d}-{of}" for i in range(1, len(files) + 1)]
+    assert sorted(file.name for file in path.iterdir()) == sorted([*files, INDEX])
+    assert len(files) > 1
+    total = 0
+    for name in files:
+        part = load_file(path / name)
+        assert set(part) == {n for n, file in index["weight_map"].items() if file == name}
+        nbytes = sum(tensor.nbytes for tensor in part.values())
+        assert nbytes <= limit or len(part) == 1, (name, nbytes)
+        total += nbytes
+    assert index["metadata"]["total_size"] == total
+    torch.testing.assert_close(written(path), unaliased(state), **EXACT)
+
+
+@worlds("plain", "ddp-2", "fsdp2-3")
+def test_an_export_replaces_an_older_one_as_a_whole(world: World, tmp_path):
+    path = tmp_path / "export"
+    run = start(world).train(1)
+    run.ema.export(path, max_shard_size=500)
+    if rank() == 0:
+        (path / "tokenizer.json").write_text("{}")
+        (path / "samples").mkdir()
+        (path / "samples" / "0.png").write_bytes(b"png")
+    run.train(1)
+    state = run.ema.gather_state_dict()
+    run.ema.export(path)
+    if rank() == 0:
+        names = sorted(entry.name for entry in path.iterdir())
+        assert names == sorted([FILE, "tokenizer.json", "samples"])
+        assert (path / "samples" / "0.png").read_bytes() == b"png"
+        torch.testing.assert_close(written(path), unaliased(state), **EXACT)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["export"]
+
+
+@worlds("plain", "ddp-2", "fsdp2-3", "hsdp", "fsdp2_tp")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_average_that_is_not_finite_is_refused_by_name(world: World, value: float, tmp_path):
+    path = tmp_path / "export"
+    run = start(world).train(1)
+    run.ema.export(path, max_shard_size=1000)
+    before = contents(path)
+    with torch.no_grad():
+        last_rows = run.training.parameters()["blocks.1.l1.weight"]
+        last_rows.masked_fill_(last_rows > 0, value)
+    run.ema.update()
+    with pytest.raises(ValueError, match=r"blocks\.1\.l1\.weight") as refusal:
+        run.ema.export(path)
+    assert "blocks.0" not in str(refusal.value)
+    with pytest.raises(ValueError, match=r"blocks\.1\.l1\.weight"):
+        run.ema.export(tmp_path / "other")
+    if dist.is_initialized():
+        dist.barrier()
+    assert contents(path) == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["export"]
+
+
+@worlds("plain", "fsdp2-2")
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_shard_size", 0),
+        ("max_shard_size", "lots"),
+        ("max_shard_size", None),
+        ("weights_name", "model.bin"),
+        ("weights_name", "sub/model.safetensors"),
+        ("dtype", torch.int8),
+        ("name", "slow"),
+    ],
+)
+def test_a_bad_argument_is_refused_on_every_rank(world: World, option: str, value, tmp_path):
+    run = start(world).train(1)
+    with pytest.raises(ValueError, match="slow" if option == "name" else option):
+        run.ema.export(tmp_path / "export", **{option: value})
+    assert list(tmp_path.iterdir()) == []
+    run.ema.gather_state_dict()
+
+
+@worlds("plain", "fsdp2-2")
+def test_a_path_that_is_a_file_is_refused_and_left(world: World, tmp_path):
+    path = tmp_path / "export"
+    run = start(world).train(1)
+    if rank() == 0:
+        path.write_text("precious")
+    with pytest.raises((FileExistsError, RuntimeError), match="export"):
+        run.ema.export(path)
+    run.ema.gather_state_dict()
+    assert path.read_text() == "precious"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["export"]
+
+
+@worlds("plain", "fsdp2-2")
+def test_the_weights_file_may_be_named(world: World, tmp_path):
+    run = start(world).train(1)
+    run.ema.export(tmp_path / "one", weights_name="ema.safetensors")
+    run.ema.export(tmp_path / "many", weights_name="ema.safetensors", max_shard_size=500)
+    if rank() == 0:
+        assert [file.name for file in (tmp_path / "one").iterdir()] == ["ema.safetensors"]
+        assert (tmp_path / "many" / "ema.safetensors.index.json").exists()
+        one, many = written(tmp_path / "one"), written(tmp_path / "many")
+        torch.testing.assert_close(one, many, **EXACT)
+
+
+def tiny_unet() -> nn.Module:
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+def tiny_gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=17, n_positions=16)
+    return GPT2LMHeadModel(config)
+
+
+def tiny_llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=17,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def parallel(model: nn.Module, engine: str) -> nn.Module:
+    if engine == "ddp":
+        return DistributedDataParallel(model)
+    shards = mesh((dist.get_world_size(),), ("shard",))
+    for module in reversed(list(model.modules())):  # a list of blocks may hold another
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                fully_shard(block, mesh=shards)
+    return fully_shard(model, mesh=shards)
+
+
+def averaged_somewhat(model: nn.Module) -> ShardedEMA:
+    """An average that is neither the live weights nor where it started."""
+    ema = ShardedEMA(model, 0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5).add_(0.01)
+    ema.update()
+    return ema
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_transformers_loads_an_export(build, engine: str, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    bare = build()
+    config = bare.config.to_dict()
+    ema = averaged_somewhat(parallel(bare, engine))
+    for dtype in (None, torch.bfloat16):
+        path = tmp_path / str(dtype)
+        state = ema.gather_state_dict(dtype=dtype)
+        ema.export(path, dtype=dtype, max_shard_size="2KB")
+        if rank() == 0:
+            assert len(list(path.glob("model-*.safetensors"))) > 1
+            loaded, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+            assert type(loaded).__name__ == build().__class__.__name__
+            assert not any(info.values()), info
+            assert loaded.dtype == (dtype or torch.float32)
+            torch.testing.assert_close(dict(loaded.state_dict()), state, **EXACT)
+            said = json.loads((path / "config.json").read_text())
+            assert said["dtype"] == ("bfloat16" if dtype else "float32")
+    assert bare.config.to_dict() == config
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_diffusers_loads_an_export(engine: str, tmp_path):
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    ema = averaged_somewhat(parallel(tiny_unet(), engine))
+    for dtype in (None, torch.bfloat16):
+        for size in ("5GB", "4KB"):
+            path = tmp_path / f"{dtype}-{size}"
+            state = ema.gather_state_dict(dtype=dtype)
+            ema.export(path, dtype=dtype, max_shard_size=size)
+            if rank() == 0:
+                loaded = UNet2DModel.from_pretrained(path, torch_dtype=dtype)
+                torch.testing.assert_close(dict(loaded.state_dict()), state, **EXACT)
+                assert (path / "diffusion_pytorch_model.safetensors").exists() == (size == "5GB")
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_unet])
+def test_an_export_has_the_names_that_the_library_itself_writes(build, tmp_path):
+    torch.manual_seed(0)
+    model = build()
+    ema = averaged_somewhat(model)
+    ema.export(tmp_path / "ours", max_shard_size="4KB")
+    with torch.no_grad(), ema.average_parameters():
+        model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = written(tmp_path / "ours"), written(tmp_path / "theirs")
+    torch.testing.assert_close(ours, theirs, **EXACT)
+    files = [tmp_path / who / "config.json" for who in ("ours", "theirs")]
+    configs = [json.loads(file.read_text()) for file in files]
+    for config in configs:
+        config.pop("_name_or_path", None)
+    assert configs[0] == configs[1]

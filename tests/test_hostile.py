@@ -1,0 +1,608 @@
+"""Damage and malice are met with a `CheckpointError` on every rank, and nothing has changed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import random
+import resource
+import shutil
+import struct
+import subprocess
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from dist_ema import consolidated, manifest, parsing, verify
+from dist_ema.checkpoint import CheckpointError, load, save
+from dist_ema.ranks import Ranks
+from dist_ema.reader import ShardReader
+from tests.cuts import blank, differing, full, infos, parts_of, state_of
+from tests.test_checkpoint import SEVERAL_BLOCKS, TENSORS, _peak, beside, seed_at, write
+
+NUM_ALTERATIONS = int(os.environ.get("ALTERATIONS", "200"))
+NUM_FUZZED = int(os.environ.get("FUZZED", "200"))
+
+
+def refused(path: Path, ranks: Ranks, match: str | None = None, **options: Any) -> str:
+    """Loading must raise, on every rank the same, and leave the average as it was."""
+    parts = blank("columns", TENSORS, ranks)
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load(path, {"ema": parts}, TENSORS, ranks, **options)
+    assert not differing(parts, blank("columns", TENSORS, ranks))
+    assert len(set(ranks.all_gather(str(caught.value)))) == 1
+    return str(caught.value)
+
+
+def found_by_verify(path: Path) -> list[str]:
+    try:
+        files, about = consolidated.open_any(path)
+    except CheckpointError as error:
+        return [str(error)]
+    with files:
+        return list(verify.problems(files, about))
+
+
+# Damage.
+
+
+def test_every_altered_byte_is_found(tmp_path: Path):
+    """The full number, 1000, is run by ALTERATIONS=1000."""
+    ranks, path = Ranks.alone(), tmp_path / "a"
+    parts = parts_of("flat", TENSORS, full(TENSORS), ranks)
+    averages = {"a": parts, "b": parts_of("rows", TENSORS, full(TENSORS, 1), ranks)}
+    save(path, averages, TENSORS, state_of("ab"), ranks)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    assert found_by_verify(path) == []
+    rng = random.Random(0)
+    for _ in range(NUM_ALTERATIONS):
+        file = rng.choice(files)
+        good = file.read_bytes()
+        at, change = rng.randrange(len(good)), rng.randrange(1, 256)
+        file.write_bytes(good[:at] + bytes([good[at] ^ change]) + good[at + 1 :])
+        problems = found_by_verify(path)
+        assert any(file.name in problem for problem in problems), (file, at, problems)
+        targets = {name: blank("columns", TENSORS, ranks) for name in "ab"}
+        with pytest.raises(CheckpointError, match=file.name):
+            load(path, targets, TENSORS, ranks)
+        for target in targets.values():
+            assert not differing(target, blank("columns", TENSORS, ranks))
+        file.write_bytes(good)
+    assert found_by_verify(path) == []
+
+
+@pytest.mark.ranks(2)
+def test_damage_names_the_file_and_the_tensor_on_every_rank(tmp_path: Path):
+    ranks, path = Ranks(), tmp_path / "a"
+    write(path, ranks)
+    file = "shard-00002-model-00001-of-00002.safetensors"
+    about = json.loads((path / "manifest.json").read_text().split("\n", 1)[1])
+    boxes = about["averages"]["ema"]["tensors"]["norm.weight"]["boxes"]
+    start = next(box["start"] for box in boxes if box["file"] == file)
+
+    @contextlib.contextmanager
+    def damaged(data: bytes | None) -> Iterator[None]:
+        good = (path / file).read_bytes()
+        dist.barrier()
+        if ranks.rank == 0:
+            (path / file).unlink() if data is None else (path / file).write_bytes(data)
+        dist.barrier()
+        yield
+        dist.barrier()
+        if ranks.rank == 0:
+            (path / file).write_bytes(good)
+        dist.barrier()
+
+    good = (path / file).read_bytes()
+    flipped = good[:start] + bytes([good[start] ^ 1]) + good[start + 1 :]
+    with damaged(flipped):
+        refused(path, ranks, rf"{file}: tensor norm\.weight is altered")
+    with damaged(good[: start + 2]):
+        refused(path, ranks, rf"{file}: has .* cut short, in or before tensor norm\.weight")
+    with damaged(good + b"\0"):
+        refused(path, ranks, rf"{file}: has .* it is another file")
+    with damaged(None):
+        refused(path, ranks, rf"{file}: No such file")
+    with damaged(b""):
+        refused(path, ranks, rf"{file}: has 0 bytes")
+    with damaged(good[:9] + b"!" + good[10:]):
+        refused(path, ranks, rf"{file}: the header is altered")
+    assert seed_at(path, ranks) == 0
+
+
+@pytest.mark.ranks(2)
+def test_a_file_that_is_no_file_is_refused(tmp_path: Path):
+    ranks, path = Ranks(), tmp_path / "a"
+    write(path, ranks)
+    file = next(path.glob("shard-*"))
+    for make in (os.mkfifo, os.mkdir, lambda name: os.symlink(name, name)):
+        dist.barrier()
+        if ranks.rank == 0:
+            file.rename(tmp_path / "aside")
+            make(file)
+        dist.barrier()
+        refused(path, ranks, file.name)
+        assert any(file.name in problem for problem in found_by_verify(path))
+        dist.barrier()
+        if ranks.rank == 0:
+            file.rmdir() if file.is_dir() else file.unlink()
+            (tmp_path / "aside").rename(file)
+
+
+def test_a_file_that_the_manifest_does_not_know_is_found(tmp_path: Path):
+    path = tmp_path / "a"
+    write(path, Ranks.alone())
+    shutil.copy(next(path.glob("shard-*")), path / "stray.safetensors")
+    (path / "notes.txt").write_text("mine")
+    assert [p for p in found_by_verify(path) if "stray.safetensors: is not in the manifest" in p]
+    assert len(found_by_verify(path)) == 1
+
+
+@pytest.mark.ranks(2)
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
+    ranks = Ranks()
+    if ranks.rank == 0:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "torch").mkdir()
+        torch.save({"a": torch.zeros(3)}, tmp_path / "torch" / "model.pt")
+        (tmp_path / "text.safetensors").write_text("hello, this is no tensor at all")
+        (tmp_path / "manifest").mkdir()
+        (tmp_path / "manifest" / "manifest.json").write_text('{"name": "a web app"}\n')
+        (tmp_path / "nothing").mkdir()
+        (tmp_path / "nothing" / "manifest.json").write_text("")
+    dist.barrier()
+    refused(tmp_path / "absent", ranks, "absent: No such file or directory")
+    refused(tmp_path / "empty", ranks, "is not a checkpoint; it has no manifest.json .* nothing")
+    refused(tmp_path / "torch", ranks, r"is not a checkpoint; .*\['model.pt'\]")
+    refused(tmp_path / "text.safetensors", ranks, "is no safetensors file")
+    refused(tmp_path / "torch" / "model.pt", ranks, "is no safetensors file")
+    refused(tmp_path / "manifest", ranks, "no manifest of a dist_ema checkpoint")
+    refused(tmp_path / "nothing", ranks, "no manifest of a dist_ema checkpoint")
+    write(tmp_path / "a", ranks)
+    dist.barrier()
+    if ranks.rank == 0:
+        (tmp_path / "a" / "manifest.json").unlink()
+    dist.barrier()
+    refused(tmp_path / "a", ranks, "pieces of tensors, and there is no manifest.json")
+
+
+@pytest.mark.ranks(2)
+def test_what_changes_under_a_load_is_noticed(tmp_path: Path):
+    ranks, path = Ranks(), tmp_path / "a"
+    write(path, ranks, seed=1)
+    check = ShardReader.check
+
+    def replaced(self, plan):
+        check(self, plan)
+        dist.barrier()
+        if ranks.rank == 0:
+            write(path, Ranks.alone(), seed=2)
+        dist.barrier()
+
+    ShardReader.check = replaced
+    try:  # the files that were open are those of the checkpoint that was opened
+        assert seed_at(path, ranks) == 1
+    finally:
+        ShardReader.check = check
+    assert seed_at(path, ranks) == 2
+
+    def altered(self, plan):
+        check(self, plan)
+        dist.barrier()
+        if ranks.rank == 0:
+            for file in path.glob("shard-*"):
+                with open(file, "r+b") as opened:
+                    opened.seek(-1, os.SEEK_END)
+                    opened.write(b"\x55")
+        dist.barrier()
+
+    ShardReader.check = altered
+    try:
+        with pytest.raises(CheckpointError, match=r"is altered .* in part: load again"):
+            load(path, {"ema": blank("rows", TENSORS, ranks)}, TENSORS, ranks)
+    finally:
+        ShardReader.check = check
+
+
+# Disks that ranks do not share, or that are full.
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_directory_that_not_all_ranks_see_is_refused(tmp_path: Path, asynchronous: bool):
+    """The same path leads each rank to a directory of its own, as local disks do."""
+    ranks, before = Ranks(), Path.cwd()
+    own = tmp_path / str(ranks.rank)
+    own.mkdir()
+    path = Path("/proc/self/cwd/a")
+    os.chdir(own)
+    try:
+        with pytest.raises(CheckpointError, match=r"rank 1: .* does not see .*/\.a\.tmp-"):
+            write(path, ranks, asynchronous=asynchronous)
+        assert list(own.iterdir()) == []
+        if ranks.rank == 0:
+            write(path, Ranks.alone(), seed=1)
+        refused(path, ranks, r"rank 1: /proc/self/cwd/a: No such file")
+        if ranks.rank == 1:
+            write(path, Ranks.alone(), seed=1)
+        refused(path, ranks, "ranks have different checkpoints")
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_full_disk_is_told_and_the_last_checkpoint_stays(small_disk: Path, asynchronous: bool):
+    ranks, path = Ranks(), small_disk / "a"
+    write(path, ranks, seed=1)
+    large = infos(SEVERAL_BLOCKS)
+    parts = parts_of("rows", large, full(large), ranks)
+    with pytest.raises(CheckpointError, match=r"No space left on device \(writing tensor"):
+        handle = save(path, {"ema": parts}, large, state_of(), ranks, asynchronous=asynchronous)
+        assert handle is not None, "the save should have failed"
+        handle.result()
+    dist.barrier()
+    assert beside(path) == []
+    assert seed_at(path, ranks) == 1
+    write(path, ranks, seed=2)
+    assert seed_at(path, ranks) == 2
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_that_cannot_write_stops_all(tmp_path: Path):
+    ranks, path = Ranks(), tmp_path / "a"
+    write(path, ranks, seed=1)
+    large = infos(SEVERAL_BLOCKS)
+    parts = parts_of("rows", large, full(large), ranks)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if ranks.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"rank 1: .*shard-00002.*: File too .*wide"):
+            save(path, {"ema": parts}, large, state_of(), ranks)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    assert beside(path) == []
+    assert seed_at(path, ranks) == 1
+
+
+# Malice.
+
+
+def signed(body: bytes, save_id: str = "0" * 32) -> bytes:
+    return manifest.head(save_id, "xxh3_64", body) + body
+
+
+def body_of(path: Path) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads((path / "manifest.json").read_bytes().split(b"\n", 1)[1])
+    return body | {"id": "0" * 32}
+
+
+def forge(path: Path, body: dict[str, Any]) -> None:
+    (path / "manifest.json").write_bytes(signed(json.dumps(body).encode()))
+
+
+def paths_in(node: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield at
+    if isinstance(node, dict | list):
+        for key in node if isinstance(node, dict) else range(len(node)):
+            yield from paths_in(node[key], (*at, key))
+
+
+def node_at(node: Any, at: tuple[Any, ...]) -> Any:
+    for key in at:
+        node = node[key]
+    return node
+
+
+NASTY = [
+    -1, 0, 1, 3, 1 << 31, 1 << 40, (1 << 63) - 1, 1 << 63, 1 << 64, 10**400, -(10**400), 1.5, 1e308,
+    True, None, [], {}, [[]], [1 << 62, 1 << 62], [-1], {"a": 1}, ["x"] * 3, [0] * 100,
+]  # fmt: skip
+NASTY_NAMES = [
+    "", "x", "..", "../../etc/passwd", "/etc/passwd", "a/b", "\x00", "\ud800", "F32", "F64",
+    "9" * 5000, "manifest.json",
+]  # fmt: skip
+
+
+def mutated(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """The body with one to three of its nodes replaced, removed, doubled or moved."""
+    body = copy.deepcopy(body)
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        at = rng.choice([p for p in paths_in(body) if p])
+        parent, key, how = node_at(body, at[:-1]), at[-1], rng.random()
+        if how < 0.6:
+            parent[key] = rng.choice(NASTY + NASTY_NAMES)
+        elif how < 0.7:
+            del parent[key]
+        elif how < 0.8 and isinstance(parent, list):
+            parent.append(copy.deepcopy(parent[key]))
+        elif how < 0.9 and isinstance(parent[key], int):
+            parent[key] += rng.choice([-4, -1, 1, 4, 1 << 32])
+        elif isinstance(parent, dict):
+            parent[rng.choice(NASTY_NAMES)] = parent.pop(key)
+    return body
+
+
+@pytest.mark.ranks(0)
+def test_forged_manifests_are_refused_or_harmless(tmp_path: Path):
+    """Whatever a signed manifest says, it is refused, or what is loaded is what was saved."""
+    ranks, path = Ranks(), tmp_path / "a"
+    write(path, ranks, seed=3)
+    good = body_of(path)
+    rng = random.Random(1)
+    refusals = harmless = 0
+    expected = parts_of("columns", TENSORS, full(TENSORS, 3), ranks)
+    with _peak() as peak:
+        while refusals < NUM_FUZZED:
+            if rng.random() < 0.8:
+                forge(path, mutated(good, rng))
+            else:
+                text = bytearray(json.dumps(good).encode())
+                for _ in range(rng.choice([1, 2, 50])):
+                    text[rng.randrange(len(text))] = rng.choice(b'0123456789-"[]{}:,.eE\\u \xff\0')
+                (path / "manifest.json").write_bytes(signed(bytes(text[: rng.choice([None, 99])])))
+            parts = blank("columns", TENSORS, ranks)
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    load(path, {"ema": parts}, TENSORS, ranks)
+            except CheckpointError:
+                refusals += 1
+                assert not differing(parts, blank("columns", TENSORS, ranks))
+            else:
+                harmless += 1
+                assert not differing(parts, expected)
+            found_by_verify(path)
+    assert harmless < refusals
+    assert peak() < 48e6, f"{peak() / 1e6:.0f} MB"
+
+
+def hostile(edit: str) -> Any:
+    """A change of a manifest's body, as a Python statement about its parts."""
+
+    def change(body: dict[str, Any]) -> None:
+        average = body["averages"]["ema"]
+        names = {
+            "body": body,
+            "average": average,
+            "files": average["files"],
+            "file": next(iter(average["files"].values())),
+            "tensor": average["tensors"]["cube"],
+            "box": average["tensors"]["cube"]["boxes"][0],
+            "other": average["tensors"]["norm.weight"]["boxes"][0],
+        }
+        exec(edit, {}, names)
+
+    return change
+
+
+EDITS = {
+    "files['../x'] = files.pop(box['file']); box['file'] = '../x'": r"'\.\./x' is not a plain name",
+    "files['/etc/passwd'] = file": r"'/etc/passwd' is not a plain name",
+    "files['.hidden'] = file": r"'\.hidden' is not a plain name",
+    "average['directory'] = '..'": r"directory '\.\.' is not a plain name",
+    "average['directory'] = 'a/b'": r"directory 'a/b' is not a plain name",
+    "box['file'] = 'other.safetensors'": r"'cube'.*not among the files",
+    "box['start'] = -8": r"'cube'.*start is -8",
+    "box['start'] = 1 << 62": r"'cube'.*are not in shard-",
+    "box['start'] += 4": "leaves a gap|overlaps|not in shard",
+    "box['start'] = other['start']": "overlaps|leaves a gap",
+    "box['nbytes'] = 1 << 40": r"'cube'.*bytes for a box",
+    "box['nbytes'] = -4": r"'cube'.*nbytes is -4",
+    "box['sizes'] = [1 << 50, 2, 5]": r"'cube'.*a box at",
+    "box['sizes'] = [1, 1, 1]": r"'cube'.*bytes for a box",
+    "box['offsets'] = [-1, 0, 0]": r"'cube'.*offsets is",
+    "box['offsets'] = [1, 0, 0]": r"'cube'.*a box at",
+    "box['offsets'] = [True, 0, 0]": r"'cube'.*offsets is",
+    "box['checksums'] = []": r"'cube'.*checksums",
+    "tensor['boxes'] = []": r"'cube': boxes hold 0 of 30",
+    "tensor['boxes'] *= 2": r"'cube': boxes at .* overlap",
+    "tensor['shape'] = [1 << 62, 1 << 62, 1 << 62]": r"'cube': shape",
+    "tensor['shape'] = [0] * 100": r"'cube': shape",
+    "tensor['dtype'] = 'F1024'": r"'cube': unknown dtype",
+    "tensor['dtype'] = 'F64'": r"'cube'.*bytes for a box",
+    "tensor['aliases'] = 'cube'": r"'cube': aliases",
+    "file['header_bytes'] = 1 << 40": "a header of",
+    "file['nbytes'] = 1 << 40": "are accounted for",
+    "body['block_bytes'] = 1 << 40": "block_bytes is",
+    "body['block_bytes'] = 0": "block_bytes is",
+    "body['block_bytes'] = 4097": "block_bytes is",
+    "body['version'] = 2": "format version 2, this library reads 1",
+    "body['averages'] = {}": "averages are in",
+    "body['averages']['b'] = average": "averages are in|state tells of",
+    "body['state']['step'] = '1'": "step is '1'",
+    "body['state']['averages'] = {}": "state tells of",
+    "body['id'] = '1' * 32": "another id",
+    "body['algorithm'] = 'crc32'": "another id or algorithm",
+    "average['tensors']['cube'] = 7": "'cube': is 7",
+}
+
+
+@pytest.mark.ranks(0)
+def test_each_absurdity_is_named(tmp_path: Path):
+    ranks, path = Ranks(), tmp_path / "a"
+    write(path, ranks)
+    for edit, message in EDITS.items():
+        body = body_of(path)
+        good = (path / "manifest.json").read_bytes()
+        hostile(edit)(body)
+        forge(path, body)
+        try:
+            told = refused(path, ranks, message)
+        except BaseException as error:
+            raise AssertionError(edit) from error
+        assert "manifest.json" in told, (edit, told)
+        (path / "manifest.json").write_bytes(good)
+    assert seed_at(path, ranks) == 0
+
+
+@pytest.mark.ranks(2)
+def test_malice_is_refused_on_every_rank(tmp_path: Path):
+    ranks, path = Ranks(), tmp_path / "a"
+    write(path, ranks)
+    dist.barrier()
+    if ranks.rank == 0:
+        body = body_of(path)
+        hostile("box['start'] = 1 << 62")(body)
+        forge(path, body)
+    dist.barrier()
+    refused(path, ranks, "are not in shard-")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"null",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"format": "dist_ema", "version": 1' + b"1" * 5000 + b"}",
+        b'{"format": "dist_ema", "version": NaN}',
+        b'{"format": "dist_ema", "version": 1e999}',
+        b"\xff\xfe",
+        b"\x00" * 1000,
+    ],
+    ids=range(11),
+)
+def test_texts_that_are_no_manifest_are_refused(body: bytes):
+    with pytest.raises(CheckpointError, match=r"^here: "):
+        parsing.parse(signed(body), "here")
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"{}\n{}", b"[]", b"{" * 9999, b"\xff", b"7\n"])
+def test_first_lines_that_are_none_are_refused(data: bytes):
+    with pytest.raises(CheckpointError, match=r"^here: "):
+        parsing.parse(data, "here")
+
+
+def test_an_unknown_checksum_is_named():
+    line = {"format": "dist_ema", "id": "0" * 32, "algorithm": "md5", "checksum": "", "bytes": 2}
+    with pytest.raises(CheckpointError, match="unknown checksum 'md5'; this version knows"):
+        parsing.parse(json.dumps(line).encode() + b"\n{}", "here")
+
+
+@pytest.mark.ranks(0)
+def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path):
+    path = tmp_path / "a"
+    path.mkdir()
+    with open(path / "manifest.json", "wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with _peak() as peak:
+        refused(path, Ranks(), "is 1099511627776 bytes long, which no manifest is")
+    assert peak() < 16e6
+
+
+# Plain safetensors.
+
+
+def with_header(header: bytes, data: bytes = b"", nbytes: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if nbytes is None else nbytes) + header + data
+
+
+def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> bytes:
+    fields = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    return json.dumps({"a": fields}).encode()
+
+
+EIGHT = bytes(8)
+HEADERS = {
+    "nothing": b"",
+    "seven bytes": b"1234567",
+    "no header": with_header(b""),
+    "endless header": with_header(b"{}", nbytes=1 << 63),
+    "header beyond the end": with_header(b"{}", nbytes=3),
+    "no JSON": with_header(b"{]"),
+    "no mapping": with_header(b"[]"),
+    "deep": with_header(b'{"a":' * 50_000),
+    "no entry": with_header(b'{"a": 3}'),
+    "no dtype": with_header(entry(dtype=None), EIGHT),
+    "a strange dtype": with_header(entry(dtype="F1"), EIGHT),
+    "negative shape": with_header(entry(shape=[-2]), EIGHT),
+    "huge shape": with_header(entry(shape=[1 << 62, 1 << 62]), EIGHT),
+    "another shape": with_header(entry(shape=[3]), EIGHT),
+    "a fraction": with_header(entry(shape=[2.0]), EIGHT),
+    "three offsets": with_header(entry(offsets=[0, 4, 8]), EIGHT),
+    "backwards": with_header(entry(offsets=[8, 0]), EIGHT),
+    "beyond the end": with_header(entry(offsets=[8, 16]), EIGHT),
+    "cut short": with_header(entry(), bytes(7)),
+    "too long": with_header(entry(), bytes(9)),
+    "strange metadata": with_header(b'{"__metadata__": 3}'),
+}
+
+
+@pytest.mark.ranks(0)
+def test_plain_files_that_are_no_good_are_refused(tmp_path: Path):
+    for name, data in HEADERS.items():
+        (tmp_path / "x.safetensors").write_bytes(data)
+        try:
+            refused(tmp_path / "x.safetensors", Ranks(), r"x\.safetensors")
+        except BaseException as error:
+            raise AssertionError(name) from error
+
+
+@pytest.mark.ranks(0)
+def test_forged_headers_are_refused_or_harmless(tmp_path: Path):
+    ranks, path = Ranks(), tmp_path / "x.safetensors"
+    values = full(TENSORS, 3)
+    save_file(values, path)
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    good, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    rng = random.Random(2)
+    refusals = 0
+    while refusals < NUM_FUZZED:
+        header = json.dumps(mutated(good, rng)).encode()
+        path.write_bytes(with_header(header + b" " * (-len(header) % 8), rest))
+        parts = blank("columns", TENSORS, ranks)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                load(path, {"ema": parts}, TENSORS, ranks)
+        except CheckpointError:
+            refusals += 1
+            assert not differing(parts, blank("columns", TENSORS, ranks))
+        else:
+            assert not {p.place.fqn for p in parts} - set(json.loads(header))
+
+
+@pytest.mark.ranks(0)
+def test_plain_directories_that_are_ambiguous_are_refused(tmp_path: Path):
+    ranks, values = Ranks(), full(TENSORS)
+    save_file(values, tmp_path / "a.safetensors")
+    save_file({"cube": values["cube"]}, tmp_path / "b.safetensors")
+    refused(tmp_path, ranks, "'cube' is in a.safetensors and in b.safetensors")
+    for text, message in {
+        "{": "is no index",
+        "[]": "is no index",
+        '{"weight_map": {"cube": 3}}': "is no index|not a plain name",
+        '{"weight_map": {"cube": "../a.safetensors"}}': "not a plain name",
+        '{"weight_map": {"cube": "c.safetensors"}}': r"c\.safetensors: No such file",
+        '{"weight_map": {"other": "a.safetensors"}}': "'other' is not in a.safetensors",
+        '{"weight_map": {}}': "missing: emb.weight",
+    }.items():
+        (tmp_path / "m.safetensors.index.json").write_text(text)
+        refused(tmp_path, ranks, message)
+    (tmp_path / "n.safetensors.index.json").write_text("{}")
+    refused(tmp_path, ranks, "has several indices")

@@ -1,0 +1,113 @@
+"""A file imports only from lower layers, and never a library that the user did not import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "dist_ema"
+
+# From the bottom to the top; modules of one layer do not import one another. "" is the package.
+LAYERS = [
+    {"checksums", "files", "layout", "lerp", "names", "ranks", "schedule"},
+    {"batchnorm", "boxed", "engines.engine", "export", "manifest", "options"},
+    {"replicas", "shadow"},
+    {"engines.plain", "engines.dtensor", "engines.fsdp1", "engines.deepspeed"},
+    {"agreement", "background", "parsing", "plan", "planners", "snapshot"},
+    {"blocks", "engines", "shards", "stateful"},
+    {"consolidated", "gather", "reader", "teacher", "verify", "writer"},
+    {"binding", "cli", "matching"},
+    {"__main__", "checkpoint", "ema"},
+    {""},
+]
+LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
+
+FOREIGN = {"deepspeed", "accelerate", "transformers", "diffusers", "peft", "lightning"}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def inside(dotted: str) -> str:
+    return dotted.removeprefix("dist_ema").removeprefix(".")
+
+
+def is_known(name: str) -> bool:
+    return name.split(".")[0] == "dist_ema" and inside(name) in LAYER_OF
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+    """Every import below this node with the dotted name that it takes, lazy ones included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            for alias in node.names:
+                dotted = f"{node.module}.{alias.name}"
+                yield node, dotted if is_known(dotted) else str(node.module)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node, alias.name
+
+
+def run_at_import(tree: ast.Module) -> Iterator[ast.stmt]:
+    """The statements of a module outside functions; those under TYPE_CHECKING never run."""
+    todo: list[ast.stmt] = list(tree.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        for field in ("body", "orelse", "finalbody", "handlers"):
+            for child in getattr(node, field, []):
+                todo += child.body if isinstance(child, ast.ExceptHandler) else [child]
+
+
+def test_every_file_has_a_layer():
+    found = {module_name(path) for path in FILES}
+    assert sorted(found - set(LAYER_OF)) == [], "files without a layer"
+    assert sorted(set(LAYER_OF) - found) == [], "layers without a file"
+
+
+def test_no_module_is_in_two_layers():
+    assert sum(map(len, LAYERS)) == len(LAYER_OF)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path) or "dist_ema")
+def test_imports_point_down(path: Path):
+    own = LAYER_OF.get(module_name(path), len(LAYERS))
+    taken = {inside(n) for _, n in imports(ast.parse(path.read_text())) if is_known(n)}
+    assert sorted(name for name in taken if LAYER_OF[name] >= own) == []
+
+
+def test_engines_never_import_one_another():
+    engines = {name for name in LAYER_OF if name.startswith("engines.")} - {"engines.engine"}
+    for path in FILES:
+        if module_name(path) in engines:
+            taken = {inside(n) for _, n in imports(ast.parse(path.read_text()))}
+            assert not taken & engines, path.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path) or "dist_ema")
+def test_no_foreign_library_is_imported_at_the_top(path: Path):
+    for statement in run_at_import(ast.parse(path.read_text())):
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            taken = {name.split(".")[0] for _, name in imports(statement)}
+            assert not taken & FOREIGN, f"{path.name}:{statement.lineno}"
+
+
+def test_importing_the_package_imports_no_foreign_library():
+    program = f"import sys, dist_ema; print(*set({FOREIGN!r}) & sys.modules.keys())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT.parent, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []

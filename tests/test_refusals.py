@@ -1,0 +1,199 @@
+"""What is refused, and how: with an error that names the cause, on every rank, nothing changed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from dist_ema import ShardedEMA
+from tests.net import Net
+from tests.runs import EXACT, a_few_worlds, live_state, make_ema, start
+from tests.worlds import World, mesh, rank, worlds
+
+two_worlds = worlds("plain", "fsdp2-2")
+
+
+def check_usable(world: World, training) -> None:
+    """A good average can be built and gathered after a refusal: the ranks are in step."""
+    ema = make_ema(training)
+    state = ema.gather_state_dict()
+    wanted = world.make_net().state_dict() if rank() == 0 else {}
+    assert list(state) == list(wanted)
+
+
+@two_worlds
+@pytest.mark.parametrize("kind", ["parameters", "none", "optimizer", "state_dict"])
+def test_what_is_not_a_module_is_refused(world: World, kind: str):
+    training = world.train()
+    model = {
+        "parameters": list(training.model.parameters()),
+        "none": None,
+        "optimizer": training.optimizer,
+        "state_dict": training.net.state_dict(),
+    }[kind]
+    with pytest.raises(TypeError, match="Module"):
+        ShardedEMA(model)
+    check_usable(world, training)
+
+
+@two_worlds
+def test_a_model_with_nothing_to_average_is_refused(world: World):
+    training = world.train(world.make_net().requires_grad_(True))
+    with pytest.raises(ValueError, match="params"):
+        ShardedEMA(training.model, params=lambda fqn, parameter: False)
+    frozen = world.make_net().requires_grad_(False)
+    with pytest.raises(ValueError, match="params"):
+        ShardedEMA(world.engine.wrap(frozen))
+    with pytest.raises(ValueError, match="0 parameters"):
+        ShardedEMA(torch.nn.Identity())
+    check_usable(world, training)
+
+
+BAD_VALUES = [
+    ("decay", -0.1, ValueError),
+    ("decay", 1.1, ValueError),
+    ("decay", math.nan, ValueError),
+    ("decay", True, ValueError),
+    ("decay", "0.99", ValueError),
+    ("decay", None, TypeError),
+    ("decay", {}, ValueError),
+    ("decay", {"fast": 2.0}, ValueError),
+    ("multi_avg_fn", 0.9, TypeError),
+    ("update_every", 0, ValueError),
+    ("update_every", -1, ValueError),
+    ("update_every", 1.5, ValueError),
+    ("update_every", True, ValueError),
+    ("start_step", -1, ValueError),
+    ("start_step", 0.5, ValueError),
+    ("params", "some", ValueError),
+    ("params", ["emb.weight"], ValueError),
+    ("buffers", "none", ValueError),
+    ("buffers", None, ValueError),
+    ("replicas", "both", ValueError),
+    ("dtype", torch.int32, ValueError),
+    ("dtype", "float32", ValueError),
+]
+
+
+@two_worlds
+@pytest.mark.parametrize(("option", "value", "error"), BAD_VALUES)
+def test_a_bad_value_is_refused_by_name(world: World, option: str, value, error):
+    training = world.train()
+    before = live_state(training)
+    with pytest.raises(error, match=option):
+        ShardedEMA(training.model, **{option: value})
+    torch.testing.assert_close(live_state(training), before, **EXACT)
+    check_usable(world, training)
+
+
+@worlds("ddp-2", "fsdp2-3", "fsdp2_tp")
+def test_a_bad_value_on_one_rank_is_refused_on_every_rank(world: World):
+    training = world.train()
+    with pytest.raises(ValueError, match="decay"):
+        ShardedEMA(training.model, 1.5 if rank() == 1 else 0.9)
+    with pytest.raises(ValueError, match="decay"):
+        ShardedEMA(training.model, 0.99 if rank() == 1 else 0.9)
+    check_usable(world, training)
+
+
+@worlds("ddp-2", "fsdp2-3")
+def test_a_failing_predicate_on_one_rank_is_an_error_on_every_rank(world: World):
+    def params(fqn, parameter):
+        if rank() == 1:
+            raise RuntimeError("no such layer")
+        return True
+
+    training = world.train()
+    with pytest.raises(RuntimeError, match="no such layer"):
+        ShardedEMA(training.model, params=params)
+    check_usable(world, training)
+
+
+@a_few_worlds
+def test_an_unknown_average_is_refused_on_every_rank(world: World):
+    run = start(world).train(1)
+    with pytest.raises(ValueError, match="slow"):
+        run.ema.gather_state_dict("slow" if rank() == 0 else None)
+    with pytest.raises(ValueError, match="slow"):
+        run.ema.average_parameters("slow").__enter__()
+    torch.testing.assert_close(run.training.full_weights(), run.weights[-1], **EXACT)
+    check_usable(world, run.training)
+
+
+@pytest.mark.ranks(2, 3)
+def test_an_average_built_before_fully_shard_raises_at_the_first_update():
+    net = Net()
+    ema = ShardedEMA(net, 0.5)
+    shards = mesh((dist.get_world_size(),), ("shard",))
+    for block in net.blocks:
+        fully_shard(block, mesh=shards)
+    fully_shard(net, mesh=shards)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(2)
+    for call in (ema.update, ema.reset, lambda: ema.average_parameters().__enter__()):
+        with pytest.raises(RuntimeError, match="fully_shard"):
+            call()
+    assert (ema.step, ema.num_updates) == (0, 0)
+
+
+@a_few_worlds
+def test_a_weight_that_thaws_is_refused_and_the_average_stays(world: World):
+    run = start(world).train(2)
+    before = run.ema.gather_state_dict()
+    run.training.net.frozen.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"frozen\.weight.*params='all'"):
+        run.ema.update()
+    assert (run.ema.step, run.ema.num_updates) == (2, 2)
+    run.training.net.frozen.weight.requires_grad_(False)
+    torch.testing.assert_close(run.ema.gather_state_dict(), before, **EXACT)
+
+
+@a_few_worlds
+def test_a_weight_that_freezes_is_averaged_on(world: World):
+    run = start(world).train(2)
+    run.training.net.emb.weight.requires_grad_(False)
+    assert run.ema.update()
+
+
+@two_worlds
+def test_bad_steps_and_dtypes_are_refused_and_change_nothing(world: World):
+    run = start(world).train(2)
+    before = run.ema.gather_state_dict()
+    for step in (-1, 1.5, True, "3"):
+        with pytest.raises(ValueError, match="step"):
+            run.ema.update(step=step)
+    for dtype in (torch.int32, "float32"):
+        with pytest.raises(ValueError, match="dtype"):
+            run.ema.gather_state_dict(dtype=dtype)
+    assert (run.ema.step, run.ema.num_updates) == (2, 2)
+    torch.testing.assert_close(run.ema.gather_state_dict(), before, **EXACT)
+
+
+@two_worlds
+def test_a_schedule_that_leaves_the_range_is_refused_and_changes_nothing(world: World):
+    run = start(world, lambda t, delta: 0.5 if t < 3 else 1.5).train(2)
+    run.training.train_step(2)
+    before = run.ema.gather_state_dict()
+    with pytest.raises(ValueError, match=r"1\.5"):
+        run.ema.update()
+    assert (run.ema.step, run.ema.num_updates) == (2, 2)
+    torch.testing.assert_close(run.ema.gather_state_dict(), before, **EXACT)
+
+
+@pytest.mark.ranks(0, 2)
+def test_a_model_without_storage_is_refused_by_name():
+    with torch.device("meta"):
+        net = Net()
+    with pytest.raises(ValueError, match=r"tiny.*to_empty"):
+        ShardedEMA(net)
+
+
+@pytest.mark.ranks(0)
+def test_a_process_group_without_torch_distributed_is_refused():
+    with pytest.raises(ValueError, match="process_group"):
+        ShardedEMA(Net(), process_group=object())

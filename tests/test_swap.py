@@ -1,0 +1,333 @@
+"""The swap: the model computes with the average and nothing else, and comes back bit for bit."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tests.net import FROZEN, TRAINABLE
+from tests.runs import EXACT, Run, a_few_worlds, live_buffers, make_ema, start
+from tests.worlds import (
+    Training,
+    World,
+    evaluate,
+    every_world,
+    from_rank_0,
+    not_compiled,
+    num_ranks,
+    rank,
+    state_of,
+    worlds,
+)
+
+
+class Interruption(Exception):
+    pass
+
+
+@every_world()
+def test_the_forward_under_the_swap_is_that_of_a_plain_model(world: World):
+    run = start(world).train(1).train_unrecorded()
+    training = run.training
+    with run.ema.average_parameters():  # nothing is gathered, or what the backward left gathered
+        shown = training.evaluate()
+        torch.testing.assert_close(training.evaluate(), shown, **EXACT)
+    live = training.evaluate()
+    with run.ema.average_parameters():  # now live weights are gathered, and must not be used
+        torch.testing.assert_close(training.evaluate(), shown, **EXACT)
+    torch.testing.assert_close(training.evaluate(), live, **EXACT)
+    average = from_rank_0(run.ema.gather_state_dict())
+    torch.testing.assert_close(world.parallel_twin(average).evaluate(), shown, **EXACT)
+    for state, logits in ((average, shown), (average | state_of(training.full_weights()), live)):
+        plain = evaluate(world.plain_twin(state))
+        torch.testing.assert_close(logits, plain, **world.forward_tolerance)
+    assert not torch.equal(shown, live)
+
+
+@every_world(not_compiled)
+def test_every_averaged_weight_shows_the_average(world: World):
+    run = start(world).train(2)
+    state = from_rank_0(run.ema.gather_state_dict())
+    with run.ema.average_parameters():
+        shown = run.training.full_weights()
+    for name in TRAINABLE:
+        wanted = state[name].to(world.engine.weights_dtype)
+        assert torch.equal(shown[name], wanted), name
+    for name in FROZEN:
+        assert torch.equal(shown[name], run.weights[-1][name]), name
+
+
+@every_world()
+def test_weights_and_buffers_come_back_bit_for_bit(world: World):
+    run = start(world).train(2)
+    training = run.training
+    objects = [id(p) for p in training.parameters().values()]
+    live = training.evaluate()
+    buffers = live_buffers(training)  # after a forward: DDP lets rank 0's prevail in each
+    with run.ema.average_parameters(), torch.no_grad():
+        training.loss(5)  # in training mode, so that batch statistics move
+        training.net.mask.add_(1)
+        assert not torch.equal(training.net.running, buffers["running"])
+    torch.testing.assert_close(live_buffers(training), buffers, **EXACT)
+    torch.testing.assert_close(training.evaluate(), live, **EXACT)
+    torch.testing.assert_close(training.full_weights(), run.weights[-1], **EXACT)
+    assert [id(p) for p in training.parameters().values()] == objects
+
+
+@every_world(not_compiled)
+def test_weights_come_back_after_an_exception(world: World):
+    run = start(world).train(2)
+    average, live = run.ema.gather_state_dict(), run.training.evaluate()
+    with pytest.raises(Interruption):
+        with run.ema.average_parameters():
+            run.training.evaluate()
+            raise Interruption
+    torch.testing.assert_close(run.training.evaluate(), live, **EXACT)
+    torch.testing.assert_close(run.training.full_weights(), run.weights[-1], **EXACT)
+    torch.testing.assert_close(run.ema.gather_state_dict(), average, **EXACT)
+    run.train(1)
+    with run.ema.average_parameters():
+        assert not torch.equal(run.training.evaluate(), live)
+
+
+@every_world(not_compiled)
+def test_training_after_a_swap_is_bit_identical_to_training_without(world: World):
+    def train(swap: bool) -> tuple[Run, dict[str, Tensor]]:
+        run = start(world)
+        for i in range(4):
+            run.train_unrecorded()
+            if swap and i in (0, 2):
+                with run.ema.average_parameters():
+                    run.training.evaluate()
+        return run, run.ema.gather_state_dict()
+
+    (swapped, average), (bare, wanted) = train(True), train(False)
+    torch.testing.assert_close(average, wanted, **EXACT)
+    torch.testing.assert_close(
+        swapped.training.full_weights(), bare.training.full_weights(), **EXACT
+    )
+    torch.testing.assert_close(live_buffers(swapped.training), live_buffers(bare.training), **EXACT)
+
+
+def gradients_or_refusal(training: Training, loss: Tensor) -> dict[str, Tensor] | None:
+    """The gradients of this rank, or None if autograd finds that weights have changed."""
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        # Not a lost message or a timeout, which are RuntimeErrors too.
+        assert "modified by an inplace operation" in str(error), error
+        return None
+    grads = {name: parameter.grad for name, parameter in training.parameters().items()}
+    return {
+        name: (grad.to_local() if isinstance(grad, DTensor) else grad).clone()
+        for name, grad in grads.items()
+        if grad is not None
+    }
+
+
+def check_refused_or_equal(found: dict[str, Tensor] | None, wanted: dict[str, Tensor]) -> None:
+    if dist.is_initialized():
+        refused = [None] * num_ranks()
+        dist.all_gather_object(refused, found is None)
+        assert len(set(refused)) == 1, refused
+    if found is not None:
+        torch.testing.assert_close(found, wanted, **EXACT)
+
+
+@every_world()
+def test_a_swap_between_forward_and_backward_is_an_error_or_harmless(world: World):
+    bare = start(world).train(1).training
+    wanted = gradients_or_refusal(bare, bare.loss(1))
+    run = start(world).train(1)
+    loss = run.training.loss(1)
+    with run.ema.average_parameters():
+        run.training.evaluate()
+    check_refused_or_equal(gradients_or_refusal(run.training, loss), wanted)
+
+
+@every_world()
+def test_a_backward_after_the_swap_of_a_forward_inside_is_an_error_or_right(world: World):
+    run = start(world).train(1)
+    with run.ema.average_parameters():
+        wanted = gradients_or_refusal(run.training, run.training.loss(1))
+    assert wanted is not None
+    run = start(world).train(1)
+    with run.ema.average_parameters():
+        loss = run.training.loss(1)
+    check_refused_or_equal(gradients_or_refusal(run.training, loss), wanted)
+
+
+@every_world(not_compiled)
+def test_an_average_of_zeros_makes_a_model_of_zeros(world: World):
+    net = world.make_net()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    training = world.train(net)
+    zeros = training.evaluate()
+    ema = make_ema(training, decay=1.0, params="all")
+    with torch.no_grad():
+        for parameter in training.parameters().values():
+            parameter.copy_(torch.full_like(parameter, 0.5))
+    ema.update()
+    assert not torch.equal(training.evaluate(), zeros)
+    with ema.average_parameters():
+        assert torch.equal(training.evaluate(), zeros)
+        for name, weight in training.full_weights().items():
+            assert not weight.any(), name
+    for name, weight in training.full_weights().items():
+        assert (weight == 0.5).all(), name
+
+
+@a_few_worlds
+def test_a_swap_works_in_inference_mode(world: World):
+    run = start(world).train(2)
+    with run.ema.average_parameters():
+        wanted = run.training.evaluate()
+    with torch.inference_mode(), run.ema.average_parameters():
+        torch.testing.assert_close(run.training.evaluate().clone(), wanted, **EXACT)
+    torch.testing.assert_close(run.training.full_weights(), run.weights[-1], **EXACT)
+    run.train(1)
+
+
+@a_few_worlds
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_averaged_buffers_are_shown_and_come_back(world: World, buffers: str):
+    run = start(world, buffers=buffers).train(3)
+    before = live_buffers(run.training)
+    state = run.ema.gather_state_dict()
+    with run.ema.average_parameters():
+        shown = live_buffers(run.training)
+    torch.testing.assert_close(live_buffers(run.training), before, **EXACT)
+    assert torch.equal(shown["running"], before["running"]) == (buffers == "copy")
+    if rank() == 0:
+        torch.testing.assert_close(shown["running"], state["running"], **EXACT)
+
+
+@a_few_worlds
+def test_nothing_reads_or_writes_the_average_inside(world: World, tmp_path):
+    run = start(world).train(2)
+    ema = run.ema
+    refused = {
+        "update": ema.update,
+        "reset": ema.reset,
+        "drift": ema.drift,
+        "gather_state_dict": ema.gather_state_dict,
+        "gather_tensors": lambda: list(ema.gather_tensors()),
+        "copy_to": ema.copy_to,
+        "export": lambda: ema.export(tmp_path / "export"),
+        "average_parameters": lambda: ema.average_parameters().__enter__(),
+    }
+    before = ema.gather_state_dict(), ema.step, ema.num_updates
+    with ema.average_parameters():
+        shown = run.training.evaluate()
+        for name, call in refused.items():
+            with pytest.raises(RuntimeError, match="average_parameters"):
+                call()
+            assert torch.equal(run.training.evaluate(), shown), name
+    assert not (tmp_path / "export").exists()
+    after = ema.gather_state_dict(), ema.step, ema.num_updates
+    torch.testing.assert_close(after[0], before[0], **EXACT)
+    assert after[1:] == before[1:]
+    torch.testing.assert_close(run.training.full_weights(), run.weights[-1], **EXACT)
+
+
+@a_few_worlds
+def test_each_of_several_averages_is_shown_by_its_name(world: World):
+    run = start(world, {"fast": 0.5, "slow": 0.99}).train(3)
+    with pytest.raises(ValueError, match="slow"):
+        run.ema.average_parameters().__enter__()
+    shown = {}
+    for name in ("fast", "slow", "fast"):
+        with run.ema.average_parameters(name):
+            shown[name] = run.training.full_weights()
+    for name, weights in shown.items():
+        state = from_rank_0(run.ema.gather_state_dict(name))
+        for fqn in TRAINABLE:
+            assert torch.equal(weights[fqn], state[fqn]), (name, fqn)
+    torch.testing.assert_close(run.training.full_weights(), run.weights[-1], **EXACT)
+
+
+@every_world(not_compiled)
+def test_copy_to_makes_the_average_the_live_weights(world: World):
+    run = start(world).train(3)
+    run.training.evaluate()
+    state = from_rank_0(run.ema.gather_state_dict())
+    run.ema.copy_to()
+    live = run.training.full_weights()
+    for name in TRAINABLE:
+        assert torch.equal(live[name], state[name].to(world.engine.weights_dtype)), name
+    found = run.training.evaluate()
+    torch.testing.assert_close(world.parallel_twin(state).evaluate(), found, **EXACT)
+    run.training.train_step(3)
+    assert not torch.equal(run.training.full_weights()["emb.weight"], live["emb.weight"])
+
+
+@a_few_worlds
+def test_copy_to_fills_a_plain_module_on_every_rank(world: World):
+    run = start(world).train(3)
+    state = from_rank_0(run.ema.gather_state_dict())
+    net = world.make_net(seed=1)
+    run.ema.copy_to(net)
+    torch.testing.assert_close(dict(net.state_dict()), state, **EXACT)
+    assert net.head.weight is net.emb.weight
+    torch.testing.assert_close(run.training.full_weights(), run.weights[-1], **EXACT)
+    other = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="weight"):
+        run.ema.copy_to(other)
+    run.ema.gather_state_dict()
+
+
+@worlds("ddp-2", "ddp-3", "hsdp", "fsdp2_tp", "tp")
+def test_whole_replicas_show_what_split_ones_show(world: World):
+    split, whole = (start(world, replicas=kind).train(2) for kind in ("split", "whole"))
+    with split.ema.average_parameters():
+        wanted = split.training.evaluate()
+    with whole.ema.average_parameters():
+        torch.testing.assert_close(whole.training.evaluate(), wanted, **EXACT)
+    torch.testing.assert_close(
+        whole.training.full_weights(), split.training.full_weights(), **EXACT
+    )
+
+
+@worlds("ddp-2", "hsdp")
+def test_replicas_that_differ_are_named_once(world: World):
+    run = start(world)
+    if rank() == 1:
+        with torch.no_grad():
+            weight = run.training.parameters()["blocks.0.l1.weight"]
+            (weight.to_local() if isinstance(weight, DTensor) else weight)[0, 0] += 1e-7
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with run.ema.average_parameters():
+                pass
+    told = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    shares = {"ddp": (0, 1), "hsdp": (1, 3)}[world.name]
+    assert len(told) == (rank() in shares), told
+    for text in told:
+        assert "blocks.0.l1.weight" in text
+        assert "blocks.0.l2.weight" not in text
+
+
+@worlds("ddp-2", "hsdp", "tp")
+def test_replicas_that_differ_stay_apart_when_kept_whole(world: World):
+    run = start(world, replicas="whole")
+    with torch.no_grad():
+        for parameter in run.training.parameters().values():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.mul_(1 + rank() * 1e-3)
+
+    def held() -> dict[str, Tensor]:
+        found = run.training.parameters().items()
+        return {n: (p.to_local() if isinstance(p, DTensor) else p).clone() for n, p in found}
+
+    before = held()
+    with run.ema.average_parameters():
+        run.training.evaluate()
+    torch.testing.assert_close(held(), before, **EXACT)

@@ -1,0 +1,225 @@
+"""DeepSpeed as rows of the table of worlds; see [Note: worlds] in tests/worlds.py."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.net import Net
+from tests.worlds import Engine, Training, World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero(Engine):
+    """A stage of ZeRO, with further entries of its configuration."""
+
+    stage: int = 0
+    bf16: Mapping[str, Any] | None = None  # None: fp32
+    zero: Mapping[str, Any] = field(default_factory=dict)  # of "zero_optimization"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    zero_init: bool = False  # parameters are partitioned before deepspeed.initialize()
+
+    def wrap(self, net: Net) -> nn.Module:
+        deepspeed = library()
+        config = {
+            "train_micro_batch_size_per_gpu": 4,
+            "steps_per_print": 10**9,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"stage": self.stage, **self.zero},
+            **({} if self.bf16 is None else {"bf16": {"enabled": True, **self.bf16}}),
+            **self.config,
+        }
+        if self.zero_init:
+            with deepspeed.zero.Init(config_dict_or_path=config):
+                _put_into(net, Net())
+        optimizer = super().make_optimizer(net)
+        return deepspeed.initialize(model=net, optimizer=optimizer, config=config)[0]
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return model.optimizer
+
+    def step(self, training: Training, loss: Tensor) -> None:
+        training.model.backward(loss)
+        training.model.step()
+
+    def settle(self, training: Training) -> None:
+        if self.stage == 3 and "torch_autocast" in self.config:
+            # What a forward has gathered is rounded to what it computes in.
+            training.model.empty_partition_cache()
+
+    def full_weights(self, training: Training) -> dict[str, Tensor]:
+        """The fp32 masters, and what has none."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = self.shown_weights(training)
+        trained = {n: p for n, p in training.net.named_parameters() if p.requires_grad}
+        if self.zero.get("round_robin_gradients"):  # safe_get_full_fp32_param is wrong there
+            masters = masters_by_address(training.optimizer, trained)
+        elif self.stage == 0 and self.bf16 is not None:  # and returns None there
+            masters = masters_of_unfused(training.optimizer, trained)
+        elif self.stage == 0:
+            masters = trained
+        else:
+            masters = {n: safe_get_full_fp32_param(p) for n, p in trained.items()}
+        for name, master in masters.items():
+            weights[name] = master.detach().clone().view(weights[name].shape)
+        return weights
+
+    def shown_weights(self, training: Training) -> dict[str, Tensor]:
+        """What the forward pass computes with."""
+        shown = {}
+        for name, parameter in training.net.named_parameters():
+            if self.stage == 3:
+                with library().zero.GatheredParameters([parameter]):
+                    shown[name] = parameter.detach().clone()
+            else:
+                shown[name] = parameter.detach().clone()
+        return shown
+
+
+def library() -> Any:
+    """DeepSpeed, imported in the workers only: it takes seconds."""
+    import deepspeed
+    from deepspeed.runtime import torch_autocast
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not deepspeed.comm.is_initialized():
+        # It would compile a shared-memory backend: no compiler is needed here, nor a lock file.
+        backend = sys.modules["deepspeed.comm.torch"]
+        with mock.patch.object(backend, "build_shm_op", return_value=None):
+            deepspeed.init_distributed("gloo")
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # an engine sets it for all that follow
+    return deepspeed
+
+
+def _put_into(net: Net, built: Net) -> None:
+    """Let a net have the parameters and buffers of one that was built in parts, and keep values."""
+    parameters = [built.get_parameter(name) for name, _ in net.named_parameters()]
+    with library().zero.GatheredParameters(parameters, modifier_rank=0), torch.no_grad():
+        for parameter, value in zip(parameters, net.parameters(), strict=True):
+            if parameter.numel():
+                parameter.copy_(value)
+    for name, module in net.named_modules():
+        theirs = built.get_submodule(name)
+        module._parameters, module._buffers = theirs._parameters, theirs._buffers
+
+
+def masters_by_address(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masters of stages 1 and 2, put together and cut where the parameters lie in the copies."""
+    found = {}
+    for part, copies in zip(
+        optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups_flat, strict=True
+    ):
+        whole = torch.empty(copies.numel())
+        dist.all_gather(list(whole.chunk(dist.get_world_size())), part.detach())
+        for name, parameter in parameters.items():
+            start, rest = divmod(parameter.data_ptr() - copies.data_ptr(), copies.element_size())
+            if not rest and 0 <= start < copies.numel():
+                found[name] = whole[start : start + parameter.numel()]
+    return found
+
+
+def masters_of_unfused(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    masters = {
+        id(copy): master
+        for copies, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        for copy, master in zip(copies, masters, strict=True)
+    }
+    return {name: masters[id(parameter)] for name, parameter in parameters.items()}
+
+
+BF16 = {"bf16": {}, "compute_dtype": torch.bfloat16}
+# Another class of optimizer than for other stages and gradients.
+BF16_OPTIMIZER = {"config": {"data_types": {"grad_accum_dtype": "fp32"}}, **BF16}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+AUTOCAST = {
+    "config": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+    "compute_dtype": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutocastWorld(World):
+    """Its plain twin runs under autocast, with weights rounded where stage 3 gathers them so."""
+
+    def plain_twin(self, state: Mapping[str, Tensor]) -> nn.Module:
+        twin = Net(**self.net)
+        twin.load_state_dict(state)
+        if self.engine.stage == 3:
+            for module in twin.modules():
+                if isinstance(module, nn.Linear):
+                    for parameter in module.parameters():
+                        parameter.data = parameter.data.to(self.compute_dtype).float()
+        return Autocast(twin, self.compute_dtype).eval()
+
+
+class Autocast(nn.Module):
+    def __init__(self, net: Net, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net, self.dtype = net, dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        with torch.autocast("cpu", self.dtype):
+            return self.net(tokens)
+
+
+def persistence(threshold: int) -> dict[str, Any]:
+    """Up to how many elements stage 3 keeps a parameter gathered; by default all of `Net`'s."""
+    return {"stage3_param_persistence_threshold": threshold}
+
+
+WORLDS = [
+    World(name="z0", ranks=(2,), engine=Zero()),
+    World(name="z0_bf16", ranks=(3,), engine=Zero(**BF16)),
+    World(name="z1", ranks=(3,), engine=Zero(stage=1)),
+    World(name="z1_bf16", ranks=(2,), engine=Zero(stage=1, **BF16)),
+    World(name="z1_bf16_optimizer", ranks=(4,), engine=Zero(stage=1, **BF16_OPTIMIZER)),
+    World(
+        name="z1_round_robin",
+        ranks=(4,),
+        engine=Zero(stage=1, zero={"round_robin_gradients": True}),
+    ),
+    World(
+        name="z1_aligned_bf16",
+        ranks=(3,),
+        engine=Zero(
+            stage=1, zero={"round_robin_gradients": True, "parameter_alignment": True}, **BF16
+        ),
+    ),
+    AutocastWorld(name="z1_autocast", ranks=(2,), engine=Zero(stage=1, **AUTOCAST)),
+    World(name="z2", ranks=(2, 4), engine=Zero(stage=2)),
+    World(name="z2_bf16", ranks=(3,), engine=Zero(stage=2, **BF16)),
+    World(name="z2_offload_bf16", ranks=(2,), engine=Zero(stage=2, zero=OFFLOAD, **BF16)),
+    World(name="z3", ranks=(2, 3), engine=Zero(stage=3)),
+    World(name="z3_bf16", ranks=(4,), engine=Zero(stage=3, **BF16)),
+    World(name="z3_bf16_cut", ranks=(3,), engine=Zero(stage=3, zero=persistence(0), **BF16)),
+    World(
+        name="z3_sub_groups",
+        ranks=(2,),
+        engine=Zero(stage=3, zero={"sub_group_size": 20, **persistence(20)}, **BF16),
+    ),
+    World(name="z3_offload", ranks=(2,), engine=Zero(stage=3, zero=OFFLOAD)),
+    World(
+        name="z3_offload_all",
+        ranks=(2,),
+        engine=Zero(stage=3, zero={"offload_param": {"device": "cpu"}, **OFFLOAD}, **BF16),
+    ),
+    World(name="z3_init", ranks=(3,), engine=Zero(stage=3, zero_init=True, **BF16)),
+    World(
+        name="z3_hpz",
+        ranks=(4,),
+        engine=Zero(stage=3, zero={"zero_hpz_partition_size": 2, **persistence(0)}, **BF16),
+    ),
+    AutocastWorld(
+        name="z3_autocast", ranks=(2,), engine=Zero(stage=3, zero=persistence(0), **AUTOCAST)
+    ),
+]
