@@ -1,5 +1,6 @@
 """An exponential moving average of the weights that lives where the weights live."""
 
+from dist_ema.batchnorm import update_bn
 from dist_ema.ema import ShardedEMA
 from dist_ema.schedule import Constant, Cosine, EqualWeight, HalfLife, PowerFunction, Warmup
 
@@ -11,4 +12,5 @@ __all__ = [
     "PowerFunction",
     "ShardedEMA",
     "Warmup",
+    "update_bn",
 ]

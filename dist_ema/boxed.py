@@ -140,7 +140,8 @@ def boxed(parts: Sequence[Part], tensors: Sequence[TensorInfo]) -> dict[str, tor
     for part in parts:
         if known.get(part.place.fqn) != (part.place.shape, part.values.dtype):
             raise AssertionError(f"{part.place} in {part.values.dtype} is not among the tensors")
-        held.setdefault(part.place.fqn, []).append(part)
+        if part.place.numel:
+            held.setdefault(part.place.fqn, []).append(part)
     values: dict[str, torch.Tensor] = {}
     for info in tensors:
         if 0 in info.shape:

@@ -182,6 +182,8 @@ def _check(
     unknown = [f"{t.fqn} ({t.dtype})" for t in tensors if t.dtype not in DTYPES]
     if unknown:
         raise CheckpointError(f"safetensors has no dtype for {', '.join(unknown)}")
+    if any(t.fqn == "__metadata__" for t in tensors):
+        raise CheckpointError("safetensors has no room for a tensor named __metadata__")
     json.dumps(state, allow_nan=False)
     parsing.check_state(state, averages)
     for name in averages:

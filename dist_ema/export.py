@@ -26,7 +26,7 @@ from torch import nn
 
 from dist_ema.files import replaced_directory
 from dist_ema.layout import Shape
-from dist_ema.names import is_instance
+from dist_ema.names import class_of, is_instance
 
 _SIZE_UNITS = {
     "": 1, "B": 1,
@@ -204,10 +204,10 @@ def _weights_name(module: nn.Module) -> str:
 
 
 def _class_name(module: nn.Module) -> str:
-    """The class that the user wrote; `fully_shard` puts one of its own in its place."""
-    fsdp2 = "torch.distributed.fsdp._fully_shard._fully_shard"
+    """The class that the user wrote; `fully_shard` puts a subclass of it in its place."""
+    fsdp2 = class_of("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule")
     for cls in type(module).__mro__:
-        if not any(base.__module__ == fsdp2 for base in cls.__mro__):
+        if fsdp2 is None or not issubclass(cls, fsdp2):
             return cls.__name__
     raise AssertionError(type(module))
 

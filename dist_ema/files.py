@@ -44,6 +44,9 @@ def replaced_directory(path: Path, keep: Callable[[str], bool] | None = None) ->
     new.mkdir()
     try:
         yield new
+        for entry in new.iterdir():
+            if entry.is_file():
+                sync(entry)
         put_in_place(new, path, keep)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -91,15 +94,12 @@ def sync(path: Path) -> None:
 def put_in_place(new: Path, path: Path, keep: Callable[[str], bool] | None = None) -> None:
     """Let a sibling take the place of a path, in one step where the system can; durable after.
 
-    Its own files are synced here; those in its directories are the caller's to sync.
+    What is in it must be on disk already. `keep` is as for `replaced_directory`.
     """
     if keep is not None and path.exists():
         for entry in path.iterdir():
             if keep(entry.name) and not (new / entry.name).exists():
                 _carry(entry, new / entry.name)
-    for entry in new.iterdir():
-        if entry.is_file() or entry.is_dir():
-            sync(entry)
     sync(new)
     try:
         os.rename(new, path)  # replaces an empty directory as well
@@ -148,6 +148,7 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copy2(source, target)
+        sync(Path(target))
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -17,8 +17,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the command line reads checkpoints without it
+    import torch
 
 Shape = tuple[int, ...]
 

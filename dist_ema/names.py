@@ -59,9 +59,15 @@ class Slot:
         return tensor
 
 
+def class_of(module: str, name: str) -> type | None:
+    """A class of a library, or None if the library was never imported."""
+    cls: type | None = getattr(sys.modules.get(module), name, None)
+    return cls
+
+
 def is_instance(obj: object, module: str, name: str) -> bool:
     """`isinstance` against a class of a library that may never have been imported."""
-    cls = getattr(sys.modules.get(module), name, None)
+    cls = class_of(module, name)
     return cls is not None and isinstance(obj, cls)
 
 
@@ -79,11 +85,18 @@ def ddp_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if is_instance(module, *ddp)]
 
 
+def layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, then what each wrapper wraps, to the user's own outermost module."""
+    inner: nn.Module | None = model
+    while inner is not None:
+        yield inner
+        inner = wrapped(inner)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own outermost module."""
-    while (inner := wrapped(model)) is not None:
-        model = inner
-    return model
+    *_, inner = layers(model)
+    return inner
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

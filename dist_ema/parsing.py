@@ -112,7 +112,7 @@ def check_state(state: Mapping[str, Any], names: Iterable[str]) -> None:
     for name in averages:
         average = _mapping(averages, name)
         _mapping(average, "schedule")
-        decay = average.get("decay")
+        decay = average.get("decay", "absent")
         if decay is not None and (type(decay) not in (int, float) or not 0 <= decay <= 1):
             raise CheckpointError(f"state: the decay of {shown(name)} is {shown(decay)}")
 

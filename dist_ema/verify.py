@@ -30,8 +30,7 @@ def problems(
                     absent.add(name)
         for fqn, saved in _in_order(average):
             if saved.file not in absent:
-                yield from _damage(checker, about, average, fqn, saved)
-            advance(saved.nbytes)
+                yield from _damage(checker, about, average, fqn, saved, advance)
         for name in files.names(average.directory):
             if name.endswith(".safetensors") and name not in average.files:
                 yield (
@@ -47,10 +46,16 @@ def _in_order(average: SavedAverage) -> list[tuple[str, SavedBox]]:
 
 
 def _damage(
-    checker: Checker, about: Manifest, average: SavedAverage, fqn: str, saved: SavedBox
+    checker: Checker,
+    about: Manifest,
+    average: SavedAverage,
+    fqn: str,
+    saved: SavedBox,
+    advance: Callable[[int], object],
 ) -> Iterator[str]:
     for number in range(about.blocks(saved)):
         try:
             checker.block(average, fqn, saved, number)
         except CheckpointError as error:
             yield str(error)
+        advance(min(about.block_bytes, saved.nbytes - number * about.block_bytes))

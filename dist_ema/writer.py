@@ -157,6 +157,7 @@ class ShardWriter(StorageWriter):
         path = self.directory / manifest.FILE
         try:
             path.write_bytes(data)
+            sync(path)
             for name in self._names:
                 sync(self.directory / self._subdirectory(name))
             put_in_place(

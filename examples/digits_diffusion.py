@@ -12,7 +12,7 @@ Any engine that accelerate can launch will do (DDP, DeepSpeed, FSDP2 on GPUs). O
     ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 accelerate launch \\
         --config_file launch/accelerate/cpu-2.yaml examples/digits_diffusion.py
 
-FSDP2 with torch alone, on CPU or GPUs:
+FSDP2, or FSDP1 with `--fsdp1`, with torch alone, on CPU or GPUs:
 
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/digits_diffusion.py --fsdp2
 """
@@ -72,7 +72,7 @@ def main() -> None:
 
     train_set, held_out = digits()
     torch.manual_seed(args.seed)  # the same first weights on every rank
-    run = start_fsdp2(train_set, args) if args.fsdp2 else start_accelerate(train_set, args)
+    run = start_torch(train_set, args) if args.engine else start_accelerate(train_set, args)
     ema = ShardedEMA(run.model, decay=args.decay)
     seconds = train(run, ema, args)
 
@@ -108,7 +108,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32, help="digits drawn; a multiple of 8")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="stop if another number came up")
-    parser.add_argument("--fsdp2", action="store_true", help="without accelerate, under torchrun")
+    for engine in ("fsdp1", "fsdp2"):
+        parser.add_argument(
+            f"--{engine}",
+            action="store_const",
+            dest="engine",
+            const=engine,
+            help="with torch alone, under torchrun",
+        )
     parser.add_argument("--fingerprint", type=Path, help="only print the checksums of an export")
     return parser.parse_args()
 
@@ -145,11 +152,11 @@ def start_accelerate(train_set: Tensor, args: argparse.Namespace) -> Run:
     """Whatever engine `accelerate launch` was told to use."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
+    require_processes(args.processes, found=int(os.environ.get("WORLD_SIZE", "1")))
     # On CPU, unless told the backend, accelerate takes every rank of DeepSpeed's for rank 0 of 1.
     on_gpu = torch.cuda.is_available()
     handlers = [] if on_gpu else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(kwargs_handlers=handlers)
-    require_processes(args.processes, found=accelerator.num_processes)
     model = build_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     # accelerate deals the batches out to the ranks, so there must be enough for all.
@@ -167,10 +174,9 @@ def start_accelerate(train_set: Tensor, args: argparse.Namespace) -> Run:
     )
 
 
-def start_fsdp2(train_set: Tensor, args: argparse.Namespace) -> Run:
-    """Every block of the model cut over all ranks, then the rest."""
+def start_torch(train_set: Tensor, args: argparse.Namespace) -> Run:
+    """FSDP2 or FSDP1 with torch alone: every block cut over all ranks, then the rest."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     require_processes(args.processes, found=world_size)
@@ -178,11 +184,7 @@ def start_fsdp2(train_set: Tensor, args: argparse.Namespace) -> Run:
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     mesh = init_device_mesh(device.type, (world_size,))
-
-    model = build_model().to(device)
-    for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = cut(build_model().to(device), mesh, args.engine)
     return Run(
         model=model,
         optimizer=torch.optim.Adam(model.parameters(), lr=args.lr),
@@ -192,6 +194,28 @@ def start_fsdp2(train_set: Tensor, args: argparse.Namespace) -> Run:
         device=device,
         rank=mesh.get_rank(),
         world_size=world_size,
+    )
+
+
+def cut(model: UNet2DModel, mesh: Any, engine: str) -> Any:
+    blocks = (*model.down_blocks, model.mid_block, *model.up_blocks)
+    if engine == "fsdp2":
+        from torch.distributed.fsdp import fully_shard
+
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy = ModuleWrapPolicy({type(block) for block in blocks})
+    return FullyShardedDataParallel(
+        model,
+        device_mesh=mesh,
+        auto_wrap_policy=policy,
+        use_orig_params=True,
+        device_id=mesh.device_type,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from tests.net import FROZEN, TRAINABLE
 from tests.oracle import worst_relative_error
-from tests.runs import EXACT, MAX_RELATIVE_ERROR, live_buffers, start
+from tests.runs import EXACT, MAX_RELATIVE_ERROR, Run, live_buffers, start
 from tests.worlds import World, evaluate, from_rank_0, rank, state_of
 
 Body = Callable[..., None]
@@ -89,7 +89,37 @@ def test_weights_that_do_not_train_are_averaged_with_all_and_shown(world: World)
     torch.testing.assert_close(run.training.full_weights(), live, **EXACT)
 
 
-def lerped_tensors(run) -> int:
+def test_a_backward_pass_never_mixes_weights_and_average(world: World):
+    def step(forward_inside: bool, backward_inside: bool) -> dict[str, torch.Tensor] | None:
+        run = start(world).train(1)
+        loss = None if forward_inside else run.training.loss(1)
+        with run.ema.average_parameters():
+            if forward_inside:
+                loss = run.training.loss(1)
+            if backward_inside:
+                return step_or_refusal(run, loss)
+        return step_or_refusal(run, loss)
+
+    bare = step_or_refusal(run := start(world).train(1), run.training.loss(1))
+    around = step(forward_inside=False, backward_inside=False)
+    if around is not None:
+        torch.testing.assert_close(around, bare, **EXACT)
+    assert step(forward_inside=True, backward_inside=False) is None
+    assert step(forward_inside=False, backward_inside=True) is None
+
+
+def step_or_refusal(run: Run, loss: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """The weights after a step, or None if autograd finds that weights have changed."""
+    try:
+        run.training.engine.step(run.training, loss)
+    except RuntimeError as error:
+        # Not a lost message or a timeout, which are RuntimeErrors too.
+        assert "inplace" in str(error), error
+        return None
+    return run.training.full_weights()
+
+
+def lerped_tensors(run: Run) -> int:
     """How many tensors the next update passes to the operator that averages."""
     counts = []
     real = torch._foreach_lerp_
@@ -105,6 +135,6 @@ def lerped_tensors(run) -> int:
     return sum(counts)
 
 
-def live_state_buffers(run) -> dict[str, torch.Tensor]:
+def live_state_buffers(run: Run) -> dict[str, torch.Tensor]:
     """The persistent buffers, by the names that the bare `Net` gives them."""
     return {n: b for n, b in live_buffers(run.training).items() if n in ("running", "num_batches")}

@@ -160,20 +160,18 @@ package.__path__ = [sys.argv[1]]
 sys.modules["dist_ema"] = package  # without what its __init__ imports
 from dist_ema import cli
 status = cli.main(["verify", sys.argv[2]])
-import torch.distributed as dist
-engines = [name for name in sys.modules if name.startswith("dist_ema.engines")]
-print(status, dist.is_initialized(), engines)
+print(status, [name for name in sys.modules if name == "torch" or "engines" in name])
 """
 
 
-def test_the_commands_import_no_engine_and_start_no_process_group(checkpoint: Path):
+def test_the_commands_import_no_engine_and_no_torch(checkpoint: Path):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(ROOT / "dist_ema"), str(checkpoint)],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.splitlines()[-1] == "0 False []"
+    assert done.stdout.splitlines()[-1] == "0 []"
 
 
 def test_the_module_is_the_command(tmp_path: Path):

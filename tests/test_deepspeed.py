@@ -38,6 +38,7 @@ globals().update(
         test_cost.test_an_update_makes_no_collective_and_no_host_sync,
         test_cost.test_an_update_takes_a_few_operators_however_many_weights_there_are,
         test_cost.test_an_update_allocates_nothing,
+        grid.test_a_backward_pass_never_mixes_weights_and_average,
         grid.test_an_average_of_zeros_makes_a_model_of_zeros,
         grid.test_weights_that_do_not_train_are_averaged_with_all_and_shown,
     )
@@ -82,20 +83,6 @@ def test_copies_show_the_average_while_masters_stay(world: World):
     if "torch_autocast" not in engine.config:
         torch.testing.assert_close(after, before, **EXACT)
     torch.testing.assert_close(run.training.full_weights(), masters, **EXACT)
-
-
-@rows("z0_bf16", "z1_bf16_optimizer", "z2_bf16", "z3", "z3_bf16_cut")
-def test_a_swap_between_forward_and_backward_is_harmless(world: World):
-    def step(swap: bool) -> dict[str, torch.Tensor]:
-        run = start(world).train(1)
-        loss = run.training.loss(1)
-        if swap:
-            with run.ema.average_parameters():
-                pass
-        run.training.engine.step(run.training, loss)
-        return run.training.full_weights()
-
-    torch.testing.assert_close(step(swap=True), step(swap=False), **EXACT)
 
 
 @rows("z1", "z2", "z3", "z3_bf16", "z3_sub_groups", "z1_aligned_bf16")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_ema import ShardedEMA
 from tests import grid, test_average, test_cost, test_swap
@@ -30,7 +30,6 @@ KINDS = named(
     "no_shard",
     "hybrid",
 )
-SHARDED = [world for world in KINDS if world.engine.strategy != ShardingStrategy.NO_SHARD]
 
 globals().update(
     over(
@@ -51,10 +50,10 @@ globals().update(
         test_swap.test_weights_come_back_after_an_exception,
         test_cost.test_an_update_takes_a_few_operators_however_many_weights_there_are,
         test_cost.test_an_update_allocates_nothing,
+        grid.test_a_backward_pass_never_mixes_weights_and_average,
         grid.test_an_average_of_zeros_makes_a_model_of_zeros,
         grid.test_weights_that_do_not_train_are_averaged_with_all_and_shown,
     )
-    | over(SHARDED, test_swap.test_a_swap_between_forward_and_backward_is_an_error_or_harmless)
     | over(
         named(WORLDS, "no_shard", "hybrid"),
         test_average.test_whole_replicas_give_the_bits_of_split_ones,
@@ -82,16 +81,6 @@ def test_an_update_reads_one_run_of_values_a_unit(world: World):
         if unit._handle is not None and any(p.requires_grad for p in unit.parameters())
     ]
     assert lerped_tensors(run) <= len(units)
-
-
-@rows("no_shard")
-def test_a_swap_between_forward_and_backward_is_an_error_where_nothing_is_gathered(world: World):
-    run = start(world).train(1)
-    loss = run.training.loss(1)
-    with run.ema.average_parameters():
-        pass
-    with pytest.raises(RuntimeError, match="inplace"):
-        loss.backward()
 
 
 @rows("full", "full_flat", "grad_op_flat_mixed", "hybrid")

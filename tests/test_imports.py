@@ -22,7 +22,8 @@ LAYERS = [
     {"blocks", "engines", "shards", "stateful"},
     {"consolidated", "gather", "reader", "teacher", "verify", "writer"},
     {"binding", "cli", "matching"},
-    {"__main__", "checkpoint", "ema"},
+    {"__main__", "checkpoint"},
+    {"ema"},
     {""},
 ]
 LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}

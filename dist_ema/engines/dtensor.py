@@ -8,7 +8,8 @@ what is listed here, whatever is gathered.
 
 Private names read here, all in torch 2.13: `FSDPModule._get_fsdp_state`,
 `FSDPState._fsdp_param_groups`, `FSDPParamGroup.fsdp_params`, `FSDPParam._module_info`,
-`._orig_param_uid` and `.sharded_param`, `DTensor._local_tensor`, `_StridedShard`.
+`._orig_param_uid`, `.sharded_param` and `._unsharded_param`, `DTensor._local_tensor`,
+`_StridedShard`.
 """
 
 from __future__ import annotations
@@ -24,20 +25,26 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard, _StridedShardOffsetMode
 
-from dist_ema.engines.engine import Weight, cut_whole, list_weights, pointer
+from dist_ema.engines.engine import (
+    Cut,
+    Engine,
+    Weight,
+    cut_whole,
+    list_weights,
+    outdate_graphs,
+    pointer,
+)
 from dist_ema.layout import Box, Fragment, Place, Shape, dense_order
 from dist_ema.names import Slot, is_instance, slots
 
 Run = tuple[int, int, int]  # start in the global dim, start in the local dim, length
 
 
-class DTensorEngine:
+class DTensorEngine(Engine):
     """Shards that DTensor places on a device mesh. Nothing here communicates."""
 
-    source = "weights"
-
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        super().__init__(model)
         self._fsdp_modules: list[Any] = [m for m in model.modules() if _is_fsdp2(m)]
         self._managed: dict[tuple[int, str], Any] = {
             (id(info.module), info.param_name): fsdp_param
@@ -65,9 +72,6 @@ class DTensorEngine:
         managed = [pointer(_local(p.sharded_param)) for p in self._fsdp_params]
         return managed + [pointer(_local(reg.get(name))) for reg, name in self._unmanaged]
 
-    def applied_steps(self) -> int | None:
-        return None
-
     def process_groups(self) -> list[dist.ProcessGroup]:
         tensors = [p.sharded_param for p in self._fsdp_params]
         tensors += [reg.get(name) for reg, name in self._unmanaged]
@@ -87,6 +91,8 @@ class DTensorEngine:
 
     def publish(self) -> None:
         self.release()
+        gathered = (getattr(p, "_unsharded_param", None) for p in self._fsdp_params)
+        outdate_graphs(tensor for tensor in gathered if tensor is not None)
 
     def _warn_of_cut_ties(self) -> None:
         """A weight tied across two `fully_shard` units is two weights from then on."""
@@ -136,7 +142,7 @@ def _local(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def _cut(slot: Slot, tensor: torch.Tensor) -> tuple[Shape, Sequence[Fragment]]:
+def _cut(slot: Slot, tensor: torch.Tensor) -> Cut:
     if not isinstance(tensor, DTensor):
         return cut_whole(slot, tensor)
     fqn = slot.fqn

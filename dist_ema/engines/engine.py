@@ -9,15 +9,15 @@ gather and files are written once, against fragments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema.layout import Fragment, Shape, whole_fragment
+from dist_ema.layout import Fragment, Place, Shape, range_fragments, whole, whole_fragment
 from dist_ema.names import Slot, slots
 
 
@@ -34,43 +34,58 @@ class Weight:
     fragments: tuple[Fragment, ...]  # what this rank holds; empty is normal
 
 
-class Engine(Protocol):
-    """A model cut in one way. Built from the model as the user holds it; nothing is changed."""
+class Engine(ABC):
+    """A model cut in one way. What has a body here is right where nothing is gathered or copied."""
 
-    source: str  # "master" or "weights": what the fragments' views are
+    source = "weights"  # or "master": what the fragments' views are
 
+    def __init__(self, model: nn.Module) -> None:
+        """`model` is as the user holds it, wrapped or not; nothing is changed."""
+        self._model = model
+
+    @staticmethod
+    @abstractmethod
+    def claims(model: nn.Module) -> bool:
+        """Whether a model is cut in this way. Local."""
+
+    @abstractmethod
     def weights(self) -> list[Weight]:
         """Every parameter and buffer, in the order of `state_dict()`. Local."""
-        ...
 
+    @abstractmethod
     def stamp(self) -> list[int]:
         """Data pointers of all that `weights()` viewed; equal lists mean good views. Local.
 
         Called at every update: no allocation beyond the list, no communication, no host sync.
         """
-        ...
 
     def applied_steps(self) -> int | None:
         """Optimizer steps that took effect so far, where the engine counts them. Local."""
-        ...
+        return None
 
     def process_groups(self) -> list[dist.ProcessGroup]:
         """Groups that the engine made already, to be used for replicas before new ones. Local."""
-        ...
+        return []
 
     def release(self) -> None:
         """Drop gathered copies, so that the shown storage may be written. May be collective."""
-        ...
+        return
 
     def publish(self) -> None:
-        """Make the next forward pass read the shown storage as it is now. May be collective."""
-        ...
+        """Make the next forward pass read the shown storage as it is now. May be collective.
+
+        A backward pass through an earlier forward is refused by autograd from then on.
+        """
+        return
+
+
+Cut = tuple[Shape, Sequence[Fragment]]  # the shape of a whole tensor, what this rank holds of it
 
 
 def list_weights(
     model: nn.Module,
     locate: Callable[[Slot], torch.Tensor],
-    cut: Callable[[Slot, torch.Tensor], tuple[Shape, Sequence[Fragment]]],
+    cut: Callable[[Slot, torch.Tensor], Cut],
 ) -> list[Weight]:
     """Walk a model's slots and tell each distinct tensor once, under its first name.
 
@@ -112,9 +127,34 @@ def list_weights(
     return weights
 
 
-def cut_whole(slot: Slot, tensor: torch.Tensor) -> tuple[Shape, Sequence[Fragment]]:
+def cut_whole(slot: Slot, tensor: torch.Tensor) -> Cut:
     """The cut of a tensor that is not cut: one fragment."""
     return tuple(tensor.shape), (whole_fragment(slot.fqn, tensor),)
+
+
+def cut_range(
+    slot: Slot,
+    *,
+    shape: Shape,
+    start: int,
+    view: torch.Tensor,
+    shown: torch.Tensor | None = None,
+    order: Shape | None = None,
+) -> Cut:
+    """The cut of a tensor of which `view`, 1-D, holds a flat range from `start` in storage order.
+
+    `shown` is what the forward pass reads, where that is another tensor.
+    """
+    place = Place(slot.fqn, shape, whole(shape), order)
+    return shape, tuple(range_fragments(place, start, view, shown))
+
+
+def outdate_graphs(weights: Iterable[torch.Tensor]) -> None:
+    """Let autograd refuse a backward pass through values that these weights had before.
+
+    Engines that gather weights write to them in ways that autograd does not see.
+    """
+    torch.autograd.graph.increment_version(list(weights))
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema.engines.engine import Weight, cut_whole, list_weights, pointer
-from dist_ema.layout import Fragment, Place, Shape, dense_order, range_fragments, whole
+from dist_ema.engines.engine import (
+    Cut,
+    Engine,
+    Weight,
+    cut_range,
+    cut_whole,
+    list_weights,
+    outdate_graphs,
+    pointer,
+)
+from dist_ema.layout import Shape, dense_order
 from dist_ema.names import Slot, is_instance, slots
 
 _RARE = 4  # weights of one shape, at most, that may be one weight cut apart
@@ -55,14 +64,14 @@ class _Original:
         view: torch.Tensor = getattr(info.module, info.param_name)
         return view
 
-    def cut(self, fqn: str) -> tuple[Shape, Sequence[Fragment]]:
+    def cut(self, slot: Slot) -> Cut:
         flat, index = self.handle.flat_param, self.index
         if flat._param_extensions[index] is not None:
             raise ValueError("FSDP1 over tensor parallelism is not supported; use fully_shard()")
         # Strided but dense parameters (channels-last) are laid down in the order of their storage.
         order = dense_order(torch.empty_strided(self.shape, flat._strides[index], device="meta"))
-        place = Place(fqn, self.shape, whole(self.shape), order)
-        return self.shape, tuple(range_fragments(place, *self.held()))
+        start, view = self.held()
+        return cut_range(slot, shape=self.shape, start=start, view=view, order=order)
 
     def held(self) -> tuple[int, torch.Tensor]:
         """Where this rank's range of the parameter starts, in storage order, and its values."""
@@ -75,13 +84,11 @@ class _Original:
         )
 
 
-class Fsdp1Engine:
+class Fsdp1Engine(Engine):
     """Ranges of flat parameters. Nothing here communicates."""
 
-    source = "weights"
-
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        super().__init__(model)
         self._units: list[Any] = [m for m in model.modules() if _is_fsdp1(m) and m._handle]
         self._handles = [unit._handle for unit in self._units]
         self._originals = {
@@ -110,9 +117,6 @@ class Fsdp1Engine:
         shards = [pointer(_shard(handle)) for handle in self._handles]
         return shards + [pointer(registry.get(name)) for registry, name in self._others]
 
-    def applied_steps(self) -> int | None:
-        return None
-
     def process_groups(self) -> list[dist.ProcessGroup]:
         groups = [handle.process_group for handle in self._handles]
         groups += [getattr(unit, "_inter_node_pg", None) for unit in self._units]
@@ -134,6 +138,7 @@ class Fsdp1Engine:
 
     def publish(self) -> None:
         self.release()
+        outdate_graphs(handle.flat_param for handle in self._handles)
 
     def _warn_of_cut_ties(self) -> None:
         """A weight tied across two units is two weights from then on.
@@ -164,10 +169,10 @@ class Fsdp1Engine:
         original = self._original(slot)
         return slot.tensor if original is None else original.tensor
 
-    def _cut(self, slot: Slot, tensor: torch.Tensor) -> tuple[Shape, Sequence[Fragment]]:
+    def _cut(self, slot: Slot, tensor: torch.Tensor) -> Cut:
         original = self._original(slot)
         if original is not None:
-            return original.cut(slot.fqn)
+            return original.cut(slot)
         if id(tensor) in self._taken:
             raise ValueError(
                 "is tied to a weight that another FSDP unit has taken, and is a shard of it now; "

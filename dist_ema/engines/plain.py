@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import nn
 
-from dist_ema.engines.engine import Weight, cut_whole, list_weights, pointer
+from dist_ema.engines.engine import Engine, Weight, cut_whole, list_weights, pointer
 from dist_ema.names import slots
 
 
-class PlainEngine:
+class PlainEngine(Engine):
     """Whole tensors, read and written where the module keeps them. Nothing here communicates."""
 
-    source = "weights"
-
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        super().__init__(model)
         self._registries = [(slot.registry, slot.name) for slot in slots(model)]
 
     @staticmethod
@@ -27,15 +24,3 @@ class PlainEngine:
 
     def stamp(self) -> list[int]:
         return [pointer(registry.get(name)) for registry, name in self._registries]
-
-    def applied_steps(self) -> int | None:
-        return None
-
-    def process_groups(self) -> list[dist.ProcessGroup]:
-        return []
-
-    def release(self) -> None:
-        pass
-
-    def publish(self) -> None:
-        pass

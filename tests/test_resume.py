@@ -1,0 +1,163 @@
+"""An average is saved under one engine and goes on under another, on other ranks."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from dist_ema import HalfLife, ShardedEMA
+from dist_ema.boxed import TensorInfo
+from dist_ema.checkpoint import CheckpointError, load, save
+from dist_ema.ranks import Ranks
+from tests import worlds_deepspeed, worlds_fsdp1
+from tests.cuts import blank, parts_of, state_of
+from tests.net import ALIASES, TRAINABLE, Net
+from tests.runs import EXACT, make_ema, start
+from tests.worlds import WORLDS, World, from_rank_0, not_compiled, rank, worlds
+
+# One of each way of cutting that this file knows of; WORLDS=all runs the whole table.
+CUT_DIFFERENTLY = {
+    "plain-0", "ddp-3", "fsdp2-3", "fsdp2_columns-4", "fsdp2_bf16-3", "fsdp2_offload-2",
+    "fsdp2_ignored-2", "hsdp-4", "fsdp2_tp-4", "tp-2",
+    "full_flat-4", "full_bf16-2", "full_nested_flat-3", "no_shard-2", "hybrid-4",
+    "z0_bf16-3", "z1_round_robin-4", "z2-4", "z2_offload_bf16-2", "z3-3", "z3_bf16_cut-3",
+    "z3_offload_all-2",
+}  # fmt: skip
+TABLE = [
+    pytest.param(world, n, id=f"{world.name}-{n or 'alone'}")
+    for world in (*WORLDS, *worlds_fsdp1.WORLDS, *worlds_deepspeed.WORLDS)
+    for n in world.ranks
+    if f"{world.name}-{n}" in CUT_DIFFERENTLY
+    or (os.environ.get("WORLDS") == "all" and not_compiled(world))
+]
+some_worlds = worlds("plain", "ddp-2", "fsdp2-3", "hsdp", "fsdp2_tp")
+
+
+def infos_of(net: Net) -> list[TensorInfo]:
+    aliases = {name: alias for alias, name in ALIASES.items()}
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    return [
+        TensorInfo(n, (aliases[n],) if n in aliases else (), shapes[n], torch.float32)
+        for n in TRAINABLE
+    ]
+
+
+@pytest.mark.parametrize(("world", "num_ranks"), TABLE)
+def test_what_a_world_saves_and_loads_are_the_full_tensors(world: World, tmp_path: Path):
+    """One process stands for all the other worlds: what it reads, and writes, is not cut."""
+    run = start(world).train(2)
+    run.ema.save(tmp_path / "ema")
+    saved = run.ema.gather_state_dict()
+    tensors = infos_of(world.make_net())
+    generator = torch.Generator().manual_seed(9)
+    other = {t.fqn: torch.randn(t.shape, generator=generator) for t in tensors}
+    if rank() == 0:
+        alone = Ranks.alone()
+        parts = blank("last", tensors, alone)
+        state = load(tmp_path / "ema", {"ema": parts}, tensors, alone)
+        assert (state["step"], state["num_updates"]) == (2, 2)
+        for part in parts:
+            torch.testing.assert_close(part.view, saved[part.place.fqn], **EXACT)
+        averages = {"ema": parts_of("crumbs", tensors, other, alone)}
+        save(tmp_path / "other", averages, tensors, state_of(step=5), alone)
+    from_rank_0(None)
+    with pytest.warns(UserWarning, match=r"'ema' was saved with .*0\.5.* goes on with .*0\.9"):
+        run.ema.load(tmp_path / "other")
+    assert (run.ema.step, run.ema.num_updates, run.ema.decay) == (5, 5, 0.5)
+    loaded = run.ema.gather_state_dict()
+    if rank() == 0:
+        for fqn, value in other.items():
+            torch.testing.assert_close(loaded[fqn], value, **EXACT)
+
+
+@some_worlds
+@pytest.mark.parametrize("way", ["save", "background", "dcp", "export"])
+def test_a_resumed_average_goes_on_as_if_nothing_had_happened(
+    world: World, way: str, tmp_path: Path
+):
+    options = {"update_every": 2, "start_step": 1, "decay": {"a": 0.9, "b": HalfLife(steps=3)}}
+    if way == "export":
+        options = {"decay": 0.9}
+    run = start(world, **options).train(4)
+    path = tmp_path / "ema"
+    if way == "dcp":
+        dcp.save({"ema": run.ema}, checkpoint_id=path)
+    elif way == "export":
+        run.ema.export(path)
+    else:
+        handle = run.ema.save(path, asynchronous=way == "background")
+        assert (handle is None) == (way == "save")
+    if way == "export" and dist.is_initialized():
+        dist.barrier()
+    decay = options.pop("decay")
+    resumed = make_ema(run.training, decay, **options)
+    if way == "dcp":
+        dcp.load({"ema": resumed}, checkpoint_id=path)
+    else:
+        resumed.load(path)
+    run.training.train_step(4)
+    applied = [ema.update() for ema in (run.ema, resumed)]
+    assert applied[0] == applied[1] or way == "export"
+    for name in run.ema.names:
+        whole, again = run.ema.gather_state_dict(name), resumed.gather_state_dict(name)
+        torch.testing.assert_close(again, whole, **EXACT)
+    if way != "export":
+        assert (resumed.step, resumed.num_updates) == (run.ema.step, run.ema.num_updates)
+        assert resumed.decay == run.ema.decay
+
+
+@some_worlds
+def test_averaged_buffers_and_whole_replicas_are_saved(world: World, tmp_path: Path):
+    options = {"buffers": "average", "replicas": "whole", "params": "all"}
+    run = start(world, **options).train(3)
+    before = run.ema.gather_state_dict()
+    nbytes = [v.clone() for v in run.ema._bound.shadow.values[0]]
+    run.ema.save(tmp_path / "ema")
+    run.train_unrecorded()
+    run.ema.load(tmp_path / "ema")
+    after = run.ema.gather_state_dict()
+    averaged = set(before) - {"num_batches"}  # what is not averaged is read live
+    for name in averaged:
+        torch.testing.assert_close(after[name], before[name], **EXACT)
+    parameters = len(run.ema._bound.plan.parameters)
+    for value, kept in zip(run.ema._bound.shadow.values[0][:parameters], nbytes, strict=False):
+        torch.testing.assert_close(value, kept, **EXACT)
+
+
+@some_worlds
+def test_a_checkpoint_that_does_not_fit_changes_nothing(world: World, tmp_path: Path):
+    run = start(world).train(1)
+    run.ema.save(tmp_path / "ema")
+    fewer = make_ema(run.training, params=lambda fqn, p: p.requires_grad and fqn != "tiny")
+    before = fewer.gather_state_dict()
+    with pytest.raises(CheckpointError, match="unexpected: tiny"):
+        fewer.load(tmp_path / "ema")
+    torch.testing.assert_close(fewer.gather_state_dict(), before, **EXACT)
+    assert fewer.step == 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fewer.load(tmp_path / "ema", strict=False)
+    assert ["unexpected: tiny" in str(w.message) for w in caught] == [True]
+    fewer.save(tmp_path / "fewer")
+    with pytest.raises(CheckpointError, match="missing: tiny"):
+        run.ema.load(tmp_path / "fewer")
+    with run.ema.average_parameters():
+        for action in (run.ema.save, run.ema.load):
+            with pytest.raises(RuntimeError, match="inside average_parameters"):
+                action(tmp_path / "ema")
+
+
+@worlds("fsdp2-2")
+def test_an_average_that_is_broken_on_one_rank_is_not_saved(world: World, tmp_path: Path):
+    ema: ShardedEMA = start(world).train(1).ema
+    if rank() == 1:
+        ema._bound.shadow.values[0][0][0] = torch.nan
+    with pytest.raises(CheckpointError, match="NaN or Inf in"):
+        ema.save(tmp_path / "ema")
+    assert not (tmp_path / "ema").exists()
