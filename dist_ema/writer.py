@@ -42,7 +42,7 @@ from dist_ema.manifest import (
 from dist_ema.planners import box_of, key_of, split_key
 from dist_ema.shards import SHARD, Shard, lay_out, nbytes_of, row_major
 
-_SEEN_WITHIN_S = 2.0  # how long a directory may take to show up on another host
+_SEEN_WITHIN_S = 30.0  # a network file system may show a new directory that late elsewhere
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from tests.grid import lerped_tensors, named, over
 from tests.net import FROZEN, TRAINABLE, Net, batch_of_tokens, loss_of
 from tests.oracle import worst_relative_error
 from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR, Run, start
-from tests.worlds import World, from_rank_0, num_ranks, rank
+from tests.worlds import World, evaluate, from_rank_0, num_ranks, rank
 from tests.worlds_deepspeed import WORLDS, Zero, library
 
 # One row of each way of keeping masters.
@@ -24,20 +24,20 @@ globals().update(
     over(
         WORLDS,
         test_average.test_the_average_is_that_of_the_full_weights_in_float64,
-        test_swap.test_the_forward_under_the_swap_is_that_of_a_plain_model,
         test_swap.test_training_after_a_swap_is_bit_identical_to_training_without,
-        test_cost.test_all_ranks_together_hold_one_fp32_copy,
     )
     | over(
         KINDS,
         test_average.test_the_gathered_state_is_the_bare_models_state_dict,
         test_average.test_a_cut_does_not_change_a_bit_of_the_average,
         test_average.test_an_eval_forward_before_the_update_does_not_change_the_average,
+        test_swap.test_the_forward_under_the_swap_is_that_of_a_plain_model,
         test_swap.test_weights_and_buffers_come_back_bit_for_bit,
         test_swap.test_weights_come_back_after_an_exception,
         test_cost.test_an_update_makes_no_collective_and_no_host_sync,
         test_cost.test_an_update_takes_a_few_operators_however_many_weights_there_are,
         test_cost.test_an_update_allocates_nothing,
+        test_cost.test_all_ranks_together_hold_one_fp32_copy,
         grid.test_a_backward_pass_never_mixes_weights_and_average,
         grid.test_an_average_of_zeros_makes_a_model_of_zeros,
         grid.test_weights_that_do_not_train_are_averaged_with_all_and_shown,
@@ -66,9 +66,10 @@ def test_copies_show_the_average_while_masters_stay(world: World):
     assert run.ema.source == ("weights" if engine.stage == 0 and engine.bf16 is None else "master")
     state = from_rank_0(run.ema.gather_state_dict())
     before, masters = engine.shown_weights(run.training), run.training.full_weights()
-    run.training.evaluate()
+    live = run.training.evaluate()
     with run.ema.average_parameters():
-        run.training.engine.settle(run.training)
+        logits = run.training.evaluate()
+        engine.settle(run.training)
         shown = engine.shown_weights(run.training)
         if run.ema.source == "master":
             inside = run.training.full_weights()
@@ -83,6 +84,9 @@ def test_copies_show_the_average_while_masters_stay(world: World):
     if "torch_autocast" not in engine.config:
         torch.testing.assert_close(after, before, **EXACT)
     torch.testing.assert_close(run.training.full_weights(), masters, **EXACT)
+    torch.testing.assert_close(logits, evaluate(world.plain_twin(state)), **EXACT)
+    assert not torch.equal(logits, live)
+    torch.testing.assert_close(run.training.evaluate(), live, **EXACT)
 
 
 @rows("z1", "z2", "z3", "z3_bf16", "z3_sub_groups", "z1_aligned_bf16")

@@ -40,7 +40,7 @@ class Zero(Engine):
         }
         if self.zero_init:
             with deepspeed.zero.Init(config_dict_or_path=config):
-                _put_into(net, Net())
+                _put_into(net, Net(hidden=net.blocks[0].l1.out_features))
         optimizer = super().make_optimizer(net)
         return deepspeed.initialize(model=net, optimizer=optimizer, config=config)[0]
 

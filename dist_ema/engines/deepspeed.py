@@ -55,8 +55,8 @@ class ZeroEngine(Engine):
         engine = _find_engine(model)
         if engine is None:
             raise ValueError(
-                "the model's parameters are in the hands of DeepSpeed: pass the DeepSpeedEngine that "
-                "deepspeed.initialize() or accelerator.prepare() returned, after that call"
+                "the parameters are in the hands of DeepSpeed; after deepspeed.initialize() or "
+                "accelerator.prepare(), pass the DeepSpeedEngine that it returned"
             )
         _refuse_unsupported(engine)
         super().__init__(model)
