@@ -97,14 +97,16 @@ def _combine(layers: list[_BatchNorm], ranks: Ranks) -> None:
     sums = torch.cat(rows).to(ranks.device)
     if ranks.size > 1:
         dist.all_reduce(sums, group=ranks.group)
+    if not sums.any():
+        raise ValueError("update_bn: no rank passed a batch through a batch-norm layer")
     for layer in layers:
         running_mean, running_var, num_batches = _statistics(layer)
         channels = len(running_mean)
         means, variances, total, sums = sums.split(
             [channels, channels, 1, len(sums) - 2 * channels - 1]
         )
-        if not total:
-            raise ValueError("update_bn: no batch passed through the batch-norm layers")
+        if not total:  # a layer that no forward pass used keeps its fresh statistics, as in torch
+            continue
         running_mean.copy_(means / total)
         running_var.copy_(variances / total)
         num_batches.copy_(total[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -47,19 +48,21 @@ class Binding:
         fragments = [p.fragment for p in self.plan.pieces]
         self._teacher: Teacher | None = None
         self._copies_buffers = buffers == "copy"
-        if into is None:
-            self.shadow = Shadow(fragments, allocate(fragments, dtype, num_averages))
-        else:
-            with ranks.together():
+        with ranks.together(), torch.no_grad():
+            if into is None:
+                self.shadow = Shadow(fragments, allocate(fragments, dtype, num_averages))
+            else:
                 self._teacher = Teacher(into, self.engine, self.plan)
-            self.shadow = Shadow(fragments, [self._teacher.values(self.plan)])
-            with torch.no_grad():
+                self.shadow = Shadow(fragments, [self._teacher.values(self.plan)])
                 self._teacher.copy_rest(self.plan, buffers_only=False)
-        self.start_again()
+            self.start_again()
+        self._modules = [module._modules for module in model.modules()]
+        self._structure = self._module_ids()
         self._stamp = self.engine.stamp()
         self._frozen = _frozen(self.plan, params)
-        self._replicas_checked = False
         self._gatherer: Gatherer | None = None
+        self._warn_of_differing_replicas(stacklevel=5)
+        self._replicas_checked = False
 
     def follow(self) -> None:
         """Make the plan again if the model's storage moved. Local.
@@ -67,7 +70,12 @@ class Binding:
         Raises:
             RuntimeError: the model is cut in another way than when the average was built.
         """
-        if self.engine.stamp() != self._stamp:
+        if self.ranks.outdated():
+            raise RuntimeError(
+                "this average was built before torch.distributed was initialized, for one process; "
+                "build ShardedEMA after the process group, with the model that is trained"
+            )
+        if self.engine.stamp() != self._stamp or self._module_ids() != self._structure:
             self._rebind()
         if self._teacher is not None and self._teacher.moved():
             self._teacher.follow(self.plan)
@@ -110,8 +118,14 @@ class Binding:
             )
         self.engine, self.plan, self._stamp = engine, plan, engine.stamp()
         self.shadow.bind([p.fragment for p in plan.pieces])
+        self._modules = [module._modules for module in self.model.modules()]
+        self._structure = self._module_ids()
         self._frozen = _frozen(plan, self._params)
         self._gatherer = None
+
+    def _module_ids(self) -> list[int]:
+        """What changes when a submodule is replaced or added."""
+        return list(map(id, itertools.chain.from_iterable(map(dict.values, self._modules))))
 
     def average_dtype(self, weight: Weight) -> torch.dtype:
         """The dtype in which a weight is averaged, on whatever rank. Local."""
@@ -150,11 +164,14 @@ class Binding:
     @contextmanager
     def showing(self, values: list[torch.Tensor]) -> Iterator[None]:
         """Within the block the forward pass reads an average. Collective where replicas share."""
-        self._check_replicas()
+        if not self._replicas_checked:
+            self._warn_of_differing_replicas(stacklevel=8)
+            self._replicas_checked = True
         num_parameters = len(self.plan.parameters)
         swap = Swap([p.fragment for p in self.plan.parameters], values[:num_parameters])
-        buffers = Buffers(self.model, self.plan.buffer_views())
         with torch.no_grad():
+            with self.swap_ranks.together():
+                buffers = Buffers(self.model, self.plan.buffer_views())
             self.engine.release()
             try:
                 with self.swap_ranks.together():
@@ -176,7 +193,21 @@ class Binding:
                 self.engine.release()
                 swap.leave()
                 buffers.restore()
+                if self.engine.stamp() != self._stamp:
+                    self._carry_over()
                 self._share()
+
+    def _carry_over(self) -> None:
+        """Bring live weights along to where a block moved the model's storage."""
+        old = [f for w in self.plan.weights for f in w.fragments if w.fqn in self.plan.averaged]
+        self._rebind()
+        self.engine.release()
+        new = [f for w in self.plan.weights for f in w.fragments if w.fqn in self.plan.averaged]
+        for was, now in zip(old, new, strict=True):
+            if now.view.data_ptr() != was.view.data_ptr():
+                now.view.copy_(was.view)
+                if not now.in_place:
+                    now.shown.copy_(was.view)
 
     @property
     def swap_ranks(self) -> Ranks:
@@ -190,11 +221,8 @@ class Binding:
         self.engine.publish()
 
     @torch.no_grad()
-    def _check_replicas(self) -> None:
-        """Warn of weights that replicas do not hold alike, once. Collective where they share."""
-        if self._replicas_checked:
-            return
-        self._replicas_checked = True
+    def _warn_of_differing_replicas(self, *, stacklevel: int) -> None:
+        """Warn of weights that replicas do not hold alike. Collective where they share."""
         with self.swap_ranks.together():
             names = sorted({n for s in self.plan.sets for n in s.differing()})
             if names:
@@ -203,7 +231,7 @@ class Binding:
                     "is made of slices of each rank's, and after average_parameters() all ranks "
                     "hold their owners' values; synchronise them, or build ShardedEMA with "
                     "replicas='whole'",
-                    stacklevel=7,
+                    stacklevel=stacklevel,
                 )
 
 

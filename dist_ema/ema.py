@@ -93,9 +93,8 @@ class ShardedEMA:
                 buffers,
                 replicas,
                 dtype,
+                into is not None,
             )
-            if into is not None and len(self._options.schedules) > 1:
-                raise ValueError("into is one module and holds one average; give one decay")
         self._options.agree(self._ranks)
         num_averages = len(self._options.schedules)
         self._bound = Binding(
@@ -378,7 +377,10 @@ class ShardedEMA:
                 for _ in gathered:
                     pass
             finally:
-                gathered.close()  # lets the others go on sending if writing failed
+                # If writing failed, the others are still sending, or have not begun.
+                gathered.close()
+                for _ in buckets:
+                    pass
 
     # Resuming.
 

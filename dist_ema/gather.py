@@ -46,7 +46,7 @@ class Entry:
             return self.dtype
         if wanted is not None:
             return wanted
-        return torch.promote_types(self.dtype, torch.float32)
+        return torch.float32 if self.dtype.itemsize < 4 else self.dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,8 @@ def _batches(
     def staging(wanted: bool) -> torch.Tensor | None:
         if not wanted:
             return None
-        return torch.empty(_CHUNK_ELEMENTS, dtype=dtype, device=shadow.device)
+        with torch.inference_mode(False):
+            return torch.empty(_CHUNK_ELEMENTS, dtype=dtype, device=shadow.device)
 
     shadow_buffer, live_buffer = staging(shadow.dtype != dtype), staging(live.dtype != dtype)
     for cuts in _chunks([x.numel() for x in lives]):

@@ -29,6 +29,7 @@ class Options:
     buffers: str
     replicas: str
     dtype: torch.dtype
+    has_teacher: bool
 
     def __post_init__(self) -> None:
         counts = (("update_every", self.update_every, 1), ("start_step", self.start_step, 0))
@@ -49,6 +50,8 @@ class Options:
                 raise TypeError(f"multi_avg_fn is {self.multi_avg_fn!r}, wanted a callable")
             if list(self.schedules) != [DEFAULT_NAME]:
                 raise ValueError("multi_avg_fn keeps one average; give it without a mapping")
+        if self.has_teacher and len(self.schedules) > 1:
+            raise ValueError("into is one module and holds one average; give one decay")
 
     def rule(self, name: str) -> dict[str, Any]:
         """How an average is made, as JSON."""
@@ -62,9 +65,11 @@ class Options:
             "decay": {name: self.rule(name) for name in self.schedules},
             "update_every": self.update_every,
             "start_step": self.start_step,
+            "params": self.params if isinstance(self.params, str) else "a predicate",
             "buffers": self.buffers,
             "replicas": self.replicas,
             "dtype": str(self.dtype),
+            "into": "a module" if self.has_teacher else None,
         }
         told = ranks.all_gather(mine)
         for rank, theirs in enumerate(told):

@@ -85,7 +85,9 @@ def make_plan(
     weights: list[Weight], averaged: frozenset[str], engine: Engine, split: bool, ranks: Ranks
 ) -> Plan:
     """Find out who holds what, and share the work. Collective: every rank calls it."""
-    holders = tuple(find_holders([f.place for w in weights for f in w.fragments], ranks))
+    places = [f.place for w in weights for f in w.fragments]
+    chosen_here = [w.fqn in averaged for w in weights for _ in w.fragments]
+    holders = tuple(find_holders(places, chosen_here, ranks))
     held = _held(weights, averaged, holders)
     sets = tuple(replica_sets(held, ranks, engine.process_groups())) if split else ()
     return _assemble(tuple(weights), averaged, holders, sets, ranks)

@@ -11,7 +11,20 @@ import torch
 import torch.distributed as dist
 
 _BROADCAST_BYTES = 32 << 20  # at a time
-_ERRORS = {e.__name__: e for e in (ValueError, TypeError, RuntimeError, FileExistsError)}
+_ERRORS: dict[str, type[Exception]] = {
+    error.__name__: error
+    for error in (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        MemoryError,
+        OSError,
+        FileExistsError,
+        FileNotFoundError,
+        NotADirectoryError,
+        PermissionError,
+    )
+}
 
 
 class Ranks:
@@ -40,6 +53,11 @@ class Ranks:
         ranks.group, ranks.rank, ranks.size = None, 0, 1
         ranks.device = torch.device("cpu")
         return ranks
+
+    def outdated(self) -> bool:
+        """Whether processes were joined since this process was taken for the only one. Local."""
+        joined = dist.is_available() and dist.is_initialized()
+        return self.group is None and joined and dist.get_world_size() > 1
 
     def global_rank(self, rank: int) -> int:
         assert self.group is not None

@@ -9,8 +9,11 @@ and receives 16 bytes a fragment and a few more for the answer, however many ran
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -34,10 +37,16 @@ def source(fragment: Fragment) -> torch.Tensor:
     return fragment.view
 
 
-def find_holders(places: Sequence[Place], ranks: Ranks) -> list[Holders]:
+def find_holders(places: Sequence[Place], averaged: Sequence[bool], ranks: Ranks) -> list[Holders]:
     """The ranks that hold each of this rank's places, itself included, in rising order.
 
-    Collective: every rank calls it. Two all-to-alls of about 24 bytes a place.
+    Collective: every rank calls it. Two all-to-alls of about 32 bytes a place.
+
+    Args:
+        averaged: whether this rank wants the weight of each place averaged.
+
+    Raises:
+        ValueError: some holders want a weight averaged and some do not. On every rank.
     """
     if ranks.size == 1:
         return [(0,)] * len(places)
@@ -46,23 +55,42 @@ def find_holders(places: Sequence[Place], ranks: Ranks) -> list[Holders]:
     for at, (low, _high) in enumerate(keys):
         asked[low % ranks.size].append(at)
     questions = [
-        torch.tensor([word for at in ats for word in keys[at]], dtype=torch.int64) for ats in asked
+        torch.tensor(
+            [word for at in ats for word in (*keys[at], int(averaged[at]))], dtype=torch.int64
+        )
+        for ats in asked
     ]
     holders_of: dict[tuple[int, int], list[int]] = {}
-    received = [_pairs(row.tolist()) for row in ranks.exchange(questions)]
-    for rank, pairs in enumerate(received):
-        for pair in pairs:
+    wanted: dict[tuple[int, int], set[int]] = {}
+    received = [_triples(row.tolist()) for row in ranks.exchange(questions)]
+    for rank, triples in enumerate(received):
+        for *key, flag in triples:
+            pair = (key[0], key[1])
             holders_of.setdefault(pair, []).append(rank)
-    answers = ranks.exchange([_answer([holders_of[p] for p in pairs]) for pairs in received])
+            wanted.setdefault(pair, set()).add(flag)
+    disputed = {pair for pair, flags in wanted.items() if len(flags) > 1}
+    answers = ranks.exchange(
+        [
+            _answer([[] if (p := (a, b)) in disputed else holders_of[p] for a, b, _ in triples])
+            for triples in received
+        ]
+    )
     holders: list[Holders] = [()] * len(places)
     for ats, row in zip(asked, answers, strict=True):
         for at, found in zip(ats, _read_answer(row.tolist(), len(ats)), strict=True):
             holders[at] = found
+    with ranks.together():
+        unequal = [p.fqn for p, found in zip(places, holders, strict=True) if not found]
+        if unequal:
+            raise ValueError(
+                f"averaged on some ranks and not on others: {', '.join(dict.fromkeys(unequal))}; "
+                "requires_grad and params= must choose the same weights on every rank"
+            )
     return holders
 
 
-def _pairs(words: list[int]) -> list[tuple[int, int]]:
-    return list(zip(words[::2], words[1::2], strict=True))
+def _triples(words: list[int]) -> list[tuple[int, int, int]]:
+    return list(zip(words[::3], words[1::3], words[2::3], strict=True))
 
 
 def _answer(lists: list[list[int]]) -> torch.Tensor:
@@ -95,6 +123,11 @@ class ReplicaSet:
     index: int  # this rank's position among `ranks`
     fragments: tuple[Fragment, ...]
     cuts: tuple[int, ...]
+    _starts: list[int] = field(init=False)  # of each fragment in the sequence
+
+    def __post_init__(self) -> None:
+        sizes = (f.place.numel for f in self.fragments[:-1])
+        object.__setattr__(self, "_starts", [0, *itertools.accumulate(sizes)])
 
     def own(self) -> Iterator[Fragment]:
         """The slices that this rank averages."""
@@ -110,21 +143,23 @@ class ReplicaSet:
         """
         if self.group is None:
             return
-        like = storage(self.fragments[0])
+        # One dtype, but for a model that was cast in part later: the widest loses nothing.
+        kinds = {storage(f).dtype for f in self.fragments}
+        dtype = functools.reduce(torch.promote_types, kinds)
         longest = max(b - a for a, b in zip(self.cuts, self.cuts[1:], strict=False))
-        chunk = max(1, min(longest, _CHUNK_BYTES // (like.element_size() * len(self.ranks))))
-        # Bytes, since no backend knows every dtype.
-        device = device_for(self.group, like.device)
-        mine = torch.empty(chunk * like.element_size(), dtype=torch.uint8, device=device)
-        every = torch.empty(len(self.ranks) * mine.numel(), dtype=torch.uint8, device=device)
-        rows = every.view(len(self.ranks), -1)
+        chunk = max(1, min(longest, _CHUNK_BYTES // (dtype.itemsize * len(self.ranks))))
+        device = device_for(self.group, storage(self.fragments[0]).device)
+        mine = torch.empty(chunk, dtype=dtype, device=device)
+        every = torch.empty(len(self.ranks), chunk, dtype=dtype, device=device)
         for start in range(0, longest, chunk):
             for values, part in self._chunk(self.index, start, chunk, mine, storage):
                 part.copy_(values)
-            dist.all_gather_single(every, mine, group=self.group)
+            # As bytes, since no backend knows every dtype.
+            sent, received = mine.view(torch.uint8), every.view(-1).view(torch.uint8)
+            dist.all_gather_single(received, sent, group=self.group)
             for index in range(len(self.ranks)):
                 if index != self.index:
-                    for values, part in self._chunk(index, start, chunk, rows[index], storage):
+                    for values, part in self._chunk(index, start, chunk, every[index], storage):
                         values.copy_(part)
 
     def differing(self) -> list[str]:
@@ -151,12 +186,13 @@ class ReplicaSet:
 
     def _slices(self, start: int, stop: int) -> Iterator[Fragment]:
         """The fragments of elements [start, stop) of the sequence."""
-        at = 0
-        for fragment in self.fragments:
-            n = fragment.place.numel
-            if at < stop and at + n > start:
-                yield from fragment.slices(max(0, start - at), min(n, stop - at))
-            at += n
+        if start >= stop:
+            return
+        for i in range(bisect.bisect_right(self._starts, start) - 1, len(self.fragments)):
+            fragment, at = self.fragments[i], self._starts[i]
+            if at >= stop:
+                return
+            yield from fragment.slices(max(0, start - at), min(fragment.place.numel, stop - at))
 
     def _chunk(
         self,
@@ -166,15 +202,14 @@ class ReplicaSet:
         staging: torch.Tensor,
         storage: Callable[[Fragment], torch.Tensor],
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Storage of a chunk of one rank's slices, each with its part of the staging bytes."""
+        """Storage of a chunk of one rank's slices, each with its part of the staging tensor."""
         first = self.cuts[index] + start
         last = min(self.cuts[index + 1], first + length)
         at = 0
         for fragment in self._slices(first, last):
             values = storage(fragment)
-            nbytes = values.numel() * values.element_size()
-            yield values, staging[at : at + nbytes].view(values.dtype)
-            at += nbytes
+            yield values, staging[at : at + values.numel()]
+            at += values.numel()
 
 
 def replica_sets(

@@ -1,4 +1,4 @@
-"""Made-up averages, cut in every way that an engine may cut them, without an engine.
+"""Made-up averages, cut in every way that an engine may cut them, saved and read without one.
 
 The oracle is the full tensor: a part holds the slice of it that its box says, in its storage order.
 """
@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema.boxed import Part, TensorInfo
+from dist_ema.checkpoint import Handle, load, save
 from dist_ema.layout import Box, Place, flat_boxes
 from dist_ema.ranks import Ranks
 
@@ -185,3 +187,58 @@ def first_ranks(size: int) -> Ranks | None:
         return Ranks()
     group = dist.new_group(list(range(size)))
     return Ranks(group) if dist.get_rank() < size else None
+
+
+TENSORS = infos()
+SEVERAL_BLOCKS = {"wide": (1100, 2300), "tall": (2300, 1100), "small": (3,)}
+
+
+def write(
+    path: Path, ranks: Ranks, *, cut: str = "flat", seed: int = 0, **options: Any
+) -> Handle | None:
+    """Save one average of made-up tensors."""
+    parts = parts_of(cut, TENSORS, full(TENSORS, seed), ranks)
+    return save(path, {"ema": parts}, TENSORS, state_of(step=seed), ranks, **options)
+
+
+def seed_at(path: Path, ranks: Ranks, *, cut: str = "rows") -> int:
+    """Load what `write` wrote, check every bit of it, and tell which it was."""
+    parts = blank(cut, TENSORS, ranks)
+    state = load(path, {"ema": parts}, TENSORS, ranks)
+    wrong = differing(parts, parts_of(cut, TENSORS, full(TENSORS, state["step"]), ranks))
+    assert not wrong, wrong
+    return state["step"]
+
+
+def beside(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.parent.iterdir() if entry.name != path.name)
+
+
+def broken_parts(ranks: Ranks) -> list[Part]:
+    """Parts with NaN on the first rank that has some, Inf on the last."""
+    parts = parts_of("flat", TENSORS, full(TENSORS), ranks)
+    for part in parts:
+        if part.place.fqn == "emb.weight" and ranks.rank == 0:
+            part.values[-1] = torch.nan
+        if part.place.fqn == "cube" and ranks.rank == ranks.size - 1:
+            part.values[0] = -torch.inf
+    return parts
+
+
+class PeakMemory:
+    """How far the resident memory rose above where it was, within a block."""
+
+    def __enter__(self):
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before = self._read("VmRSS")
+        return lambda: self._read("VmHWM") - self._before
+
+    def __exit__(self, *raised: object) -> None:
+        pass
+
+    @staticmethod
+    def _read(key: str) -> int:
+        line = next(
+            line for line in Path("/proc/self/status").read_text().splitlines() if key in line
+        )
+        return int(line.split()[1]) * 1024

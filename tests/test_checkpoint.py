@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -19,45 +18,31 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 
-from dist_ema import background, checksums, files, stateful, writer
+from dist_ema import checksums, files
 from dist_ema.boxed import Part
 from dist_ema.checkpoint import CheckpointError, differing_schedules, load, save
 from dist_ema.layout import Box, Place
 from dist_ema.ranks import Ranks
 from tests.cuts import (
     CUTS,
+    SEVERAL_BLOCKS,
     SHAPES,
+    TENSORS,
+    PeakMemory,
+    beside,
     blank,
+    broken_parts,
     differing,
     first_ranks,
     full,
     infos,
     parts_of,
+    seed_at,
     state_of,
+    write,
 )
 
 ROOT = Path(__file__).parents[1]
-TENSORS = infos()
-SEVERAL_BLOCKS = {"wide": (1100, 2300), "tall": (2300, 1100), "small": (3,)}
-
-
-def write(path: Path, ranks: Ranks, *, cut: str = "flat", seed: int = 0, **options):
-    """Save one average of made-up tensors."""
-    parts = parts_of(cut, TENSORS, full(TENSORS, seed), ranks)
-    return save(path, {"ema": parts}, TENSORS, state_of(step=seed), ranks, **options)
-
-
-def seed_at(path: Path, ranks: Ranks, *, cut: str = "rows") -> int:
-    """Load what `write` wrote, check every bit of it, and tell which it was."""
-    parts = blank(cut, TENSORS, ranks)
-    state = load(path, {"ema": parts}, TENSORS, ranks)
-    wrong = differing(parts, parts_of(cut, TENSORS, full(TENSORS, state["step"]), ranks))
-    assert not wrong, wrong
-    return state["step"]
-
-
-def beside(path: Path) -> list[str]:
-    return sorted(entry.name for entry in path.parent.iterdir() if entry.name != path.name)
 
 
 # Any cut, any world.
@@ -187,31 +172,12 @@ def test_saving_and_loading_need_little_more_memory_than_the_average(tmp_path: P
     columns = Place("large", (16_000, 4_000), Box((0, 2_000 * ranks.rank), (16_000, 2_000)))
     target = [Part(columns, torch.zeros(32_000_000), True)]
     write(tmp_path / "warm", ranks)
-    with _peak() as peak:
+    with PeakMemory() as peak:
         save(tmp_path / "a", {"ema": parts}, tensors, state_of(), ranks)
     assert peak() < 64e6, f"save: {peak() / 1e6:.0f} MB"
-    with _peak() as peak:
+    with PeakMemory() as peak:
         load(tmp_path / "a", {"ema": target}, tensors, ranks)
     assert peak() < 64e6, f"load: {peak() / 1e6:.0f} MB"
-
-
-class _peak:
-    """How far the resident memory rose above where it was, within a block."""
-
-    def __enter__(self):
-        Path("/proc/self/clear_refs").write_text("5")
-        self._before = self._read("VmRSS")
-        return lambda: self._read("VmHWM") - self._before
-
-    def __exit__(self, *raised: object) -> None:
-        pass
-
-    @staticmethod
-    def _read(key: str) -> int:
-        line = next(
-            line for line in Path("/proc/self/status").read_text().splitlines() if key in line
-        )
-        return int(line.split()[1]) * 1024
 
 
 # What others read.
@@ -411,206 +377,7 @@ def test_without_an_exchange_the_old_one_is_found_between_two_renames(tmp_path: 
         files._exchange = exchange
 
 
-# In the background.
-
-
-@pytest.mark.ranks(0, 2)
-def test_a_save_in_the_background_has_the_values_of_the_call(tmp_path: Path):
-    ranks = Ranks()
-    parts = parts_of("flat", TENSORS, full(TENSORS, 4), ranks)
-    handle = save(
-        tmp_path / "a", {"ema": parts}, TENSORS, state_of(step=4), ranks, asynchronous=True
-    )
-    for part in parts:
-        part.values.fill_(-1)
-    if ranks.size > 1:
-        for i in range(50):  # what training does meanwhile
-            ones = torch.full((1000,), float(i))
-            dist.all_reduce(ones)
-            assert ones[0] == i * ranks.size
-    handle.result()
-    assert handle.done()
-    assert seed_at(tmp_path / "a", ranks) == 4
-    assert beside(tmp_path / "a") == []
-
-
-@pytest.mark.ranks(2)
-def test_what_follows_waits_for_the_save_before(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
-    write_data = writer.ShardWriter.write_data
-
-    def slow(self, *args):
-        time.sleep(0.3)
-        return write_data(self, *args)
-
-    writer.ShardWriter.write_data = slow
-    try:
-        first = write(path, ranks, seed=1, asynchronous=True)
-        second = write(path, ranks, seed=2, asynchronous=True)
-        assert first.done()
-        assert not second.done()
-        assert seed_at(path, ranks) == 2  # a load waits as well
-        second.result()
-        third = write(path, ranks, seed=3, asynchronous=True)
-        with pytest.raises(TimeoutError, match="not written"):
-            third.result(timeout=0.01)
-        write(path, ranks, seed=4)
-        assert third.done()
-        assert seed_at(path, ranks) == 4
-    finally:
-        writer.ShardWriter.write_data = write_data
-    dist.barrier()
-    assert beside(path) == []
-
-
-@pytest.mark.ranks(1, 3)
-@pytest.mark.parametrize("failing", [0, -1])
-def test_a_failure_in_the_background_is_raised_on_every_rank(tmp_path: Path, failing: int):
-    ranks, path = Ranks(), tmp_path / "a"
-    write(path, ranks, seed=1)
-    write_all = writer._write_all
-
-    def fail(fd, data):
-        raise OSError(28, "No space left on device")
-
-    for asked in (True, False):
-        if ranks.rank == failing % ranks.size:
-            writer._write_all = fail
-        try:
-            handle = write(path, ranks, seed=2, asynchronous=True)
-            if asked:
-                with pytest.raises(CheckpointError, match=r"shard-.*No space left on device"):
-                    handle.result()
-            else:
-                handle._thread.join()
-        finally:
-            writer._write_all = write_all
-        dist.barrier()
-        assert beside(path) == []
-        if asked:
-            assert seed_at(path, ranks) == 1
-    with pytest.warns(UserWarning, match=r"earlier save .* failed: .*No space left"):
-        write(path, ranks, seed=3)
-    assert seed_at(path, ranks) == 3
-
-
-@pytest.mark.ranks(2)
-def test_a_rank_that_is_not_heard_of_is_given_up(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
-    write(path, ranks, seed=1)
-    report, limit = background.Letters.report, background.STALL_S
-
-    def late(self, content):
-        while self._box.exists():
-            time.sleep(0.05)
-        report(self, content)
-
-    background.Letters.report, background.STALL_S = late, 0.5
-    told = (r"ranks \[1\] were not heard of for 0", "gave the save up before this rank")
-    try:
-        handle = write(path, ranks, seed=2, asynchronous=True)
-        with pytest.raises(CheckpointError, match=told[ranks.rank]):
-            handle.result()
-    finally:
-        background.Letters.report, background.STALL_S = report, limit
-    dist.barrier()
-    assert seed_at(path, ranks) == 1
-    assert beside(path) == []
-
-
-@pytest.mark.ranks(2)
-@pytest.mark.parametrize("ending", ["well", "badly"])
-def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ending: str):
-    ranks, path = Ranks(), tmp_path / "a"
-    outcome, limit = background.Letters.outcome, background._ACKNOWLEDGE_S
-    finish = writer.ShardWriter.finish
-
-    def late(self, is_in_place):
-        while self._box.exists():
-            time.sleep(0.01)
-        return outcome(self, is_in_place)
-
-    def fail(self, metadata, results):
-        raise OSError(5, "Input/output error", "manifest.json")
-
-    background.Letters.outcome, background._ACKNOWLEDGE_S = late, 0.05
-    if ending == "badly":
-        writer.ShardWriter.finish = fail
-    try:
-        handle = write(path, ranks, seed=2, asynchronous=True)
-        if ending == "well":
-            handle.result()
-        else:
-            with pytest.raises(CheckpointError, match=r"gave the save up|Input/output error"):
-                handle.result()
-    finally:
-        background.Letters.outcome, background._ACKNOWLEDGE_S = outcome, limit
-        writer.ShardWriter.finish = finish
-    dist.barrier()
-    assert path.exists() == (ending == "well")
-    assert beside(path) == []
-
-
-AT_EXIT = """
-import os, sys, time, torch, torch.distributed as dist
-from pathlib import Path
-from dist_ema import writer
-from dist_ema.ranks import Ranks
-from tests.test_checkpoint import write
-
-torch.set_num_threads(1)
-directory = Path(sys.argv[1])
-jobs = [(ending, rank) for ending in ("well", "badly") for rank in range(2)]
-children = []
-for ending, rank in jobs:
-    if (pid := os.fork()) == 0:
-        break
-    children.append(pid)
-else:
-    for pid in children:
-        os.waitpid(pid, 0)
-    os._exit(0)
-
-os.dup2(os.open(directory / f"{ending}-{rank}.txt", os.O_CREAT | os.O_WRONLY), 2)
-store = f"file://{directory}/{ending}.store"
-dist.init_process_group("gloo", rank=rank, world_size=2, init_method=store)
-write_data = writer.ShardWriter.write_data
-def slow(self, *args):
-    time.sleep(0.5)
-    if ending == "badly" and rank == 1:
-        raise OSError(28, "No space left on device", "shard")
-    return write_data(self, *args)
-writer.ShardWriter.write_data = slow
-write(directory / ending / "a", Ranks(), seed=3, asynchronous=True)
-dist.destroy_process_group()
-"""
-
-
-def test_the_interpreter_waits_for_the_save_or_says_what_is_lost(tmp_path: Path):
-    done = subprocess.run([sys.executable, "-c", AT_EXIT, tmp_path], cwd=ROOT, timeout=100)
-    assert done.returncode == 0
-    said = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
-    assert said["well-0"] == said["well-1"] == ""
-    assert seed_at(tmp_path / "well" / "a", Ranks.alone()) == 3
-    for rank in range(2):
-        assert f"the save of {tmp_path}/badly/a is lost: " in said[f"badly-{rank}"]
-        assert "No space left on device" in said[f"badly-{rank}"]
-    assert [p.name for p in (tmp_path / "well").iterdir()] == ["a"]
-    assert [p.name for p in (tmp_path / "badly").iterdir()] == []
-
-
 # Refusing to write.
-
-
-def broken_parts(ranks: Ranks) -> list[Part]:
-    """Parts with NaN on the first rank that has some, Inf on the last."""
-    parts = parts_of("flat", TENSORS, full(TENSORS), ranks)
-    for part in parts:
-        if part.place.fqn == "emb.weight" and ranks.rank == 0:
-            part.values[-1] = torch.nan
-        if part.place.fqn == "cube" and ranks.rank == ranks.size - 1:
-            part.values[0] = -torch.inf
-    return parts
 
 
 @pytest.mark.ranks(0, 3)
@@ -718,104 +485,6 @@ def test_tensors_that_do_not_match_are_all_named(tmp_path: Path):
     ]
     values = {**full(TENSORS, 0), "new.weight": torch.full((2, 2), -77.0)}
     assert not differing(parts, parts_of("rows", tensors, values, ranks))
-
-
-# Through torch.distributed.checkpoint.
-
-
-class Stateful:
-    """What `ShardedEMA` is to torch.distributed.checkpoint."""
-
-    def __init__(self, averages, tensors=TENSORS, state=None):
-        self.averages, self.tensors, self.state = averages, tensors, state or state_of(averages)
-
-    def state_dict(self):
-        return stateful.state_dict(self.averages, self.tensors, self.state)
-
-    def load_state_dict(self, given):
-        self.state = stateful.load_state_dict(given, self.averages, self.tensors)
-
-
-def averages_in(cut: str, ranks: Ranks) -> dict[str, list[Part]]:
-    return {n: parts_of(cut, TENSORS, full(TENSORS, i), ranks) for i, n in enumerate("ab")}
-
-
-@pytest.mark.ranks(2)
-@pytest.mark.parametrize("way", ["save", "async_save", "async_save with a writer"])
-@pytest.mark.parametrize("cut", CUTS)
-def test_torch_saves_and_reshards_the_state_dict(tmp_path: Path, way: str, cut: str):
-    ranks, path = Ranks(), tmp_path / "a"
-    model = torch.nn.Linear(3, 3)
-    saved = Stateful(averages_in(cut, ranks), state=state_of("ab", step=11))
-    state = {"model": model.state_dict(), "ema": saved}
-    if way == "save":
-        dcp.save(state, checkpoint_id=path)
-    else:
-        target = {"checkpoint_id": path}
-        if way != "async_save":
-            target = {"storage_writer": dcp.FileSystemWriter(path)}
-        future = dcp.async_save(state, **target)
-        for part in itertools.chain(*saved.averages.values()):
-            part.values.fill_(-3)
-        future.result()
-    for other in ("columns", "flat", "last"):
-        loaded = Stateful({n: blank(other, TENSORS, ranks) for n in "ab"})
-        dcp.load({"model": model.state_dict(), "ema": loaded}, checkpoint_id=path)
-        assert loaded.state == state_of("ab", step=11)
-        for name, parts in averages_in(other, ranks).items():
-            assert not differing(loaded.averages[name], parts), (other, name)
-
-
-@pytest.mark.ranks(0)
-def test_a_state_dict_is_copied_and_taken_back(tmp_path: Path):
-    import copy
-    import pickle
-
-    ranks = Ranks()
-    own = Stateful(averages_in("last", ranks))
-    for again in (copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))):
-        kept = again(own.state_dict())
-        for part in itertools.chain(*own.averages.values()):
-            part.values.fill_(0)
-        own.load_state_dict(kept)
-        for name, parts in averages_in("last", ranks).items():
-            assert not differing(own.averages[name], parts)
-    whole = own.state_dict()
-    whole["averages"] = {n: full(TENSORS, i) for i, n in enumerate("ba")}
-    for values in whole["averages"].values():
-        values["scale"] = values["scale"].view(1)
-    own.load_state_dict(whole)
-    assert not differing(own.averages["a"], averages_in("last", ranks)["b"])
-
-    before = averages_in("rows", ranks)
-    other = Stateful(averages_in("rows", ranks))
-    crumbs = Stateful(averages_in("crumbs", ranks)).state_dict()
-    short = own.state_dict()
-    del short["averages"]["b"]["cube"]
-    shaped = own.state_dict()
-    shaped["averages"]["a"]["norm.weight"] = torch.zeros(8)
-    unlike = own.state_dict()
-    unlike["state"] = torch.zeros(5, dtype=torch.uint8)
-    for given in (
-        {},
-        crumbs,
-        short,
-        shaped,
-        unlike,
-        {"averages": {}, "state": own.state_dict()["state"]},
-    ):
-        with pytest.raises(CheckpointError):
-            other.load_state_dict(given)
-    for name, parts in before.items():
-        assert not differing(other.averages[name], parts)
-
-
-@pytest.mark.ranks(0)
-def test_arithmetic_on_a_boxed_tensor_is_refused():
-    value = Stateful(averages_in("rows", Ranks())).state_dict()["averages"]["a"]["cube"]
-    with pytest.raises(NotImplementedError, match="gather_state_dict"):
-        value + 1
-    assert "boxes=[(0, 0, 0)+(3, 2, 5)]" in repr(value)
 
 
 # Killed.

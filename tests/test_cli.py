@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 from dist_ema import cli
 from dist_ema.checkpoint import save
 from dist_ema.ranks import Ranks
-from tests.cuts import full, infos, parts_of, state_of
-from tests.test_checkpoint import TENSORS, write
+from tests.cuts import TENSORS, full, infos, parts_of, state_of, write
 
 ROOT = Path(__file__).parents[1]
 

@@ -157,11 +157,14 @@ def test_shards_come_back_after_an_exception_inside_a_forward(world: World):
     def fail(module, inputs):
         raise ZeroDivisionError
 
-    run.training.net.drop.register_forward_pre_hook(fail)
+    live = run.training.evaluate()
+    hook = run.training.net.drop.register_forward_pre_hook(fail)
     with pytest.raises(ZeroDivisionError):
         with run.ema.average_parameters():
             run.training.evaluate()
+    hook.remove()
     torch.testing.assert_close(shards, before, **EXACT)
+    torch.testing.assert_close(run.training.evaluate(), live, **EXACT)
     torch.testing.assert_close(run.ema.gather_state_dict(), average, **EXACT)
 
 

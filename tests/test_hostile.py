@@ -25,8 +25,20 @@ from dist_ema import consolidated, manifest, parsing, verify, writer
 from dist_ema.checkpoint import CheckpointError, load, save
 from dist_ema.ranks import Ranks
 from dist_ema.reader import ShardReader
-from tests.cuts import blank, differing, full, infos, parts_of, state_of
-from tests.test_checkpoint import SEVERAL_BLOCKS, TENSORS, _peak, beside, seed_at, write
+from tests.cuts import (
+    SEVERAL_BLOCKS,
+    TENSORS,
+    PeakMemory,
+    beside,
+    blank,
+    differing,
+    full,
+    infos,
+    parts_of,
+    seed_at,
+    state_of,
+    write,
+)
 
 NUM_ALTERATIONS = int(os.environ.get("ALTERATIONS", "200"))
 NUM_FUZZED = int(os.environ.get("FUZZED", "200"))
@@ -356,7 +368,7 @@ def test_forged_manifests_are_refused_or_harmless(tmp_path: Path):
     rng = random.Random(1)
     refusals = harmless = 0
     expected = parts_of("columns", TENSORS, full(TENSORS, 3), ranks)
-    with _peak() as peak:
+    with PeakMemory() as peak:
         while refusals < NUM_FUZZED:
             if rng.random() < 0.8:
                 forge(path, mutated(good, rng))
@@ -512,7 +524,7 @@ def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path):
     path.mkdir()
     with open(path / "manifest.json", "wb") as file:
         file.truncate(1 << 40)  # sparse
-    with _peak() as peak:
+    with PeakMemory() as peak:
         refused(path, Ranks(), "is 1099511627776 bytes long, which no manifest is")
     assert peak() < 16e6
 

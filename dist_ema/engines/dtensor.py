@@ -171,8 +171,7 @@ def _global_indices(tensor: DTensor) -> list[Sequence[int]] | None:
     one box: an offset and a size cannot tell it.
     """
     mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
+    if mesh.get_coordinate() is None:
         return None
     indices: list[Sequence[int]] = [range(size) for size in tensor.shape]
     for axis, placement in enumerate(tensor.placements):
@@ -182,7 +181,9 @@ def _global_indices(tensor: DTensor) -> list[Sequence[int]] | None:
         if not isinstance(placement, (Shard, _StridedShard)):
             raise ValueError(f"placement {placement} holds partial values, not a part of a weight")
         held = indices[placement.dim]
-        num_chunks, position = mesh.size(axis), coordinate[axis]
+        # Not the coordinate: where a mesh's ranks do not rise, it differs from the rank in the
+        # group, which is what torch cuts by.
+        num_chunks, position = mesh.size(axis), mesh.get_local_rank(axis)
         if isinstance(placement, _StridedShard):
             offsets: Any = placement.local_shard_size_and_offset(
                 len(held), num_chunks, position, _StridedShardOffsetMode.ALL

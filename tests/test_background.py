@@ -1,0 +1,204 @@
+"""A save in the background has the values of the call, ends well or is told of, and harms nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_ema import background, writer
+from dist_ema.checkpoint import CheckpointError, save
+from dist_ema.ranks import Ranks
+from tests.cuts import TENSORS, beside, full, parts_of, seed_at, state_of, write
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.ranks(0, 2)
+def test_a_save_in_the_background_has_the_values_of_the_call(tmp_path: Path):
+    ranks = Ranks()
+    parts = parts_of("flat", TENSORS, full(TENSORS, 4), ranks)
+    handle = save(
+        tmp_path / "a", {"ema": parts}, TENSORS, state_of(step=4), ranks, asynchronous=True
+    )
+    for part in parts:
+        part.values.fill_(-1)
+    if ranks.size > 1:
+        for i in range(50):  # what training does meanwhile
+            ones = torch.full((1000,), float(i))
+            dist.all_reduce(ones)
+            assert ones[0] == i * ranks.size
+    handle.result()
+    assert handle.done()
+    assert seed_at(tmp_path / "a", ranks) == 4
+    assert beside(tmp_path / "a") == []
+
+
+@pytest.mark.ranks(2)
+def test_what_follows_waits_for_the_save_before(tmp_path: Path):
+    ranks, path = Ranks(), tmp_path / "a"
+    write_data = writer.ShardWriter.write_data
+
+    def slow(self, *args):
+        time.sleep(0.3)
+        return write_data(self, *args)
+
+    writer.ShardWriter.write_data = slow
+    try:
+        first = write(path, ranks, seed=1, asynchronous=True)
+        second = write(path, ranks, seed=2, asynchronous=True)
+        assert first.done()
+        assert not second.done()
+        assert seed_at(path, ranks) == 2  # a load waits as well
+        second.result()
+        third = write(path, ranks, seed=3, asynchronous=True)
+        with pytest.raises(TimeoutError, match="not written"):
+            third.result(timeout=0.01)
+        write(path, ranks, seed=4)
+        assert third.done()
+        assert seed_at(path, ranks) == 4
+    finally:
+        writer.ShardWriter.write_data = write_data
+    dist.barrier()
+    assert beside(path) == []
+
+
+@pytest.mark.ranks(1, 3)
+@pytest.mark.parametrize("failing", [0, -1])
+def test_a_failure_in_the_background_is_raised_on_every_rank(tmp_path: Path, failing: int):
+    ranks, path = Ranks(), tmp_path / "a"
+    write(path, ranks, seed=1)
+    write_all = writer._write_all
+
+    def fail(fd, data):
+        raise OSError(28, "No space left on device")
+
+    for asked in (True, False):
+        if ranks.rank == failing % ranks.size:
+            writer._write_all = fail
+        try:
+            handle = write(path, ranks, seed=2, asynchronous=True)
+            if asked:
+                with pytest.raises(CheckpointError, match=r"shard-.*No space left on device"):
+                    handle.result()
+            else:
+                handle._thread.join()
+        finally:
+            writer._write_all = write_all
+        dist.barrier()
+        assert beside(path) == []
+        if asked:
+            assert seed_at(path, ranks) == 1
+    with pytest.warns(UserWarning, match=r"earlier save .* failed: .*No space left"):
+        write(path, ranks, seed=3)
+    assert seed_at(path, ranks) == 3
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_that_is_not_heard_of_is_given_up(tmp_path: Path):
+    ranks, path = Ranks(), tmp_path / "a"
+    write(path, ranks, seed=1)
+    report, limit = background.Letters.report, background.STALL_S
+
+    def late(self, content):
+        while self._box.exists():
+            time.sleep(0.05)
+        report(self, content)
+
+    background.Letters.report, background.STALL_S = late, 0.5
+    told = (r"ranks \[1\] were not heard of for 0", "gave the save up before this rank")
+    try:
+        handle = write(path, ranks, seed=2, asynchronous=True)
+        with pytest.raises(CheckpointError, match=told[ranks.rank]):
+            handle.result()
+    finally:
+        background.Letters.report, background.STALL_S = report, limit
+    dist.barrier()
+    assert seed_at(path, ranks) == 1
+    assert beside(path) == []
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("ending", ["well", "badly"])
+def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ending: str):
+    ranks, path = Ranks(), tmp_path / "a"
+    outcome, limit = background.Letters.outcome, background._ACKNOWLEDGE_S
+    finish = writer.ShardWriter.finish
+
+    def late(self, is_in_place):
+        while self._box.exists():
+            time.sleep(0.01)
+        return outcome(self, is_in_place)
+
+    def fail(self, metadata, results):
+        raise OSError(5, "Input/output error", "manifest.json")
+
+    background.Letters.outcome, background._ACKNOWLEDGE_S = late, 0.05
+    if ending == "badly":
+        writer.ShardWriter.finish = fail
+    try:
+        handle = write(path, ranks, seed=2, asynchronous=True)
+        if ending == "well":
+            handle.result()
+        else:
+            with pytest.raises(CheckpointError, match=r"gave the save up|Input/output error"):
+                handle.result()
+    finally:
+        background.Letters.outcome, background._ACKNOWLEDGE_S = outcome, limit
+        writer.ShardWriter.finish = finish
+    dist.barrier()
+    assert path.exists() == (ending == "well")
+    assert beside(path) == []
+
+
+AT_EXIT = """
+import os, sys, time, torch, torch.distributed as dist
+from pathlib import Path
+from dist_ema import writer
+from dist_ema.ranks import Ranks
+from tests.cuts import write
+
+torch.set_num_threads(1)
+directory = Path(sys.argv[1])
+jobs = [(ending, rank) for ending in ("well", "badly") for rank in range(2)]
+children = []
+for ending, rank in jobs:
+    if (pid := os.fork()) == 0:
+        break
+    children.append(pid)
+else:
+    for pid in children:
+        os.waitpid(pid, 0)
+    os._exit(0)
+
+os.dup2(os.open(directory / f"{ending}-{rank}.txt", os.O_CREAT | os.O_WRONLY), 2)
+store = f"file://{directory}/{ending}.store"
+dist.init_process_group("gloo", rank=rank, world_size=2, init_method=store)
+write_data = writer.ShardWriter.write_data
+def slow(self, *args):
+    time.sleep(0.5)
+    if ending == "badly" and rank == 1:
+        raise OSError(28, "No space left on device", "shard")
+    return write_data(self, *args)
+writer.ShardWriter.write_data = slow
+write(directory / ending / "a", Ranks(), seed=3, asynchronous=True)
+dist.destroy_process_group()
+"""
+
+
+def test_the_interpreter_waits_for_the_save_or_says_what_is_lost(tmp_path: Path):
+    done = subprocess.run([sys.executable, "-c", AT_EXIT, tmp_path], cwd=ROOT, timeout=100)
+    assert done.returncode == 0
+    said = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
+    assert said["well-0"] == said["well-1"] == ""
+    assert seed_at(tmp_path / "well" / "a", Ranks.alone()) == 3
+    for rank in range(2):
+        assert f"the save of {tmp_path}/badly/a is lost: " in said[f"badly-{rank}"]
+        assert "No space left on device" in said[f"badly-{rank}"]
+    assert [p.name for p in (tmp_path / "well").iterdir()] == ["a"]
+    assert [p.name for p in (tmp_path / "badly").iterdir()] == []
