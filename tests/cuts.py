@@ -40,6 +40,9 @@ def infos(
     return [TensorInfo(fqn, ALIASES.get(fqn, ()), shape, dtype) for fqn, shape in shapes.items()]
 
 
+TENSORS = infos()
+
+
 def full(tensors: Sequence[TensorInfo], seed: int = 0) -> dict[str, Tensor]:
     """Random tensors, the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
@@ -189,7 +192,6 @@ def first_ranks(size: int) -> Ranks | None:
     return Ranks(group) if dist.get_rank() < size else None
 
 
-TENSORS = infos()
 SEVERAL_BLOCKS = {"wide": (1100, 2300), "tall": (2300, 1100), "small": (3,)}
 
 
@@ -211,6 +213,7 @@ def seed_at(path: Path, ranks: Ranks, *, cut: str = "rows") -> int:
 
 
 def beside(path: Path) -> list[str]:
+    """What stands in the directory of a path, hidden or not."""
     return sorted(entry.name for entry in path.parent.iterdir() if entry.name != path.name)
 
 

@@ -1,4 +1,4 @@
-"""A save in the background has the values of the call, ends well or is told of, and harms nothing."""
+"""A save in the background has the values of the call, and ends well or is told of."""
 
 from __future__ import annotations
 

@@ -92,14 +92,18 @@ def list_weights(
     `locate` gives the tensor that a slot stands for in the engine's steady state, `cut` its global
     shape and the fragments that this rank holds.
     """
-    names: dict[int, list[str]] = {}
-    first: list[tuple[Slot, torch.Tensor]] = []
+    places: dict[int, list[Slot]] = {}
+    tensors: dict[int, torch.Tensor] = {}
     for slot in slots(model):
         tensor = locate(slot)
-        known = names.setdefault(id(tensor), [])
-        if not known:
-            first.append((slot, tensor))
-        known.append(slot.fqn)
+        tensors[id(tensor)] = tensor
+        places.setdefault(id(tensor), []).append(slot)
+    first, names = [], {}
+    for key, tied in places.items():
+        # A name that is not in the state dict is none, unless all are such.
+        tied = [slot for slot in tied if slot.persistent] or tied
+        first.append((tied[0], tensors[key]))
+        names[key] = [slot.fqn for slot in tied]
     empty = [slot.fqn for slot, t in first if t.is_meta or nn.parameter.is_lazy(t)]
     if empty:
         raise ValueError(
