@@ -74,7 +74,8 @@ def save(
     with agreed(ranks):
         background.settle()
         _check(averages, tensors, state)
-    place = target(Path(path))
+        state = json.loads(json.dumps(state))  # the caller's may change before it is written
+        place = target(Path(path))
     refuse_different(ranks, (str(place), list(averages), digest(tensors)))
     with agreed(ranks):
         if asynchronous:

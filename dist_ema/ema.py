@@ -253,6 +253,7 @@ class ShardedEMA:
             self._refuse_while_shown("average_parameters()")
             self._check_name(name)
             self._bound.follow()
+        self._bound.swap_ranks.refuse_different("average_parameters()", name)
         with self._bound.showing(self._values(name)):
             self._shown = name or self.names[0]
             try:
@@ -516,6 +517,7 @@ class ShardedEMA:
             ):
                 raise ValueError(f"dtype is {dtype!r}, wanted a floating torch.dtype or None")
             self._bound.follow()
+        self._ranks.refuse_different(what, (name, str(dtype)))
         return self._bound.entries_and_buckets(self._values(name), dtype)
 
     def _refuse_while_shown(self, what: str) -> None:

@@ -38,6 +38,8 @@ def replaced_directory(path: Path, keep: Callable[[str], bool] | None = None) ->
     path = target(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} exists and is no directory")
+    if Path.cwd().is_relative_to(path):
+        raise ValueError(f"{path} holds the working directory and cannot be replaced under it")
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_stale(path)
     new = sibling(path, "tmp")
@@ -116,6 +118,11 @@ def put_in_place(new: Path, path: Path, keep: Callable[[str], bool] | None = Non
             except OSError:
                 os.rename(old, path)
                 raise
+        late = [] if keep is None else [entry for entry in old.iterdir() if keep(entry.name)]
+        for entry in late:
+            # What somebody else wrote there while the others were carried over.
+            if not (path / entry.name).exists():
+                os.rename(entry, path / entry.name)
         sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     sync(path.parent)

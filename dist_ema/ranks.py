@@ -96,6 +96,24 @@ class Ranks:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
         return bool(flags.item())
 
+    def refuse_different(self, what: str, value: object) -> None:
+        """Raise on every rank unless all call with one value. Collective: every rank calls it.
+
+        Costs an all-reduce of two numbers where all is well.
+        """
+        if self.size == 1:
+            return
+        bits = digest(value)[0] >> 1
+        both = torch.tensor([bits, -bits], device=self.device)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
+        if both[0] != -both[1]:
+            told = self.all_gather(repr(value))
+            other = next(rank for rank, theirs in enumerate(told) if theirs != told[0])
+            raise ValueError(
+                f"{what} with {told[0]} on rank 0 and {told[other]} on rank {other}; every rank "
+                "calls it with the same arguments"
+            )
+
     def all_gather(self, obj: Any) -> list[Any]:
         """One small object of each rank, on every rank. Collective: every rank calls it."""
         if self.size == 1:

@@ -96,6 +96,14 @@ class _Item:
     value: torch.Tensor
     aside: torch.Tensor | None = None
     done: bool = False
+    # Chunks that changed places, and both sides of the one that is just doing so: an interrupt may
+    # come between any two statements.
+    progress: tuple[int, _Chunk | None] = (0, None)
+
+
+_Chunk = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]  # two parts, and their values
 
 
 class Swap:
@@ -124,7 +132,7 @@ class Swap:
         Backwards, so that two weights over one storage come back as well.
         """
         for item in reversed(self._items):
-            if item.done:
+            if item.done or item.progress != (0, None):
                 _hide(item)
 
 
@@ -157,14 +165,14 @@ class Buffers:
 
 def _show(item: _Item) -> None:
     fragment, value = item.fragment, item.value
-    if not fragment.in_place:
-        fragment.shown.copy_(value)
-    elif value.dtype == fragment.view.dtype:
-        _exchange(fragment.view, value)
-    else:
+    if fragment.in_place and value.dtype == fragment.view.dtype:
+        _exchange(item, back=False)
+        item.done = True
+        return
+    if fragment.in_place:
         item.aside = fragment.view.clone()
-        fragment.view.copy_(value)
-    item.done = True
+    item.done = True  # before the first value changes: from here on there is something to undo
+    fragment.shown.copy_(value)
 
 
 def _hide(item: _Item) -> None:
@@ -175,17 +183,29 @@ def _hide(item: _Item) -> None:
         fragment.view.copy_(item.aside)
         item.aside = None
     else:
-        _exchange(fragment.view, item.value)
+        _exchange(item, back=True)
     item.done = False
 
 
-def _exchange(a: torch.Tensor, b: torch.Tensor) -> None:
-    """Let two 1-D tensors change places, chunk by chunk."""
+def _exchange(item: _Item, *, back: bool) -> None:
+    """Let live and averaged values change places, chunk by chunk, or undo what was done of it."""
+    a, b = item.fragment.view, item.value
     step = _SWAP_BYTES // a.element_size()
-    for part_a, part_b in zip(a.split(step), b.split(step), strict=True):
-        kept = part_a.clone()
-        part_a.copy_(part_b)
-        part_b.copy_(kept)
+    chunks = list(zip(a.split(step), b.split(step), strict=True))
+    done, open_chunk = item.progress
+    if open_chunk is not None:
+        part_a, part_b, was_a, was_b = open_chunk
+        part_a.copy_(was_a)
+        part_b.copy_(was_b)
+        item.progress = (done, None)
+    while (done > 0) if back else (done < len(chunks)):
+        part_a, part_b = chunks[done - 1 if back else done]
+        was_a, was_b = part_a.clone(), part_b.clone()
+        item.progress = (done, (part_a, part_b, was_a, was_b))
+        part_a.copy_(was_b)
+        part_b.copy_(was_a)
+        done += -1 if back else 1
+        item.progress = (done, None)
 
 
 def _address(view: torch.Tensor) -> tuple[int, int]:

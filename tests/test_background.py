@@ -21,13 +21,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.ranks(0, 2)
 def test_a_save_in_the_background_has_the_values_of_the_call(tmp_path: Path):
-    ranks = Ranks()
+    ranks, state = Ranks(), state_of(step=4)
     parts = parts_of("flat", TENSORS, full(TENSORS, 4), ranks)
-    handle = save(
-        tmp_path / "a", {"ema": parts}, TENSORS, state_of(step=4), ranks, asynchronous=True
-    )
+    handle = save(tmp_path / "a", {"ema": parts}, TENSORS, state, ranks, asynchronous=True)
     for part in parts:
         part.values.fill_(-1)
+    state["step"] = 5
     if ranks.size > 1:
         for i in range(50):  # what training does meanwhile
             ones = torch.full((1000,), float(i))

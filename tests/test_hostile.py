@@ -379,7 +379,8 @@ def test_forged_manifests_are_refused_or_harmless(tmp_path: Path):
                 (path / "manifest.json").write_bytes(signed(bytes(text[: rng.choice([None, 99])])))
             parts = blank("columns", TENSORS, ranks)
             try:
-                with warnings.catch_warnings(action="ignore"):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
                     load(path, {"ema": parts}, TENSORS, ranks)
             except CheckpointError:
                 refusals += 1
@@ -592,7 +593,8 @@ def test_forged_headers_are_refused_or_harmless(tmp_path: Path):
         path.write_bytes(with_header(header + b" " * (-len(header) % 8), rest))
         parts = blank("columns", TENSORS, ranks)
         try:
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 load(path, {"ema": parts}, TENSORS, ranks)
         except CheckpointError:
             refusals += 1
