@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_ema import ShardedEMA
-from tests import grid, test_average, test_cost, test_swap
+from tests import grid, test_average, test_cost, test_several, test_swap
 from tests.grid import lerped_tensors, named, over
 from tests.net import FROZEN, TRAINABLE, Net, batch_of_tokens, loss_of
 from tests.oracle import worst_relative_error
@@ -38,6 +38,9 @@ globals().update(
         test_cost.test_an_update_takes_a_few_operators_however_many_weights_there_are,
         test_cost.test_an_update_allocates_nothing,
         test_cost.test_all_ranks_together_hold_one_fp32_copy,
+        test_swap.test_a_swap_works_in_inference_mode,
+        test_swap.test_copy_to_makes_the_average_the_live_weights,
+        test_several.test_each_of_several_averages_is_what_it_would_be_alone,
         grid.test_a_backward_pass_never_mixes_weights_and_average,
         grid.test_an_average_of_zeros_makes_a_model_of_zeros,
         grid.test_weights_that_do_not_train_are_averaged_with_all_and_shown,
@@ -104,6 +107,17 @@ def test_weights_come_back_after_an_exception_inside_a_forward(world: World):
     hook.remove()
     torch.testing.assert_close(run.training.evaluate(), live, **EXACT)
     torch.testing.assert_close(run.train(1).weights, bare.train(1).weights, **EXACT)
+
+
+@rows("z0_bf16", "z1_bf16", "z1_bf16_optimizer")
+def test_the_rows_are_of_the_classes_of_optimizers_that_they_are_there_for(world: World):
+    found = type(world.train().optimizer).__name__
+    wanted = {
+        "z0_bf16": "FP16_UnfusedOptimizer",
+        "z1_bf16": "DeepSpeedZeroOptimizer",
+        "z1_bf16_optimizer": "BF16_Optimizer",
+    }
+    assert found == wanted[world.name]
 
 
 @rows("z1", "z2", "z3", "z3_bf16", "z3_sub_groups", "z1_aligned_bf16")
@@ -305,6 +319,13 @@ def test_an_average_built_before_initialize_raises_at_the_first_update(world: Wo
     with pytest.raises((RuntimeError, ValueError), match="DeepSpeedEngine"):
         ema.update()
     assert (ema.step, ema.num_updates) == (0, 0)
+
+
+@rows("z0_bf16", "z2_bf16", "z3")
+def test_a_teacher_that_deepspeed_trains_is_refused_by_name(world: World):
+    """It would overwrite what was averaged from its own masters."""
+    with pytest.raises(ValueError, match="overwrites from a master"):
+        ShardedEMA(world.train().model, into=world.train(seed=1).model)
 
 
 @pytest.mark.ranks(2)

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_ema import ShardedEMA
-from tests import grid, test_average, test_cost, test_swap
+from tests import grid, test_average, test_cost, test_several, test_swap
 from tests.grid import lerped_tensors, named, over
 from tests.net import TRAINABLE, Net, batch_of_tokens, loss_of
 from tests.oracle import worst_relative_error
@@ -50,9 +50,16 @@ globals().update(
         test_swap.test_weights_come_back_after_an_exception,
         test_cost.test_an_update_takes_a_few_operators_however_many_weights_there_are,
         test_cost.test_an_update_allocates_nothing,
+        test_swap.test_a_swap_works_in_inference_mode,
+        test_swap.test_copy_to_makes_the_average_the_live_weights,
+        test_several.test_each_of_several_averages_is_what_it_would_be_alone,
         grid.test_a_backward_pass_never_mixes_weights_and_average,
         grid.test_an_average_of_zeros_makes_a_model_of_zeros,
         grid.test_weights_that_do_not_train_are_averaged_with_all_and_shown,
+    )
+    | over(
+        [world for world in KINDS if world.name != "full_bf16"],  # which warns
+        test_several.test_a_teacher_computes_with_the_average_after_each_update,
     )
     | over(
         named(WORLDS, "no_shard", "hybrid"),

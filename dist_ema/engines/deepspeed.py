@@ -68,11 +68,8 @@ class ZeroEngine(Engine):
 
     @staticmethod
     def claims(model: nn.Module) -> bool:
-        if "deepspeed" not in sys.modules:
-            return False
-        return _find_engine(model) is not None or any(
-            hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters()
-        )
+        managed = (hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters())
+        return "deepspeed" in sys.modules and (_find_engine(model) is not None or any(managed))
 
     def weights(self) -> list[Weight]:
         cuts = {id(parameter): cut for parameter, cut in self._stage.cuts()}

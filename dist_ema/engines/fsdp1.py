@@ -96,9 +96,7 @@ class Fsdp1Engine(Engine):
             for handle in self._handles
             for module, name, original in _originals(handle)
         }
-        self._taken = {
-            id(p): handle for handle in self._handles for p in handle.flat_param._params or ()
-        }
+        self._taken = {id(p) for handle in self._handles for p in handle.flat_param._params or ()}
         self._others = [
             (slot.registry, slot.name)
             for slot in slots(model)
