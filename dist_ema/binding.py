@@ -44,7 +44,8 @@ class Binding:
         split = replicas == "split" and into is None
         self.plan = make_plan(weights, averaged, self.engine, split, ranks)
         # Where no rank shares anything, a swap needs no other rank.
-        self._any_shares = ranks.any(any(s.group is not None for s in self.plan.sets))
+        shares = any(s.group is not None for s in self.plan.sets)
+        self._any_shares = ranks.any(shares or self.engine.communicates)
         fragments = [p.fragment for p in self.plan.pieces]
         self._teacher: Teacher | None = None
         self._copies_buffers = buffers == "copy"
@@ -53,7 +54,7 @@ class Binding:
                 self.shadow = Shadow(fragments, allocate(fragments, dtype, num_averages))
             else:
                 self._teacher = Teacher(into, self.engine, self.plan)
-                self.shadow = Shadow(fragments, [self._teacher.values(self.plan)])
+                self.shadow = Shadow(fragments, [self._teacher.values(self.plan)], owns_gaps=False)
                 self._teacher.copy_rest(self.plan, buffers_only=False)
             self.start_again()
         self._modules = [module._modules for module in model.modules()]
@@ -80,7 +81,7 @@ class Binding:
         if self._teacher is not None and self._teacher.moved():
             self._teacher.follow(self.plan)
             fragments = [p.fragment for p in self.plan.pieces]
-            self.shadow = Shadow(fragments, [self._teacher.values(self.plan)])
+            self.shadow = Shadow(fragments, [self._teacher.values(self.plan)], owns_gaps=False)
 
     @torch.no_grad()
     def start_again(self) -> None:

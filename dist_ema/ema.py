@@ -212,6 +212,7 @@ class ShardedEMA:
         self._bound.start_again()
         self._step = self._num_updates = 0
         self._decays = None
+        self._applied_steps = self._bound.engine.applied_steps()
 
     @torch.no_grad()
     def drift(self, name: str | None = None) -> float:
@@ -245,8 +246,8 @@ class ShardedEMA:
         and averaged values change places in storage, so there is no second copy of either. Inside,
         all that reads or writes the average raises; the block cannot be nested.
 
-        Collective where weights are replicated and the average is split (DDP, HSDP, FSDP2 with
-        tensor parallelism): an all-gather of the averaged weights on entry, of the live ones on
+        Collective under DeepSpeed, and where weights are replicated and the average is split (DDP,
+        HSDP, FSDP2 with tensor parallelism): an all-gather of the averaged weights on entry, of the live ones on
         exit, and on the first entry one all-reduce that checks that replicas are equal. Else local.
         """
         with self._bound.swap_ranks.together():

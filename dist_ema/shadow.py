@@ -28,9 +28,17 @@ class Shadow:
     """Averages of a list of fragments. Everything is local."""
 
     def __init__(
-        self, fragments: Sequence[Fragment], values: Sequence[Sequence[torch.Tensor]]
+        self,
+        fragments: Sequence[Fragment],
+        values: Sequence[Sequence[torch.Tensor]],
+        *,
+        owns_gaps: bool = True,
     ) -> None:
-        """`values` has for each average a 1-D tensor for each fragment."""
+        """`values` has for each average a 1-D tensor for each fragment.
+
+        What lies between values may be written only where they are of `allocate`.
+        """
+        self._max_gap = _MAX_GAP if owns_gaps else 0
         self.values = [list(of_one) for of_one in values]
         self.bind(fragments)
 
@@ -43,7 +51,7 @@ class Shadow:
     def bind(self, fragments: Sequence[Fragment]) -> None:
         """Plan updates from these fragments, whose storage may have moved since the last time."""
         lives = [f.view for f in fragments]
-        runs = _merge(self.values[0], lives)
+        runs = _merge(self.values[0], lives, self._max_gap)
         self._lerp = Lerp(
             [[_span([values[i] for i in run]) for run in runs] for values in self.values],
             [_span([lives[i] for i in run]) for run in runs],
@@ -237,13 +245,15 @@ def _pack(views: Sequence[torch.Tensor], itemsize: int) -> tuple[list[int], int]
     return starts, end
 
 
-def _merge(values: Sequence[torch.Tensor], lives: Sequence[torch.Tensor]) -> list[list[int]]:
+def _merge(
+    values: Sequence[torch.Tensor], lives: Sequence[torch.Tensor], max_gap: int
+) -> list[list[int]]:
     """Runs of numbers of pieces that are neighbours on both sides, across equal gaps."""
     runs: list[list[int]] = []
     for i in sorted(range(len(lives)), key=lambda i: (_address(values[i]), _address(lives[i]))):
         if runs:
             gap = _gap(values[runs[-1][-1]], values[i])
-            if gap is not None and gap == _gap(lives[runs[-1][-1]], lives[i]):
+            if gap is not None and gap <= max_gap and gap == _gap(lives[runs[-1][-1]], lives[i]):
                 runs[-1].append(i)
                 continue
         runs.append([i])

@@ -179,3 +179,15 @@ def test_update_bn_restores_everything_when_a_batch_fails_on_one_rank():
         update_bn(batches, net)
     torch.testing.assert_close(dict(net.state_dict()), before, **EXACT)
     assert (net.norm.momentum, net.training) == (0.3, True)
+
+
+@a_few_worlds
+def test_a_teacher_keeps_what_is_not_averaged(world: World):
+    training, teacher = world.train(seed=0), world.train(seed=3)
+    chosen = {"blocks.0.l1.weight", "blocks.1.norm.bias"}
+    ema = ShardedEMA(training.model, 0.5, into=teacher.model, params=lambda n, _: n in chosen)
+    before = teacher.full_weights()
+    training.train_step(0)
+    ema.update()
+    after = teacher.full_weights()
+    assert {n for n in before if not torch.equal(before[n], after[n])} <= chosen

@@ -51,6 +51,8 @@ _UNSUPPORTED = {
 class ZeroEngine(Engine):
     """Parts of DeepSpeed's flat buffers. Only `release` and `publish` communicate."""
 
+    communicates = True
+
     def __init__(self, model: nn.Module) -> None:
         engine = _find_engine(model)
         if engine is None:

@@ -108,7 +108,7 @@ class DTensorEngine(Engine):
                 "fully_shard cut tied weights apart, and they train and are averaged as different "
                 f"weights now: {'; '.join(' and '.join(tie) for tie in cut)}; shard the modules "
                 "that share a weight in one call",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _locate(self, slot: Slot) -> torch.Tensor:

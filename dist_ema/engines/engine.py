@@ -37,6 +37,7 @@ class Weight:
 class Engine(ABC):
     """A model cut in one way. What has a body here is right where nothing is gathered or copied."""
 
+    communicates = False  # whether `release` and `publish` do
     source = "weights"  # or "master": what the fragments' views are
 
     def __init__(self, model: nn.Module) -> None:
