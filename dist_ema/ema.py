@@ -247,8 +247,9 @@ class ShardedEMA:
         all that reads or writes the average raises; the block cannot be nested.
 
         Collective under DeepSpeed, and where weights are replicated and the average is split (DDP,
-        HSDP, FSDP2 with tensor parallelism): an all-gather of the averaged weights on entry, of the live ones on
-        exit, and on the first entry one all-reduce that checks that replicas are equal. Else local.
+        HSDP, FSDP2 with tensor parallelism): an all-gather of the averaged weights on entry, of the
+        live ones on exit, and on the first entry one all-reduce that checks that replicas are
+        equal. Else local.
         """
         with self._bound.swap_ranks.together():
             self._refuse_while_shown("average_parameters()")
