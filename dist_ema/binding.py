@@ -54,14 +54,10 @@ class Binding:
                 self.shadow = Shadow(fragments, allocate(fragments, dtype, num_averages))
             else:
                 self._teacher = Teacher(into, self.engine, self.plan)
-                self.shadow = Shadow(fragments, [self._teacher.values(self.plan)], owns_gaps=False)
+                self.shadow = self._shadow_in(self._teacher)
                 self._teacher.copy_rest(self.plan, buffers_only=False)
             self.start_again()
-        self._modules = [module._modules for module in model.modules()]
-        self._structure = self._module_ids()
-        self._stamp = self.engine.stamp()
-        self._frozen = _frozen(self.plan, params)
-        self._gatherer: Gatherer | None = None
+        self._note_storage()
         self._warn_of_differing_replicas(stacklevel=5)
         self._replicas_checked = False
 
@@ -80,8 +76,12 @@ class Binding:
             self._rebind()
         if self._teacher is not None and self._teacher.moved():
             self._teacher.follow(self.plan)
-            fragments = [p.fragment for p in self.plan.pieces]
-            self.shadow = Shadow(fragments, [self._teacher.values(self.plan)], owns_gaps=False)
+            self.shadow = self._shadow_in(self._teacher)
+
+    def _shadow_in(self, teacher: Teacher) -> Shadow:
+        """The average in a teacher's own storage, where gaps belong to other weights."""
+        fragments = [p.fragment for p in self.plan.pieces]
+        return Shadow(fragments, [teacher.values(self.plan)], owns_gaps=False)
 
     @torch.no_grad()
     def start_again(self) -> None:
@@ -117,12 +117,17 @@ class Binding:
                 "have other names, shapes or shards); build ShardedEMA after fully_shard(), DDP or "
                 "accelerator.prepare(), with the model that they return"
             )
-        self.engine, self.plan, self._stamp = engine, plan, engine.stamp()
+        self.engine, self.plan = engine, plan
         self.shadow.bind([p.fragment for p in plan.pieces])
+        self._note_storage()
+
+    def _note_storage(self) -> None:
+        """Take what `follow` compares with, from the engine and plan of now."""
         self._modules = [module._modules for module in self.model.modules()]
         self._structure = self._module_ids()
-        self._frozen = _frozen(plan, self._params)
-        self._gatherer = None
+        self._stamp = self.engine.stamp()
+        self._frozen = _frozen(self.plan, self._params)
+        self._gatherer: Gatherer | None = None
 
     def _module_ids(self) -> list[int]:
         """What changes when a submodule is replaced or added."""
