@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dist_ema import consolidated, verify
-from dist_ema.blocks import Files
-from dist_ema.manifest import CheckpointError, Manifest, SavedAverage
+from dist_ema.checkpoint import consolidated, verify
+from dist_ema.checkpoint.blocks import Files
+from dist_ema.checkpoint.manifest import CheckpointError, Manifest, SavedAverage
 
 _PROGRESS_EVERY_S = 0.2
 

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema import checkpoint, stateful
 from dist_ema.binding import Binding
-from dist_ema.checkpoint import Handle, Part, TensorInfo
+from dist_ema.checkpoint import api, stateful
+from dist_ema.checkpoint.api import Handle, Part, TensorInfo
 from dist_ema.export import TensorSpec, export
 from dist_ema.gather import Entry, one_by_one, write_into
 from dist_ema.lerp import MultiAvgFn, squared_norms
@@ -407,7 +407,7 @@ class ShardedEMA:
         Collective: every rank calls it. Each rank writes what it owns; four small exchanges.
         """
         self._ready("save()")
-        return checkpoint.save(
+        return api.save(
             path, self._parts(), self._tensors(), self._state(), self._ranks,
             asynchronous=asynchronous,
         )  # fmt: skip
@@ -431,7 +431,7 @@ class ShardedEMA:
         """
         self._ready("load()")
         names = {n for w in self._bound.plan.weights for n in (w.fqn, *w.aliases)}
-        state = checkpoint.load(
+        state = api.load(
             path, self._parts(), self._tensors(), self._ranks, strict=strict, others=names
         )
         self._resume(state)
@@ -499,7 +499,7 @@ class ShardedEMA:
 
     def _resume(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that was saved; from the start if it is empty."""
-        for told in checkpoint.differing_schedules(state, self._state()) if state else ():
+        for told in api.differing_schedules(state, self._state()) if state else ():
             warnings.warn(told, stacklevel=3)
         self._step, self._num_updates = state.get("step", 0), state.get("num_updates", 0)
         averages: Mapping[str, Any] = state.get("averages", {})

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from dist_ema import files
-from dist_ema.checkpoint import load, save
+from dist_ema.checkpoint.api import load, save
 from dist_ema.ranks import Ranks
 from tests.cuts import blank, infos, parts_of, state_of
 

@@ -24,8 +24,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 
-from dist_ema.boxed import Part, TensorInfo, boxed
-from dist_ema.checkpoint import load, save
+from dist_ema.checkpoint.api import load, save
+from dist_ema.checkpoint.boxed import Part, TensorInfo, boxed
 from dist_ema.layout import Box, Place
 from dist_ema.ranks import Ranks
 from tests.cuts import state_of

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ema.boxed import Part, TensorInfo
-from dist_ema.checkpoint import Handle, load, save
+from dist_ema.checkpoint.api import Handle, load, save
+from dist_ema.checkpoint.boxed import Part, TensorInfo
 from dist_ema.layout import Box, Place, flat_boxes
 from dist_ema.ranks import Ranks
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_ema import background, writer
-from dist_ema.checkpoint import CheckpointError, save
+from dist_ema.checkpoint import background, writer
+from dist_ema.checkpoint.api import CheckpointError, save
 from dist_ema.ranks import Ranks
 from tests.cuts import TENSORS, beside, full, parts_of, seed_at, state_of, write
 
@@ -158,7 +158,7 @@ def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ending: 
 AT_EXIT = """
 import os, sys, time, torch, torch.distributed as dist
 from pathlib import Path
-from dist_ema import writer
+from dist_ema.checkpoint import writer
 from dist_ema.ranks import Ranks
 from tests.cuts import write
 

@@ -18,9 +18,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 
-from dist_ema import checksums, files
-from dist_ema.boxed import Part
-from dist_ema.checkpoint import CheckpointError, differing_schedules, load, save
+from dist_ema import files
+from dist_ema.checkpoint import checksums
+from dist_ema.checkpoint.api import CheckpointError, differing_schedules, load, save
+from dist_ema.checkpoint.boxed import Part
 from dist_ema.layout import Box, Place
 from dist_ema.ranks import Ranks
 from tests.cuts import (

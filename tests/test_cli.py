@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import save_file
 
 from dist_ema import cli
-from dist_ema.checkpoint import save
+from dist_ema.checkpoint.api import save
 from dist_ema.ranks import Ranks
 from tests.cuts import TENSORS, full, infos, parts_of, state_of, write
 

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from dist_ema import consolidated, manifest, parsing, verify, writer
-from dist_ema.checkpoint import CheckpointError, load, save
+from dist_ema.checkpoint import consolidated, manifest, parsing, verify, writer
+from dist_ema.checkpoint.api import CheckpointError, load, save
+from dist_ema.checkpoint.reader import ShardReader
 from dist_ema.ranks import Ranks
-from dist_ema.reader import ShardReader
 from tests.cuts import (
     SEVERAL_BLOCKS,
     TENSORS,

@@ -14,15 +14,30 @@ ROOT = Path(__file__).parents[1] / "dist_ema"
 
 # From the bottom to the top; modules of one layer do not import one another. "" is the package.
 LAYERS = [
-    {"checksums", "files", "layout", "lerp", "names", "ranks", "schedule"},
-    {"batchnorm", "boxed", "engines.engine", "export", "manifest", "options"},
+    {"checkpoint.checksums", "files", "layout", "lerp", "names", "ranks", "schedule"},
+    {"batchnorm", "checkpoint.boxed", "checkpoint.manifest", "engines.engine", "export", "options"},
+    {"checkpoint"},
     {"replicas", "shadow"},
     {"engines.plain", "engines.dtensor", "engines.fsdp1", "engines.deepspeed"},
-    {"agreement", "background", "parsing", "plan", "planners", "snapshot"},
-    {"blocks", "engines", "shards", "stateful"},
-    {"consolidated", "gather", "reader", "teacher", "verify", "writer"},
-    {"binding", "cli", "matching"},
-    {"__main__", "checkpoint"},
+    {
+        "checkpoint.agreement",
+        "checkpoint.background",
+        "checkpoint.parsing",
+        "checkpoint.planners",
+        "checkpoint.snapshot",
+        "plan",
+    },
+    {"checkpoint.blocks", "checkpoint.shards", "checkpoint.stateful", "engines"},
+    {
+        "checkpoint.consolidated",
+        "checkpoint.reader",
+        "checkpoint.verify",
+        "checkpoint.writer",
+        "gather",
+        "teacher",
+    },
+    {"binding", "checkpoint.matching", "cli"},
+    {"__main__", "checkpoint.api"},
     {"ema"},
     {""},
 ]

@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from dist_ema import HalfLife, ShardedEMA
-from dist_ema.boxed import TensorInfo
-from dist_ema.checkpoint import CheckpointError, load, save
+from dist_ema.checkpoint.api import CheckpointError, load, save
+from dist_ema.checkpoint.boxed import TensorInfo
 from dist_ema.ranks import Ranks
 from tests import worlds_deepspeed, worlds_fsdp1
 from tests.cuts import blank, parts_of, state_of

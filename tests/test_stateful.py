@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dist_ema import stateful
-from dist_ema.boxed import Part
-from dist_ema.checkpoint import CheckpointError
+from dist_ema.checkpoint import stateful
+from dist_ema.checkpoint.api import CheckpointError
+from dist_ema.checkpoint.boxed import Part
 from dist_ema.ranks import Ranks
 from tests.cuts import CUTS, TENSORS, blank, differing, full, parts_of, state_of
 

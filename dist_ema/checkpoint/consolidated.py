@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_ema import manifest
-from dist_ema.blocks import Files, read_header, read_manifest
-from dist_ema.files import find
-from dist_ema.layout import whole
-from dist_ema.manifest import (
+from dist_ema.checkpoint import manifest
+from dist_ema.checkpoint.blocks import Files, read_header, read_manifest
+from dist_ema.checkpoint.manifest import (
     BLOCK_BYTES,
     ITEMSIZE,
     PLAIN_NAME,
@@ -23,7 +21,9 @@ from dist_ema.manifest import (
     SavedFile,
     SavedTensor,
 )
-from dist_ema.parsing import check_shape, check_tiling, shown
+from dist_ema.checkpoint.parsing import check_shape, check_tiling, shown
+from dist_ema.files import find
+from dist_ema.layout import whole
 
 NAME = ""  # of the one average that such files hold
 _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"

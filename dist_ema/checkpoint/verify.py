@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from dist_ema.blocks import Checker, Files, check_file, check_names, path_in
-from dist_ema.manifest import CheckpointError, Manifest, SavedAverage, SavedBox
+from dist_ema.checkpoint.blocks import Checker, Files, check_file, check_names, path_in
+from dist_ema.checkpoint.manifest import CheckpointError, Manifest, SavedAverage, SavedBox
 
 
 def problems(

@@ -9,9 +9,9 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from dist_ema import manifest, parsing
-from dist_ema.checksums import checksum
-from dist_ema.manifest import CheckpointError, Manifest, SavedAverage, SavedBox
+from dist_ema.checkpoint import manifest, parsing
+from dist_ema.checkpoint.checksums import checksum
+from dist_ema.checkpoint.manifest import CheckpointError, Manifest, SavedAverage, SavedBox
 
 _MAX_OPEN = 256  # files at a time; a process may commonly have 1024
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from dist_ema.manifest import CheckpointError
+from dist_ema.checkpoint.manifest import CheckpointError
 from dist_ema.ranks import Ranks
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dist_ema import consolidated
-from dist_ema.boxed import TensorInfo
-from dist_ema.manifest import CheckpointError, Manifest, SavedAverage
-from dist_ema.reader import Source
+from dist_ema.checkpoint import consolidated
+from dist_ema.checkpoint.boxed import TensorInfo
+from dist_ema.checkpoint.manifest import CheckpointError, Manifest, SavedAverage
+from dist_ema.checkpoint.reader import Source
 
 _SHOWN = 8  # names of a kind in a message
 

@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from dist_ema.blocks import Checker, Files
+from dist_ema.checkpoint.blocks import Checker, Files
+from dist_ema.checkpoint.manifest import Manifest, SavedAverage, SavedBox, SavedTensor
 from dist_ema.export import DTYPES
 from dist_ema.layout import Box, flat_boxes, overlap
-from dist_ema.manifest import Manifest, SavedAverage, SavedBox, SavedTensor
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
+from dist_ema.checkpoint.manifest import BLOCK_BYTES
+from dist_ema.checkpoint.planners import split_key
 from dist_ema.export import TensorSpec, safetensors_header
 from dist_ema.layout import Box, flat_boxes
-from dist_ema.manifest import BLOCK_BYTES
-from dist_ema.planners import split_key
 
 SHARD = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
 

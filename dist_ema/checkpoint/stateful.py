@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from dist_ema.boxed import BoxedTensor, Part, TensorInfo, at_least_1d, boxed, fill
-from dist_ema.manifest import CheckpointError
-from dist_ema.parsing import check_state
+from dist_ema.checkpoint.boxed import BoxedTensor, Part, TensorInfo, at_least_1d, boxed, fill
+from dist_ema.checkpoint.manifest import CheckpointError
+from dist_ema.checkpoint.parsing import check_state
 
 _STATE_BYTES = 16384  # of the counters and schedules: a tensor in a checkpoint has one size
 

@@ -22,24 +22,24 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from dist_ema import background, consolidated, manifest, parsing
-from dist_ema.agreement import agreed, described, merged, refuse_different
-from dist_ema.background import Handle, Letters
-from dist_ema.blocks import Files, check_file
-from dist_ema.boxed import Part, TensorInfo, boxed
-from dist_ema.consolidated import open_any
+from dist_ema.checkpoint import background, consolidated, manifest, parsing
+from dist_ema.checkpoint.agreement import agreed, described, merged, refuse_different
+from dist_ema.checkpoint.background import Handle, Letters
+from dist_ema.checkpoint.blocks import Files, check_file
+from dist_ema.checkpoint.boxed import Part, TensorInfo, boxed
+from dist_ema.checkpoint.consolidated import open_any
+from dist_ema.checkpoint.manifest import CheckpointError, Manifest
+from dist_ema.checkpoint.matching import Match, match
+from dist_ema.checkpoint.planners import EmaLoadPlanner, EmaSavePlanner, key_of
+from dist_ema.checkpoint.reader import ShardReader
+from dist_ema.checkpoint.shards import nbytes_of
+from dist_ema.checkpoint.snapshot import copied, non_finite
+from dist_ema.checkpoint.writer import Orders, ShardWriter
 from dist_ema.export import DTYPES
 from dist_ema.files import target
-from dist_ema.manifest import CheckpointError, Manifest
-from dist_ema.matching import Match, match
-from dist_ema.planners import EmaLoadPlanner, EmaSavePlanner, key_of
 from dist_ema.ranks import Ranks, digest
-from dist_ema.reader import ShardReader
-from dist_ema.shards import nbytes_of
-from dist_ema.snapshot import copied, non_finite
-from dist_ema.writer import Orders, ShardWriter
 
-__all__ = ["CheckpointError", "Handle", "Part", "TensorInfo", "load", "save"]
+__all__ = ["CheckpointError", "Handle", "Part", "TensorInfo", "differing_schedules", "load", "save"]
 
 
 def save(
@@ -64,7 +64,7 @@ def save(
     Args:
         averages: what this rank holds of each, by name. Names in the same order on every rank.
         tensors: all that is averaged, on every rank in the same order.
-        state: JSON; see `dist_ema.parsing.check_state` for what it must have.
+        state: JSON; see `dist_ema.checkpoint.parsing.check_state` for what it must have.
 
     Raises:
         CheckpointError: an average holds NaN or Inf (the tensors are named); a rank cannot write or

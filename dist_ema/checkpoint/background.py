@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_ema.manifest import CheckpointError
+from dist_ema.checkpoint.manifest import CheckpointError
 
 STALL_S = 1800.0  # without a letter, or a byte, until a rank is given up
 STALL_AT_EXIT_S = 600.0  # the same when the interpreter waits to end

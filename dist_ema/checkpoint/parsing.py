@@ -8,8 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dist_ema.layout import Box, Shape, uncovered
-from dist_ema.manifest import (
+from dist_ema.checkpoint.manifest import (
     FORMAT,
     ITEMSIZE,
     PLAIN_NAME,
@@ -22,6 +21,7 @@ from dist_ema.manifest import (
     SavedTensor,
     head,
 )
+from dist_ema.layout import Box, Shape, uncovered
 
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the library that reads them has this limit
 _MAX_BYTES = 1 << 30  # of a manifest; 2000 tensors on 1000 ranks need a third of it

@@ -26,11 +26,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dist_ema import checksums, manifest
-from dist_ema.boxed import TensorInfo
-from dist_ema.export import DTYPES
-from dist_ema.files import clear_stale, put_in_place, sibling, sync
-from dist_ema.manifest import (
+from dist_ema.checkpoint import checksums, manifest
+from dist_ema.checkpoint.boxed import TensorInfo
+from dist_ema.checkpoint.manifest import (
     BLOCK_BYTES,
     CheckpointError,
     Manifest,
@@ -39,8 +37,10 @@ from dist_ema.manifest import (
     SavedFile,
     SavedTensor,
 )
-from dist_ema.planners import box_of, key_of, split_key
-from dist_ema.shards import SHARD, Shard, lay_out, nbytes_of, row_major
+from dist_ema.checkpoint.planners import box_of, key_of, split_key
+from dist_ema.checkpoint.shards import SHARD, Shard, lay_out, nbytes_of, row_major
+from dist_ema.export import DTYPES
+from dist_ema.files import clear_stale, put_in_place, sibling, sync
 
 _SEEN_WITHIN_S = 30.0  # a network file system may show a new directory that late elsewhere
 

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
+from dist_ema.checkpoint.manifest import CheckpointError
 from dist_ema.layout import Box, uncovered
-from dist_ema.manifest import CheckpointError
 
 
 def key_of(number: int, fqn: str) -> str:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from dist_ema.checksums import checksum
+from dist_ema.checkpoint.checksums import checksum
 from dist_ema.layout import Box, Shape
 
 FORMAT, VERSION = "dist_ema", 1

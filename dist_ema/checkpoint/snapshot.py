@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dist_ema.boxed import Part
+from dist_ema.checkpoint.boxed import Part
 
 _CHUNK = {"cpu": 1 << 18}  # elements: stays in cache between copying and checking
 _CHUNK_ELSEWHERE = 1 << 24  # fewer waits for the device
