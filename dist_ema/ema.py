@@ -103,6 +103,9 @@ class ShardedEMA:
         self._step = self._num_updates = 0
         self._decays: list[float] | None = None
         self._applied_steps = self._bound.engine.applied_steps()
+        # Whether an optimizer step has just happened; the glue to a framework sets it where the
+        # framework knows and the engine does not. Local and cheap: every update() asks.
+        self._gate: Callable[[], bool] | None = None
         self._shown: str | None = None  # name of the average that the model shows just now
         self._warn_of_low_precision(dtype)
 
@@ -165,7 +168,7 @@ class ShardedEMA:
 
         Returns:
             Whether the average took the live weights in: False where no optimizer step happened
-            (for engines that tell) and on the calls that `update_every` skips.
+            (for engines and frameworks that tell) and on the calls that `update_every` skips.
 
         Raises:
             RuntimeError: inside `average_parameters()`; the model's parameters were replaced, or a
@@ -177,7 +180,10 @@ class ShardedEMA:
         if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
             raise ValueError(f"step is {step!r}, wanted the number of an optimizer step, >= 0")
         applied_steps = self._bound.engine.applied_steps()
-        if applied_steps is not None and applied_steps == self._applied_steps:
+        if applied_steps is not None:
+            if applied_steps == self._applied_steps:
+                return False
+        elif self._gate is not None and not self._gate():
             return False
         now = self._step + 1 if step is None else step
         applies = self._fold(now - self._options.start_step)
