@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_ema.engines import select
 from dist_ema.engines.engine import Weight
-from dist_ema.gather import Entry, Gatherer
+from dist_ema.gather import Gatherer
 from dist_ema.plan import Plan, Selects, chosen, make_plan, rebind
 from dist_ema.ranks import Ranks
 from dist_ema.replicas import source
@@ -139,16 +139,17 @@ class Binding:
             return self._teacher.dtype_of(weight.fqn)
         return shadow_dtype(self._dtype, weight.tensor)
 
-    def entries_and_buckets(
-        self, values: list[torch.Tensor], dtype: torch.dtype | None
-    ) -> tuple[list[Entry], Generator[list[tuple[Entry, torch.Tensor]], None, None]]:
-        """What is gathered, known on rank 0, and its tensors. Collective: every rank calls it."""
+    def gatherer(self, values: list[torch.Tensor]) -> Gatherer:
+        """Who owns what, with the dtypes of these values. Collective: every rank calls it."""
         # A rank that holds nothing does not notice that storage moved: all do it if one must.
-        gatherer = self._gatherer
-        if self.ranks.any(gatherer is None) or gatherer is None:
-            gatherer = self._gatherer = Gatherer(self.plan, values, self.ranks)
-        rest = [piece.fragment.view for piece in self.plan.rest]
-        return gatherer.entries, gatherer.buckets([*values, *rest], dtype)
+        found = self._gatherer
+        if self.ranks.any(found is None) or found is None:
+            found = self._gatherer = Gatherer(self.plan, values, self.ranks)
+        return found
+
+    def with_rest(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
+        """An average and what is not averaged: a tensor for each piece that a gatherer knows."""
+        return [*values, *(piece.fragment.view for piece in self.plan.rest)]
 
     def make_permanent(self, values: list[torch.Tensor]) -> None:
         """Write an average over the live weights, masters and low-precision copies too.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from torch import nn
 from dist_ema.binding import Binding
 from dist_ema.checkpoint import api, stateful
 from dist_ema.checkpoint.api import Handle, Part, TensorInfo
-from dist_ema.export import TensorSpec, export
-from dist_ema.gather import Entry, one_by_one, write_into
+from dist_ema.export.layouts import card_of, check_names
+from dist_ema.export.live import export
+from dist_ema.gather import Gatherer, one_by_one, whole_tensors, write_into
 from dist_ema.lerp import MultiAvgFn, squared_norms
 from dist_ema.names import slots, unwrap
 from dist_ema.options import DEFAULT_NAME, Options, schedules_of
@@ -107,6 +108,7 @@ class ShardedEMA:
         # framework knows and the engine does not. Local and cheap: every update() asks.
         self._gate: Callable[[], bool] | None = None
         self._shown: str | None = None  # name of the average that the model shows just now
+        self._card: dict[str, Any] | None = None
         self._warn_of_low_precision(dtype)
 
     # What the average is at.
@@ -288,8 +290,9 @@ class ShardedEMA:
         with one, each byte is sent to rank 0 once and broadcast, in bounded buckets.
         """
         if module is not None:
-            entries, buckets = self._gathered("copy_to()", name, None)
-            write_into(module, entries, buckets, self._ranks)
+            gatherer, values = self._gathered("copy_to()", name, None)
+            buckets = whole_tensors(gatherer, values, None)
+            write_into(module, gatherer.entries, buckets, self._ranks)
             return
         with self._ranks.together():
             self._refuse_while_shown("copy_to()")
@@ -314,8 +317,8 @@ class ShardedEMA:
         Collective: every rank calls it. Each byte is sent to rank 0 once, in bounded buckets.
         """
         state: dict[str, torch.Tensor] = {}
-        _, buckets = self._gathered("gather_state_dict()", name, dtype)
-        for entry, tensor in one_by_one(buckets):
+        gatherer, values = self._gathered("gather_state_dict()", name, dtype)
+        for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
             for fqn in (entry.fqn, *entry.aliases):
                 state[fqn] = tensor
         if self._ranks.rank != 0:
@@ -330,10 +333,10 @@ class ShardedEMA:
 
         Collective: every rank calls it and exhausts the iterator, which is empty off rank 0.
         """
-        _, buckets = self._gathered("gather_tensors()", name, dtype)
+        gatherer, values = self._gathered("gather_tensors()", name, dtype)
         return (
             (fqn, tensor)
-            for entry, tensor in one_by_one(buckets)
+            for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype))
             for fqn in (entry.fqn, *entry.aliases)
         )
 
@@ -345,51 +348,55 @@ class ShardedEMA:
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
         weights_name: str | None = None,
+        method: str = "auto",
     ) -> None:
         """Write the average as a consolidated safetensors checkpoint, for `from_pretrained`.
 
-        The directory holds what the model's library expects: `model.safetensors` and
-        `config.json` (transformers), `diffusion_pytorch_model.safetensors` and `config.json`
-        (diffusers), or `model.safetensors` alone, which `safetensors.torch.load_model` reads; with
-        several files, their index. It is written aside and renamed: whoever reads `path` sees the
-        old export or the new one, whole.
+        The directory holds what the model's library expects: `model.safetensors`, `config.json`
+        and the generation config (transformers), `diffusion_pytorch_model.safetensors` and
+        `config.json` (diffusers), `adapter_model.safetensors` and `adapter_config.json` (the active
+        adapter of a PEFT model), or `model.safetensors` alone, which
+        `safetensors.torch.load_model` reads; with several files, their index. Averaged and frozen
+        weights and persistent buffers are in it, tied weights once. It is written aside and
+        renamed: whoever reads `path` sees the old export or the new one, whole.
 
         Args:
-            path: directory, on rank 0's file system; made, or replaced, as a whole. Files in it
-                that are not of an export (a tokenizer, say) are kept.
+            path: directory; made, or replaced, as a whole. Files in it that are not of an export
+                of this name (a tokenizer, say) are kept.
             dtype: of floating tensors, and of `config.json`; None as in `gather_state_dict`.
             max_shard_size: of a file, in bytes or as "5GB"; a larger tensor gets its own file.
             weights_name: name of the weights file; None for the library's own.
+                "diffusion_pytorch_model.ema.safetensors" is what diffusers reads with
+                variant="ema", beside the raw weights.
+            method: "direct": every rank writes what it owns into the files, on a file system that
+                all see; "rank0": all is sent to rank 0, which writes; "auto": direct if all ranks
+                are on one host.
 
         Raises:
             ValueError: the average holds NaN or Inf (the tensors are named), an argument is out of
-                range. On every rank; an earlier export is left as it was.
+                range, or the model's `state_dict()` has other names than its tensors. On every
+                rank; an earlier export is left as it was.
 
-        Collective: every rank calls it. Tensors are streamed through rank 0, one at a time.
+        Collective: every rank calls it. Direct, nothing is sent but tensors that are cut into runs
+        of less than 4 KB; memory a few MB a rank. Else each byte is sent to rank 0 once, in buckets
+        of 16 MiB.
         """
-        entries, buckets = self._gathered("export()", name, dtype)
-        gathered = one_by_one(buckets)
+        gatherer, values = self._gathered(
+            "export()", name, dtype, str(max_shard_size), weights_name, method
+        )
         with self._ranks.together():
-            try:
-                if self._ranks.rank == 0:
-                    export(
-                        Path(path),
-                        unwrap(self._bound.model),
-                        [
-                            TensorSpec(e.fqn, e.aliases, e.shape, e.dtype_as(dtype), e.averaged)
-                            for e in entries
-                        ],
-                        (tensor for _, tensor in gathered),
-                        max_shard_size=max_shard_size,
-                        weights_name=weights_name,
-                    )
-                for _ in gathered:
-                    pass
-            finally:
-                # If writing failed, the others are still sending, or have not begun.
-                gathered.close()
-                for _ in buckets:
-                    pass
+            check_names(unwrap(self._bound.model))
+        export(
+            Path(path),
+            self._model_card,
+            gatherer,
+            values,
+            self._ranks,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            weights_name=weights_name,
+            method=method,
+        )
 
     # Resuming.
 
@@ -515,8 +522,9 @@ class ShardedEMA:
         self._bound.refresh_teacher()
 
     def _gathered(
-        self, what: str, name: str | None, dtype: torch.dtype | None
-    ) -> tuple[list[Entry], Generator[list[tuple[Entry, torch.Tensor]], None, None]]:
+        self, what: str, name: str | None, dtype: torch.dtype | None, *others: object
+    ) -> tuple[Gatherer, list[torch.Tensor]]:
+        """Who owns what of an average, and its values. Collective: every rank calls it."""
         with self._ranks.together():
             self._refuse_while_shown(what)
             self._check_name(name)
@@ -525,8 +533,15 @@ class ShardedEMA:
             ):
                 raise ValueError(f"dtype is {dtype!r}, wanted a floating torch.dtype or None")
             self._bound.follow()
-        self._ranks.refuse_different(what, (name, str(dtype)))
-        return self._bound.entries_and_buckets(self._values(name), dtype)
+        self._ranks.refuse_different(what, (name, str(dtype), *others))
+        values = self._values(name)
+        return self._bound.gatherer(values), self._bound.with_rest(values)
+
+    def _model_card(self) -> dict[str, Any]:
+        """What the model's library expects of an export."""
+        if self._card is None:
+            self._card = card_of(unwrap(self._bound.model))
+        return self._card
 
     def _refuse_while_shown(self, what: str) -> None:
         if self._shown is not None:

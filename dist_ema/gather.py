@@ -1,15 +1,16 @@
-"""Whole tensors on rank 0, bucket by bucket, from the pieces that ranks own.
+"""Whole tensors from the pieces that ranks own, band by band.
 
-Rank 0 learns once who owns which box and tells every rank what to send when. After that each byte
-travels once, already in the dtype that is wanted, and rank 0 holds the tensor that it is putting
-together, one bucket, and what its caller keeps.
+Rank 0 learns once who owns which box, and every rank what is gathered. A band is a range of
+elements of a tensor, in row-major order; each rank works out from its own boxes what it has of a
+band, so a byte travels once, already in the dtype that is wanted, and the one who gathers holds two
+buckets of bands beside what its caller keeps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,24 +18,28 @@ from torch import nn
 
 from dist_ema.engines import select
 from dist_ema.engines.plain import PlainEngine
-from dist_ema.layout import Box, Place, Shape
+from dist_ema.layout import Box, Place, Shape, flat_boxes, overlap
 from dist_ema.names import slots
 from dist_ema.plan import Plan
 from dist_ema.ranks import Ranks
 
-_BUCKET_BYTES = 32 << 20  # in flight to rank 0 at a time, over all ranks
-_ALIGNMENT = 16  # of a piece in a message, so that any dtype may view it
+_BUCKET_BYTES = 16 << 20  # of what is put together at a time
+_ALIGNMENT = 16  # of a part in a message, so that any dtype may view it
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of the state dict, as rank 0 knows it."""
+    """A tensor of the state dict."""
 
     fqn: str
     aliases: tuple[str, ...]
     shape: Shape
     dtype: torch.dtype  # of the average, or of the live tensor where nothing is averaged
     averaged: bool
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
     def dtype_as(self, wanted: torch.dtype | None) -> torch.dtype:
         """The dtype to gather in: the wanted one for floating tensors, the average's by default.
@@ -50,184 +55,270 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
-    """Elements [start, stop) of a piece of one rank."""
+class Band:
+    """Elements [start, start + numel) of an entry, row-major, on the one rank that gathers them."""
 
-    rank: int
-    piece: int
+    entry: Entry
+    start: int
+    values: torch.Tensor  # 1-D, on the CPU
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """Elements [start, stop) of an entry."""
+
+    number: int  # of the entry
     start: int
     stop: int
 
 
-@dataclass(slots=True)
-class _Bucket:
-    """What travels together: spans of each entry, and the entries that are complete after it."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a piece has in common with a range: a box of it, and where that lies in the range."""
 
-    spans: list[tuple[int, _Span, Place]] = field(default_factory=list)  # entry number, ...
-    complete: list[int] = field(default_factory=list)
+    piece: int  # of the rank that owns it
+    place: Place
+    common: Box
+    outer: Box  # a box of the range that holds `common`, itself contiguous in the range
+    at: int  # where `outer` starts in the range
+
+    def read(self, source: torch.Tensor) -> torch.Tensor:
+        """The values, of a piece's run."""
+        return self.place.unflatten(source)[self.common.within(self.place.box)]
+
+    def target(self, values: torch.Tensor) -> torch.Tensor:
+        """Where they belong, in the run of a range."""
+        run = values[self.at : self.at + self.outer.numel]
+        return run.view(self.outer.sizes)[self.common.within(self.outer)]
+
+
+Room = Callable[[Entry, int, int], torch.Tensor]
+"""(entry, start, stop) -> 1-D CPU tensor that a band's values are written to."""
+
+_Owned = dict[str, list[tuple[int, Place]]]  # fqn -> (number of the piece, its place)
 
 
 class Gatherer:
-    """The routes of a plan's pieces to rank 0. Its construction is collective."""
+    """What there is to gather, and who owns it. Its construction is collective."""
 
     def __init__(self, plan: Plan, values: Sequence[torch.Tensor], ranks: Ranks) -> None:
         """`values` are the averaged tensors of `plan.pieces`, for their dtypes."""
         self._ranks = ranks
-        self.entries: list[Entry] = []  # on rank 0, in the order of the state dict
         pieces = [*plan.pieces, *plan.rest]
-        self._pieces = [i for i, piece in enumerate(pieces) if piece.sends]
         dtype_of = {p.fragment.place.fqn: v.dtype for p, v in zip(plan.pieces, values, strict=True)}
-        places = [pieces[i].fragment.place for i in self._pieces]
-        mine = {p.fqn for p in places}
+        places = [(i, p.fragment.place) for i, p in enumerate(pieces) if p.sends]
+        mine = {place.fqn for _, place in places}
         told = [
             Entry(w.fqn, w.aliases, w.shape, dtype_of.get(w.fqn, w.tensor.dtype), w.fqn in dtype_of)
             for w in plan.weights
             if w.persistent and (w.fqn in mine or math.prod(w.shape) == 0 or ranks.rank == 0)
         ]
-        self._dtypes = {e.fqn: e for e in told}
-        self._places = places
         catalogues = ranks.gather((told, places))
-        sends: list[list[list[_Span]]] = []
-        self._buckets: list[_Bucket] = []
+        entries: list[Entry] = []
         with ranks.together():
             if ranks.rank == 0:
-                owned = self._collect(catalogues)
-                self._buckets = _route(self.entries, owned)
-                sends = [
-                    [[s for _, s, _ in bucket.spans if s.rank == r] for bucket in self._buckets]
-                    for r in range(ranks.size)
-                ]
-        self._sends: list[list[_Span]] = ranks.scatter(sends)
+                entries = _merged([told for told, _ in catalogues])
+                _check_covered(entries, [places for _, places in catalogues])
+        self.entries: list[Entry] = ranks.broadcast(entries)  # in the order of the state dict
+        # What each rank owns: of all on rank 0, of itself elsewhere.
+        self._owned: dict[int, _Owned] = {ranks.rank: _by_fqn(places)}
+        for rank, (_, theirs) in enumerate(catalogues):
+            self._owned[rank] = _by_fqn(theirs)
 
-    def buckets(
-        self, values: Sequence[torch.Tensor], dtype: torch.dtype | None
-    ) -> Generator[list[tuple[Entry, torch.Tensor]], None, None]:
-        """What is complete after each bucket: whole tensors on the CPU of rank 0, else nothing.
+    @property
+    def own(self) -> _Owned:
+        """The pieces that this rank owns."""
+        return self._owned[self._ranks.rank]
 
-        Every rank drives it, and gets as many lists as rank 0.
+    def fqns_with(self, wanted: Callable[[Entry, Place], bool]) -> frozenset[str]:
+        """The tensors of which any rank owns a piece that is wanted. Collective: every rank calls.
+
+        Args:
+            wanted: asked on rank 0.
+        """
+        found = [
+            entry.fqn
+            for entry in self.entries
+            if self._ranks.rank == 0
+            and any(
+                wanted(entry, place)
+                for owned in self._owned.values()
+                for _, place in owned.get(entry.fqn, ())
+            )
+        ]
+        return frozenset(self._ranks.broadcast(found))
+
+    def bands(
+        self,
+        values: Sequence[torch.Tensor],
+        dtype: torch.dtype | None,
+        room: Room,
+        *,
+        only: frozenset[str] | None = None,
+        spread: bool = False,
+    ) -> Generator[list[Band], None, None]:
+        """The bands of all entries, in order, on rank 0; none elsewhere.
+
+        Every rank drives it and gets as many lists as the others, also if one stops half-way.
 
         Args:
             values: a tensor for each of the plan's `pieces` and `rest`, 1-D.
             dtype: of floating tensors; None for the average's.
+            room: gives the memory for a band.
+            only: the fqns to gather; all if None.
+            spread: let all ranks gather bands in turn, so that each has its share.
         """
-        sources = [values[i] for i in self._pieces]
-        if self._ranks.rank != 0:
-            for spans in self._sends:
-                self._send(spans, sources, dtype)
-                yield []
-            return
-        whole: dict[int, torch.Tensor] = {}
+        size = self._ranks.size if spread else 1
+        owned = self._owned
+        if spread:
+            named = {
+                rank: {fqn: pieces for fqn, pieces in o.items() if only is None or fqn in only}
+                for rank, o in owned.items()
+            }
+            owned = self._ranks.broadcast(named)
+        buckets = list(self._buckets(dtype, only))
+        turns = [buckets[i : i + size] for i in range(0, len(buckets), size)]
         done = 0
         try:
-            for bucket in self._buckets:
+            for turn in turns:
                 done += 1
-                self._receive(bucket, sources, dtype, whole)
-                complete = []
-                for number in bucket.complete:
-                    entry = self.entries[number]
-                    tensor = whole.pop(number, None)
-                    if tensor is None:
-                        tensor = torch.empty(entry.shape, dtype=entry.dtype_as(dtype))
-                    complete.append((entry, tensor))
-                yield complete
+                yield self._exchange(turn, owned, values, dtype, room)
         finally:
             # The caller stopped half-way; the others are still sending.
-            for bucket in self._buckets[done:]:
-                self._receive(bucket, sources, dtype, None)
+            for turn in turns[done:]:
+                self._exchange(turn, owned, values, dtype, None)
 
-    def _collect(
-        self, catalogues: Sequence[tuple[list[Entry], list[Place]]]
-    ) -> dict[str, list[tuple[int, int, Place]]]:
-        entries: dict[str, Entry] = {}
-        owned: dict[str, list[tuple[int, int, Place]]] = {}
-        averaged: dict[str, Entry] = {}
-        for rank, (told, places) in enumerate(catalogues):
-            for entry in told:
-                known = entries.setdefault(entry.fqn, entry)
-                if known.shape != entry.shape:
-                    raise RuntimeError(
-                        f"{entry.fqn}: shape {known.shape} on rank 0, {entry.shape} on rank {rank}"
-                    )
-                if entry.averaged:
-                    averaged[entry.fqn] = entry
-            for number, place in enumerate(places):
-                owned.setdefault(place.fqn, []).append((rank, number, place))
-        # A rank that holds nothing of a weight cannot tell the dtype of its average.
-        self.entries = [averaged.get(fqn, entry) for fqn, entry in entries.items()]
-        for entry in self.entries:
-            found = sum(place.numel for _, _, place in owned.get(entry.fqn, []))
-            if found != math.prod(entry.shape):
-                raise RuntimeError(
-                    f"{entry.fqn}: ranks own {found} of {math.prod(entry.shape)} elements; the "
-                    "process group does not hold the whole model (pass process_group=)"
-                )
-        return owned
-
-    def _dtype_of(self, number: int, dtype: torch.dtype | None) -> torch.dtype:
-        return self._dtypes[self._places[number].fqn].dtype_as(dtype)
-
-    def _send(
-        self, spans: list[_Span], sources: list[torch.Tensor], dtype: torch.dtype | None
-    ) -> None:
-        if not spans:
-            return
-        dtypes = [self._dtype_of(s.piece, dtype) for s in spans]
-        starts, nbytes = _message(spans, dtypes)
-        message = torch.empty(nbytes, dtype=torch.uint8, device=self._ranks.device)
-        for span, start, kind in zip(spans, starts, dtypes, strict=True):
-            values = sources[span.piece][span.start : span.stop]
-            _typed(message, start, values.numel(), kind).copy_(values)
-        dist.send(message, self._ranks.global_rank(0), group=self._ranks.group)
-
-    def _receive(
-        self,
-        bucket: _Bucket,
-        sources: list[torch.Tensor],
-        dtype: torch.dtype | None,
-        whole: dict[int, torch.Tensor] | None,
-    ) -> None:
-        """Take a bucket in; where `whole` is None, only let the senders go on."""
-        by_rank: dict[int, list[tuple[int, _Span, Place]]] = {}
-        for item in bucket.spans:
-            by_rank.setdefault(item[1].rank, []).append(item)
-        waiting = []
-        for rank, items in by_rank.items():
-            if rank == 0:
+    def _buckets(
+        self, dtype: torch.dtype | None, only: frozenset[str] | None
+    ) -> Iterator[list[_Range]]:
+        """Ranges of the entries in order, a bucket's worth at a time."""
+        bucket: list[_Range] = []
+        free = _BUCKET_BYTES
+        for number, entry in enumerate(self.entries):
+            if only is not None and entry.fqn not in only:
                 continue
-            dtypes = [self.entries[number].dtype_as(dtype) for number, _, _ in items]
-            starts, nbytes = _message([span for _, span, _ in items], dtypes)
-            message = torch.empty(nbytes, dtype=torch.uint8, device=self._ranks.device)
-            source = self._ranks.global_rank(rank)
-            work = dist.irecv(message, source, group=self._ranks.group)
-            waiting.append((work, message, items, starts, dtypes))
-        if whole is not None:
-            for number, span, place in by_rank.get(0, []):
-                run = sources[span.piece][span.start : span.stop]
-                self._put(whole, number, span, place, run, dtype)
-        for work, message, items, starts, dtypes in waiting:
-            if work is not None:
-                work.wait()
-            if whole is None:
-                continue
-            for (number, span, place), start, kind in zip(items, starts, dtypes, strict=True):
-                run = _typed(message, start, span.stop - span.start, kind)
-                self._put(whole, number, span, place, run, dtype)
+            itemsize = entry.dtype_as(dtype).itemsize
+            start = 0
+            while True:
+                n = min(entry.numel - start, free // itemsize)
+                if n or not entry.numel:
+                    bucket.append(_Range(number, start, start + n))
+                start, free = start + n, free - n * itemsize
+                if start == entry.numel:
+                    break
+                yield bucket
+                bucket, free = [], _BUCKET_BYTES
+        if bucket:
+            yield bucket
 
-    def _put(
+    def _exchange(
         self,
-        whole: dict[int, torch.Tensor],
-        number: int,
-        span: _Span,
-        place: Place,
-        run: torch.Tensor,
+        turn: Sequence[Sequence[_Range]],
+        owned: dict[int, _Owned],
+        values: Sequence[torch.Tensor],
         dtype: torch.dtype | None,
-    ) -> None:
-        entry = self.entries[number]
-        if number not in whole:
-            whole[number] = torch.empty(entry.shape, dtype=entry.dtype_as(dtype))
-        for at, part in place.slices(span.start, span.stop):
-            values = part.unflatten(run[at - span.start : at - span.start + part.numel])
-            whole[number][part.box.within(Box((0,) * len(entry.shape), entry.shape))] = values
+        room: Room | None,
+    ) -> list[Band]:
+        """Let rank i have the i-th bucket of a turn; without room for it, only let it travel."""
+        rank = self._ranks.rank
+        operations: list[dist.P2POp] = []
+        arriving: list[tuple[torch.Tensor, list[tuple[int, _Part]], list[int]]] = []
+        for to, bucket in enumerate(turn):
+            if to != rank:
+                parts = self._parts(bucket, self.own)
+                if parts:
+                    starts, nbytes = self._message(bucket, parts, dtype)
+                    message = torch.empty(nbytes, dtype=torch.uint8, device=self._ranks.device)
+                    for (i, part), start in zip(parts, starts, strict=True):
+                        kind = self.entries[bucket[i].number].dtype_as(dtype)
+                        view = _typed(message, start, part.common.numel, kind)
+                        view.view(part.common.sizes).copy_(part.read(values[part.piece]))
+                    operations.append(self._op(dist.isend, message, to))
+                continue
+            for source in sorted(owned):
+                if source == rank:
+                    continue
+                parts = self._parts(bucket, owned[source])
+                if parts:
+                    starts, nbytes = self._message(bucket, parts, dtype)
+                    message = torch.empty(nbytes, dtype=torch.uint8, device=self._ranks.device)
+                    operations.append(self._op(dist.irecv, message, source))
+                    arriving.append((message, parts, starts))
+        waiting = dist.batch_isend_irecv(operations) if operations else []
+        gathers = rank < len(turn) and room is not None
+        bands = self._room(turn[rank], dtype, room) if gathers and room is not None else []
+        if bands:
+            for i, part in self._parts(turn[rank], self.own):
+                part.target(bands[i].values).copy_(part.read(values[part.piece]))
+        for work in waiting:
+            work.wait()
+        if bands:
+            for message, parts, starts in arriving:
+                for (i, part), start in zip(parts, starts, strict=True):
+                    target = part.target(bands[i].values)
+                    run = _typed(message, start, part.common.numel, target.dtype)
+                    target.copy_(run.view(part.common.sizes))
+        return bands
+
+    def _op(self, operation: Callable[..., object], message: torch.Tensor, rank: int) -> dist.P2POp:
+        return dist.P2POp(
+            operation, message, self._ranks.global_rank(rank), group=self._ranks.group
+        )
+
+    def _room(self, bucket: Sequence[_Range], dtype: torch.dtype | None, room: Room) -> list[Band]:
+        bands = []
+        for span in bucket:
+            entry = self.entries[span.number]
+            values = room(entry, span.start, span.stop)
+            if values.shape != (span.stop - span.start,) or values.dtype != entry.dtype_as(dtype):
+                raise AssertionError(f"{entry}: room of {tuple(values.shape)} {values.dtype}")
+            bands.append(Band(entry, span.start, values))
+        return bands
+
+    def _parts(self, bucket: Sequence[_Range], owned: _Owned) -> list[tuple[int, _Part]]:
+        """What a rank owns of a bucket, each with the number of the range."""
+        return [
+            (i, part)
+            for i, span in enumerate(bucket)
+            for part in _common(self.entries[span.number], span, owned)
+        ]
+
+    def _message(
+        self,
+        bucket: Sequence[_Range],
+        parts: Sequence[tuple[int, _Part]],
+        dtype: torch.dtype | None,
+    ) -> tuple[list[int], int]:
+        """Where each part starts in its message, and the message's length, in bytes."""
+        starts, end = [], 0
+        for i, part in parts:
+            starts.append(end)
+            nbytes = part.common.numel * self.entries[bucket[i].number].dtype_as(dtype).itemsize
+            end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        return starts, end
+
+
+def whole_tensors(
+    gatherer: Gatherer, values: Sequence[torch.Tensor], dtype: torch.dtype | None
+) -> Generator[list[tuple[Entry, torch.Tensor]], None, None]:
+    """The tensors that each bucket completes, on rank 0. Every rank drives it."""
+    made: dict[str, torch.Tensor] = {}
+
+    def room(entry: Entry, start: int, stop: int) -> torch.Tensor:
+        if start == 0:
+            made[entry.fqn] = torch.empty(entry.shape, dtype=entry.dtype_as(dtype))
+        return made[entry.fqn].view(-1)[start:stop]
+
+    bands = gatherer.bands(values, dtype, room)
+    try:
+        for bucket in bands:
+            yield [
+                (band.entry, made.pop(band.entry.fqn))
+                for band in bucket
+                if band.start + band.values.numel() == band.entry.numel
+            ]
+    finally:
+        bands.close()
 
 
 def one_by_one(
@@ -254,7 +345,6 @@ def write_into(
     Raises:
         ValueError: the module is sharded, or its names or shapes are others. On every rank.
     """
-    entries = ranks.broadcast(entries)
     with ranks.together():
         if not isinstance(module, nn.Module) or not isinstance(select(module), PlainEngine):
             raise ValueError(
@@ -280,38 +370,53 @@ def write_into(
                 targets[fqn].copy_(tensor)
 
 
-def _route(
-    entries: Sequence[Entry], owned: dict[str, list[tuple[int, int, Place]]]
-) -> list[_Bucket]:
-    """Fill buckets with spans of the entries, one entry after the other."""
-    buckets = [_Bucket()]
-    room = _BUCKET_BYTES
-    for number, entry in enumerate(entries):
-        # The narrower dtype that a caller may ask for only leaves a bucket less full.
-        itemsize = max(4, entry.dtype.itemsize)
-        for rank, piece, place in owned.get(entry.fqn, []):
-            start = 0
-            while start < place.numel:
-                n = min(place.numel - start, room // itemsize)
-                if n <= 0:
-                    buckets.append(_Bucket())
-                    room = _BUCKET_BYTES
-                    continue
-                span = _Span(rank, piece, start, start + n)
-                buckets[-1].spans.append((number, span, place))
-                start, room = start + n, room - n * itemsize
-        buckets[-1].complete.append(number)
-    return buckets
+def _merged(told: Sequence[Sequence[Entry]]) -> list[Entry]:
+    """What ranks tell of the entries, as one list in the order of the first."""
+    entries: dict[str, Entry] = {}
+    for rank, theirs in enumerate(told):
+        for entry in theirs:
+            known = entries.setdefault(entry.fqn, entry)
+            if known.shape != entry.shape:
+                raise RuntimeError(
+                    f"{entry.fqn}: shape {known.shape} on rank 0, {entry.shape} on rank {rank}"
+                )
+            if entry.averaged:  # a rank that holds nothing of it cannot tell its dtype
+                entries[entry.fqn] = entry
+    return list(entries.values())
 
 
-def _message(spans: list[_Span], dtypes: list[torch.dtype]) -> tuple[list[int], int]:
-    """Where each span starts in its message, and the message's length, in bytes."""
-    starts, end = [], 0
-    for span, dtype in zip(spans, dtypes, strict=True):
-        starts.append(end)
-        nbytes = (span.stop - span.start) * dtype.itemsize
-        end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-    return starts, end
+def _check_covered(entries: Sequence[Entry], places: Sequence[list[tuple[int, Place]]]) -> None:
+    found: dict[str, int] = {}
+    for theirs in places:
+        for _, place in theirs:
+            found[place.fqn] = found.get(place.fqn, 0) + place.numel
+    for entry in entries:
+        if found.get(entry.fqn, 0) != entry.numel:
+            raise RuntimeError(
+                f"{entry.fqn}: ranks own {found.get(entry.fqn, 0)} of {entry.numel} elements; the "
+                "process group does not hold the whole model (pass process_group=)"
+            )
+
+
+def _by_fqn(places: Sequence[tuple[int, Place]]) -> _Owned:
+    owned: _Owned = {}
+    for number, place in places:
+        owned.setdefault(place.fqn, []).append((number, place))
+    return owned
+
+
+def _common(entry: Entry, span: _Range, owned: _Owned) -> Iterator[_Part]:
+    """What a rank owns of a range, in an order that depends on nothing else."""
+    pieces = owned.get(entry.fqn)
+    if not pieces:
+        return
+    at = 0
+    for outer in flat_boxes(entry.shape, span.start, span.stop):
+        for piece, place in pieces:
+            common = overlap(outer, place.box)
+            if common is not None:
+                yield _Part(piece, place, common, outer, at)
+        at += outer.numel
 
 
 def _typed(message: torch.Tensor, start: int, numel: int, dtype: torch.dtype) -> torch.Tensor:

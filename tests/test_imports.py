@@ -14,9 +14,17 @@ ROOT = Path(__file__).parents[1] / "dist_ema"
 
 # From the bottom to the top; modules of one layer do not import one another. "" is the package.
 LAYERS = [
-    {"checkpoint.checksums", "files", "layout", "lerp", "names", "ranks", "schedule"},
-    {"batchnorm", "checkpoint.boxed", "checkpoint.manifest", "engines.engine", "export", "options"},
-    {"checkpoint"},
+    {"checkpoint.checksums", "files", "layout", "lerp", "names", "profiles", "ranks", "schedule"},
+    {
+        "batchnorm",
+        "checkpoint.boxed",
+        "checkpoint.manifest",
+        "engines.engine",
+        "export.format",
+        "export.layouts",
+        "options",
+    },
+    {"checkpoint", "export", "export.writing"},
     {"replicas", "shadow"},
     {"engines.plain", "engines.dtensor", "engines.fsdp1", "engines.deepspeed"},
     {
@@ -36,10 +44,10 @@ LAYERS = [
         "gather",
         "teacher",
     },
-    {"binding", "checkpoint.matching", "cli"},
-    {"__main__", "checkpoint.api"},
-    {"ema"},
-    {""},
+    {"binding", "checkpoint.combine", "checkpoint.matching", "stored"},
+    {"checkpoint.api", "export.live", "posthoc"},
+    {"cli", "ema"},
+    {"", "__main__"},
 ]
 LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
 

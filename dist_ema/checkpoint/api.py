@@ -35,7 +35,7 @@ from dist_ema.checkpoint.reader import ShardReader
 from dist_ema.checkpoint.shards import nbytes_of
 from dist_ema.checkpoint.snapshot import copied, non_finite
 from dist_ema.checkpoint.writer import Orders, ShardWriter
-from dist_ema.export import DTYPES
+from dist_ema.export.format import DTYPES
 from dist_ema.files import target
 from dist_ema.ranks import Ranks, digest
 

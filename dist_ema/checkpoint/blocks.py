@@ -25,6 +25,7 @@ class Files:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.max_open = _MAX_OPEN  # less where many directories are read side by side
         try:
             self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -95,7 +96,7 @@ class Files:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise CheckpointError(f"{self.directory / name}: is no regular file")
-        if len(self._open) >= _MAX_OPEN:
+        while len(self._open) >= self.max_open:
             os.close(self._open.popitem(last=False)[1])
         self._open[name] = fd
         return fd

@@ -21,7 +21,7 @@ from torch.futures import Future
 
 from dist_ema.checkpoint.blocks import Checker, Files
 from dist_ema.checkpoint.manifest import Manifest, SavedAverage, SavedBox, SavedTensor
-from dist_ema.export import DTYPES
+from dist_ema.export.format import DTYPES
 from dist_ema.layout import Box, flat_boxes, overlap
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}

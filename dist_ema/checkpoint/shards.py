@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from dist_ema.checkpoint.manifest import BLOCK_BYTES
 from dist_ema.checkpoint.planners import split_key
-from dist_ema.export import TensorSpec, safetensors_header
+from dist_ema.export.format import TensorSpec, safetensors_header
 from dist_ema.layout import Box, flat_boxes
 
 SHARD = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
@@ -44,7 +44,7 @@ def lay_out(plan: SavePlan, rank: int) -> Iterator[Shard]:
         for _, item in items:
             fqn, data = split_key(item.index.fqn)[1], item.tensor_data
             assert data is not None
-            specs.append(TensorSpec(fqn, (), tuple(data.chunk.sizes), data.properties.dtype, True))
+            specs.append(TensorSpec(fqn, tuple(data.chunk.sizes), data.properties.dtype))
             offsets[fqn] = {"saved_offsets": list(data.chunk.offsets)}
         metadata = {
             "format": "pt",

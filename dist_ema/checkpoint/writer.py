@@ -39,7 +39,7 @@ from dist_ema.checkpoint.manifest import (
 )
 from dist_ema.checkpoint.planners import box_of, key_of, split_key
 from dist_ema.checkpoint.shards import SHARD, Shard, lay_out, nbytes_of, row_major
-from dist_ema.export import DTYPES
+from dist_ema.export.format import DTYPES
 from dist_ema.files import clear_stale, put_in_place, sibling, sync
 
 _SEEN_WITHIN_S = 30.0  # a network file system may show a new directory that late elsewhere
@@ -101,7 +101,7 @@ class ShardWriter(StorageWriter):
         """Make the directory to write to, and clear away what killed saves left. On rank 0."""
         fast = all(plan.storage_data for plan in plans)
         algorithm = checksums.FAST if fast else checksums.ALWAYS
-        _refuse_foreign(self.path)
+        refuse_foreign(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         clear_stale(self.path)
         self.directory = sibling(self.path, "tmp")
@@ -161,7 +161,7 @@ class ShardWriter(StorageWriter):
             for name in self._names:
                 sync(self.directory / self._subdirectory(name))
             put_in_place(
-                self.directory, self.path, keep=lambda entry: not _is_ours(self.path / entry)
+                self.directory, self.path, keep=lambda entry: not is_ours(self.path / entry)
             )
         except OSError as error:
             raise CheckpointError(f"{error.filename or path}: {error.strerror}") from error
@@ -251,15 +251,24 @@ class ShardWriter(StorageWriter):
             )
             for number, name in enumerate(self._names)
         }
-        written_by = {
-            "world_size": len(self._plans),
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "dist_ema": _version(),
-            "torch": torch.__version__,
-        }
         return Manifest(
-            orders.save_id, orders.algorithm, BLOCK_BYTES, written_by, self._state, averages
+            orders.save_id,
+            orders.algorithm,
+            BLOCK_BYTES,
+            written_by(len(self._plans)),
+            self._state,
+            averages,
         )
+
+
+def written_by(world_size: int) -> dict[str, Any]:
+    """What a manifest says of its writer."""
+    return {
+        "world_size": world_size,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "dist_ema": _version(),
+        "torch": torch.__version__,
+    }
 
 
 def _write_all(fd: int, data: memoryview) -> None:
@@ -267,7 +276,7 @@ def _write_all(fd: int, data: memoryview) -> None:
         data = data[os.write(fd, data) :]
 
 
-def _refuse_foreign(path: Path) -> None:
+def refuse_foreign(path: Path) -> None:
     """Replace a checkpoint or an empty directory, nothing else."""
     if not path.exists():
         return
@@ -281,7 +290,7 @@ def _refuse_foreign(path: Path) -> None:
         )
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
     """Whether an entry of a checkpoint goes with it when it is replaced."""
     if path.is_dir() and not path.is_symlink():
         return all(SHARD.fullmatch(entry.name) for entry in path.iterdir())

@@ -1,0 +1,212 @@
+"""What an export consists of, and how values reach their places in its files."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dist_ema.export.format import (
+    OutFile,
+    TensorSpec,
+    check_weights_name,
+    index_name,
+    index_text,
+    max_bytes,
+    out_files,
+    stale_files,
+)
+from dist_ema.export.layouts import Card, name_in, texts_of
+from dist_ema.files import sync
+from dist_ema.layout import Box, Place, Shape
+
+_CHUNK = 1 << 20  # elements that are cast, checked and written at a time
+_SHORT_BYTES = 4096  # a write of less costs more than sending the bytes to where they are joined
+_FEW_RUNS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor of the state dict, as it is to be written."""
+
+    fqn: str
+    aliases: tuple[str, ...]
+    shape: Shape
+    dtype: torch.dtype
+    averaged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """All that is known about an export before its first value. The same on every rank."""
+
+    files: dict[str, OutFile]
+    texts: dict[str, str]  # further files, index included
+    where: dict[str, tuple[str, str]]  # fqn -> file, name of the tensor in it
+    stale: str  # pattern of the files of an earlier export
+
+    def start(self, fqn: str) -> tuple[str, int]:
+        """The file of a tensor, and its first byte in it."""
+        file, name = self.where[fqn]
+        return file, self.files[file].starts[name]
+
+
+def draft(
+    outputs: Sequence[Output],
+    card: Card,
+    *,
+    max_shard_size: int | str,
+    weights_name: str | None,
+) -> Draft:
+    """Plan an export.
+
+    Raises:
+        ValueError: an argument is out of range, or the layout has no room for what is averaged.
+    """
+    weights_name = weights_name or card["weights_name"]
+    check_weights_name(weights_name)
+    limit = max_bytes(max_shard_size)
+    names = {o.fqn: name_in(card, (o.fqn, *o.aliases)) for o in outputs}
+    lost = [o.fqn for o in outputs if o.averaged and names[o.fqn] is None]
+    if lost and card["library"] == "peft":
+        raise ValueError(
+            f"an adapter's directory has no room for {', '.join(lost)}, which are averaged but do "
+            "not belong to the active adapter; average adapters only (params=), name the layers in "
+            "modules_to_save, or use gather_state_dict()"
+        )
+    metadata = {"format": "pt"}
+    if card["library"] == "plain":
+        metadata |= {alias: o.fqn for o in outputs for alias in o.aliases}
+    specs = [TensorSpec(name, o.shape, o.dtype) for o in outputs if (name := names[o.fqn])]
+    files = out_files(specs, weights_name, limit, metadata)
+    index = index_name(weights_name, card["weights_name"])
+    averaged = (o.dtype for o in outputs if o.averaged and o.dtype.is_floating_point)
+    texts = texts_of(card, next(averaged, torch.float32))
+    if len(files) > 1:
+        texts[index] = index_text(files)
+    file_of = {name: file for file, told in files.items() for name in told.starts}
+    where = {fqn: (file_of[name], name) for fqn, name in names.items() if name is not None}
+    return Draft(files, texts, where, stale_files(weights_name, index).pattern)
+
+
+class Writing:
+    """The open files of an export that this process writes to."""
+
+    def __init__(self, directory: Path, plan: Draft) -> None:
+        self.directory, self._plan = directory, plan
+        self._open: dict[str, int] = {}
+        self.broken: set[str] = set()  # averaged tensors in which NaN or Inf was found
+
+    def begin(self) -> None:
+        """Make all files, with their headers and at their full size, and the further ones."""
+        for name, text in self._plan.texts.items():
+            (self.directory / name).write_text(text)
+        for name, file in self._plan.files.items():
+            fd = os.open(self.directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            self._open[name] = fd
+            os.ftruncate(fd, file.nbytes)
+            _write_at(fd, memoryview(file.header), 0)
+
+    def is_seen(self) -> bool:
+        """Whether this process sees the files that another one has begun."""
+        return all((self.directory / name).is_file() for name in self._plan.files)
+
+    def band(self, output: Output, start: int, values: torch.Tensor) -> None:
+        """Write elements from `start` on of a tensor: 1-D, on the CPU, in the output's dtype."""
+        fd, first = self._file(output.fqn)
+        for at in range(0, values.numel(), _CHUNK):
+            part = values[at : at + _CHUNK]
+            self._check(output, part)
+            _write_at(fd, _bytes_of(part), first + (start + at) * output.dtype.itemsize)
+
+    def run(self, output: Output, place: Place, values: torch.Tensor) -> None:
+        """Write a piece from where it lives: 1-D, in any dtype, on any device."""
+        fd, first = self._file(output.fqn)
+        itemsize = output.dtype.itemsize
+        for start in range(0, place.numel, _CHUNK):
+            stop = min(start + _CHUNK, place.numel)
+            cast = values[start:stop].to("cpu", output.dtype)
+            self._check(output, cast)
+            for at, part in place.slices(start, stop):
+                held = part.unflatten(cast[at - start : at - start + part.numel])
+                data = _bytes_of(held.contiguous().view(-1))
+                length, offsets = runs(place.shape, part.box)
+                nbytes = length * itemsize
+                for i, offset in enumerate(offsets):
+                    piece = data[i * nbytes : (i + 1) * nbytes]
+                    _write_at(fd, piece, first + offset * itemsize)
+
+    def sync(self) -> None:
+        """Wait until what this process wrote is on disk."""
+        for fd in self._open.values():
+            os.fsync(fd)
+        for name in self._plan.texts:
+            sync(self.directory / name)
+
+    def close(self) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+
+    def _file(self, fqn: str) -> tuple[int, int]:
+        name, first = self._plan.start(fqn)
+        if name not in self._open:
+            self._open[name] = os.open(self.directory / name, os.O_WRONLY)
+        return self._open[name], first
+
+    def _check(self, output: Output, values: torch.Tensor) -> None:
+        if output.averaged and not is_finite(values):
+            self.broken.add(output.fqn)
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    if values.element_size() == 1:
+        values = values.float()
+    return bool(values.isfinite().all())
+
+
+def refuse_broken(names: Sequence[str]) -> None:
+    """Raise if averaged tensors hold NaN or Inf."""
+    if names:
+        raise ValueError(
+            f"the average holds NaN or Inf in {', '.join(sorted(names))}; nothing is written"
+        )
+
+
+def runs(shape: Shape, box: Box) -> tuple[int, Iterator[int]]:
+    """How a box lies in a row-major tensor: the length of each run, and where the runs start."""
+    split = len(shape)  # dims from here on are contiguous
+    while split and box.sizes[split - 1 :] == shape[split - 1 :]:
+        split -= 1
+    split = max(split - 1, 0)  # the next dim further out may be a part of its own
+    length = math.prod(box.sizes[split:])
+    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    base = sum(o * s for o, s in zip(box.offsets, strides, strict=True))
+    outer = [range(0, box.sizes[d] * strides[d], strides[d]) for d in range(split)]
+    return length, (base + sum(at) for at in itertools.product(*outer))
+
+
+def is_scattered(place: Place, itemsize: int) -> bool:
+    """Whether a piece is better joined with others in memory than written run by run."""
+    if place.order is not None:
+        return True
+    length, _ = runs(place.shape, place.box)
+    return length * itemsize < _SHORT_BYTES and place.numel > _FEW_RUNS * length
+
+
+def _bytes_of(values: torch.Tensor) -> memoryview:
+    if values.numel() == 0:
+        return memoryview(b"")
+    data: memoryview = values.contiguous().view(torch.uint8).numpy().data
+    return data
+
+
+def _write_at(fd: int, data: memoryview, start: int) -> None:
+    while data:  # one write takes at most 2 GB
+        n = os.pwrite(fd, data, start)
+        data, start = data[n:], start + n
