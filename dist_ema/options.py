@@ -71,6 +71,8 @@ class Options:
             "dtype": str(self.dtype),
             "into": "a module" if self.has_teacher else None,
         }
+        if ranks.equal(mine):
+            return
         told = ranks.all_gather(mine)
         for rank, theirs in enumerate(told):
             for label, value in theirs.items():

@@ -96,17 +96,25 @@ class Ranks:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
         return bool(flags.item())
 
+    def equal(self, value: object) -> bool:
+        """Whether all call with one value, by its `repr`. Collective: every rank calls it.
+
+        An all-reduce of two numbers, however many ranks there are and however long the value is.
+        """
+        if self.size == 1:
+            return True
+        bits = digest(value)[0] >> 1
+        both = torch.tensor([bits, -bits], device=self.device)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
+        highest, lowest = both.tolist()
+        return bool(highest == -lowest)
+
     def refuse_different(self, what: str, value: object) -> None:
         """Raise on every rank unless all call with one value. Collective: every rank calls it.
 
         Costs an all-reduce of two numbers where all is well.
         """
-        if self.size == 1:
-            return
-        bits = digest(value)[0] >> 1
-        both = torch.tensor([bits, -bits], device=self.device)
-        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
-        if both[0] != -both[1]:
+        if not self.equal(value):
             told = self.all_gather(repr(value))
             other = next(rank for rank, theirs in enumerate(told) if theirs != told[0])
             raise ValueError(

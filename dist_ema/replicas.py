@@ -3,8 +3,9 @@
 [Note: finding replicas]
 Placements do not show every replica (a weight that tensor parallelism leaves alone is replicated
 over the TP axis, and says nothing of it), so ranks compare what they hold. Each fragment's digest
-goes to one home rank, chosen by the digest, which answers with the list of holders. A rank sends
-and receives 16 bytes a fragment and a few more for the answer, however many ranks there are.
+goes to one home rank, chosen by the digest, which answers with the list of holders, as stretches of
+equal steps. A rank sends and receives 24 bytes a fragment and about as many for the answer, and 16
+a rank for the lengths: 0.1 MB for 70 billion parameters on 1,024 ranks.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def source(fragment: Fragment) -> torch.Tensor:
 def find_holders(places: Sequence[Place], averaged: Sequence[bool], ranks: Ranks) -> list[Holders]:
     """The ranks that hold each of this rank's places, itself included, in rising order.
 
-    Collective: every rank calls it. Two all-to-alls of about 32 bytes a place.
+    Collective: every rank calls it. Two all-to-alls of about 24 bytes a place each.
 
     Args:
         averaged: whether this rank wants the weight of each place averaged.
@@ -50,35 +51,13 @@ def find_holders(places: Sequence[Place], averaged: Sequence[bool], ranks: Ranks
     """
     if ranks.size == 1:
         return [(0,)] * len(places)
-    keys = [digest(p.fqn, p.shape, p.box.offsets, p.box.sizes, p.order) for p in places]
-    asked: list[list[int]] = [[] for _ in range(ranks.size)]
-    for at, (low, _high) in enumerate(keys):
-        asked[low % ranks.size].append(at)
-    questions = [
-        torch.tensor(
-            [word for at in ats for word in (*keys[at], int(averaged[at]))], dtype=torch.int64
-        )
-        for ats in asked
-    ]
-    holders_of: dict[tuple[int, int], list[int]] = {}
-    wanted: dict[tuple[int, int], set[int]] = {}
-    received = [_triples(row.tolist()) for row in ranks.exchange(questions)]
-    for rank, triples in enumerate(received):
-        for *key, flag in triples:
-            pair = (key[0], key[1])
-            holders_of.setdefault(pair, []).append(rank)
-            wanted.setdefault(pair, set()).add(flag)
-    disputed = {pair for pair, flags in wanted.items() if len(flags) > 1}
-    answers = ranks.exchange(
-        [
-            _answer([[] if (p := (a, b)) in disputed else holders_of[p] for a, b, _ in triples])
-            for triples in received
-        ]
-    )
+    asked, rows = questions(places, averaged, ranks.size)
+    told = ranks.exchange(answers(ranks.exchange(rows)))
     holders: list[Holders] = [()] * len(places)
-    for ats, row in zip(asked, answers, strict=True):
+    known: dict[Holders, Holders] = {}  # one copy of each list: it is as long as the ranks are many
+    for ats, row in zip(asked, told, strict=True):
         for at, found in zip(ats, _read_answer(row.tolist(), len(ats)), strict=True):
-            holders[at] = found
+            holders[at] = known.setdefault(found, found)
     with ranks.together():
         unequal = [p.fqn for p, found in zip(places, holders, strict=True) if not found]
         if unequal:
@@ -89,26 +68,85 @@ def find_holders(places: Sequence[Place], averaged: Sequence[bool], ranks: Ranks
     return holders
 
 
+def questions(
+    places: Sequence[Place], averaged: Sequence[bool], num_ranks: int
+) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """For each rank the numbers of the places that it is asked about, and what it is sent. Local.
+
+    Three words a place: a digest of 128 bits, whose home the rank is, and whether it is averaged.
+    """
+    keys = [digest(p.fqn, p.shape, p.box.offsets, p.box.sizes, p.order) for p in places]
+    asked: list[list[int]] = [[] for _ in range(num_ranks)]
+    for at, (low, _high) in enumerate(keys):
+        asked[low % num_ranks].append(at)
+    words = [[word for at in ats for word in (*keys[at], int(averaged[at]))] for ats in asked]
+    return asked, [torch.tensor(row, dtype=torch.int64) for row in words]
+
+
+def answers(received: Sequence[torch.Tensor], only: int | None = None) -> list[torch.Tensor]:
+    """What a home rank answers each rank, or one of them, to what all of them sent. Local."""
+    asked = [_triples(row.tolist()) for row in received]
+    holders_of: dict[tuple[int, int], list[int]] = {}
+    wanted: dict[tuple[int, int], set[int]] = {}
+    for rank, triples in enumerate(asked):
+        for low, high, flag in triples:
+            holders_of.setdefault((low, high), []).append(rank)
+            wanted.setdefault((low, high), set()).add(flag)
+    runs_of = {
+        # An empty list says that the holders want different things.
+        key: _as_runs(holders) if len(wanted[key]) == 1 else ()
+        for key, holders in holders_of.items()
+    }
+    return [
+        _answer([runs_of[low, high] for low, high, _ in triples])
+        for triples in (asked if only is None else [asked[only]])
+    ]
+
+
 def _triples(words: list[int]) -> list[tuple[int, int, int]]:
     return list(zip(words[::3], words[1::3], words[2::3], strict=True))
 
 
-def _answer(lists: list[list[int]]) -> torch.Tensor:
-    """Each distinct list once, then the number of the list of each question."""
-    distinct: dict[tuple[int, ...], int] = {}
-    numbers = [distinct.setdefault(tuple(holders), len(distinct)) for holders in lists]
+def _as_runs(numbers: Sequence[int]) -> tuple[range, ...]:
+    """Rising numbers in few stretches of equal steps: replicas lie evenly on a mesh.
+
+    Written out, the holders of one buffer of a model on 1,024 ranks would cost its home 8 MB.
+    """
+    runs: list[range] = []
+    at = 0
+    while at < len(numbers):
+        step = max(1, numbers[at + 1] - numbers[at]) if at + 1 < len(numbers) else 1
+        stop = at + 1
+        while stop < len(numbers) and numbers[stop] - numbers[stop - 1] == step:
+            stop += 1
+        runs.append(range(numbers[at], numbers[stop - 1] + 1, step))
+        at = stop
+    return tuple(runs)
+
+
+def _answer(lists: list[tuple[range, ...]]) -> torch.Tensor:
+    """Each distinct list of runs once, then the number of the list of each question."""
+    distinct: dict[tuple[range, ...], int] = {}
+    numbers = [distinct.setdefault(runs, len(distinct)) for runs in lists]
     words = [len(distinct)]
-    for holders in distinct:
-        words += [len(holders), *holders]
+    for runs in distinct:
+        words += [len(runs), *(word for r in runs for word in (r.start, r.stop, r.step))]
     return torch.tensor(words + numbers, dtype=torch.int64)
 
 
 def _read_answer(words: list[int], num_questions: int) -> list[Holders]:
     at, distinct = 1, []
     for _ in range(words[0]):
-        distinct.append(tuple(words[at + 1 : at + 1 + words[at]]))
-        at += 1 + words[at]
+        stop = at + 1 + 3 * words[at]
+        runs = itertools.starmap(range, _triples(words[at + 1 : stop]))
+        distinct.append(tuple(itertools.chain.from_iterable(runs)))
+        at = stop
     return [distinct[number] for number in words[at : at + num_questions]]
+
+
+def even_cuts(numel: int, num_ranks: int) -> tuple[int, ...]:
+    """Where rank i's part [cuts[i], cuts[i + 1]) of a sequence starts and ends."""
+    return (*(numel * i // num_ranks // _GRAIN * _GRAIN for i in range(num_ranks)), numel)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -229,14 +267,13 @@ def replica_sets(
         holders, fragments = key[0], together[key]
         alone = len(holders) == 1
         total = sum(f.place.numel for f in fragments)
-        cuts = [total * i // len(holders) // _GRAIN * _GRAIN for i in range(len(holders))]
         sets.append(
             ReplicaSet(
                 holders,
                 None if alone else ranks.subgroup(holders, known),
                 holders.index(ranks.rank),
                 tuple(fragments),
-                (*cuts, total),
+                even_cuts(total, len(holders)),
             )
         )
     return sets
