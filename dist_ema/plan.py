@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from dist_ema.engines.engine import Engine, Weight
+from dist_ema.holders import Holders, find_holders
 from dist_ema.layout import Fragment
 from dist_ema.ranks import Ranks
-from dist_ema.replicas import Holders, ReplicaSet, find_holders, replica_sets
+from dist_ema.replicas import ReplicaSet, replica_sets
 
 Selects = str | Callable[[str, nn.Parameter], bool]
 
