@@ -1,0 +1,258 @@
+"""accelerate: real steps count, and its checkpoints carry the average, under all its engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_ema import ShardedEMA
+from dist_ema.checkpoint import CheckpointError
+from dist_ema.integrations.accelerate import register
+from tests.net import TRAINABLE, Net
+from tests.oracle import Oracle, worst_relative_error
+from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR
+from tests.worlds import evaluate, from_rank_0, num_ranks, rank
+from tests.worlds_accelerate import ENGINES, Session, accelerated
+
+every_kind = pytest.mark.parametrize(
+    ("kind", "num_ranks"), [pytest.param(k, 0 if k == "alone" else 2, id=k) for k in ENGINES]
+)
+NUM_STEPS, MICRO_STEPS = 6, 4  # of each step
+
+
+def registered(session: Session, **options: str) -> ShardedEMA:
+    ema = ShardedEMA(session.model, DECAY)
+    register(session.accelerator, ema, **options)
+    return ema
+
+
+def train(session: Session, ema: ShardedEMA, micro_steps: Iterable[int]) -> None:
+    for i in micro_steps:
+        session.micro_step(i)
+        ema.update()
+
+
+def trained(session: Session) -> dict[str, Tensor]:
+    weights = session.full_weights()
+    return {name: weights[name] for name in TRAINABLE}
+
+
+def result(session: Session, ema: ShardedEMA) -> dict[str, Tensor]:
+    """All that must not depend on whether the run was stopped."""
+    state = from_rank_0(ema.gather_state_dict())
+    live = {f"live {name}": weight for name, weight in trained(session).items()}
+    return {"step": torch.tensor(ema.step), **live, **{name: state[name] for name in TRAINABLE}}
+
+
+@every_kind
+def test_an_update_is_a_real_step_and_the_average_that_of_the_weights_then(kind: str):
+    with accelerated(kind, accumulate=MICRO_STEPS) as session:
+        assert session.accelerator.num_processes == num_ranks()
+        ema = registered(session)
+        oracle = Oracle(trained(session), DECAY)
+        applied = []
+        for i in range(3 * MICRO_STEPS):
+            session.micro_step(i)
+            applied.append(ema.update())
+            if applied[-1]:
+                oracle.update(trained(session))
+        assert [i for i, done in enumerate(applied) if done] == [3, 7, 11]
+        assert (ema.step, ema.num_updates) == (3, 3)
+        state = ema.gather_state_dict()
+        if rank() == 0:
+            assert worst_relative_error(state, oracle.average) <= MAX_RELATIVE_ERROR
+
+
+@every_kind
+def test_an_evaluation_is_that_of_a_plain_model_that_loads_the_average(kind: str):
+    with accelerated(kind) as session:
+        ema = registered(session)
+        train(session, ema, range(3))
+        state = from_rank_0(ema.gather_state_dict())
+        before = session.evaluate()
+        with ema.average_parameters():
+            shown = session.evaluate()
+        torch.testing.assert_close(session.evaluate(), before, **EXACT)
+        assert not torch.equal(shown, before)
+        plain = Net()
+        plain.load_state_dict(state)
+        if kind.startswith("zero"):
+            plain.to(torch.bfloat16)
+        torch.testing.assert_close(shown, evaluate(plain).float(), **EXACT)
+
+
+@every_kind
+def test_a_stopped_and_resumed_run_is_bit_identical_to_one_that_went_on(kind: str, tmp_path: Path):
+    half, all_of_them = NUM_STEPS * MICRO_STEPS // 2, NUM_STEPS * MICRO_STEPS
+    with accelerated(kind, accumulate=MICRO_STEPS) as session:
+        ema = registered(session)
+        train(session, ema, range(all_of_them))
+        wanted = result(session, ema)
+    with accelerated(kind, accumulate=MICRO_STEPS) as session:
+        ema = registered(session)
+        train(session, ema, range(half))
+        session.accelerator.save_state(str(tmp_path / "state"))
+        assert not list((tmp_path / "state").glob("custom_checkpoint*"))
+    with accelerated(kind, accumulate=MICRO_STEPS, seed=1) as session:
+        ema = registered(session)
+        session.accelerator.load_state(str(tmp_path / "state"))
+        train(session, ema, range(half, all_of_them))
+        torch.testing.assert_close(result(session, ema), wanted, **EXACT)
+    assert wanted["step"] == NUM_STEPS
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_ranks"), [pytest.param(k, 2, id=k) for k in ("ddp", "fsdp2", "zero2", "zero3")]
+)
+def test_a_step_that_overflows_is_no_update(kind: str):
+    with accelerated(kind, scales=not kind.startswith("zero")) as session:
+        ema = registered(session)
+        applied = []
+        for i in range(4):
+            session.micro_step(i, scale=float("inf") if i == 2 else 1.0)
+            applied.append(ema.update())
+        assert applied == [True, True, False, True]
+        assert (ema.step, ema.num_updates) == (3, 3)
+
+
+@pytest.mark.ranks(0)
+def test_a_fused_optimizer_does_not_tell_of_an_overflow():
+    """What the module says cannot be known: if this ever fails, it can be."""
+    with accelerated("alone", scales=True, fused=True) as session:
+        ema = registered(session)
+        before = trained(session)
+        session.micro_step(0, scale=float("inf"))
+        torch.testing.assert_close(trained(session), before, **EXACT)
+        assert ema.update()
+        assert ema.drift() == 0.0
+
+
+@pytest.mark.ranks(2)
+def test_only_the_optimizer_that_is_named_says_whether_a_step_was_skipped():
+    with accelerated("ddp", scales=True) as session:
+        accelerator = session.accelerator
+        _, others = accelerator.prepare(
+            torch.nn.Linear(2, 2), torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+        )
+        ema, both = ShardedEMA(session.model, DECAY), ShardedEMA(session.model, DECAY)
+        register(accelerator, ema, optimizer=session.optimizer)
+        register(accelerator, both, name="both")
+        session.micro_step(0)
+        others.param_groups[0]["params"][0].grad = torch.full((2,), float("inf"))
+        others.step()
+        assert (others.step_was_skipped, session.optimizer.step_was_skipped) == (True, False)
+        assert (ema.update(), both.update()) == (True, False)
+
+
+# Checkpoints.
+
+
+@pytest.mark.ranks(2)
+def test_the_average_of_a_checkpoint_goes_when_the_checkpoint_goes(tmp_path: Path):
+    from accelerate.utils import ProjectConfiguration
+
+    project = ProjectConfiguration(
+        project_dir=str(tmp_path), automatic_checkpoint_naming=True, total_limit=2
+    )
+    with accelerated("ddp", project_config=project) as session:
+        ema = registered(session)
+        for i in range(3):
+            train(session, ema, [i])
+            session.accelerator.save_state()
+        session.accelerator.wait_for_everyone()
+        found = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+        assert found == ["checkpoint_1", "checkpoint_2"]
+        wanted = from_rank_0(ema.gather_state_dict())
+        ema.reset()
+        session.accelerator.load_state()
+        assert ema.step == 3
+        torch.testing.assert_close(from_rank_0(ema.gather_state_dict()), wanted, **EXACT)
+
+
+@pytest.mark.ranks(2)
+def test_a_checkpoint_is_replaced_whole_and_a_failed_save_leaves_the_average_before(tmp_path: Path):
+    with accelerated("ddp") as session:
+        ema = registered(session)
+        train(session, ema, range(2))
+        session.accelerator.save_state(str(tmp_path))
+        wanted = from_rank_0(ema.gather_state_dict())
+        train(session, ema, [2])
+        session.accelerator.save_state(str(tmp_path))
+        assert ema.step == 3
+        session.accelerator.load_state(str(tmp_path))
+        assert ema.step == 3
+        assert not torch.equal(from_rank_0(ema.gather_state_dict())["tiny"], wanted["tiny"])
+        wanted = from_rank_0(ema.gather_state_dict())
+        with torch.no_grad():
+            session.net.tiny.fill_(torch.nan)
+        ema.update()
+        with pytest.raises(CheckpointError, match="NaN or Inf in tiny"):
+            session.accelerator.save_state(str(tmp_path))
+        session.accelerator.load_state(str(tmp_path))
+        torch.testing.assert_close(from_rank_0(ema.gather_state_dict()), wanted, **EXACT)
+        if rank() == 0:
+            assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@every_kind
+def test_a_state_without_the_average_is_refused_with_what_to_do(kind: str, tmp_path: Path):
+    with accelerated(kind) as session:
+        session.micro_step(0)
+        session.accelerator.save_state(str(tmp_path))
+        saved = session.full_weights()
+        session.micro_step(1)
+        ema = ShardedEMA(session.model, DECAY)
+        session.accelerator.load_state(str(tmp_path))
+        ema.reset()
+        register(session.accelerator, ema)
+        state = from_rank_0(ema.gather_state_dict())
+        torch.testing.assert_close(
+            {n: state[n] for n in TRAINABLE}, {n: saved[n] for n in TRAINABLE}, **EXACT
+        )
+        with pytest.raises(CheckpointError, match=r"without the average; load .* before register"):
+            session.accelerator.load_state(str(tmp_path))
+        torch.testing.assert_close(from_rank_0(ema.gather_state_dict()), state, **EXACT)
+
+
+@pytest.mark.ranks(2)
+def test_several_averages_have_their_own_places(tmp_path: Path):
+    with accelerated("ddp") as session:
+        short, long = registered(session), ShardedEMA(session.model, 0.99)
+        with pytest.raises(ValueError, match=r"registered as 'ema' .* already"):
+            register(session.accelerator, long)
+        register(session.accelerator, long, name="long")
+        train(session, short, [0])
+        long.update()
+        session.accelerator.save_state(str(tmp_path))
+        wanted = [from_rank_0(ema.gather_state_dict()) for ema in (short, long)]
+        for ema in (short, long):
+            ema.reset()
+        session.accelerator.load_state(str(tmp_path))
+        found = [from_rank_0(ema.gather_state_dict()) for ema in (short, long)]
+        torch.testing.assert_close(found, wanted, **EXACT)
+        assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["ema", "long"]
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("name", ["", "..", "a/b", "/ema", ".ema"])
+def test_a_name_that_is_no_directory_is_refused(name: str):
+    with accelerated("alone") as session:
+        ema = ShardedEMA(session.model, DECAY)
+        with pytest.raises(ValueError, match="name is"):
+            register(session.accelerator, ema, name=name)
+
+
+@pytest.mark.ranks(0)
+def test_other_things_than_an_accelerator_an_average_and_its_optimizer_are_refused():
+    with accelerated("alone") as session:
+        ema = ShardedEMA(session.model, DECAY)
+        with pytest.raises(TypeError, match="accelerator is a Net, wanted an Accelerator"):
+            register(session.net, ema)
+        with pytest.raises(TypeError, match="ema is a Net, wanted a ShardedEMA"):
+            register(session.accelerator, session.net)
+        with pytest.raises(ValueError, match="optimizer is a SGD, wanted what accel"):
+            register(session.accelerator, ema, optimizer=torch.optim.SGD(session.net.parameters()))
