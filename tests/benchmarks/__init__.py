@@ -1,0 +1,1 @@
+"""Benchmarks, run by hand: `bash launch/bench.sh`, or `python -m tests.benchmarks --help`."""

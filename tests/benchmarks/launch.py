@@ -1,0 +1,112 @@
+"""Runs a body on ranks of its own: a process each, on the CPU with gloo or on CUDA with NCCL."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+@dataclass(frozen=True)
+class Here:
+    """The rank that a body runs on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def turns(self) -> Iterator[None]:
+        """Once on each rank, while the others wait: all of the machine's bandwidth for one."""
+        for rank in range(self.size):
+            dist.barrier()
+            if rank == self.rank:
+                yield
+        dist.barrier()
+
+    def all_gather(self, obj: Any) -> list[Any]:
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, obj)
+        return out
+
+
+Body = Callable[..., Any]  # called with Here, then the arguments
+
+
+class NotEnoughDevices(Exception):
+    """There are fewer GPUs than ranks."""
+
+
+def on_ranks(body: Body, num_ranks: int, *arguments: Any, device: str) -> list[Any]:
+    """What a body of a module returns on each rank of a process group that is made for it.
+
+    Each rank has an equal share of the cores as threads.
+
+    Raises:
+        NotEnoughDevices: CUDA is asked for and has fewer devices than that.
+    """
+    if device == "cuda" and torch.cuda.device_count() < num_ranks:
+        raise NotEnoughDevices(f"needs {num_ranks} GPUs, there are {torch.cuda.device_count()}")
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        mp.spawn(_rank, (num_ranks, directory, device, body, arguments), nprocs=num_ranks)
+        results = [Path(directory, f"{rank}") for rank in range(num_ranks)]
+        return [pickle.loads(path.read_bytes()) for path in results]
+
+
+def alone(body: Callable[..., Any], *arguments: Any, num_threads: int = 1) -> Any:
+    """What a body returns in a process without a process group."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        mp.spawn(_process, (directory, body, arguments, num_threads), nprocs=1)
+        return pickle.loads(Path(directory, "0").read_bytes())
+
+
+def _rank(
+    rank: int, num_ranks: int, directory: str, device: str, body: Body, arguments: tuple[Any, ...]
+) -> None:
+    _be_quiet()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(num_ranks),
+        MASTER_ADDR="127.0.0.1",
+    )
+    where = torch.device("cpu")
+    if device == "cuda":
+        where = torch.device("cuda", rank)
+        torch.cuda.set_device(where)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+    # Both: objects and lengths travel between CPUs.
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+        store=dist.FileStore(f"{directory}/store", num_ranks),
+        rank=rank,
+        world_size=num_ranks,
+    )
+    result = body(Here(rank, num_ranks, where), *arguments)
+    Path(directory, f"{rank}").write_bytes(pickle.dumps(result))
+    dist.barrier()
+    # Without the teardown of the group, which may hang or abort after all is done.
+    os._exit(0)
+
+
+def _process(
+    _: int, directory: str, body: Callable[..., Any], arguments: tuple[Any, ...], num_threads: int
+) -> None:
+    _be_quiet()
+    torch.set_num_threads(num_threads)
+    Path(directory, "0").write_bytes(pickle.dumps(body(*arguments)))
+
+
+def _be_quiet() -> None:
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,104 @@
+"""Times and memory: interleaved rounds, medians, the same calls on a CPU and on CUDA."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_CLEAR_PEAK = "5"  # what proc(5) wants in clear_refs to reset the peak of resident memory
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds of calls on a device, from when it was idle until it is idle again."""
+
+    device: torch.device
+
+    def settle(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def time(self, act: Callable[[], object], repeats: int = 1) -> float:
+        """Seconds a call, over `repeats` calls in a row."""
+        self.settle()
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            for _ in range(repeats):
+                act()
+            return (time.perf_counter() - start) / repeats
+        # Events tell the time of the device; where the host is slower, they tell that.
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            act()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / repeats
+
+
+def interleaved(
+    acts: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int,
+    least_s: float = 0.002,
+) -> dict[str, list[float]]:
+    """Seconds of each act in each round: one after the other, each round starting with the next.
+
+    A sample is of so many calls that it lasts `least_s`.
+    """
+    clock = Clock(device)
+    repeats = {}
+    for name, act in acts.items():
+        act()  # what is made at the first call is not timed
+        taken = max(clock.time(act), 1e-9)
+        repeats[name] = max(1, round(least_s / taken))
+    names = list(acts)
+    taken_by: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for number in range(rounds):
+            at = number % len(names)
+            for name in names[at:] + names[:at]:
+                taken_by[name].append(clock.time(acts[name], repeats[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return taken_by
+
+
+def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def ratio(taken: Mapping[str, list[float]], name: str, to: str) -> float:
+    """The median over rounds of one act's time over another's in the same round."""
+    pairs = zip(taken[name], taken[to], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def peak_memory(device: torch.device | None = None, *, reset: bool = False) -> int:
+    """Most bytes held since the last reset: of the device, or of this process for the CPU.
+
+    With `reset`, what is held now, from where the peak starts again.
+    """
+    if device is not None and device.type == "cuda":
+        if reset:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    if reset:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    field = "VmRSS:" if reset else "VmHWM:"
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+

@@ -1,0 +1,192 @@
+"""One rank of a world of any size, in one process: what the other ranks would send is computed.
+
+[Note: simulated ranks]
+Torch's fake process group lets one process be rank k of 1,024 and answers every collective with
+what was sent, which is right where all ranks send the same and wrong elsewhere. `SimulatedRanks`
+puts the true answers there: a `World` knows what each rank holds, and the rows that rank k would
+get from the others are made by the code under test, run in the place of each of them. Every byte
+of payload that rank k sends or receives is counted; what a backend adds to that is not.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Shard
+
+from dist_ema import holders, replicas
+from dist_ema.layout import Box, Place, Shape, whole
+from dist_ema.ranks import Ranks
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """What the ranks of an FSDP2 or HSDP mesh hold of a model: parameters in rows, buffers whole.
+
+    Rank r is number `r // num_shards` among its replicas and has shard `r % num_shards`.
+    """
+
+    tensors: tuple[tuple[str, Shape, bool], ...]  # in the order of the state dict; is it a buffer
+    num_replicas: int
+    num_shards: int
+
+    @property
+    def size(self) -> int:
+        return self.num_replicas * self.num_shards
+
+    @property
+    def parameters(self) -> list[tuple[str, Shape]]:
+        return [(fqn, shape) for fqn, shape, is_buffer in self.tensors if not is_buffer]
+
+    @property
+    def numel(self) -> int:
+        """Of all parameters."""
+        return sum(whole(shape).numel for _, shape in self.parameters)
+
+    def places(self, rank: int) -> list[tuple[Place, bool]]:
+        """What a rank holds, and whether it is averaged."""
+        return self._places_of_shard(rank % self.num_shards)
+
+    def owned(self, rank: int) -> list[Place]:
+        """The places that a rank averages: its slice of the shard that its replicas hold too."""
+        held = [place for place, averaged in self.places(rank) if averaged]
+        total = sum(place.numel for place in held)
+        cuts = replicas.even_cuts(total, self.num_replicas)
+        index, at = rank // self.num_shards, 0
+        own = []
+        for place in held:
+            start, stop = max(0, cuts[index] - at), min(place.numel, cuts[index + 1] - at)
+            if start < stop:
+                own += [part for _, part in place.slices(start, stop)]
+            at += place.numel
+        return own
+
+    @functools.cache  # noqa: B019
+    def _places_of_shard(self, shard: int) -> list[tuple[Place, bool]]:
+        found = []
+        for fqn, shape, is_buffer in self.tensors:
+            if is_buffer:
+                found.append((Place(fqn, shape, whole(shape)), False))
+                continue
+            size, start = Shard.local_shard_size_and_offset(shape[0], self.num_shards, shard)
+            if size:
+                box = Box((int(start),) + (0,) * (len(shape) - 1), (int(size), *shape[1:]))
+                found.append((Place(fqn, shape, box), True))
+        return found
+
+    @functools.cache  # noqa: B019
+    def questions(self, shard: int) -> list[torch.Tensor]:
+        """What a rank with this shard asks each rank about what it holds."""
+        places, averaged = zip(*self._places_of_shard(shard), strict=True)
+        return holders.questions(places, averaged, self.size)[1]
+
+    def home_of_the_widest(self) -> int:
+        """The rank that answers all ranks about something that all of them hold."""
+        for home, rows in enumerate(zip(*map(self.questions, range(self.num_shards)), strict=True)):
+            if all(len(row) for row in rows):
+                return home
+        return 0
+
+
+@dataclass
+class Traffic:
+    """Bytes of payload that one rank sent and received."""
+
+    sent: int = 0
+    received: int = 0
+
+    @property
+    def both(self) -> int:
+        return self.sent + self.received
+
+
+class SimulatedRanks(Ranks):
+    """Rank k of a world, as the fake process group has it, with true answers. Counts bytes."""
+
+    def __init__(self, world: World, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__(group)
+        assert self.size == world.size, (self.size, world.size)
+        self.world = world
+        self.traffic = Traffic()
+        self.by_call: collections.Counter[str] = collections.Counter()
+        self.seconds = 0.0  # spent on being the others
+        # What another rank gives to the next calls of `gather`, in turn.
+        self.given: list[Callable[[int], Any]] = []
+        self._asked: list[torch.Tensor] | None = None
+
+    def exchange(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The two exchanges of `find_holders`, in their order."""
+        start = time.perf_counter()
+        if self._asked is None:
+            self._asked = list(rows)
+            out = [
+                self.world.questions(rank % self.world.num_shards)[self.rank]
+                for rank in range(self.size)
+            ]
+        else:
+            out = [self._answer_of(home) for home in range(self.size)]
+            self._asked = None
+        self._count("exchange", _nbytes(rows), _nbytes(out))
+        self._count("exchange", 8 * self.size, 8 * self.size)  # how long each row is
+        self.seconds += time.perf_counter() - start
+        return out
+
+    def all_gather(self, obj: Any) -> list[Any]:
+        """Every rank says the same."""
+        nbytes = len(pickle.dumps(obj))
+        self._count("all_gather", nbytes, nbytes * self.size)
+        return [obj] * self.size
+
+    def gather(self, obj: Any) -> list[Any]:
+        if self.rank:
+            self._count("gather", len(pickle.dumps(obj)), 0)
+            return []
+        start = time.perf_counter()
+        give = self.given.pop(0)
+        told = [pickle.dumps(give(rank)) for rank in range(1, self.size)]
+        self.seconds += time.perf_counter() - start
+        self._count("gather", 0, sum(map(len, told)))
+        return [obj, *map(pickle.loads, told)]
+
+    def scatter(self, objs: Sequence[Any]) -> Any:
+        self._count("scatter", sum(len(pickle.dumps(obj)) for obj in objs[1:]), 0)
+        return objs[0]
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[Traffic]:
+        """Count the all-reduces of a block as well."""
+        reduce = dist.all_reduce
+
+        def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._count("all_reduce", tensor.nbytes, tensor.nbytes)
+            return reduce(tensor, *args, **kwargs)
+
+        with mock.patch.object(dist, "all_reduce", counted):
+            yield self.traffic
+
+    def _answer_of(self, home: int) -> torch.Tensor:
+        """What a rank answers to what this one asked it."""
+        assert self._asked is not None
+        if not len(self._asked[home]):
+            return holders.answers([self._asked[home]])[0]
+        asked = [self.world.questions(r % self.world.num_shards)[home] for r in range(self.size)]
+        return holders.answers(asked, only=self.rank)[0]
+
+    def _count(self, call: str, sent: int, received: int) -> None:
+        self.traffic.sent += sent
+        self.traffic.received += received
+        self.by_call[call] += sent + received
+
+
+def _nbytes(rows: Sequence[torch.Tensor]) -> int:
+    return sum(row.nbytes for row in rows)

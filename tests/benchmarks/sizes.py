@@ -1,0 +1,80 @@
+"""How large the benchmarks are: the real thing, and one that only shows that they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from tests.benchmarks.models import Shapes
+
+SIDE = 2048  # of a large tensor
+CPU_RANKS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    update: tuple[Shapes, ...]
+    peers: tuple[Shapes, ...]
+    whole: Shapes  # on 1, 2 and 4 ranks
+    num_ranks: tuple[int, ...]
+    swapped: Shapes
+    stored: Shapes
+    rounds: int
+    slow_rounds: int  # of what takes seconds
+    layers: int  # of 80, where what a save and a gather tell rank 0 is simulated
+    num_shards: int  # of the simulated meshes, with 1 and `num_replicas` replicas
+    num_replicas: int
+    layers_built: int  # where the construction is
+    max_ranks: int = CPU_RANKS  # of suites that need some
+
+    def ranks_of(self, device: str) -> int:
+        """As many ranks as a suite gets that needs several: all GPUs up to the maximum, or so."""
+        if device == "cuda":
+            return max(1, min(self.max_ranks, torch.cuda.device_count()))
+        return self.max_ranks
+
+
+def _large(count: int, side: int = SIDE, dtype: torch.dtype = torch.float32) -> Shapes:
+    name = f"{count} of {side} x {side}" + (" bf16" if dtype == torch.bfloat16 else "")
+    return Shapes(name=name, count=count, shape=(side, side), dtype=dtype)
+
+
+SMALL = Shapes(name="384 of 3,000", count=384, shape=(60, 50), per_unit=24)
+TINY = Shapes(name="384 of 10 x 10", count=384, shape=(10, 10), per_unit=24)
+BF16 = torch.bfloat16
+
+REAL = Sizes(
+    update=(
+        _large(12),
+        SMALL,
+        TINY,
+        _large(12, dtype=BF16),
+        replace(SMALL, name="384 of 3,000 bf16", dtype=BF16),
+    ),
+    peers=(_large(8), SMALL, TINY),
+    whole=_large(8),
+    num_ranks=(1, 2, 4),
+    swapped=_large(16, 2 * SIDE),
+    stored=_large(16),
+    rounds=15,
+    slow_rounds=3,
+    layers=8,
+    num_shards=1024,
+    num_replicas=8,
+    layers_built=80,
+)
+CHECK = Sizes(
+    update=(_large(2, 16), replace(TINY, count=6, per_unit=3), _large(2, 16, BF16)),
+    peers=(_large(2, 16), replace(TINY, count=6, per_unit=3)),
+    whole=_large(2, 32),
+    num_ranks=(1, 2),
+    swapped=_large(2, 32),
+    stored=_large(2, 32),
+    rounds=2,
+    slow_rounds=1,
+    layers=1,
+    num_shards=8,
+    num_replicas=2,
+    layers_built=1,
+)

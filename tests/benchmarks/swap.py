@@ -1,0 +1,152 @@
+"""Showing the average and going back; saving, loading, gathering, exporting: time and memory."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_ema import ShardedEMA
+from tests.benchmarks.launch import Here
+from tests.benchmarks.measure import Clock, peak_memory, ratio
+from tests.benchmarks.cases import rows_of
+from tests.benchmarks.models import ENGINES, Shapes, updater, wrap
+from tests.benchmarks.report import Row, Table
+from tests.benchmarks.sizes import Sizes
+
+SWAP_NOTE = """\
+One `average_parameters()`: *in* and *out* over a copy of what the rank averages, in the same round;
+*extra*: the most memory held on any rank within the block beyond what was held before it (resident
+memory of the process on a CPU, allocated memory on CUDA). Medians over rounds, all ranks at once."""
+FILES_NOTE = """\
+Time of each, all ranks at once, over *write*: rank 0 writing as many bytes as an fp32 copy of the
+model has to one file, and syncing it, in the same round. Medians over rounds. *Extra*: as above, on
+rank 0 and on any rank. What is read is in the page cache."""
+BLOCK = 4 << 20
+
+
+def run(device: str, sizes: Sizes) -> list[Table]:
+    swaps = Table("swap", "In and out of the average", SWAP_NOTE)
+    files = Table("files", "Save, load, gather, export", FILES_NOTE)
+    bf16 = replace(sizes.swapped, name=f"{sizes.swapped.name} bf16", dtype=torch.bfloat16)
+    every = [(engine, sizes.swapped) for engine in ENGINES] + [("fsdp2", bf16), ("zero2", bf16)]
+    stored = [(engine, sizes.stored) for engine in ("plain", "ddp", "fsdp1", "fsdp2", "zero3")]
+    for table, case, cases in ((swaps, swap_case, every), (files, files_case, stored)):
+        table.rows += rows_of(case, cases, device, sizes, sizes.slow_rounds)
+    return [swaps, files]
+
+
+def swap_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
+    model = wrap(engine, shapes, here)
+    ema = ShardedEMA(model)
+    updater(ema, model)()
+    values = ema._bound.shadow.values[0]
+    copies = [torch.empty_like(value) for value in values]
+    taken: dict[str, list[float]] = {"copy": [], "in": [], "out": []}
+    extra = 0
+    for number in range(rounds + 1):
+        block = ema.average_parameters()
+        before = peak_memory(here.device, reset=True)
+        entering = together(here, block.__enter__)
+        leaving = together(here, lambda block=block: block.__exit__(None, None, None))
+        extra = max(extra, peak_memory(here.device) - before)
+        copying = together(here, lambda: torch._foreach_copy_(copies, values))
+        if number:  # the first compares replicas, and makes what is made once
+            for name, seconds in (("copy", copying), ("in", entering), ("out", leaving)):
+                taken[name].append(seconds)
+    extras = here.all_gather(extra)
+    return [
+        {
+            "engine": engine,
+            "ranks": here.size,
+            "weights": shapes.name,
+            "model MB": shapes.numel * shapes.dtype.itemsize / 1e6,
+            "in/copy": ratio(taken, "in", "copy"),
+            "out/copy": ratio(taken, "out", "copy"),
+            "in s": statistics.median(taken["in"]),
+            "out s": statistics.median(taken["out"]),
+            "extra MB": max(extras) / 1e6,
+        }
+    ]
+
+
+def files_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
+    model = wrap(engine, shapes, here)
+    ema = ShardedEMA(model)
+    updater(ema, model)()
+    told = [tempfile.mkdtemp(prefix="bench-files-") if here.rank == 0 else ""]
+    dist.broadcast_object_list(told, src=0)
+    directory = Path(told[0])
+    acts: dict[str, Callable[[], object]] = {
+        "write": lambda: write(directory / "raw", 4 * shapes.numel) if here.rank == 0 else None,
+        "save": lambda: ema.save(directory / "ema"),
+        "load": lambda: ema.load(directory / "ema"),
+        "gather_state_dict": ema.gather_state_dict,
+    }
+    if "method" in inspect.signature(ema.export).parameters:
+        for method in ("rank0", "direct"):
+            acts[f"export {method}"] = lambda method=method: ema.export(
+                directory / method, method=method
+            )
+    else:
+        acts["export"] = lambda: ema.export(directory / "export")
+    taken: dict[str, list[float]] = {name: [] for name in acts}
+    extra = dict.fromkeys(acts, 0)
+    try:
+        for _ in range(rounds):
+            for name, act in acts.items():
+                before = peak_memory(here.device, reset=True)
+                taken[name].append(together(here, act))
+                extra[name] = max(extra[name], peak_memory(here.device) - before)
+                if here.rank == 0:
+                    os.sync()
+    finally:
+        dist.barrier()
+        if here.rank == 0:
+            shutil.rmtree(directory)
+    every = here.all_gather(extra)
+    return [
+        {
+            "engine": engine,
+            "ranks": here.size,
+            "weights": shapes.name,
+            "fp32 MB": 4 * shapes.numel / 1e6,
+            "what": name,
+            "over write": ratio(taken, name, "write"),
+            "s": statistics.median(taken[name]),
+            "extra MB rank 0": every[0][name] / 1e6,
+            "extra MB any": max(e[name] for e in every) / 1e6,
+        }
+        for name in acts
+    ]
+
+
+def together(here: Here, act: Callable[[], object]) -> float:
+    """Seconds from when all ranks are ready until all are done."""
+
+    def act_and_wait() -> None:
+        act()
+        Clock(here.device).settle()
+        dist.barrier()
+
+    dist.barrier()
+    return Clock(torch.device("cpu")).time(act_and_wait)
+
+
+def write(path: Path, nbytes: int) -> None:
+    """A new file of so many bytes, on disk."""
+    path.unlink(missing_ok=True)
+    block = torch.randn(BLOCK // 4).numpy().data.cast("B")
+    with open(path, "wb", buffering=0) as file:
+        for start in range(0, nbytes, BLOCK):
+            file.write(block[: min(BLOCK, nbytes - start)])
+        os.fsync(file.fileno())

@@ -1,0 +1,80 @@
+"""What an update costs beside `torch._foreach_lerp_` on the same bytes, on the same threads."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dist_ema import ShardedEMA
+from tests.benchmarks.cases import rows_of
+from tests.benchmarks.launch import Here
+from tests.benchmarks.measure import interleaved, ratio
+from tests.benchmarks.models import Shapes, updater, wrap
+from tests.benchmarks.report import Row, Table
+from tests.benchmarks.sizes import Sizes
+
+WEIGHT = 1e-4
+ENGINES = ("plain", "fsdp1", "fsdp2", "zero2", "zero3")
+NOTE = """\
+Medians over interleaved rounds of one update's time over another's in the same round, on rank 0
+while the other ranks wait. *Floor*: `torch._foreach_lerp_` of fp32 tensors as many and as long as
+what the rank averages; where the live weights are bf16, tensors of 10/12 of the length, since
+12 bytes are moved for an fp32 weight and 10 for a bf16 one. *Flat*: the same elements in one tensor.
+*Two*: two averages over one. *Overhead*: update less floor."""
+
+
+def run(device: str, sizes: Sizes) -> list[Table]:
+    cases = [(e, s) for e in ENGINES for s in sizes.update if can_hold(e, s)]
+    rows = rows_of(case, cases, device, sizes, sizes.rounds)
+    return [Table("update", "An update over the floor", NOTE, rows)]
+
+
+def can_hold(engine: str, shapes: Shapes) -> bool:
+    """ZeRO averages fp32 masters, whatever the weights are."""
+    return shapes.dtype == torch.float32 or not engine.startswith("zero")
+
+
+def case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
+    model = wrap(engine, shapes, here)
+    one = ShardedEMA(model, 1 - WEIGHT)
+    two = ShardedEMA(model, {"fast": 0.99, "slow": 1 - WEIGHT})
+    row: dict[str, Any] = {}
+    for _ in here.turns():
+        if here.rank:
+            continue
+        pieces = one._bound.plan.pieces
+        narrow = shapes.dtype.itemsize < 4
+        numels = [p.fragment.view.numel() * (10 if narrow else 12) // 12 for p in pieces]
+        acts = {
+            "floor": floor(numels, here.device),
+            "update": updater(one, model),
+            "flat": floor([sum(numels)], here.device),
+            "two": updater(two, model),
+        }
+        taken = interleaved(acts, here.device, rounds=rounds)
+        seconds = {name: statistics.median(each) for name, each in taken.items()}
+        row = {
+            "engine": engine,
+            "ranks": here.size,
+            "weights": shapes.name,
+            "tensors here": len(numels),
+            "MB moved": round(12 * sum(numels) / 1e6, 1),
+            "update/floor": ratio(taken, "update", "floor"),
+            "update/flat": ratio(taken, "update", "flat"),
+            "two": ratio(taken, "two", "update"),
+            "floor us": seconds["floor"] * 1e6,
+            "update us": seconds["update"] * 1e6,
+            "overhead us": (seconds["update"] - seconds["floor"]) * 1e6,
+            "GB/s": 12 * sum(numels) / seconds["update"] / 1e9,
+        }
+    return [row]
+
+
+def floor(numels: Sequence[int], device: torch.device) -> Callable[[], object]:
+    """The least that an update of tensors of these lengths can be."""
+    averages = [torch.zeros(n, device=device) for n in numels]
+    lives = [torch.ones(n, device=device) for n in numels]
+    return lambda: torch._foreach_lerp_(averages, lives, WEIGHT)
