@@ -2,6 +2,10 @@
 
     dist-ema inspect PATH [--json]      what a checkpoint holds
     dist-ema verify PATH                read it all and compare every checksum
+    dist-ema export PATH OUT [--dtype bf16] [--base DIR]
+                                        a consolidated checkpoint, for from_pretrained
+    dist-ema synthesize PATH... --out DIR (--gamma G | --sigma-rel S | --sweep FROM:TO:BY)
+                                        averages of other widths, from those kept in a run
 
 Exit status: 0 if all is well, 1 if the checkpoint is not, 2 if the command makes no sense.
 """
@@ -54,6 +58,41 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("verify", help="read a checkpoint and compare every checksum")
     check.add_argument("path", type=Path, help="a checkpoint")
     check.set_defaults(run=_verify)
+
+    write = commands.add_parser(
+        "export",
+        help="write a consolidated checkpoint",
+        description="Write an average as plain safetensors in the layout of the model's library, "
+        "as ShardedEMA.export does.",
+    )
+    write.add_argument("path", type=Path, help="a checkpoint")
+    write.add_argument("out", type=Path, help="directory to be written, or replaced")
+    write.add_argument("--name", help="the average, where there are several")
+    write.add_argument("--dtype", help="of floating tensors: fp32, bf16, fp16, ...; else fp32")
+    write.add_argument("--max-shard-size", default="5GB", help="of a file (default: 5GB)")
+    write.add_argument("--weights-name", help="of the weights file; else the library's own")
+    write.add_argument("--config", type=Path, metavar="DIR", help="whose config.json is written")
+    write.add_argument(
+        "--base", type=Path, metavar="DIR", help="of a model, for frozen weights and buffers"
+    )
+    write.set_defaults(run=_export)
+
+    make = commands.add_parser(
+        "synthesize",
+        help="make power-function averages of other widths",
+        description="Make the power-function average of another width from checkpoints of one run "
+        "that hold averages of some widths, two as a rule (arXiv 2312.02696).",
+    )
+    make.add_argument("paths", type=Path, nargs="+", help="checkpoints of the run", metavar="PATH")
+    make.add_argument("--out", type=Path, required=True, help="checkpoint to be written")
+    width = make.add_mutually_exclusive_group(required=True)
+    width.add_argument("--gamma", type=float, help="exponent of the profile")
+    width.add_argument("--sigma-rel", type=float, help="its relative standard deviation")
+    width.add_argument(
+        "--sweep", metavar="FROM:TO:BY", help="several sigma_rel, each DIR/sigma_rel-S of --out DIR"
+    )
+    make.add_argument("--step", type=int, help="at which they are wanted; the last if left out")
+    make.set_defaults(run=_synthesize)
     return parser
 
 
@@ -173,6 +212,53 @@ def _verify(options: argparse.Namespace) -> int:
         _say(f"{files.directory}: damaged, {len(problems)} problems")
         return 1
     _say(f"{files.directory}: good; {len(boxes)} boxes, {_size(nbytes)}, {about.algorithm}")
+    return 0
+
+
+# export
+
+
+def _export(options: argparse.Namespace) -> int:
+    from dist_ema.export import offline  # here, for it takes torch
+
+    try:
+        told = offline.export(
+            options.path,
+            options.out,
+            name=options.name,
+            dtype=offline.dtype_named(options.dtype),
+            max_shard_size=options.max_shard_size,
+            weights_name=options.weights_name,
+            config=options.config,
+            base=options.base,
+            progress=_progress,
+        )
+    except ValueError as error:
+        sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
+        return 2
+    _say(
+        f"{options.out}: {_size(told['nbytes'])} in the layout of {told['library']}, "
+        f"{', '.join(told['files'])}"
+    )
+    return 0
+
+
+# synthesize
+
+
+def _synthesize(options: argparse.Namespace) -> int:
+    from dist_ema import posthoc  # here, for it takes torch
+
+    try:
+        wanted = posthoc.asked(options.out, options.gamma, options.sigma_rel, options.sweep)
+        made = posthoc.sweep(options.paths, wanted, step=options.step, progress=_progress)
+    except ValueError as error:
+        sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
+        return 2
+    for one in made:
+        _say(str(one))
+        if one.problem:
+            sys.stderr.write(f"dist-ema: {_printable(one.problem)}\n")
     return 0
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from dist_ema.binding import Binding
 from dist_ema.checkpoint import api, stateful
 from dist_ema.checkpoint.api import Handle, Part, TensorInfo
+from dist_ema.export.format import DTYPES
 from dist_ema.export.layouts import card_of, check_names
 from dist_ema.export.live import export
 from dist_ema.gather import Gatherer, one_by_one, whole_tensors, write_into
@@ -420,10 +421,13 @@ class ShardedEMA:
         Collective: every rank calls it. Each rank writes what it owns; four small exchanges.
         """
         self._ready("save()")
+        state = self._state()
+        with self._ranks.together():
+            if self._ranks.rank == 0:  # who writes the manifest
+                state["model"] = {"card": self._model_card(), "others": self._others()}
         return api.save(
-            path, self._parts(), self._tensors(), self._state(), self._ranks,
-            asynchronous=asynchronous,
-        )  # fmt: skip
+            path, self._parts(), self._tensors(), state, self._ranks, asynchronous=asynchronous
+        )
 
     def load(self, path: str | Path, *, strict: bool = True) -> None:
         """Take averages and counters from a checkpoint, under whatever engine and world it was.
@@ -542,6 +546,18 @@ class ShardedEMA:
         if self._card is None:
             self._card = card_of(unwrap(self._bound.model))
         return self._card
+
+    def _others(self) -> dict[str, Any]:
+        """What the state dict has beside the average, as JSON."""
+        return {
+            w.fqn: {
+                "shape": list(w.shape),
+                "dtype": DTYPES.get(w.tensor.dtype, str(w.tensor.dtype)),
+                "aliases": list(w.aliases),
+            }
+            for w in self._bound.plan.weights
+            if w.persistent and w.fqn not in self._bound.plan.averaged
+        }
 
     def _refuse_while_shown(self, what: str) -> None:
         if self._shown is not None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from dist_ema.engines import select
 from dist_ema.engines.plain import PlainEngine
+from dist_ema.export.format import gathered_dtype
 from dist_ema.layout import Box, Place, Shape, flat_boxes, overlap
 from dist_ema.names import slots
 from dist_ema.plan import Plan
@@ -42,16 +43,8 @@ class Entry:
         return math.prod(self.shape)
 
     def dtype_as(self, wanted: torch.dtype | None) -> torch.dtype:
-        """The dtype to gather in: the wanted one for floating tensors, the average's by default.
-
-        Half-precision tensors that are not averaged are widened to fp32 by default, so that the
-        state dict has one floating dtype.
-        """
-        if not self.dtype.is_floating_point:
-            return self.dtype
-        if wanted is not None:
-            return wanted
-        return torch.float32 if self.dtype.itemsize < 4 else self.dtype
+        """The dtype to gather in, where the caller wants this one for floating tensors."""
+        return gathered_dtype(self.dtype, wanted)
 
 
 @dataclass(frozen=True, slots=True)

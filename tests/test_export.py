@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema import ShardedEMA
+from dist_ema import ShardedEMA, gather
+from dist_ema.export import live, writing
+from tests.models import tiny_gpt2, tiny_llama, tiny_unet
 from tests.net import ALIASES
 from tests.runs import EXACT, live_state, start
 from tests.worlds import World, evaluate, mesh, rank, worlds
@@ -155,6 +160,7 @@ def test_an_average_that_is_not_finite_is_refused_by_name(world: World, value: f
         ("max_shard_size", None),
         ("weights_name", "model.bin"),
         ("weights_name", "sub/model.safetensors"),
+        ("method", "magic"),
         ("dtype", torch.int8),
         ("name", "slow"),
     ],
@@ -190,44 +196,6 @@ def test_the_weights_file_may_be_named(world: World, tmp_path):
         assert (tmp_path / "many" / "ema.safetensors.index.json").exists()
         one, many = written(tmp_path / "one"), written(tmp_path / "many")
         torch.testing.assert_close(one, many, **EXACT)
-
-
-def tiny_unet() -> nn.Module:
-    from diffusers import UNet2DModel
-
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(4, 8),
-        norm_num_groups=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
-
-
-def tiny_gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=17, n_positions=16)
-    return GPT2LMHeadModel(config)
-
-
-def tiny_llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=17,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
 
 
 def parallel(model: nn.Module, engine: str) -> nn.Module:
@@ -311,3 +279,109 @@ def test_an_export_has_the_names_that_the_library_itself_writes(build, tmp_path)
     for config in configs:
         config.pop("_name_or_path", None)
     assert configs[0] == configs[1]
+
+
+class Wide(nn.Module):
+    """Weights that cuts by columns scatter over many short runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(64, 40)
+        self.b = nn.Linear(40, 36, bias=False)
+        self.conv = nn.Conv2d(3, 20, 3)
+        self.cube = nn.Parameter(torch.randn(4, 6, 8))
+        self.empty = nn.Parameter(torch.randn(0, 8))
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_scattered_pieces_are_joined_before_they_are_written(dtype, tmp_path):
+    torch.manual_seed(0)
+    shards = mesh((dist.get_world_size(),), ("shard",))
+    net = Wide()
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    by_last_dim = {net.a.weight: 1, net.b.weight: 1, net.cube: 2}
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(by_last_dim.get(parameter, 0))
+
+    even = dist.get_world_size() == 2
+    model = fully_shard(net, mesh=shards, shard_placement_fn=placement if even else None)
+    ema = ShardedEMA(model)
+    joined: list[frozenset[str]] = []
+    write_bands = live._write_bands
+
+    def noting(*args, spread: bool = False) -> None:
+        joined.append(args[-1])
+        write_bands(*args, spread=spread)
+
+    with (
+        mock.patch.object(live, "_write_bands", noting),
+        mock.patch.object(gather, "_BUCKET_BYTES", 1000),
+    ):
+        ema.export(tmp_path / "direct", dtype=dtype, method="direct")
+        assert joined == ([frozenset({"a.weight", "b.weight", "cube"})] if even else [])
+        ema.export(tmp_path / "rank0", dtype=dtype, method="rank0")
+    if rank() == 0:
+        found = written(tmp_path / "direct")
+        wanted = {n: t if dtype is None else t.to(dtype) for n, t in state.items()}
+        torch.testing.assert_close(found, wanted, **EXACT)
+        assert contents(tmp_path / "direct") == contents(tmp_path / "rank0")
+
+
+@pytest.mark.ranks(0)
+def test_a_channels_last_weight_is_exported_row_major(tmp_path):
+    conv = nn.Conv2d(3, 20, 3).to(memory_format=torch.channels_last)
+    ShardedEMA(conv).export(tmp_path)
+    torch.testing.assert_close(written(tmp_path), dict(conv.state_dict()), **EXACT)
+
+
+@pytest.mark.ranks(2)
+def test_rank0_writes_where_the_others_see_nothing(tmp_path):
+    ema = averaged_somewhat(parallel(tiny_gpt2(), "fsdp2"))
+    with (
+        mock.patch.object(live.Writing, "is_seen", lambda self: rank() == 0),
+        mock.patch.object(live, "_SEEN_WITHIN_S", 0.2),
+    ):
+        ema.export(tmp_path / "auto")
+        with pytest.raises(RuntimeError, match="this rank does not see it"):
+            ema.export(tmp_path / "direct", method="direct")
+        ema.export(tmp_path / "rank0", method="rank0")
+    if rank() == 0:
+        assert contents(tmp_path / "auto") == contents(tmp_path / "rank0")
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["auto", "rank0"]
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("method", ["direct", "rank0"])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_cannot_write_fails_all(method: str, failing: int, tmp_path):
+    ema = averaged_somewhat(parallel(tiny_gpt2(), "fsdp2"))
+    ema.export(tmp_path / "export")
+    before = contents(tmp_path / "export")
+    full = OSError(28, "No space left on device")
+    with contextlib.ExitStack() as patches:
+        if rank() == failing:
+            patches.enter_context(mock.patch.object(writing.os, "pwrite", side_effect=full))
+        if method == "direct" or failing == 0:
+            with pytest.raises(OSError, match="No space left"):
+                ema.export(tmp_path / "export", method=method)
+        else:
+            ema.export(tmp_path / "export", method=method)
+    if rank() == 0:
+        assert contents(tmp_path / "export") == before
+        assert [entry.name for entry in tmp_path.iterdir()] == ["export"]
+    ema.gather_state_dict()
+
+
+@pytest.mark.ranks(0)
+def test_names_that_the_state_dict_does_not_have_are_refused(tmp_path):
+    class Renaming(nn.Linear):
+        def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination[f"{prefix}kernel"] = destination.pop(f"{prefix}weight")
+
+    ema = ShardedEMA(nn.Sequential(Renaming(2, 3)))
+    with pytest.raises(ValueError, match=r"only in state_dict\(\) \['0\.kernel'\]"):
+        ema.export(tmp_path / "export")
+    assert list(tmp_path.iterdir()) == []

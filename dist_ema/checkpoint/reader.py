@@ -24,7 +24,7 @@ from dist_ema.checkpoint.manifest import Manifest, SavedAverage, SavedBox, Saved
 from dist_ema.export.format import DTYPES
 from dist_ema.layout import Box, flat_boxes, overlap
 
-_TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        return _TORCH_DTYPES[self.tensor.dtype]
+        return TORCH_DTYPES[self.tensor.dtype]
 
 
 @dataclass(frozen=True, slots=True)

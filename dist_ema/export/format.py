@@ -53,6 +53,19 @@ class OutFile:
     nbytes: int  # header and tensors
 
 
+def gathered_dtype(held: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a tensor is gathered and written.
+
+    Floating tensors take the wanted one; by default they keep their own, half-precision ones being
+    widened to fp32, so that the state dict has one floating dtype.
+    """
+    if not held.is_floating_point:
+        return held
+    if wanted is not None:
+        return wanted
+    return torch.float32 if held.itemsize < 4 else held
+
+
 def safetensors_header(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
     """The start of a safetensors file: length, names, shapes, offsets, padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": metadata}

@@ -2,8 +2,8 @@
 
     transformers   model.safetensors, config.json with the dtype that was written, generation config
     diffusers      diffusion_pytorch_model.safetensors, config.json
-    peft           adapter_model.safetensors (adapters only, named without the adapter),
-                   adapter_config.json
+    peft           adapter_model.safetensors, adapter_config.json: of the active adapter only,
+                   without its name in those of tensors; one file, since `PeftModel` reads no index
     otherwise      model.safetensors, aliases of tied weights in the metadata as `save_model` does
 
 Checked with transformers 5.23, diffusers 0.42, peft 0.21, safetensors 0.8. transformers' names are
@@ -14,6 +14,7 @@ those of the model in memory, as `save_pretrained(save_original_format=False)` w
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
 import tempfile
@@ -34,6 +35,13 @@ texts: file name -> contents, of further files.
 dtype_at: file name -> paths of keys in it that take the dtype.
 names: fqn -> name in the file; null where each tensor has its own name."""
 
+_WEIGHTS_NAMES = {
+    "transformers": "model.safetensors",
+    "diffusers": "diffusion_pytorch_model.safetensors",
+    "peft": "adapter_model.safetensors",
+    "plain": "model.safetensors",
+}
+_CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 _WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
@@ -45,9 +53,9 @@ def card_of(module: nn.Module) -> dict[str, Any]:
         return _transformers_card(module)
     if is_instance(module, "diffusers.models.modeling_utils", "ModelMixin"):
         config = json.loads(module.to_json_string())  # type: ignore[operator]
-        config["_class_name"] = _class_name(module)
-        return _card("diffusers", "diffusion_pytorch_model.safetensors", {"config.json": config})
-    return _card("plain", "model.safetensors", {})
+        config["_class_name"] = _own_class(module).__name__
+        return _card("diffusers", {"config.json": config})
+    return _card("plain", {})
 
 
 def texts_of(card: Card, dtype: torch.dtype) -> dict[str, str]:
@@ -67,9 +75,7 @@ def texts_of(card: Card, dtype: torch.dtype) -> dict[str, str]:
 def with_config(card: Card, directory: Path) -> dict[str, Any]:
     """The card with the further files of a directory in place of its own."""
     found = {
-        name: (directory / name).read_text()
-        for name in ("config.json", "generation_config.json", "adapter_config.json")
-        if (directory / name).is_file()
+        name: (directory / name).read_text() for name in _CONFIGS if (directory / name).is_file()
     }
     if not found:
         raise ValueError(f"{directory} holds no config.json and no adapter_config.json")
@@ -83,6 +89,48 @@ def with_config(card: Card, directory: Path) -> dict[str, Any]:
         found["config.json"] = _text(config | {"dtype": None})
         dtype_at["config.json"] = [["dtype"]]
     return {**card, "texts": {**card["texts"], **found}, "dtype_at": dtype_at}
+
+
+def checked_card(told: object) -> Card:
+    """A card that was read from a file.
+
+    Raises:
+        ValueError: it is none, or tells to write a file that no library reads.
+    """
+    card: Any = told
+    try:
+        good = (
+            card["library"] in _WEIGHTS_NAMES
+            and card["weights_name"] == _WEIGHTS_NAMES[card["library"]]
+            and set(card["texts"]) <= set(_CONFIGS)
+            and set(card["dtype_at"]) <= set(card["texts"])
+            and all(isinstance(text, str) for text in card["texts"].values())
+            and (card["names"] is None or _is_text_map(card["names"]))
+        )
+        texts_of(card, torch.float32)
+    except (LookupError, TypeError, AttributeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError("the checkpoint's card of the model makes no sense")
+    return dict(card)
+
+
+def guessed_card(directory: Path | None) -> Card:
+    """A card for a checkpoint that has none, by the configuration of a model's directory."""
+    config: Any = {}
+    if directory is not None and (directory / "config.json").is_file():
+        config = json.loads((directory / "config.json").read_text())
+    if "_class_name" in config:
+        return _card("diffusers", {})
+    if "model_type" in config or "architectures" in config:
+        return _card("transformers", {})
+    return _card("plain", {})
+
+
+def _is_text_map(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(text, str) for item in value.items() for text in item
+    )
 
 
 def check_names(module: nn.Module) -> None:
@@ -121,7 +169,6 @@ def _without_wrappers(key: str) -> str:
 
 def _card(
     library: str,
-    weights_name: str,
     configs: Mapping[str, Any],
     *,
     dtype_at: Mapping[str, Any] | None = None,
@@ -129,7 +176,7 @@ def _card(
 ) -> dict[str, Any]:
     return {
         "library": library,
-        "weights_name": weights_name,
+        "weights_name": _WEIGHTS_NAMES[library],
         "texts": {name: _text(config) for name, config in configs.items()},
         "dtype_at": dict(dtype_at or {}),
         "names": names if names is None else dict(names),
@@ -142,7 +189,7 @@ def _text(config: object) -> str:
 
 def _transformers_card(module: Any) -> dict[str, Any]:
     config = copy.deepcopy(module.config)
-    config.architectures = [_class_name(module)]
+    config.architectures = [_own_class(module).__name__]
     parts = {"": config} | {key: getattr(config, key, None) for key in config.sub_configs}
     for part in parts.values():
         if part is not None:
@@ -156,7 +203,6 @@ def _transformers_card(module: Any) -> dict[str, Any]:
     names = {s.fqn: s.fqn for s in slots(module) if s.fqn not in ignored} if ignored else None
     return _card(
         "transformers",
-        "model.safetensors",
         configs,
         dtype_at={"config.json": paths},
         names=names,
@@ -185,13 +231,23 @@ def _adapter_card(module: Any) -> dict[str, Any]:
         )
     config = copy.deepcopy(module.peft_config[adapter])
     config.inference_mode = True
+    base = module.get_base_model()
     if config.base_model_name_or_path is None:
-        base = module.get_base_model()
-        config.base_model_name_or_path = getattr(base, "name_or_path", None)
+        config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+    own = _own_class(base)
+    task: dict[str, str] | None = {
+        "base_model_class": own.__name__,
+        "parent_library": own.__module__,
+    }
+    if config.task_type is not None:
+        task = None
     return _card(
         "peft",
-        "adapter_model.safetensors",
-        _saved(config.save_pretrained),
+        _saved(
+            functools.partial(
+                config.save_pretrained, auto_mapping_dict=None if config.task_type else task
+            )
+        ),
         names={fqn_of[id(tensor)]: name for name, tensor in named.items()},
     )
 
@@ -206,12 +262,12 @@ def _saved(save_pretrained: Any) -> dict[str, Any]:
         }
 
 
-def _class_name(module: nn.Module) -> str:
+def _own_class(module: nn.Module) -> type:
     """The class that the user wrote; `fully_shard` puts a subclass of it in its place."""
     fsdp2 = class_of("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule")
     for cls in type(module).__mro__:
         if fsdp2 is None or not issubclass(cls, fsdp2):
-            return cls.__name__
+            return cls
     raise AssertionError(type(module))
 
 

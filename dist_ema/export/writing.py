@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ def draft(
     weights_name = weights_name or card["weights_name"]
     check_weights_name(weights_name)
     limit = max_bytes(max_shard_size)
+    if card["library"] == "peft":  # whose loader knows one file only
+        limit = sys.maxsize
     names = {o.fqn: name_in(card, (o.fqn, *o.aliases)) for o in outputs}
     lost = [o.fqn for o in outputs if o.averaged and names[o.fqn] is None]
     if lost and card["library"] == "peft":
@@ -117,10 +120,10 @@ class Writing:
         return all((self.directory / name).is_file() for name in self._plan.files)
 
     def band(self, output: Output, start: int, values: torch.Tensor) -> None:
-        """Write elements from `start` on of a tensor: 1-D, on the CPU, in the output's dtype."""
+        """Write elements from `start` on of a tensor, row-major: 1-D, in any dtype, on the CPU."""
         fd, first = self._file(output.fqn)
         for at in range(0, values.numel(), _CHUNK):
-            part = values[at : at + _CHUNK]
+            part = values[at : at + _CHUNK].to(output.dtype)
             self._check(output, part)
             _write_at(fd, _bytes_of(part), first + (start + at) * output.dtype.itemsize)
 

@@ -1,0 +1,264 @@
+"""An export from a sharded checkpoint: one process, no model, no process group.
+
+A checkpoint holds what is averaged, and a card of the model: the layout of its library, its
+configuration, and what else belongs to it (frozen weights, buffers). The rest comes from a base, a
+directory that the library wrote.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_ema.checkpoint.blocks import check_file
+from dist_ema.checkpoint.consolidated import NAME, open_any
+from dist_ema.checkpoint.manifest import CheckpointError, Manifest, SavedAverage
+from dist_ema.checkpoint.reader import TORCH_DTYPES, Source
+from dist_ema.checkpoint.regions import RegionReader
+from dist_ema.export.format import gathered_dtype
+from dist_ema.export.layouts import Card, checked_card, guessed_card, name_in, with_config
+from dist_ema.export.writing import Output, Writing, draft, refuse_broken
+from dist_ema.files import replaced_directory
+
+_BAND_BYTES = 32 << 20  # read, put together and written at a time
+_SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+_SHOWN = 8  # names in a message
+
+
+@contextmanager
+def _silent(total: int) -> Iterator[Callable[[int], object]]:
+    yield lambda nbytes: None
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A tensor to be written, and where it is read."""
+
+    output: Output
+    source: Source
+    reader: RegionReader
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    weights_name: str | None = None,
+    config: Path | None = None,
+    base: Path | None = None,
+    progress: Callable[[int], Any] = _silent,
+) -> dict[str, Any]:
+    """Write an average as a consolidated checkpoint, as `ShardedEMA.export` does, byte for byte.
+
+    Local. Memory: a band of 32 MiB and a block, whatever the size of the model.
+
+    Args:
+        name: the average, where the checkpoint has several.
+        dtype: of floating tensors; None for the average's, half-precision tensors that are not
+            averaged being widened to fp32.
+        config: a directory whose config.json is written in place of the model's at the save.
+        base: a directory of safetensors with what is not averaged; config.json too where the
+            checkpoint does not know the model's.
+        progress: given the bytes to be read, a context manager of a function that is told how many
+            were.
+
+    Returns:
+        {"library", "files", "nbytes"} of what was written.
+
+    Raises:
+        CheckpointError: the checkpoint or the base is cut short, altered or none; something that
+            the model has is in neither. What is at `out` is as it was.
+        ValueError: an argument is out of range, or the average holds NaN or Inf. The same.
+    """
+    with ExitStack() as opened:
+        files, about = open_any(checkpoint)
+        opened.enter_context(files)
+        average = _average(about, name, files.directory)
+        for file in average.files:
+            check_file(files, about, average, file)
+        told: Mapping[str, Any] = about.state.get("model", {})
+        card = _card(told, config, base)
+        reader = RegionReader(files, about)
+        items = [
+            _Item(_output(fqn, source, dtype, averaged=True), source, reader)
+            for fqn, source in _sources(average).items()
+        ]
+        items += _rest(told, card, items, base, dtype, opened)
+        return _write(out, items, card, max_shard_size, weights_name, progress)
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """A floating dtype by its name in torch, or a short one (bf16, fp16, fp32, fp64)."""
+    if name is None:
+        return None
+    found = getattr(torch, _SHORT_NAMES.get(name, name), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype is {name!r}, wanted a floating one such as bf16 or float32")
+    return found
+
+
+def _write(
+    out: Path,
+    items: list[_Item],
+    card: Card,
+    max_shard_size: int | str,
+    weights_name: str | None,
+    progress: Callable[[int], Any],
+) -> dict[str, Any]:
+    plan = draft(
+        [item.output for item in items],
+        card,
+        max_shard_size=max_shard_size,
+        weights_name=weights_name,
+    )
+    written = [item for item in items if item.output.fqn in plan.where]
+    written.sort(key=lambda item: plan.start(item.output.fqn))
+    stale = re.compile(plan.stale)
+    with replaced_directory(out, keep=lambda entry: not stale.fullmatch(entry)) as directory:
+        with (
+            closing(Writing(directory, plan)) as writing,
+            progress(sum(item.source.tensor.nbytes for item in written)) as advance,
+        ):
+            writing.begin()
+            for item in written:
+                _copy(item, writing, advance)
+            refuse_broken(sorted(writing.broken))
+    return {
+        "library": card["library"],
+        "files": [*plan.files, *plan.texts],
+        "nbytes": sum(file.nbytes for file in plan.files.values()),
+    }
+
+
+def _copy(item: _Item, writing: Writing, advance: Callable[[int], object]) -> None:
+    numel = item.source.tensor.nbytes // item.source.dtype.itemsize
+    step = _BAND_BYTES // item.source.dtype.itemsize
+    for start in range(0, numel, step):
+        band = torch.empty(min(step, numel - start), dtype=item.source.dtype)
+        item.reader.read(item.source, start, band)
+        writing.band(item.output, start, band)
+        advance(band.nbytes)
+
+
+def _average(about: Manifest, name: str | None, where: Path) -> SavedAverage:
+    names = list(about.averages)
+    if name is None and len(names) > 1:
+        raise ValueError(f"{where} holds several averages, {names}; say which by its name")
+    if name is not None and name not in names:
+        raise ValueError(f"{where} holds no average named {name!r}, but {names}")
+    return about.averages[names[0] if name is None else name]
+
+
+def _card(told: Mapping[str, Any], config: Path | None, base: Path | None) -> Card:
+    card = checked_card(told["card"]) if "card" in told else guessed_card(config or base)
+    directory = config or (None if card["texts"] or card["library"] == "plain" else base)
+    return card if directory is None else with_config(card, directory)
+
+
+def _sources(average: SavedAverage) -> dict[str, Source]:
+    return {fqn: Source(average, fqn, tensor) for fqn, tensor in average.tensors.items()}
+
+
+def _output(fqn: str, source: Source, dtype: torch.dtype | None, *, averaged: bool) -> Output:
+    tensor = source.tensor
+    kind = gathered_dtype(source.dtype, dtype)
+    return Output(fqn, tensor.aliases, tensor.shape, kind, averaged)
+
+
+def _rest(
+    told: Mapping[str, Any],
+    card: Card,
+    items: list[_Item],
+    base: Path | None,
+    dtype: torch.dtype | None,
+    opened: ExitStack,
+) -> list[_Item]:
+    """What the model has beside the average, from the base."""
+    averaged = {name for item in items for name in (item.output.fqn, *item.output.aliases)}
+    found: dict[str, Source] = {}
+    reader: RegionReader | None = None
+    if base is not None:
+        files, about = open_any(base)
+        opened.enter_context(files)
+        if NAME not in about.averages:
+            raise CheckpointError(f"{base}: is a sharded checkpoint, wanted a model's directory")
+        average = about.averages[NAME]
+        for file in average.files:
+            check_file(files, about, average, file)
+        reader = RegionReader(files, about)
+        found = _sources(average)
+    if "others" not in told:  # whatever the base has and the average has not
+        assert reader is not None or not found
+        return [
+            _Item(_output(fqn, source, dtype, averaged=False), source, reader)
+            for fqn, source in found.items()
+            if reader is not None and averaged.isdisjoint((fqn, *source.tensor.aliases))
+        ]
+    wanted = {
+        fqn: other
+        for fqn, other in _others(told["others"]).items()
+        if name_in(card, (fqn, *other.aliases)) is not None
+    }
+    return _from_base(wanted, found, reader, base, dtype)
+
+
+def _from_base(
+    wanted: Mapping[str, Output],
+    found: Mapping[str, Source],
+    reader: RegionReader | None,
+    base: Path | None,
+    dtype: torch.dtype | None,
+) -> list[_Item]:
+    items, missing, differing = [], [], []
+    for fqn, other in wanted.items():
+        source = next((found[n] for n in (fqn, *other.aliases) if n in found), None)
+        if source is None or reader is None:
+            missing.append(fqn)
+        elif source.tensor.shape != other.shape:
+            differing.append(f"{fqn} has shape {source.tensor.shape}, wanted {other.shape}")
+        else:
+            kind = gathered_dtype(other.dtype, dtype)
+            output = Output(fqn, other.aliases, other.shape, kind, False)
+            items.append(_Item(output, source, reader))
+    if differing:
+        raise CheckpointError(f"{base}: is of another model: {_some(differing)}")
+    if missing and base is None:
+        raise CheckpointError(
+            f"the model has {len(missing)} tensors that were not averaged and are not in the "
+            f"checkpoint: {_some(missing)}; give the directory of a model that has them (--base)"
+        )
+    if missing:
+        raise CheckpointError(f"{base}: lacks {_some(missing)}, which the model has")
+    return items
+
+
+def _others(told: object) -> dict[str, Output]:
+    try:
+        assert isinstance(told, dict)
+        return {
+            str(fqn): Output(
+                str(fqn),
+                tuple(str(alias) for alias in other["aliases"]),
+                tuple(int(n) for n in other["shape"]),
+                TORCH_DTYPES[other["dtype"]],
+                False,
+            )
+            for fqn, other in told.items()
+        }
+    except (AssertionError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError("the manifest tells of the model what makes no sense") from error
+
+
+def _some(texts: Iterable[str]) -> str:
+    every = list(texts)
+    more = len(every) - _SHOWN
+    return "; ".join(every[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")

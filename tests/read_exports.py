@@ -1,0 +1,44 @@
+"""A fresh process that reads exports with their libraries.
+
+    python -m tests.read_exports DIRECTORY
+
+The directory has one for each export, MODEL-DTYPE, and beside it MODEL-DTYPE.wanted, a safetensors
+file of the state dict that the library must find. Exits with 0 if it does, for all of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.models import load
+
+
+def check(path: Path) -> None:
+    name, dtype_name = path.name.split("-")
+    dtype = getattr(torch, dtype_name)
+    wanted = load_file(path.with_suffix(".wanted"))
+    model = load(name, str(path), dtype)
+    found = model.state_dict()
+    if name == "lora":  # the base is what it was before training
+        found = {fqn: tensor for fqn, tensor in found.items() if fqn in wanted}
+    assert found.keys() == wanted.keys(), (path, found.keys() ^ wanted.keys())
+    for fqn, tensor in wanted.items():
+        assert torch.equal(found[fqn].to(tensor.dtype), tensor), (path, fqn)
+        if name != "lora" and tensor.is_floating_point():
+            assert found[fqn].dtype == dtype, (path, fqn, found[fqn].dtype)
+
+
+def main() -> None:
+    paths = sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir())
+    assert paths
+    for path in paths:
+        check(path)
+    print(f"{len(paths)} exports are good")
+
+
+if __name__ == "__main__":
+    main()

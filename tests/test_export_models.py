@@ -1,0 +1,194 @@
+"""Exports of the libraries' models, trained on each engine: a fresh process finds the average."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_ema import ShardedEMA
+from dist_ema.export import offline
+from tests.models import BUILDERS, build, loss_of
+from tests.worlds import mesh, rank
+from tests.worlds_deepspeed import library
+
+ROOT = Path(__file__).parents[1]
+ENGINES = {  # name -> number of ranks
+    "ddp": 2,
+    "fsdp2": 2,
+    "hsdp": 4,
+    "z2": 2,
+    "z3": 2,
+}
+every_engine = pytest.mark.parametrize(("engine", "num_ranks"), ENGINES.items(), ids=ENGINES)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def wrap(model: nn.Module, engine: str, *, wraps_blocks: bool = True) -> Any:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if engine == "ddp":
+        return DistributedDataParallel(model, find_unused_parameters=True)
+    if engine in ("z2", "z3"):
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": int(engine[1])},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        }
+        optimizer = torch.optim.Adam(trained, lr=0.01)
+        return library().initialize(model=model, optimizer=optimizer, config=config)[0]
+    sizes = (2, 2) if engine == "hsdp" else (dist.get_world_size(),)
+    shards = mesh(sizes, ("replica", "shard")[-len(sizes) :])
+    for block in blocks(model) if wraps_blocks else []:
+        fully_shard(block, mesh=shards)
+    return fully_shard(model, mesh=shards)
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The modules of the outermost lists."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [block for child in module.children() for block in blocks(child)]
+
+
+def averaged(name: str, engine: str) -> ShardedEMA:
+    """An average over a few steps of training."""
+    # A DiT reads the weights of its first block once more, out of turn.
+    model = wrap(build(name), engine, wraps_blocks=name != "dit")
+    zero = engine in ("z2", "z3")
+    ema = ShardedEMA(model, 0.5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = None if zero else torch.optim.Adam(trained, lr=0.01)
+    for step in range(2):
+        loss = loss_of(model, name, step, torch.bfloat16 if zero else torch.float32)
+        if optimizer is None:
+            model.backward(loss)
+            model.step()
+        else:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ema.update()
+    return ema
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@every_engine
+@pytest.mark.timeout_s(240)
+def test_a_fresh_process_finds_the_average(engine: str, tmp_path: Path):
+    for name in BUILDERS:
+        ema = averaged(name, engine)
+        assert ema.drift() > 0
+        for dtype in DTYPES:
+            path = tmp_path / f"{name}-{str(dtype).removeprefix('torch.')}"
+            ema.export(path, dtype=dtype, max_shard_size="2KB", method="direct")
+            state = ema.gather_state_dict(dtype=dtype)
+            if rank() == 0:
+                assert (len(list(path.glob("*-of-*.safetensors"))) > 1) == (name != "lora")
+                if name == "lora":
+                    state = {k: v for k, v in state.items() if "lora_" in k or "to_save" in k}
+                wanted = {fqn: tensor.clone() for fqn, tensor in state.items()}
+                save_file(wanted, path.with_suffix(".wanted"))
+    if rank() == 0:
+        told = subprocess.run(
+            [sys.executable, "-m", "tests.read_exports", tmp_path],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert told.returncode == 0, told.stderr[-4000:]
+        assert told.stdout.endswith(f"{2 * len(BUILDERS)} exports are good\n")
+
+
+PAIRS = [
+    *(("gpt2", engine) for engine in ENGINES),
+    ("bert", "hsdp"),
+    ("unet", "fsdp2"),
+    ("dit", "z2"),
+    ("lora", "z3"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "num_ranks"),
+    [pytest.param(name, engine, ENGINES[engine], id=f"{name}-{engine}") for name, engine in PAIRS],
+)
+def test_direct_rank0_and_offline_write_the_same_bytes(name: str, engine: str, tmp_path: Path):
+    ema = averaged(name, engine)
+    ema.save(tmp_path / "sharded")
+    for dtype in DTYPES:
+        options: Any = {"dtype": dtype, "max_shard_size": "2KB"}
+        for method in ("direct", "rank0"):
+            ema.export(tmp_path / method, method=method, **options)
+        if rank() != 0:
+            continue
+        wanted = contents(tmp_path / "rank0")
+        assert contents(tmp_path / "direct") == wanted
+        base = None
+        if name == "gpt2" or name == "dit":  # have buffers in some versions: take them from there
+            base = tmp_path / "rank0"
+        with warnings.catch_warnings(action="error"):
+            offline.export(tmp_path / "sharded", tmp_path / "offline", base=base, **options)
+        assert contents(tmp_path / "offline") == wanted
+
+
+@pytest.mark.ranks(2)
+def test_a_variant_lies_beside_the_raw_weights(tmp_path: Path):
+    from diffusers import UNet2DModel
+
+    for size in ("5GB", "4KB"):
+        path = tmp_path / size
+        ema = averaged("unet", "ddp")
+        raw = build("unet")
+        if rank() == 0:
+            raw.save_pretrained(path, max_shard_size=size)
+        state = ema.gather_state_dict()
+        weights_name = "diffusion_pytorch_model.ema.safetensors"
+        for _ in range(2):  # the second replaces the first
+            ema.export(path, weights_name=weights_name, max_shard_size=size)
+        if rank() == 0:
+            loaded = UNet2DModel.from_pretrained(path, variant="ema")
+            assert loaded.state_dict().keys() == state.keys()
+            assert all(torch.equal(loaded.state_dict()[k], v) for k, v in state.items())
+            loaded = UNet2DModel.from_pretrained(path)
+            assert all(torch.equal(loaded.state_dict()[k], v) for k, v in raw.state_dict().items())
+
+
+@pytest.mark.ranks(2)
+def test_weights_that_no_adapter_file_can_hold_are_refused(tmp_path: Path):
+    model = build("lora")
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    ema = ShardedEMA(wrap(model, "ddp"), 0.5)
+    with pytest.raises(ValueError, match=r"no room for .*model\.norm\.weight"):
+        ema.export(tmp_path / "export")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ranks(0)
+def test_an_adapter_has_the_names_that_peft_itself_writes(tmp_path: Path):
+    model = build("lora")
+    ema = ShardedEMA(model, 0.5)
+    ema.export(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (
+        load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    configs = [(tmp_path / who / "adapter_config.json").read_text() for who in ("ours", "theirs")]
+    assert configs[0].strip() == configs[1].strip()
