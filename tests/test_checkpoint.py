@@ -492,9 +492,9 @@ def test_tensors_that_do_not_match_are_all_named(tmp_path: Path):
 
 
 def test_a_killed_save_leaves_the_last_or_the_one_before():
-    """A few of the kills that `python -m tests.checkpoint_kill --kills 200` makes."""
+    """A few of the kills that `python -m tests.kill --kills 200` makes."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.checkpoint_kill", "--kills", os.environ.get("KILLS", "8")],
+        [sys.executable, "-m", "tests.kill", "--kills", os.environ.get("KILLS", "8")],
         cwd=ROOT,
         capture_output=True,
         text=True,

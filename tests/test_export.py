@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -385,3 +388,17 @@ def test_names_that_the_state_dict_does_not_have_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"only in state_dict\(\) \['0\.kernel'\]"):
         ema.export(tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_export_leaves_the_last_good_one():
+    """A few of the kills that `python -m tests.kill --what export --kills 200` makes."""
+    told = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.kill", "--what", "export"),
+            *("--kills", os.environ.get("KILLS", "8")),
+        ],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stderr

@@ -32,6 +32,9 @@ class Here:
                 yield
         dist.barrier()
 
+    def barrier(self) -> None:
+        dist.barrier()
+
     def all_gather(self, obj: Any) -> list[Any]:
         out: list[Any] = [None] * self.size
         dist.all_gather_object(out, obj)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from tests.benchmarks.launch import Here
+
 _CLEAR_PEAK = "5"  # what proc(5) wants in clear_refs to reset the peak of resident memory
 
 
@@ -48,10 +50,12 @@ def interleaved(
     *,
     rounds: int,
     least_s: float = 0.002,
+    together: Here | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each act in each round: one after the other, each round starting with the next.
 
-    A sample is of so many calls that it lasts `least_s`.
+    A sample is of so many calls that it lasts `least_s`. With `together`, every rank calls, and all
+    make as many calls as rank 0 chose, starting at once.
     """
     clock = Clock(device)
     repeats = {}
@@ -59,6 +63,8 @@ def interleaved(
         act()  # what is made at the first call is not timed
         taken = max(clock.time(act), 1e-9)
         repeats[name] = max(1, round(least_s / taken))
+    if together is not None:
+        repeats = together.all_gather(repeats)[0]
     names = list(acts)
     taken_by: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
@@ -67,6 +73,8 @@ def interleaved(
         for number in range(rounds):
             at = number % len(names)
             for name in names[at:] + names[:at]:
+                if together is not None:
+                    together.barrier()
                 taken_by[name].append(clock.time(acts[name], repeats[name]))
     finally:
         if collecting:
@@ -100,5 +108,3 @@ def peak_memory(device: torch.device | None = None, *, reset: bool = False) -> i
     lines = Path("/proc/self/status").read_text().splitlines()
     field = "VmRSS:" if reset else "VmHWM:"
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-

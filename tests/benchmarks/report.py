@@ -58,9 +58,7 @@ def environment(device: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
     }
     if device == "cuda":
-        found["gpus"] = [
-            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
-        ]
+        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         found["cuda"] = torch.version.cuda
     for package in PACKAGES:
         try:

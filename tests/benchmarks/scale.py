@@ -1,19 +1,20 @@
 """A 70-billion-parameter transformer on 1,024 ranks, as one of them sees it; see simulated.py.
 
 What is timed runs on one core, and is the code that runs on that rank, without the network: what is
-sent and received is counted. The model is built on the meta device, `fully_shard` cuts it on torch's
-fake process group, and only the rank's own shards get storage.
+sent and received is counted. The model is built on the meta device, `fully_shard` cuts it on
+torch's fake process group, and only the rank's own shards get storage.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import pickle
+import sys
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -35,11 +36,26 @@ from dist_ema.checkpoint.writer import ShardWriter
 from dist_ema.gather import Entry, Gatherer
 from dist_ema.layout import Place
 from dist_ema.names import slots
+from tests.benchmarks.launch import alone
 from tests.benchmarks.measure import peak_memory
+from tests.benchmarks.report import Row, Table
 from tests.benchmarks.simulated import SimulatedRanks, World
+from tests.benchmarks.sizes import Sizes
 
 T = TypeVar("T")
 STATE = {"step": 0, "num_updates": 0, "averages": {"ema": {"schedule": {}, "decay": None}}}
+CONSTRUCTION_NOTE = """\
+One rank of the mesh, one core, the network not counted: a second construction in the process.
+*Plan*: what Python holds for it, and 1 kB for each tensor; *average* is not part of it. *Sent* and
+*received*: payload of all collectives of the constructor. The second rank of a mesh is the one that
+has most to answer: all ranks ask it who holds the model's buffer."""
+RANK0_NOTE = """\
+On rank 0, one core, the network and the data not counted, of a model with fewer layers: all figures
+grow with the boxes, of which all layers have as many more. *Peak*: resident memory beyond what was
+held before. *Made*: the manifest, put together and written as JSON; *parsed*: read and checked, as
+every rank does when it loads."""
+DATA_NOTE = """\
+Bytes of averages that move, computed from what ranks own; the update itself moves none."""
 TENSOR_BYTES = 1024  # of the objects behind a view, which tracemalloc does not see: at most
 
 
@@ -116,7 +132,9 @@ def fake_group(rank: int, size: int) -> None:
 class Simulation:
     """One rank of a mesh, in a process that has no process group yet."""
 
-    def __init__(self, config: Config, num_replicas: int, num_shards: int, rank: int | None) -> None:
+    def __init__(
+        self, config: Config, num_replicas: int, num_shards: int, rank: int | None
+    ) -> None:
         """`rank` None: the one that has most to answer when replicas are looked for."""
         torch.set_num_threads(1)
         self.world = world_of(config, num_replicas, num_shards)
@@ -191,42 +209,43 @@ class Simulation:
 
     def saving(self, directory: Path) -> dict[str, Any]:
         """What a save costs rank 0 apart from its own data, and a load every rank."""
+        before = peak_memory(reset=True)
+        data, found = self._manifest(directory)
+        found["peak_bytes_rank0"] = peak_memory() - before
+        before = peak_memory(reset=True)
+        about, found["seconds_to_parse_manifest"] = clocked(
+            lambda: parsing.parse(data, "manifest.json")
+        )
+        tensors = about.averages["ema"].tensors.values()
+        return found | {
+            "manifest_bytes": len(data),
+            "boxes": sum(len(tensor.boxes) for tensor in tensors),
+            "peak_bytes_parse": peak_memory() - before,
+        }
+
+    def _manifest(self, directory: Path) -> tuple[bytes, dict[str, Any]]:
+        """The manifest as rank 0 writes it, and what it took. No data is written."""
         ranks = SimulatedRanks(self.world)
         ranks.given.append(self._save_plan)
         tensors = self._tensors()
-        planner, writer = EmaSavePlanner(), ShardWriter(
-            directory / "ema", ["ema"], tensors, STATE, asynchronous=False
-        )
-        before = peak_memory(reset=True)
-        (plan, metadata), planning = clocked(
+        planner = EmaSavePlanner()
+        writer = ShardWriter(directory / "ema", ["ema"], tensors, STATE, asynchronous=False)
+        _, planning = clocked(
             lambda: api._plan_save(planner, writer, self.ema._parts(), tensors, ranks)
         )
-        told = ranks.traffic.received
         sums = [
-            [["0" * 16] * -(-nbytes_of(item) // manifest.BLOCK_BYTES) for item in theirs.items]
-            for theirs in planner.global_plan
+            [["0" * 16] * -(-nbytes_of(item) // manifest.BLOCK_BYTES) for item in plan.items]
+            for plan in planner.global_plan
         ]
-        told_sums = sum(len(pickle.dumps(each)) for each in sums[1:])
         results = api._results(planner.global_plan, sums)
-        about, seconds_to_make = clocked(
-            lambda: writer._manifest(writer._plans[0].storage_data, results)
+        data, making = clocked(
+            lambda: manifest.dump(writer._manifest(writer._plans[0].storage_data, results))
         )
-        data, seconds_to_write = clocked(lambda: manifest.dump(about))
-        peak = peak_memory() - before
-        num_boxes = sum(len(t.boxes) for t in about.averages["ema"].tensors.values())
-        del about, results, planner, writer, plan, metadata
-        gc.collect()
-        before = peak_memory(reset=True)
-        _, seconds_to_parse = clocked(lambda: parsing.parse(data, "manifest.json"))
-        return {
+        return data, {
             "seconds_to_plan": planning - ranks.seconds,
-            "seconds_to_make_manifest": seconds_to_make + seconds_to_write,
-            "seconds_to_parse_manifest": seconds_to_parse,
-            "manifest_bytes": len(data),
-            "boxes": num_boxes,
-            "peak_bytes_rank0": peak,
-            "peak_bytes_parse": peak_memory() - before,
-            "received_bytes_rank0": told + told_sums,
+            "seconds_to_make_manifest": making,
+            "received_bytes_rank0": ranks.traffic.received
+            + sum(len(pickle.dumps(each)) for each in sums[1:]),
         }
 
     def _save_plan(self, rank: int) -> SavePlan:
@@ -236,7 +255,7 @@ class Simulation:
         ]
         planner = EmaSavePlanner()
         planner.set_up_planner(api._keyed({"ema": parts}, self._tensors()), None, False)
-        return dataclasses.replace(planner.create_local_plan(), storage_data=True)
+        return replace(planner.create_local_plan(), storage_data=True)
 
     def _tensors(self) -> list[TensorInfo]:
         return [TensorInfo(n, (), shape, torch.float32) for n, shape in self.world.parameters]
@@ -250,15 +269,75 @@ def clocked(act: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
-if __name__ == "__main__":
-    import json
-    import sys
-    import tempfile
-    r, s, k, what = sys.argv[1:5]
-    sim = Simulation(Config(layers=int(sys.argv[5])) if len(sys.argv) > 5 else Config(), int(r), int(s), None if k == "w" else int(k))
-    for w in what.split(","):
-        t=time.time()
-        if w == "saving":
-            with tempfile.TemporaryDirectory() as d: out = sim.saving(Path(d))
-        else: out = getattr(sim, w)()
-        print(w, time.time()-t, json.dumps(out), flush=True)
+def run(device: str, sizes: Sizes) -> list[Table]:
+    """Simulated on the CPU, whatever the device."""
+    built = Table("construction", "Building the average", CONSTRUCTION_NOTE)
+    told = Table("rank0", "What rank 0 is told", RANK0_NOTE)
+    moved = Table("data", "What moves", DATA_NOTE)
+    config = Config(layers=sizes.layers_built)
+    meshes = {
+        f"FSDP2 {sizes.num_shards}": (1, sizes.num_shards),
+        f"HSDP {sizes.num_replicas} x {sizes.num_shards // sizes.num_replicas}": (
+            sizes.num_replicas,
+            sizes.num_shards // sizes.num_replicas,
+        ),
+    }
+    for name, mesh in meshes.items():
+        sys.stderr.write(f"tests.benchmarks.scale: {name}\n")
+        for rank in (0, None):
+            built.rows.append({"mesh": name} | alone(construction, config, *mesh, rank))
+        few = replace(config, layers=sizes.layers)
+        told.rows.append({"mesh": name} | alone(planning, few, *mesh))
+        moved.rows.append({"mesh": name} | data(world_of(config, *mesh)))
+    return [built, told, moved]
+
+
+def construction(config: Config, num_replicas: int, num_shards: int, rank: int | None) -> Row:
+    """A row of what one rank needs to build its average. In a process of its own."""
+    simulation = Simulation(config, num_replicas, num_shards, rank)
+    found = simulation.construction()
+    return {
+        "billion parameters": simulation.world.numel / 1e9,
+        "rank": simulation.rank if rank is not None else f"{simulation.rank}, asked by all",
+        "seconds": found["seconds"],
+        "fully_shard seconds": found["seconds_of_fully_shard"],
+        "plan MB": found["plan_bytes"] / 1e6,
+        "average MB": found["average_bytes"] / 1e6,
+        "sent MB": found["sent_bytes"] / 1e6,
+        "received MB": found["received_bytes"] / 1e6,
+    }
+
+
+def planning(config: Config, num_replicas: int, num_shards: int) -> Row:
+    """A row of what rank 0 needs to route a gather and to save. In a process of its own."""
+    simulation = Simulation(config, num_replicas, num_shards, 0)
+    gathered = simulation.gathering()
+    with tempfile.TemporaryDirectory() as directory:
+        saved = simulation.saving(Path(directory))
+    return {
+        "billion parameters": simulation.world.numel / 1e9,
+        "boxes": saved["boxes"],
+        "gather: plan s": gathered["seconds"],
+        "gather: told MB": gathered["received_bytes"] / 1e6,
+        "gather: tells MB": gathered["sent_bytes"] / 1e6,
+        "gather: peak MB": gathered["peak_bytes"] / 1e6,
+        "save: plan s": saved["seconds_to_plan"],
+        "save: told MB": saved["received_bytes_rank0"] / 1e6,
+        "save: peak MB": saved["peak_bytes_rank0"] / 1e6,
+        "manifest MB": saved["manifest_bytes"] / 1e6,
+        "made s": saved["seconds_to_make_manifest"],
+        "parsed s": saved["seconds_to_parse_manifest"],
+        "parsed: peak MB": saved["peak_bytes_parse"] / 1e6,
+    }
+
+
+def data(world: World) -> Row:
+    """A row of the averaged bytes that move, by what each rank owns."""
+    owned = [sum(place.numel for place in world.owned(rank)) for rank in range(world.size)]
+    return {
+        "save: GB to disk, of a rank": 4 * max(owned) / 1e9,
+        "gather fp32: GB to rank 0": 4 * (world.numel - owned[0]) / 1e9,
+        "gather fp32: GB from a rank": 4 * max(owned[1:]) / 1e9,
+        "export bf16 through rank 0: GB to rank 0": 2 * (world.numel - owned[0]) / 1e9,
+        "export bf16 direct: GB to disk, of a rank": 2 * max(owned) / 1e9,
+    }

@@ -10,36 +10,38 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dist_ema import ShardedEMA
+from tests.benchmarks.cases import rows_of
 from tests.benchmarks.launch import Here
 from tests.benchmarks.measure import Clock, peak_memory, ratio
-from tests.benchmarks.cases import rows_of
 from tests.benchmarks.models import ENGINES, Shapes, updater, wrap
 from tests.benchmarks.report import Row, Table
 from tests.benchmarks.sizes import Sizes
 
 SWAP_NOTE = """\
-One `average_parameters()`: *in* and *out* over a copy of what the rank averages, in the same round;
-*extra*: the most memory held on any rank within the block beyond what was held before it (resident
-memory of the process on a CPU, allocated memory on CUDA). Medians over rounds, all ranks at once."""
+One `average_parameters()`: *in* and *out* over a copy of what the rank averages, in the same
+round; *extra*: the most memory held on any rank within the block beyond what was held before it
+(resident memory of the process on a CPU, allocated memory on CUDA). Medians over rounds, all ranks
+at once."""
 FILES_NOTE = """\
 Time of each, all ranks at once, over *write*: rank 0 writing as many bytes as an fp32 copy of the
 model has to one file, and syncing it, in the same round. Medians over rounds. *Extra*: as above, on
 rank 0 and on any rank. What is read is in the page cache."""
 BLOCK = 4 << 20
+FURTHER = ("fsdp2", "zero2")  # with bf16 weights too
+STORED = ("plain", "ddp", "fsdp1", "fsdp2", "zero3")
 
 
 def run(device: str, sizes: Sizes) -> list[Table]:
     swaps = Table("swap", "In and out of the average", SWAP_NOTE)
     files = Table("files", "Save, load, gather, export", FILES_NOTE)
     bf16 = replace(sizes.swapped, name=f"{sizes.swapped.name} bf16", dtype=torch.bfloat16)
-    every = [(engine, sizes.swapped) for engine in ENGINES] + [("fsdp2", bf16), ("zero2", bf16)]
-    stored = [(engine, sizes.stored) for engine in ("plain", "ddp", "fsdp1", "fsdp2", "zero3")]
+    every = [(engine, sizes.swapped) for engine in ENGINES] + [(engine, bf16) for engine in FURTHER]
+    stored = [(engine, sizes.stored) for engine in STORED]
     for table, case, cases in ((swaps, swap_case, every), (files, files_case, stored)):
         table.rows += rows_of(case, cases, device, sizes, sizes.slow_rounds)
     return [swaps, files]

@@ -22,8 +22,8 @@ NOTE = """\
 Medians over interleaved rounds of one update's time over another's in the same round, on rank 0
 while the other ranks wait. *Floor*: `torch._foreach_lerp_` of fp32 tensors as many and as long as
 what the rank averages; where the live weights are bf16, tensors of 10/12 of the length, since
-12 bytes are moved for an fp32 weight and 10 for a bf16 one. *Flat*: the same elements in one tensor.
-*Two*: two averages over one. *Overhead*: update less floor."""
+12 bytes are moved for an fp32 weight and 10 for a bf16 one. *Flat*: the same elements in one
+tensor. *Two*: two averages over one. *Overhead*: update less floor."""
 
 
 def run(device: str, sizes: Sizes) -> list[Table]:

@@ -1,17 +1,19 @@
-"""Kills saves at random moments and checks that nothing is lost.
+"""Kills saves or exports at random moments and checks that nothing is lost.
 
-    python -m tests.checkpoint_kill --kills 200
+    python -m tests.kill --kills 200
+    python -m tests.kill --kills 200 --what export
 
-Each round forks one or two ranks that save to one path over and over, in the foreground or the
-background, and kills all of them or one with SIGKILL after a random while. Then what is at the path
-must be whole, and be the last save that was finished or the one under way; the next save must leave
-nothing beside it.
+Each round forks one or two ranks that write to one path over and over (saves in the foreground or
+the background, exports by every rank or by rank 0), and kills all of them or one with SIGKILL after
+a random while. Then what is at the path must be whole, and be the last that was finished or the one
+under way; the next one must leave nothing beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import json
 import os
 import random
 import signal
@@ -19,29 +21,37 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
 
-from dist_ema import files
+from dist_ema import ShardedEMA, files
 from dist_ema.checkpoint.api import load, save
 from dist_ema.ranks import Ranks
 from tests.cuts import blank, infos, parts_of, state_of
 
 TENSORS = infos({"a": (300, 700), "b": (1000,), "c": (64, 3, 3, 3), "d": ()})
+INDEX = "model.safetensors.index.json"
 LONGEST_S = 0.25  # of a round after its first save: some ten saves
 
 
-def write(path: Path, step: int, ranks: Ranks, asynchronous: bool = False):
+def save_step(path: Path, step: int, ranks: Ranks, mode: str = "foreground") -> None:
     values = {t.fqn: torch.full(t.shape, float(step)) for t in TENSORS}
     parts = parts_of("flat", TENSORS, values, ranks)
-    return save(
+    asynchronous = mode == "background"
+    handle = save(
         path, {"ema": parts}, TENSORS, state_of(step=step), ranks, asynchronous=asynchronous
     )
+    if handle is not None:
+        handle.result()
 
 
-def read(path: Path) -> int:
+def read_save(path: Path) -> int:
     """The step of the average at a path, all of which must be of that step."""
     parts = blank("rows", TENSORS, Ranks.alone())
     step = load(path, {"ema": parts}, TENSORS, Ranks.alone())["step"]
@@ -50,8 +60,41 @@ def read(path: Path) -> int:
     return step
 
 
-def rank_main(rank: int, size: int, path: Path, step: int, mode: str, told: int) -> None:
-    """Save until killed; rank 0 tells each step that is finished."""
+def export_step(path: Path, step: int, ranks: Ranks, mode: str = "direct") -> None:
+    model = nn.ParameterDict({t.fqn: torch.full(t.shape, float(step)) for t in TENSORS})
+    ShardedEMA(model).export(path, method=mode, max_shard_size="100KB")
+
+
+def read_export(path: Path) -> int:
+    """The step of an export, all of which must be of that step."""
+    index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(path.iterdir()) == {
+        path / n for n in (*index.values(), "model.safetensors.index.json")
+    }
+    state = {n: t for file in set(index.values()) for n, t in load_file(path / file).items()}
+    assert state.keys() == index.keys() == {t.fqn for t in TENSORS}
+    step = int(state["d"])
+    for fqn, tensor in state.items():
+        assert bool((tensor == step).all()), f"{fqn}: not of step {step}"
+    return step
+
+
+class Writer(NamedTuple):
+    write: Callable[..., None]
+    read: Callable[[Path], int]
+    modes: tuple[str, str]
+
+
+WRITERS = {
+    "save": Writer(save_step, read_save, ("foreground", "background")),
+    "export": Writer(export_step, read_export, ("direct", "rank0")),
+}
+
+
+def rank_main(
+    writer: Writer, rank: int, size: int, path: Path, step: int, mode: str, told: int
+) -> None:
+    """Write until killed; rank 0 tells each step that is finished."""
     ranks = Ranks()
     if size > 1:
         dist.init_process_group(
@@ -60,14 +103,14 @@ def rank_main(rank: int, size: int, path: Path, step: int, mode: str, told: int)
         ranks = Ranks()
     while True:
         step += 1
-        handle = write(path, step, ranks, mode == "background")
-        if handle is not None:
-            handle.result()
+        writer.write(path, step, ranks, mode)
         if rank == 0:
             os.write(told, step.to_bytes(8, "little"))
 
 
-def play(path: Path, step: int, size: int, mode: str, victims: str, longest_s: float) -> int:
+def play(
+    writer: Writer, path: Path, step: int, size: int, mode: str, victims: str, longest_s: float
+) -> int:
     """One round. Returns the last step that was finished for certain."""
     reading, told = os.pipe()
     children = []
@@ -79,7 +122,7 @@ def play(path: Path, step: int, size: int, mode: str, victims: str, longest_s: f
                 devnull = os.open(os.devnull, os.O_WRONLY)
                 if victims == "one":
                     os.dup2(devnull, 2)  # the survivors complain
-                rank_main(rank, size, path, step, mode, told)
+                rank_main(writer, rank, size, path, step, mode, told)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -108,9 +151,11 @@ def play(path: Path, step: int, size: int, mode: str, victims: str, longest_s: f
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--what", choices=WRITERS, default="save")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     random.seed(options.seed)
+    writer = WRITERS[options.what]
     torch.set_num_threads(1)
     found: collections.Counter[str] = collections.Counter()
     exchange, rename = files._exchange, os.rename
@@ -121,16 +166,16 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         path, step = Path(directory) / "ema", 0
-        write(path, step, Ranks.alone())
+        writer.write(path, step, Ranks.alone())
         for kill in range(options.kills):
-            size, mode = 1 + kill % 2, ("foreground", "background")[kill // 2 % 2]
+            size, mode = 1 + kill % 2, writer.modes[kill // 2 % 2]
             victims = ("all", "one")[kill // 4 % 2] if size > 1 else "all"
             # Every eighth round on a file system that could not exchange two names.
             files._exchange = (lambda a, b: False) if kill % 8 in (6, 7) else exchange
             os.rename = slowly if kill % 8 in (6, 7) else rename
-            last = play(path, step, size, mode, victims, LONGEST_S * (1 + (size > 1)))
+            last = play(writer, path, step, size, mode, victims, LONGEST_S * (1 + (size > 1)))
             debris = sorted(p.name for p in path.parent.iterdir() if p != path)
-            step = read(path)
+            step = writer.read(path)
             assert step in (last, last + 1), f"read {step}, {last} was finished"
             found["the last finished" if step == last else "the one under way"] += 1
             found["with debris"] += bool(debris)
@@ -138,10 +183,10 @@ def main() -> None:
             files._exchange, os.rename = exchange, rename
             if kill % 3 == 0:
                 step += 1
-                write(path, step, Ranks.alone())
+                writer.write(path, step, Ranks.alone())
                 left = [p.name for p in path.parent.iterdir()]
                 assert left == [path.name], left
-                assert read(path) == step
+                assert writer.read(path) == step
     print(f"{options.kills} kills: {dict(found)}")
 
 
