@@ -1,0 +1,275 @@
+"""An average under the Hugging Face Trainer: `EMACallback(decay=0.9999).attach(trainer)`.
+
+    trainer = Trainer(model, args, train_dataset=..., eval_dataset=...)
+    ema = EMACallback(decay=0.9999, export="run/averaged").attach(trainer)
+    trainer.train()
+
+[Note: what attaching does]
+A callback is told what happens, not in which Trainer, and of an evaluation only when it is over.
+So `attach` takes the Trainer itself, and puts a function of its own around two of its methods:
+`evaluation_loop`, through which `evaluate`, each data set of a dict, and `predict` all go, and
+`train`, which alone is told from where to resume. Nothing else of the Trainer is changed.
+
+[Note: which weights are where]
+The Trainer's checkpoints hold the raw weights, which training resumes from; the average is in the
+directory `ema` of each. Metrics are those of the averaged weights, and so is whatever follows from
+them: early stopping, the best checkpoint, a scheduler that waits for a plateau. The model itself
+holds raw weights whenever no evaluation runs, after training too, unless `copy_at_end`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from dist_ema.ema import ShardedEMA
+from dist_ema.integrations.beside import is_there, load_beside
+from dist_ema.lerp import MultiAvgFn
+from dist_ema.options import Options, schedules_of
+from dist_ema.ranks import Ranks
+from dist_ema.schedule import Schedule
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+DIRECTORY = "ema"  # in each of the Trainer's checkpoints
+_REMEDY = (
+    "resume from one that has it, or build EMACallback with missing='restart' to start from the "
+    "weights of the checkpoint"
+)
+
+
+class EMACallback(TrainerCallback):
+    """Averages the weights that a Trainer trains, and evaluates, saves and resumes with them.
+
+    Works with one process, DDP, FSDP and DeepSpeed, as `ShardedEMA` does. After each optimizer
+    step that was not skipped the average is updated; each `evaluate()` and `predict()`, of the
+    Trainer's own and of the user's, sees the averaged weights; the average is saved in each
+    checkpoint, and is loaded with it by `train(resume_from_checkpoint=...)`, on any number of
+    processes. Each `train()` builds the average anew, `self.ema`, once the model is wrapped and its
+    weights are loaded; it stays after training.
+
+    With `load_best_model_at_end`, the best checkpoint is the one whose averaged weights were best;
+    at the end the average becomes the best one again, while the Trainer gives the model the raw
+    weights of the same checkpoint. `copy_at_end` makes the model the average then.
+
+    Args:
+        decay, multi_avg_fn, update_every, start_step, params, buffers, replicas, dtype: as for
+            `ShardedEMA`. Steps are optimizer steps, whatever `gradient_accumulation_steps` is.
+        evaluate: whether to evaluate and predict with averaged weights; with several averages, the
+            name of one of them.
+        export: directory for `from_pretrained`, written when training ends: the averaged weights
+            (with several averages, those of the one that is evaluated), the config, and the
+            processing class if the Trainer has one.
+        copy_at_end: make the model the average when training ends, so that `trainer.save_model()`
+            and whatever uses the model from then on have the averaged weights. Training cannot go
+            on from there as if nothing had happened.
+        missing: when a checkpoint to resume from has no average, "raise", or "restart" with a
+            warning: the average starts from the weights of the checkpoint.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range.
+
+    The callback's calls are collective where those of `ShardedEMA` are: all ranks run one Trainer
+    each, and see one file system. A checkpoint that is written past the event `on_save`, as
+    `enable_jit_checkpoint` does on SIGTERM, has no average.
+    """
+
+    def __init__(
+        self,
+        decay: float | Schedule | Mapping[str, float | Schedule] = 0.9999,
+        *,
+        evaluate: bool | str = True,
+        export: str | Path | None = None,
+        copy_at_end: bool = False,
+        missing: str = "raise",
+        multi_avg_fn: MultiAvgFn | None = None,
+        update_every: int = 1,
+        start_step: int = 0,
+        params: str | Callable[[str, nn.Parameter], bool] = "trainable",
+        buffers: str = "copy",
+        replicas: str = "split",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        schedules = schedules_of(decay)
+        options: dict[str, Any] = {
+            "multi_avg_fn": multi_avg_fn,
+            "update_every": update_every,
+            "start_step": start_step,
+            "params": params,
+            "buffers": buffers,
+            "replicas": replicas,
+            "dtype": dtype,
+        }
+        Options(schedules, **options, has_teacher=False)  # refuses here what it would refuse later
+        if missing not in ("raise", "restart"):
+            raise ValueError(f"missing is {missing!r}, wanted 'raise' or 'restart'")
+        self.ema: ShardedEMA | None = None
+        self._make: Callable[[nn.Module], ShardedEMA]
+        self._make = functools.partial(ShardedEMA, decay=decay, **options)
+        self._name = _name_of(evaluate, list(schedules), needed=export is not None or copy_at_end)
+        self._evaluates = evaluate is not False
+        self._export, self._copy_at_end, self._missing = export, copy_at_end, missing
+        self._trainer: Trainer | None = None
+        self._resume_from: Path | None = None
+        self._trial: Any = None
+        self._is_shown = False
+        self._scale = 1.0
+
+    def attach(self, trainer: Trainer) -> EMACallback:
+        """Belong to a Trainer; call it before `train()`. Local. Returns the callback itself.
+
+        It is added to the Trainer's callbacks, if it is not among them yet. See [Note: what
+        attaching does].
+
+        Raises:
+            ValueError: it is attached already, or the Trainer has another one.
+        """
+        if self._trainer is not None:
+            raise ValueError("this EMACallback is attached to a Trainer already; make another one")
+        callbacks = trainer.callback_handler.callbacks
+        if any(isinstance(other, EMACallback) and other is not self for other in callbacks):
+            raise ValueError(
+                "this Trainer has an EMACallback already; several averages are one callback's: "
+                "decay={'short': 0.999, 'long': 0.9999}"
+            )
+        if self not in callbacks:
+            trainer.add_callback(self)
+        self._trainer = trainer
+        train, evaluation_loop = trainer.train, trainer.evaluation_loop
+
+        @functools.wraps(train)
+        def train_and_tell(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(train).bind(*args, **kwargs).arguments
+            self._trial = given.get("trial")
+            source = given.get("resume_from_checkpoint")
+            if source is True:
+                source = get_last_checkpoint(trainer.args.output_dir)  # type: ignore[no-untyped-call]
+            self._resume_from = Path(source) if source else None
+            return train(*args, **kwargs)
+
+        @functools.wraps(evaluation_loop)
+        def evaluate_average(*args: Any, **kwargs: Any) -> Any:
+            with self._showing():
+                return evaluation_loop(*args, **kwargs)
+
+        trainer.train, trainer.evaluation_loop = train_and_tell, evaluate_average  # type: ignore[method-assign]
+        return self
+
+    # What the Trainer tells.
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._trainer is None:
+            raise RuntimeError(
+                "this EMACallback does not know its Trainer: call ema.attach(trainer) before "
+                "trainer.train()"
+            )
+        if self._evaluates and args.load_best_model_at_end and not self._copy_at_end:
+            warnings.warn(
+                "load_best_model_at_end: the metric is that of the averaged weights. At the end "
+                "the average is the best one again, and is what evaluate() and predict() use, but "
+                "the model holds the raw weights of that checkpoint, and save_model() writes "
+                "those; build EMACallback with copy_at_end=True to have the model be the best "
+                "average, or with export= to write it",
+                stacklevel=2,
+            )
+        self.ema = None  # lets go of an earlier one before there is room for the next
+        self.ema = self._make(self._trainer.model_wrapped)
+        self._scale = self._scale_now()
+        if self._resume_from is not None:
+            self._resume(self.ema, self._resume_from / DIRECTORY)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Under DeepSpeed, `update` itself asks the engine.
+        if not self._was_skipped(kwargs["optimizer"]):
+            self._built().update()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._trainer is not None
+        run = Path(self._trainer._get_output_dir(self._trial))
+        self._built().save(run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / DIRECTORY)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        ema, best = self._built(), state.best_model_checkpoint
+        if self._evaluates and args.load_best_model_at_end and best is not None:
+            self._resume(ema, Path(best) / DIRECTORY)
+        if self._copy_at_end:
+            ema.copy_to(name=self._name)
+        if self._export is not None:
+            ema.export(self._export, name=self._name)
+            processing = kwargs.get("processing_class")
+            with Ranks().together():
+                if processing is not None and args.should_save:
+                    processing.save_pretrained(self._export)
+
+    # Inside.
+
+    def _built(self) -> ShardedEMA:
+        assert self.ema is not None, "the Trainer trains without having begun to"
+        return self.ema
+
+    def _was_skipped(self, optimizer: Any) -> bool:
+        """Whether gradients overflowed, so that the step that has just been taken changed nothing.
+
+        With fp16, costs a host sync. The optimizer alone does not know if it is fused.
+        """
+        before, self._scale = self._scale, self._scale_now()
+        return getattr(optimizer, "step_was_skipped", False) or self._scale < before
+
+    def _scale_now(self) -> float:
+        """What losses are multiplied by for fp16: only an overflow makes it smaller."""
+        scaler = getattr(getattr(self._trainer, "accelerator", None), "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    @contextmanager
+    def _showing(self) -> Iterator[None]:
+        """Within the block the model shows the average, if there is one and it is wanted."""
+        # A metric may itself evaluate.
+        if self.ema is None or not self._evaluates or self._is_shown:
+            yield
+            return
+        with self.ema.average_parameters(self._name):
+            self._is_shown = True
+            try:
+                yield
+            finally:
+                self._is_shown = False
+
+    def _resume(self, ema: ShardedEMA, path: Path) -> None:
+        if self._missing == "restart" and not is_there(ema, path):
+            warnings.warn(
+                f"{path}: this checkpoint was saved without the average; it starts again from the "
+                "weights of now",
+                stacklevel=3,
+            )
+            return
+        load_beside(ema, path, _REMEDY)
+
+
+def _name_of(evaluate: bool | str, names: list[str], *, needed: bool) -> str | None:
+    """Which average is evaluated, exported and copied; None if that needs no name."""
+    if isinstance(evaluate, str):
+        if evaluate not in names:
+            raise ValueError(f"evaluate is {evaluate!r}, wanted one of the averages {names}")
+        return evaluate
+    if len(names) > 1 and (evaluate or needed):
+        raise ValueError(f"there are several averages, {names}; say by evaluate= which is meant")
+    return None

@@ -1,0 +1,384 @@
+"""The Hugging Face Trainer: updates, evaluation, checkpoints and export with the average."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ema.checkpoint import CheckpointError
+from tests.oracle import Oracle, worst_relative_error
+from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR
+from tests.worlds import from_rank_0, rank
+from tests.worlds_trainer import (
+    EVALUATED,
+    VOCABULARY,
+    every_kind,
+    full_weights,
+    losses,
+    losses_of_plain,
+    trainer_of,
+    with_weights,
+)
+
+
+def ema_callback(*args: Any, **options: Any) -> Any:
+    """Imported in the workers only: transformers takes seconds."""
+    from dist_ema.integrations.transformers import EMACallback
+
+    return EMACallback(*args, **options)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def recorder(kind: str, trainer: Any) -> list[dict[str, Tensor]]:
+    """The full weights before the first step and after each; to be added before the average."""
+    from transformers import TrainerCallback
+
+    weights: list[dict[str, Tensor]] = []
+
+    class Recorder(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            weights.append(full_weights(kind, trainer))
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            weights.append(full_weights(kind, trainer))
+
+    trainer.add_callback(Recorder())
+    return weights
+
+
+def averages(callback: Any) -> dict[str, Tensor]:
+    """The averaged state dict, on every rank."""
+    return from_rank_0(callback.ema.gather_state_dict())
+
+
+def reloaded(directory: Path) -> dict[str, Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory).state_dict()
+
+
+def to_zero(averaged: list[Tensor], live: list[Tensor], num_averaged: int) -> None:
+    """In place of an average: it does not depend on the weights, so a mix-up cannot hide."""
+    for average in averaged:
+        average.zero_()
+
+
+@every_kind
+def test_the_average_is_that_of_the_weights_after_each_optimizer_step(kind: str, tmp_path: Path):
+    with trainer_of(kind, tmp_path, max_steps=3, gradient_accumulation_steps=4) as trainer:
+        weights = recorder(kind, trainer)
+        callback = ema_callback(DECAY).attach(trainer)
+        trainer.train()
+        ema = callback.ema
+        assert (ema.step, ema.num_updates, trainer.state.global_step) == (3, 3, 3)
+        oracle = Oracle(weights[0], DECAY)
+        for after in weights[1:]:
+            oracle.update(after)
+        state = ema.gather_state_dict()
+        if rank() == 0:
+            assert worst_relative_error(state, oracle.average) <= MAX_RELATIVE_ERROR
+
+
+@every_kind
+def test_metrics_are_those_of_a_plain_model_that_loads_the_average(kind: str, tmp_path: Path):
+    with trainer_of(kind, tmp_path) as trainer:
+        callback = ema_callback(DECAY).attach(trainer)
+        trainer.train()
+        before = full_weights(kind, trainer)
+        found = losses(trainer.evaluate())
+        predicted = losses(trainer.predict(EVALUATED["first"]).metrics)
+        torch.testing.assert_close(full_weights(kind, trainer), before, **EXACT)
+        state = averages(callback)
+    assert found == losses_of_plain(kind, state, tmp_path)
+    assert found != losses_of_plain(kind, before, tmp_path)
+    assert list(found) == ["eval_first_loss", "eval_second_loss"]
+    assert predicted == {"test_loss": found["eval_first_loss"]}
+
+
+@every_kind
+def test_every_evaluation_sees_an_average_of_zeros_and_training_sees_none_of_it(
+    kind: str, tmp_path: Path
+):
+    with trainer_of(kind, tmp_path) as trainer:
+        trainer.train()
+        wanted = full_weights(kind, trainer)
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1}
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    with trainer_of(kind, tmp_path, **evaluates, **saves) as trainer:
+        ema_callback(multi_avg_fn=to_zero).attach(trainer)
+        trainer.train()
+    with trainer_of(kind, tmp_path, eval_on_start=True, **evaluates) as trainer:
+        callback = ema_callback(multi_avg_fn=to_zero).attach(trainer)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        # But for those of the first run: two data sets after each of two steps.
+        told = [losses(entry) for entry in trainer.state.log_history[4:]]
+        told += [losses(trainer.evaluate()), losses(trainer.evaluate(EVALUATED["first"]))]
+        told += [losses(trainer.predict(EVALUATED["second"]).metrics)]
+        torch.testing.assert_close(full_weights(kind, trainer), wanted, **EXACT)
+        state = averages(callback)
+    assert not any(tensor.any() for tensor in state.values())
+    found = [loss for losses in told for loss in losses.values()]
+    assert len(found) == 3 * 2 + 2 + 1 + 1
+    expected = losses_of_plain(kind, state, tmp_path)["eval_first_loss"]
+    assert found == [expected] * len(found)
+    assert abs(expected - math.log(VOCABULARY)) < (0.01 if kind.startswith("zero") else 1e-6)
+
+
+@every_kind
+def test_a_stopped_and_resumed_run_is_bit_identical_to_one_that_went_on(kind: str, tmp_path: Path):
+    def run(directory: str, resume: Any = None, **arguments: Any) -> tuple[Any, ...]:
+        with trainer_of(
+            kind, tmp_path / directory, seed=3 if resume else 0, **arguments
+        ) as trainer:
+            callback = ema_callback(DECAY).attach(trainer)
+            trainer.train(resume_from_checkpoint=resume)
+            told = [e for e in trainer.state.log_history if "eval_first_loss" in e]
+            return (
+                {name: averages(callback)[name] for name in full_weights(kind, trainer)},
+                full_weights(kind, trainer),
+                [losses(entry) for entry in told],
+                (callback.ema.step, callback.ema.num_updates),
+            )
+
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1}
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    wanted = run("one", **evaluates)
+    assert wanted[-1] == (4, 4)
+    run("two", **evaluates, **saves)
+    two = tmp_path / "two"
+    if rank() == 0:
+        (two / "checkpoint-2").rename(tmp_path / "elsewhere")
+        assert (two / "checkpoint-4" / "ema" / "manifest.json").exists()
+    barrier()
+    # From a directory outside of that of the run, and then from the last one inside.
+    torch.testing.assert_close(
+        run("three", str(tmp_path / "elsewhere"), **evaluates), wanted, **EXACT
+    )
+    if rank() == 0:
+        shutil.rmtree(two / "checkpoint-4")
+        (tmp_path / "elsewhere").rename(two / "checkpoint-2")
+    barrier()
+    torch.testing.assert_close(run("two", True, **evaluates), wanted, **EXACT)
+
+
+@every_kind
+def test_the_best_average_is_what_is_left_and_what_is_exported(kind: str, tmp_path: Path):
+    arguments = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_first_loss",
+    }
+    with trainer_of(kind, tmp_path / "run", **arguments) as trainer:
+        callback = ema_callback(DECAY, export=tmp_path / "best").attach(trainer)
+        with pytest.warns(UserWarning, match="model holds the raw weights of that checkpoint"):
+            trainer.train()
+        best = trainer.state.best_global_step
+        assert (best, callback.ema.step) == (1, 1)
+        found = losses(trainer.evaluate())
+        assert found["eval_first_loss"] == trainer.state.best_metric
+        assert callback.ema.drift() > 0
+        kept = sorted(path.name for path in (tmp_path / "run").iterdir())
+        assert "checkpoint-1" in kept and not {"checkpoint-2", "checkpoint-3"} & set(kept), kept
+        state = averages(callback)
+    assert found == losses_of_plain(kind, state, tmp_path)
+    exported = reloaded(tmp_path / "best")
+    torch.testing.assert_close(exported, state, **EXACT)
+
+
+@every_kind
+def test_the_model_is_the_average_at_the_end_if_asked(kind: str, tmp_path: Path):
+    with trainer_of(kind, tmp_path / "run") as trainer:
+        callback = ema_callback(DECAY, copy_at_end=True).attach(trainer)
+        weights = recorder(kind, trainer)
+        trainer.train()
+        state = averages(callback)
+        live = full_weights(kind, trainer)
+        torch.testing.assert_close(live, {name: state[name] for name in live}, **EXACT)
+        assert not torch.equal(live["lm_head.weight"], weights[-1]["lm_head.weight"])
+        trainer.save_model(str(tmp_path / "saved"))
+        barrier()
+    saved = reloaded(tmp_path / "saved")  # out here: inside, transformers would cut it for ZeRO-3
+    dtype = torch.bfloat16 if kind.startswith("zero") else torch.float32
+    wanted = {name: tensor.to(dtype).to(saved[name].dtype) for name, tensor in state.items()}
+    torch.testing.assert_close(saved, wanted, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_ranks", "optim"),
+    [
+        ("ddp", 2, "adamw_torch"),
+        ("ddp", 2, "adamw_torch_fused"),
+        ("zero2", 2, "adamw_torch"),
+        ("zero3", 2, "adamw_torch"),
+    ],
+)
+def test_a_step_that_overflows_is_no_update(kind: str, optim: str, tmp_path: Path):
+    from transformers import Trainer
+
+    class Overflows(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * math.inf if self.state.global_step == 1 else loss
+
+    with trainer_of(kind, tmp_path, trainer_class=Overflows, optim=optim) as trainer:
+        if kind == "ddp":  # as it is for fp16 on a GPU
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+        callback = ema_callback(DECAY).attach(trainer)
+        trainer.train()
+        assert trainer.state.global_step == 4
+        assert (callback.ema.step, callback.ema.num_updates) == (3, 3)
+        for tensor in averages(callback).values():
+            assert tensor.isfinite().all()
+
+
+@pytest.mark.ranks(2)
+def test_a_checkpoint_without_the_average_is_refused_or_started_from(tmp_path: Path):
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    with trainer_of("ddp", tmp_path, **saves) as trainer:
+        trainer.train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    with trainer_of("ddp", tmp_path, seed=1) as trainer:
+        ema_callback(DECAY).attach(trainer)
+        with pytest.raises(CheckpointError, match=r"without the average; .* missing='restart'"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    with trainer_of("ddp", tmp_path, seed=1) as trainer:
+        weights = recorder("ddp", trainer)
+        callback = ema_callback(DECAY, missing="restart").attach(trainer)
+        with pytest.warns(UserWarning, match="without the average; it starts again"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        assert callback.ema.step == 2
+        oracle = Oracle(weights[0], DECAY)
+        for after in weights[1:]:
+            oracle.update(after)
+        assert worst_relative_error(averages(callback), oracle.average) <= MAX_RELATIVE_ERROR
+
+
+@pytest.mark.ranks(0)
+def test_the_callback_stays_the_same_object_when_states_of_callbacks_are_restored(tmp_path: Path):
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    with trainer_of("alone", tmp_path, **saves) as trainer:
+        ema_callback(DECAY).attach(trainer)
+        trainer.train()
+    restores = {"restore_callback_states_from_checkpoint": True}
+    with trainer_of("alone", tmp_path, **restores) as trainer:
+        callback = ema_callback(DECAY).attach(trainer)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert [c for c in trainer.callback_handler.callbacks if c is callback] == [callback]
+        assert callback.ema.step == 4
+
+
+@pytest.mark.ranks(0)
+def test_a_second_training_builds_the_average_anew(tmp_path: Path):
+    with trainer_of("alone", tmp_path) as trainer:
+        callback = ema_callback(DECAY).attach(trainer)
+        trainer.train()
+        first = callback.ema
+        weights = recorder("alone", trainer)
+        trainer.train()
+        assert callback.ema is not first and callback.ema.step == 4
+        oracle = Oracle(weights[0], DECAY)
+        for after in weights[1:]:
+            oracle.update(after)
+        assert worst_relative_error(averages(callback), oracle.average) <= MAX_RELATIVE_ERROR
+
+
+@pytest.mark.ranks(0)
+def test_a_metric_may_evaluate_and_an_error_in_it_leaves_the_weights(tmp_path: Path):
+    asked: list[Any] = []
+
+    def metrics(predictions: Any) -> dict[str, float]:
+        asked.append(predictions)
+        if len(asked) == 1:
+            trainer.evaluate(EVALUATED["second"])
+        if len(asked) == 3:
+            raise RuntimeError("a metric of the user's")
+        return {}
+
+    with trainer_of("alone", tmp_path, compute_metrics=metrics) as trainer:
+        callback = ema_callback(multi_avg_fn=to_zero).attach(trainer)
+        trainer.train()
+        live = full_weights("alone", trainer)
+        with pytest.raises(RuntimeError, match="a metric of the user's"):
+            trainer.evaluate()
+        torch.testing.assert_close(full_weights("alone", trainer), live, **EXACT)
+        assert not any(tensor.any() for tensor in averages(callback).values())
+
+
+@pytest.mark.ranks(0)
+def test_an_evaluation_in_bf16_after_training_leaves_the_average_as_it_is(tmp_path: Path):
+    with trainer_of("alone", tmp_path, bf16_full_eval=True) as trainer:
+        callback = ema_callback(DECAY).attach(trainer)
+        trainer.train()
+        live, state = full_weights("alone", trainer), averages(callback)
+        found = losses(trainer.evaluate())
+        assert found == losses(trainer.evaluate())
+        # The Trainer leaves the model in bf16.
+        rounded = {name: weight.to(torch.bfloat16) for name, weight in live.items()}
+        torch.testing.assert_close(full_weights("alone", trainer), rounded, **EXACT)
+        torch.testing.assert_close(averages(callback), state, **EXACT)
+    with trainer_of("alone", tmp_path, model=with_weights(state), bf16_full_eval=True) as trainer:
+        assert found == losses(trainer.evaluate())
+
+
+@pytest.mark.ranks(0)
+def test_one_of_several_averages_is_evaluated_or_none(tmp_path: Path):
+    decays = {"short": 0.5, "long": 0.99}
+    found = {}
+    for evaluate in ("short", "long", False):
+        with trainer_of("alone", tmp_path) as trainer:
+            callback = ema_callback(decays, evaluate=evaluate).attach(trainer)
+            trainer.train()
+            name = evaluate or None
+            state = callback.ema.gather_state_dict(name) if name else trainer.model.state_dict()
+            found[evaluate] = losses(trainer.evaluate())
+        assert found[evaluate] == losses_of_plain("alone", state, tmp_path)
+    assert len({tuple(values.values()) for values in found.values()}) == 3
+
+
+@pytest.mark.ranks(0)
+def test_a_callback_that_is_not_attached_or_twice_says_so(tmp_path: Path):
+    with trainer_of("alone", tmp_path) as trainer:
+        callback = ema_callback(DECAY)
+        trainer.add_callback(callback)
+        with pytest.raises(RuntimeError, match=r"call ema.attach\(trainer\) before"):
+            trainer.train()
+        assert callback.attach(trainer) is callback
+        assert trainer.callback_handler.callbacks.count(callback) == 1
+        with pytest.raises(ValueError, match="attached to a Trainer already"):
+            callback.attach(trainer)
+        with pytest.raises(ValueError, match="has an EMACallback already; several averages are"):
+            ema_callback(0.99).attach(trainer)
+        trainer.train()
+        assert callback.ema.step == 4
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"decay": 1.5}, "decay"),
+        ({"update_every": 0}, "update_every is 0"),
+        ({"missing": "ignore"}, "missing is 'ignore'"),
+        ({"evaluate": "long"}, "evaluate is 'long'"),
+        ({"decay": {"a": 0.9, "b": 0.99}}, "say by evaluate="),
+        ({"decay": {"a": 0.9, "b": 0.99}, "evaluate": False, "export": "x"}, "say by evaluate="),
+    ],
+)
+def test_arguments_out_of_range_are_refused_at_once(wrong: dict[str, Any], match: str):
+    with pytest.raises(ValueError, match=match):
+        ema_callback(**wrong)

@@ -1,0 +1,151 @@
+"""Hugging Face Trainers of a tiny language model, on the workers of the pool."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.pool import NO_GROUP
+from tests.worlds import Ddp, Engine, Plain
+from tests.worlds_deepspeed import BF16, Zero, library
+
+ENGINES: dict[str, Engine] = {
+    "alone": Plain(),
+    "ddp": Ddp(),
+    "zero2": Zero(stage=2, **BF16),
+    "zero3": Zero(stage=3, **BF16),
+}
+every_kind = pytest.mark.parametrize(
+    ("kind", "num_ranks"), [pytest.param(k, NO_GROUP if k == "alone" else 2, id=k) for k in ENGINES]
+)
+VOCABULARY, LENGTH = 17, 6
+
+
+def tiny_llama(seed: int = 0) -> Any:
+    """About two thousand parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=8,
+            intermediate_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=LENGTH,
+        )
+    )
+
+
+def texts(seed: int, number: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCABULARY, (number, LENGTH), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+EVALUATED = {"first": texts(1, 8), "second": texts(2, 8)}
+
+
+@contextmanager
+def trainer_of(
+    kind: str,
+    directory: Path,
+    *,
+    model: nn.Module | None = None,
+    trainer_class: type | None = None,
+    eval_dataset: Any = None,
+    compute_metrics: Any = None,
+    seed: int = 0,
+    **arguments: Any,
+) -> Iterator[Any]:
+    """A Trainer, and as if accelerate had never been used once it ends.
+
+    Args:
+        arguments: of `TrainingArguments`.
+    """
+    from accelerate.state import AcceleratorState
+    from transformers import Trainer, TrainingArguments
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    with mock.patch.dict(os.environ):
+        try:
+            if kind.startswith("zero"):
+                library()
+                arguments |= {"deepspeed": _zero_config(kind), "bf16": True}
+            args = TrainingArguments(
+                str(directory),
+                use_cpu=True,
+                report_to=[],
+                disable_tqdm=True,
+                logging_strategy="no",
+                per_device_train_batch_size=2,
+                per_device_eval_batch_size=2,
+                learning_rate=1e-2,
+                **{"max_steps": 4, "save_strategy": "no", **arguments},
+            )
+            yield (trainer_class or Trainer)(
+                model=tiny_llama(seed) if model is None else model,
+                args=args,
+                train_dataset=texts(0, 64),
+                eval_dataset=EVALUATED if eval_dataset is None else eval_dataset,
+                compute_metrics=compute_metrics,
+            )
+        finally:
+            unset_hf_deepspeed_config()
+            AcceleratorState._reset_state(reset_partial_state=True)
+            gc.collect()
+
+
+def full_weights(kind: str, trainer: Any) -> dict[str, Tensor]:
+    """Copies of all parameters, whole, as the engine itself reads them. Collective."""
+    model, optimizer = trainer.model_wrapped, trainer.optimizer
+    training = SimpleNamespace(net=trainer.model, model=model, optimizer=optimizer)
+    return ENGINES[kind].full_weights(training)
+
+
+def with_weights(state: Mapping[str, Tensor]) -> Any:
+    model = tiny_llama(1)
+    model.load_state_dict(state)
+    return model
+
+
+def losses_of_plain(kind: str, state: Mapping[str, Tensor], directory: Path) -> dict[str, float]:
+    """The losses of a plain model that has this state, computing as the kind does."""
+    model = with_weights(state)
+    if kind.startswith("zero"):
+        model.to(torch.bfloat16)
+    plain = "alone" if kind == "alone" else "ddp"
+    with trainer_of(plain, directory, model=model) as trainer:
+        return losses(trainer.evaluate())
+
+
+def losses(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those of evaluations and predictions."""
+    return {n: v for n, v in metrics.items() if n.endswith("_loss") and n != "train_loss"}
+
+
+def _zero_config(kind: str) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": int(kind[-1]),
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "bf16": {"enabled": "auto", "check_grad_overflow": True},
+        "steps_per_print": 10**9,
+    }
