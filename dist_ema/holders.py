@@ -4,8 +4,8 @@
 Placements do not show every replica (a weight that tensor parallelism leaves alone is replicated
 over the TP axis, and says nothing of it), so ranks compare what they hold. Each fragment's digest
 goes to one home rank, chosen by the digest, which answers with the list of holders, as stretches of
-equal steps. A rank sends and receives 24 bytes a fragment and about as many for the answer, and 16
-a rank for the lengths: 0.1 MB for 70 billion parameters on 1,024 ranks.
+equal steps. A rank sends and receives 24 bytes a fragment and about as many for the answer, and 24
+for each rank: 0.13 MB both ways for 70 billion parameters in 723 tensors on 1,024 ranks.
 """
 
 from __future__ import annotations

@@ -1,0 +1,59 @@
+"""Runs benchmarks and writes what they found.
+
+    python -m tests.benchmarks [update] [peers] [ranks] [swap] [scale] [plots]
+
+All of them if none is named. Each writes SUITE.json and SUITE.md into a folder of
+tests/benchmarks/results named after the device; `plots` draws what is there into examples/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tests.benchmarks import peers, plots, ranks, report, scale, swap, update
+from tests.benchmarks.report import Table
+from tests.benchmarks.sizes import CHECK, REAL, Sizes
+
+SUITES: dict[str, Callable[[str, Sizes], list[Table]]] = {
+    "update": update.run,
+    "peers": peers.run,
+    "ranks": ranks.run,
+    "swap": swap.run,
+    "scale": scale.run,
+}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("suites", nargs="*", metavar="suite", help=", ".join([*SUITES, "plots"]))
+    parser.add_argument("--check", action="store_true", help="sizes that only show that they run")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="CUDA where there is any")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--plots", type=Path, default=report.ROOT / "examples")
+    options = parser.parse_args(arguments)
+    suites = options.suites or [*SUITES, "plots"]
+    unknown = sorted(set(suites) - {*SUITES, "plots"})
+    if unknown:
+        parser.error(f"no suite {', '.join(unknown)}; there are {', '.join([*SUITES, 'plots'])}")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    directory = options.out or report.directory_for(device)
+    sizes = CHECK if options.check else REAL
+    command = " ".join(["bash launch/bench.sh", *arguments])
+    for suite in suites:
+        if suite != "plots":
+            about = report.environment(device)
+            tables = SUITES[suite](device, sizes)
+            report.write(directory, suite, tables, about, command)
+    if "plots" in suites:
+        for path in plots.draw(directory, options.plots):
+            print(f"drew {path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,173 @@
+"""The benchmarks run and tell what they should; no time is compared with anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_ema.engines import select
+from dist_ema.holders import find_holders
+from dist_ema.ranks import Ranks
+from tests.benchmarks import __main__ as command
+from tests.benchmarks import peers, plots, ranks, report, scale, swap, update
+from tests.benchmarks.launch import Here
+from tests.benchmarks.report import Row, Table
+from tests.benchmarks.scale import Config
+from tests.benchmarks.sizes import CHECK
+from tests.pool import NO_GROUP
+
+TINY = Config(layers=2, width=64, hidden=96, heads=8, kv_heads=2, vocabulary=100)
+MESHES = {"fsdp2": (1, 4), "hsdp": (2, 2)}
+
+
+def finite(rows: list[Row]) -> bool:
+    return all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+
+
+def here() -> Here:
+    return Here(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("engine", ["fsdp1", "fsdp2", "zero2"])
+def test_an_update_is_measured(engine: str):
+    rows = [r for shapes in CHECK.update[:2] for r in update.case(here(), engine, shapes, 1)]
+    if dist.get_rank() == 0:
+        told = [(row["engine"], row["weights"], row["ranks"]) for row in rows]
+        assert told == [(engine, shapes.name, 2) for shapes in CHECK.update[:2]], told
+        assert all(row["update/floor"] > 0 and row["two"] > 0 for row in rows), rows
+        assert finite(rows), rows
+
+
+@pytest.mark.ranks(2)
+def test_others_are_measured_or_fail_with_their_own_words():
+    rows = peers.engine_case(here(), "fsdp2", CHECK.peers[1], 1)
+    by_way = {row["way"]: row for row in rows}
+    assert "deepcopy" in by_way["torch AveragedModel"]["fails with"], by_way
+    assert "exit()" in by_way["ema-pytorch"]["fails with"], by_way
+    averaged = {way: row["averaged"] for way, row in by_way.items() if not row["fails with"]}
+    assert averaged.pop("full gather at each update") == 2, averaged
+    assert set(averaged.values()) == {1} and len(averaged) == 5, averaged
+    assert finite(rows), rows
+
+
+@pytest.mark.ranks(2)
+def test_others_are_measured_in_one_process():
+    rows = peers.plain_case(here(), "plain", CHECK.peers[0], 1)
+    assert [row["way"] for row in rows] == ["dist_ema", *peers.LIBRARIES], rows
+    assert finite(rows), rows
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp1", "zero3"])
+def test_more_ranks_hold_fewer_bytes(engine: str):
+    found = ranks.case(here(), engine, CHECK.whole, 1)
+    assert found["bytes"] == 1 / dist.get_world_size(), found
+    assert finite([found]), found
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2"])
+def test_swaps_are_measured(engine: str):
+    rows = swap.swap_case(here(), engine, CHECK.swapped, 1)
+    assert [row["engine"] for row in rows] == [engine], rows
+    assert finite(rows), rows
+
+
+@pytest.mark.ranks(2)
+def test_files_are_measured():
+    rows = swap.files_case(here(), "fsdp2", CHECK.stored, 1)
+    told = [row["what"] for row in rows]
+    assert told[:4] == ["write", "save", "load", "gather_state_dict"], told
+    assert any(name.startswith("export") for name in told[4:]), told
+    assert finite(rows), rows
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_simulated_world_is_what_real_ranks_hold(mesh: str):
+    world = scale.world_of(TINY, *MESHES[mesh])
+    weights = select(scale.sharded(TINY, *MESHES[mesh])).weights()
+    places = [f.place for w in weights for f in w.fragments]
+    told = [place for place, _ in world.places(dist.get_rank())]
+    assert places == told, (places, told)
+    averaged = [not w.is_buffer for w in weights for _ in w.fragments]
+    holders = find_holders(places, averaged, Ranks())
+    every = [{place for place, _ in world.places(rank)} for rank in range(4)]
+    wanted = [tuple(r for r in range(4) if place in every[r]) for place in places]
+    assert holders == wanted, (holders, wanted)
+
+
+def simulated(body: Callable[..., Row], *arguments: Any) -> Row:
+    """A row of the simulation, and no process group again."""
+    try:
+        return body(*arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.ranks(NO_GROUP)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_rank_is_simulated(mesh: str):
+    num_replicas, num_shards = MESHES[mesh]
+    found = simulated(scale.construction, TINY, num_replicas, num_shards, None)
+    weights = found["billion parameters"] * 4e3 / (num_replicas * num_shards)
+    assert weights <= found["average MB"] < 1.1 * weights + 0.01, found
+    assert 0 < found["plan MB"] < 1, found
+    assert 0 < found["sent MB"] + found["received MB"] < 0.02, found
+
+
+@pytest.mark.ranks(NO_GROUP)
+def test_what_rank_0_is_told_is_simulated():
+    found = simulated(scale.planning, TINY, 2, 4)
+    world = scale.world_of(TINY, 2, 4)
+    assert found["boxes"] == sum(len(world.owned(rank)) for rank in range(8)), found
+    assert found["manifest MB"] > 0 and found["gather: told MB"] > 0, found
+
+
+@pytest.mark.ranks(NO_GROUP)
+def test_what_is_exchanged_grows_with_the_model_and_hardly_with_the_ranks():
+    def exchanged(config: Config, num_shards: int) -> float:
+        found = simulated(scale.construction, config, 1, num_shards, 0)
+        return 1e6 * (found["sent MB"] + found["received MB"])
+
+    small = exchanged(TINY, 4)
+    assert exchanged(TINY, 32) - small <= 28 * 80  # lengths and heads of the rows: bytes a rank
+    assert exchanged(dataclasses.replace(TINY, layers=4), 4) < 2.5 * small
+
+
+def test_a_suite_runs_in_processes_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(update, "ENGINES", ("plain",))
+    command.main(["update", "--check", "--device", "cpu", "--out", str(tmp_path)])
+    (rows,) = report.read(tmp_path, "update").values()
+    assert [row["weights"] for row in rows] == [shapes.name for shapes in CHECK.update]
+
+
+def test_results_are_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [{"weights": "a", "way": w, "over floor": 2.0, "none": ""} for w in ("dist_ema", "x|y")]
+    of_ranks = [{"engine": "ddp", "ranks": n, "bytes": 1 / n, "time": 1 / n} for n in (1, 2)]
+    for suite, name, told in (("peers", "plain", rows), ("ranks", "ranks", of_ranks)):
+        table = Table(name, name, "A note.", told)
+        report.write(tmp_path, suite, [table], report.environment("cpu"), "a command")
+    read = json.loads((tmp_path / "peers.json").read_text())
+    assert read["tables"][0]["rows"] == rows
+    assert read["environment"]["torch"] == torch.__version__
+    assert read["environment"]["cores"] > 0 and len(read["environment"]["load"]) == 3
+    assert "| a | x\\|y | 2 |" in (tmp_path / "peers.md").read_text()
+    pytest.importorskip("matplotlib")
+    drawn = plots.draw(tmp_path, tmp_path / "plots")
+    assert [path.stat().st_size > 1000 for path in drawn] == [True, True]
+
+
+def test_an_unknown_suite_is_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        command.main(["updates"])
+    assert "there are update, peers, ranks, swap, scale, plots" in capsys.readouterr().err
