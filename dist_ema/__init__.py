@@ -2,6 +2,7 @@
 
 from dist_ema.batchnorm import update_bn
 from dist_ema.ema import ShardedEMA
+from dist_ema.posthoc import synthesize
 from dist_ema.schedule import Constant, Cosine, EqualWeight, HalfLife, PowerFunction, Warmup
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "PowerFunction",
     "ShardedEMA",
     "Warmup",
+    "synthesize",
     "update_bn",
 ]

@@ -40,6 +40,7 @@ A profile that is stored is taken as it is, so that a stored width comes back in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -74,7 +75,8 @@ def weights(profile: Profile, counts: Array) -> Array:
     exponent, n = profile.gamma + 1, profile.count
     with np.errstate(divide="ignore"):  # the first update: log 0, which is right
         lost = -np.expm1(exponent * np.log1p(-1 / counts))
-    found: Array = np.where(counts <= n, np.exp(exponent * np.log(counts / n)) * lost, 0.0)
+    risen = np.exp(exponent * np.log(np.minimum(counts / n, 1.0)))
+    found: Array = np.where(counts <= n, risen * lost, 0.0)
     return found
 
 
@@ -85,38 +87,27 @@ def fit(stored: Sequence[Profile], wanted: Sequence[Profile], noise: float) -> l
 
     Args:
         wanted: profiles whose count is not above the largest that is stored.
-        noise: relative error of the stored numbers: the epsilon of their dtype.
+        noise: relative error of the stored numbers, above 0: the epsilon of their dtype.
     """
     rows = np.concatenate(list(_rows([*stored, *wanted])))
     columns, targets = rows[:, : len(stored)], rows[:, len(stored) :]
+    # What is left to choose when the numbers add up to 1, in an orthonormal basis. Even numbers are
+    # orthogonal to it, so that the noise of x is theirs and that of the choice, apart.
+    even = np.full(len(stored), 1 / len(stored))
+    basis = np.asarray(np.linalg.qr(even[:, None], mode="complete")[0])[:, 1:]
+    left, scale, right = np.linalg.svd(columns @ basis, full_matrices=False)
     fits = []
     for profile, target in zip(wanted, targets.T, strict=True):
         if profile in stored:
             taken = stored.index(profile)
             fits.append(Fit(tuple(float(i == taken) for i in range(len(stored))), 0.0))
             continue
-        x = _nearest(columns, target, noise)
-        left = np.linalg.norm(columns @ x - target) / np.linalg.norm(target)
-        fits.append(Fit(tuple(map(float, x)), float(left)))
+        size = np.linalg.norm(target)
+        part = scale / (scale**2 + (noise * size) ** 2) * (left.T @ (target - columns @ even))
+        x = even + basis @ (right.T @ part)
+        residual = float(np.linalg.norm(columns @ x - target) / size)
+        fits.append(Fit(tuple(map(float, x)), residual))
     return fits
-
-
-def _nearest(columns: Array, target: Array, noise: float) -> Array:
-    """Least squares over x that add up to 1, each x costing its noise."""
-    num = columns.shape[1]
-    even = np.full(num, 1 / num)
-    if num == 1:
-        return even
-    # An orthonormal basis of what does not change the sum.
-    whole: Array = np.linalg.qr(np.ones((num, 1)), mode="complete")[0]
-    basis = whole[:, 1:]
-    size = np.linalg.norm(target)
-    matrix = np.concatenate([columns / size, noise * np.eye(num)])
-    aim = np.concatenate([target / size, np.zeros(num)])
-    found: Array = (
-        even + basis @ np.linalg.lstsq(matrix @ basis, aim - matrix @ even, rcond=None)[0]
-    )
-    return found
 
 
 def _rows(profiles: Sequence[Profile]) -> Iterator[Array]:
@@ -126,7 +117,7 @@ def _rows(profiles: Sequence[Profile]) -> Iterator[Array]:
     for stop in sorted({profile.count for profile in profiles}):
         counts, shares = _nodes(start, stop, gammas[-1] + 1)
         every = [weights(Profile(gamma, stop), counts) * np.sqrt(shares) for gamma in gammas]
-        reduced: Array = np.linalg.qr(np.stack(every, axis=1), mode="r")
+        reduced: Array = np.asarray(np.linalg.qr(np.stack(every, axis=1), mode="r"))
         block = np.zeros((len(reduced), len(profiles)))
         for i, profile in enumerate(profiles):
             if profile.count >= stop:
@@ -144,7 +135,7 @@ def _nodes(start: int, stop: int, exponent: float) -> tuple[Array, Array]:
         counts.append(np.arange(start + 1, middle + 1, dtype=np.float64))
         shares.append(np.ones(middle - start))
         start = middle
-    nodes, parts = np.polynomial.legendre.leggauss(_NODES)
+    nodes, parts = _gauss()
     while start < stop:  # in steps within which no profile changes by more than exp(16) or so
         step = max(_NODES, int(start * min(1.0, 16 / min(exponent, _SHARPEST))))
         end = min(stop, start + step)
@@ -156,3 +147,8 @@ def _nodes(start: int, stop: int, exponent: float) -> tuple[Array, Array]:
             shares.append(parts * (end - start) / 2)
         start = end
     return np.concatenate(counts), np.concatenate(shares)
+
+
+@functools.cache
+def _gauss() -> tuple[Array, Array]:
+    return np.polynomial.legendre.leggauss(_NODES)
