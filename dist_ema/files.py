@@ -132,7 +132,7 @@ def _siblings(path: Path, kinds: str) -> list[Path]:
     pattern = re.compile(re.escape(f".{path.name}.") + rf"({kinds})-[0-9a-f]{{8}}")
     try:
         entries = list(path.parent.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return [entry for entry in entries if pattern.fullmatch(entry.name)]
 

@@ -1,0 +1,355 @@
+"""The Lightning callback under every strategy that runs without a GPU."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor
+
+from dist_ema.checkpoint.manifest import CheckpointError
+from dist_ema.integrations.lightning import EMACallback
+from tests.net import FROZEN, loss_of
+from tests.oracle import worst_relative_error
+from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR
+from tests.worlds import from_rank_0, rank
+from tests.worlds_lightning import Module, Record, Under, under
+
+TP_TOLERANCE = {"rtol": 0, "atol": 1e-4}  # it sums in another order
+
+
+class Interruption(Exception):
+    pass
+
+
+def zero(averaged: list[Tensor], live: list[Tensor], num_averaged: Any) -> None:
+    """In the place of a rule: an average with which a loss does not depend on the weights."""
+    for tensor in averaged:
+        tensor.zero_()
+
+
+def fit(
+    under: Under, path: Path, ema: EMACallback, *callbacks: Callback, **options: Any
+) -> tuple[Trainer, Module, Record]:
+    record, module = Record(), under.module()
+    trainer = under.trainer(path, ema, record, *callbacks, **options)
+    trainer.fit(module, under.batches(), under.validation())
+    return trainer, module, record
+
+
+def assert_same_average(found: EMACallback, wanted: EMACallback) -> None:
+    assert found.ema is not None and wanted.ema is not None
+    state, other = found.ema.gather_state_dict(), wanted.ema.gather_state_dict()
+    for states in (state, other):
+        # Not averaged but read live, and on each rank another: a sharded checkpoint has anyone's.
+        states.pop("net.running", None)
+    torch.testing.assert_close(state, other, **EXACT)
+    assert (found.ema.step, found.ema.num_updates) == (wanted.ema.step, wanted.ema.num_updates)
+
+
+@under()
+def test_the_average_is_that_of_the_weights_after_every_step(under: Under, tmp_path: Path):
+    ema = EMACallback(DECAY)
+    _, _, record = fit(under, tmp_path, ema)
+    found = from_rank_0(ema.ema.gather_state_dict())
+    assert worst_relative_error(found, record.oracle(DECAY).average) < MAX_RELATIVE_ERROR
+    assert ema.ema.step == len(record.weights) - 1 >= 8
+
+
+@under("ddp", "fsdp2")
+def test_an_accumulation_of_4_counts_a_quarter(under: Under, tmp_path: Path):
+    ema = EMACallback(DECAY)
+    _, _, record = fit(under, tmp_path, ema, accumulate_grad_batches=4)
+    found = from_rank_0(ema.ema.gather_state_dict())
+    assert ema.ema.step == 2 == len(record.weights) - 1
+    assert worst_relative_error(found, record.oracle(DECAY).average) < MAX_RELATIVE_ERROR
+
+
+@under()
+def test_evaluations_are_those_of_a_plain_model_with_the_average(under: Under, tmp_path: Path):
+    ema = EMACallback(DECAY)
+    trainer, module, record = fit(under, tmp_path, ema)
+    state = from_rank_0(ema.ema.gather_state_dict())
+    wanted = under.plain_loss(state)
+    loader = under.validation()
+    losses = [trainer.callback_metrics["loss"]]  # of the validation in fit
+    losses.append(trainer.validate(module, loader, verbose=False)[0]["loss"])
+    losses.append(trainer.test(module, loader, verbose=False)[0]["loss"])
+    for loss in losses:
+        torch.testing.assert_close(torch.as_tensor(loss), wanted, rtol=1e-6, atol=0)
+    logits = trainer.predict(module, under.batches(1))[0]
+    with torch.no_grad():
+        plain = under.plain(state)(next(iter(under.batches(1))))
+    tolerance = TP_TOLERANCE if under.name == "fsdp2_tp" else EXACT
+    torch.testing.assert_close(logits, plain, **tolerance)
+    torch.testing.assert_close(module.full_weights(), record.weights[-1], **EXACT)
+    live = under.plain_loss({**state, **record.weights[-1]})
+    assert (live - wanted).abs() > 1e-3 * wanted  # or nothing above would tell the two apart
+
+
+@under("alone", "ddp", "fsdp2", "fsdp2_tp")
+def test_an_average_of_zeros_has_the_loss_of_a_zero_model(under: Under, tmp_path: Path):
+    ema = EMACallback(multi_avg_fn=zero)
+    trainer, module, record = fit(under, tmp_path, ema)
+    frozen = {f"net.{name}" for name in FROZEN}
+    state = under.module().state_dict()
+    zeros = {k: v if k in frozen else torch.zeros_like(v) for k, v in state.items()}
+    wanted = under.plain_loss(zeros)
+    assert trainer.callback_metrics["loss"] == wanted
+    loader = under.validation()
+    assert trainer.test(module, loader, verbose=False)[0]["loss"] == wanted
+    torch.testing.assert_close(module.full_weights(), record.weights[-1], **EXACT)
+
+
+@under()
+def test_stopping_and_resuming_is_as_if_nothing_had_happened(under: Under, tmp_path: Path):
+    whole = EMACallback(DECAY, update_every=3, start_step=2)
+    _, uninterrupted, _ = fit(under, tmp_path / "a", whole, max_epochs=3)
+
+    first = EMACallback(DECAY, update_every=3, start_step=2)
+    keep = ModelCheckpoint(tmp_path / "b", "{epoch}", save_top_k=1, save_last="link")
+    fit(under, tmp_path / "b", first, keep, max_epochs=2, enable_checkpointing=True)
+    there = sorted(p.name for p in (tmp_path / "b").iterdir())
+    assert there == ["epoch=1.ckpt", "last.ckpt"]  # what went before has been removed, whole
+    dist.barrier() if dist.is_initialized() else None
+    if rank() == 0:
+        (tmp_path / "b").rename(tmp_path / "moved")
+    dist.barrier() if dist.is_initialized() else None
+
+    second = EMACallback(DECAY, update_every=3, start_step=2)
+    module = under.module(seed=1)
+    trainer = under.trainer(tmp_path / "c", second, max_epochs=3)
+    path = tmp_path / "moved" / "last.ckpt"
+    trainer.fit(module, under.batches(), under.validation(), ckpt_path=path)
+    torch.testing.assert_close(module.full_weights(), uninterrupted.full_weights(), **EXACT)
+    assert_same_average(second, whole)
+
+
+@under("fsdp2", "fsdp2_tp")
+def test_an_average_in_a_file_is_loaded_under_another_strategy(under: Under, tmp_path: Path):
+    """A DDP run's file, read where the weights are sharded, without training."""
+    before = EMACallback(DECAY)
+    ddp = Under(name="ddp", num_ranks=under.num_ranks, strategy="ddp", net=under.net)
+    trainer, _, _ = fit(ddp, tmp_path, before)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    held = torch.load(tmp_path / "x.ckpt")["dist_ema"]["averages"]["ema"]
+    wanted = from_rank_0(before.ema.gather_state_dict())
+    torch.testing.assert_close(held, {name: wanted[name] for name in held}, **EXACT)
+
+    after = EMACallback(DECAY)
+    loader = under.validation()
+    trainer = under.trainer(tmp_path, after)
+    tested = trainer.test(under.module(seed=1), loader, tmp_path / "x.ckpt", verbose=False)
+    assert_same_average(after, before)
+    wanted = under.plain_loss(wanted)
+    torch.testing.assert_close(torch.as_tensor(tested[0]["loss"]), wanted, rtol=1e-5, atol=0)
+
+
+@under("alone", "ddp", "fsdp2")
+def test_an_exception_in_an_evaluation_leaves_the_live_weights(under: Under, tmp_path: Path):
+    class Fails(Callback):
+        def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            if not trainer.sanity_checking:
+                raise Interruption
+
+    ema, record, module = EMACallback(DECAY), Record(), under.module()
+    trainer = under.trainer(tmp_path, ema, record, Fails())
+    with pytest.raises(Interruption):
+        trainer.fit(module, under.batches(), under.validation())
+    torch.testing.assert_close(module.full_weights(), record.weights[-1], **EXACT)
+    found = from_rank_0(ema.ema.gather_state_dict())
+    assert worst_relative_error(found, record.oracle(DECAY).average) < MAX_RELATIVE_ERROR
+
+
+@under("ddp", "fsdp2")
+def test_a_checkpoint_in_an_evaluation_holds_live_weights(under: Under, tmp_path: Path):
+    class Saves(Callback):
+        def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            if not trainer.sanity_checking:
+                self.shown = pl_module.full_weights()
+                trainer.save_checkpoint(tmp_path / "x.ckpt")
+                torch.testing.assert_close(pl_module.full_weights(), self.shown, **EXACT)
+
+    ema, saves = EMACallback(DECAY), Saves()
+    _, module, _ = fit(under, tmp_path, ema, saves)
+    assert not torch.equal(saves.shown["net.tiny"], module.full_weights()["net.tiny"])
+    other, loaded = EMACallback(DECAY), under.module(seed=1)
+    under.trainer(tmp_path, other).validate(loaded, under.validation(), tmp_path / "x.ckpt")
+    torch.testing.assert_close(loaded.full_weights(), module.full_weights(), **EXACT)
+    assert_same_average(other, ema)
+
+
+@under("alone", "fsdp2")
+def test_a_checkpoint_without_an_average_is_refused_or_starts_one(under: Under, tmp_path: Path):
+    path = tmp_path / "x.ckpt"
+    trainer = under.trainer(tmp_path)
+    trainer.fit(under.module(), under.batches())
+    trainer.save_checkpoint(path)
+    again = {"train_dataloaders": under.batches(), "ckpt_path": path}
+    with pytest.raises(CheckpointError, match="holds no average"):
+        under.trainer(tmp_path, EMACallback(DECAY), max_epochs=2).fit(under.module(), **again)
+    ema, record = EMACallback(DECAY, missing="restart"), Record()
+    with pytest.warns(UserWarning, match="starts from the weights of the checkpoint"):
+        under.trainer(tmp_path, ema, record, max_epochs=2).fit(under.module(), **again)
+    found = from_rank_0(ema.ema.gather_state_dict())
+    assert worst_relative_error(found, record.oracle(DECAY).average) < MAX_RELATIVE_ERROR
+    assert ema.ema.step == 8
+
+
+@under("fsdp2")
+def test_a_folder_whose_average_is_of_another_step_is_refused(under: Under, tmp_path: Path):
+    ema = EMACallback(DECAY)
+    trainer, _, _ = fit(under, tmp_path, ema)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    ema.ema.update()
+    ema.ema.save(tmp_path / "x.ckpt" / "dist_ema")
+    with pytest.raises(CheckpointError, match="average is of step 9, its weights are of step 8"):
+        trainer = under.trainer(tmp_path, EMACallback(DECAY), max_epochs=2)
+        trainer.fit(under.module(), under.batches(), ckpt_path=tmp_path / "x.ckpt")
+
+
+@under("alone", "ddp")
+def test_a_second_fit_goes_on_with_the_average(under: Under, tmp_path: Path):
+    ema = EMACallback(DECAY)
+    trainer, module, record = fit(under, tmp_path, ema)
+    trainer.test(module, under.validation(), verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, under.batches())
+    torch.testing.assert_close(record.weights.pop(9), record.weights[8], **EXACT)  # of its start
+    found = from_rank_0(ema.ema.gather_state_dict())
+    assert worst_relative_error(found, record.oracle(DECAY).average) < MAX_RELATIVE_ERROR
+    assert ema.ema.step == 16 == len(record.weights) - 1
+
+
+@under("alone")
+def test_what_was_built_for_an_evaluation_can_be_trained_on(under: Under, tmp_path: Path):
+    """Lightning evaluates in inference mode, whose tensors cannot be written to later."""
+    trainer, module, _ = fit(under, tmp_path, EMACallback(DECAY))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    ema = EMACallback(DECAY)
+    trainer = under.trainer(tmp_path, ema)
+    trainer.test(module, under.batches(2), tmp_path / "x.ckpt", verbose=False)
+    trainer.fit(module, under.batches())
+    assert ema.ema.step == 16
+
+
+class TwoOptimizers(Module):
+    """The second steps in every batch, the first in every other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        self.manual_backward(loss_of(self.net(batch)))
+        if batch_idx % 2:
+            first.step()
+        second.step()
+        first.zero_grad()
+        second.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        emb, rest = [self.net.emb.weight], [*self.net.blocks.parameters()]
+        return [torch.optim.SGD(weights, lr=1e-2) for weights in (emb, rest)]
+
+
+@under("alone")
+def test_with_several_optimizers_a_batch_counts_once_or_by_one_of_them(
+    under: Under, tmp_path: Path
+):
+    for optimizer, steps in ((None, 8), (0, 4), (1, 8)):
+        ema = EMACallback(DECAY, optimizer=optimizer)
+        under.trainer(tmp_path, ema).fit(TwoOptimizers(), under.batches())
+        assert ema.ema.step == steps
+
+
+@under("alone")
+def test_steps_that_lightning_does_not_see_are_warned_of(under: Under, tmp_path: Path):
+    class Bare(TwoOptimizers):
+        def optimizers(self) -> Any:
+            return super().optimizers(use_pl_optimizer=False)
+
+    with pytest.warns(UserWarning, match="saw no optimizer step"):
+        under.trainer(tmp_path, EMACallback(DECAY)).fit(Bare(), under.batches())
+
+
+@under("alone")
+def test_a_step_that_a_gradient_scaler_skips_does_not_count(under: Under, tmp_path: Path):
+    class Overflows(Module):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss * torch.inf if batch_idx in (2, 5) else loss
+
+    ema, record = EMACallback(DECAY), Record()
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
+    trainer = under.trainer(tmp_path, ema, record, plugins=[precision])
+    trainer.fit(Overflows(), under.batches())
+    assert trainer.global_step == 8 and ema.ema.step == 6
+    applied = [record.weights[i] for i in (0, 1, 2, 4, 5, 7, 8)]
+    torch.testing.assert_close(record.weights[3], record.weights[2], **EXACT)
+    record.weights = applied
+    found = ema.ema.gather_state_dict()
+    assert worst_relative_error(found, record.oracle(DECAY).average) < MAX_RELATIVE_ERROR
+
+
+@under("alone")
+def test_a_trainer_of_the_other_package_takes_the_callback(under: Under, tmp_path: Path):
+    import pytorch_lightning
+
+    class Other(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = under.module().net
+
+        training_step = Module.training_step
+        validation_step = Module.validation_step
+        configure_optimizers = Module.configure_optimizers
+
+    ema = EMACallback(DECAY)
+    trainer = pytorch_lightning.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, callbacks=[ema], logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(Other(), under.batches(), under.validation())
+    wanted = under.plain_loss(ema.ema.gather_state_dict())
+    torch.testing.assert_close(trainer.callback_metrics["loss"], wanted, rtol=1e-6, atol=0)
+
+
+@under("alone")
+def test_without_an_average_an_evaluation_says_so(under: Under, tmp_path: Path):
+    module, loader = under.module(), under.validation()
+    with pytest.warns(UserWarning, match="no average of this model"):
+        result = under.trainer(tmp_path, EMACallback()).validate(module, loader, verbose=False)
+    torch.testing.assert_close(
+        torch.tensor(result[0]["loss"]), under.plain_loss(module.state_dict()), **EXACT
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"decay": 1.5}, "decay"),
+        ({"update_every": 0}, "update_every is 0"),
+        ({"missing": "ignore"}, "missing is 'ignore', wanted 'raise' or 'restart'"),
+        ({"decay": {"a": 0.9, "b": 0.99}}, "several averages, .*'a', 'b'"),
+        ({"decay": {"a": 0.9, "b": 0.99}, "evaluate": "c"}, "evaluate is 'c'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_training(options: dict[str, Any], problem: str):
+    with pytest.raises(ValueError, match=problem):
+        EMACallback(**options)
+
+
+def test_several_averages_are_kept_and_one_is_named():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EMACallback({"a": 0.9, "b": 0.99}, evaluate="b")
+        EMACallback({"a": 0.9, "b": 0.99}, evaluate=False)
