@@ -1,0 +1,110 @@
+"""The short examples run as they stand, and what they print is what they promise."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_examples import BIN, ROOT, TORCHRUN, run
+
+LAUNCH = sorted((ROOT / "launch").glob("*.sh")) + sorted((ROOT / "launch").glob("*.sbatch"))
+
+
+def torchrun(num_ranks: int, *arguments: object) -> str:
+    return run([*TORCHRUN[:-1], str(num_ranks), *map(str, arguments)])
+
+
+def assert_averaged_is_better(printed: str) -> None:
+    found = re.search(r"raw (\d\.\d+), averaged (\d\.\d+)", printed)
+    assert found, printed
+    assert float(found[2]) < float(found[1]), printed
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_an_example_is_short(script: Path):
+    if script.stem != "digits_diffusion":
+        assert len(script.read_text().splitlines()) <= 80
+
+
+def test_fsdp2(tmp_path: Path):
+    assert_averaged_is_better(torchrun(2, "examples/fsdp2.py", tmp_path))
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    inspected = run([str(BIN / "dist-ema"), "verify", str(tmp_path / "ema")])
+    assert "ema" in inspected
+
+
+def test_fsdp2_with_tensor_parallelism(tmp_path: Path):
+    printed = torchrun(4, "examples/fsdp2_tp.py", tmp_path / "ema")
+    assert_averaged_is_better(printed)
+    weights, held = re.search(r"(\d+) weights; .* hold (\d+) bytes", printed).groups()
+    assert 4 * int(weights) <= int(held) <= 4 * int(weights) + 64  # once, and some padding
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed(stage: int, tmp_path: Path):
+    config = f"launch/deepspeed/zero{stage}.json"
+    printed = torchrun(2, "examples/deepspeed_native.py", config, tmp_path)
+    assert_averaged_is_better(printed)
+    assert "160 micro-batches, 80 optimizer steps; averaged are masters" in printed
+
+
+def test_lightning(tmp_path: Path):
+    printed = run([sys.executable, "examples/lightning_callback.py", str(tmp_path)])
+    assert_averaged_is_better(printed)
+    assert "resumed at step 100, now 200" in printed
+
+
+def test_resuming_elsewhere(tmp_path: Path):
+    script = "examples/resume_elsewhere.py"
+    printed = torchrun(4, script, "fsdp2", tmp_path)
+    printed += torchrun(2, script, "ddp", tmp_path)
+    printed += run([sys.executable, script, "plain", str(tmp_path)])
+    stops = re.findall(r"stops at (step \d+, average \w+)", printed)
+    starts = re.findall(r"goes on from (step \d+, average \w+)", printed)
+    assert len(set(stops)) == 3
+    assert starts == stops[:2]
+
+
+def test_teacher():
+    student, teacher = re.search(
+        r"student (\d\.\d+), teacher (\d\.\d+)", torchrun(2, "examples/teacher.py")
+    ).groups()
+    assert min(float(student), float(teacher)) > 0.9
+
+
+@pytest.mark.parametrize("script", LAUNCH, ids=lambda path: path.name)
+def test_a_launch_script_parses(script: Path):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_two_nodes_under_slurm(tmp_path: Path):
+    """Slurm's two commands stand in for two nodes on this host; torchrun meets its other half."""
+    commands = {
+        "scontrol": "echo localhost; echo other",
+        "srun": 'shift 2; "$@" & first=$!; "$@" && wait "$first"',
+    }
+    for name, body in commands.items():
+        path = tmp_path / name
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    printed = run(
+        ["bash", "launch/slurm.sbatch", "examples/fsdp2.py", str(tmp_path / "run")],
+        PATH=f"{tmp_path}:{BIN}:{os.environ['PATH']}",
+        SLURM_JOB_NODELIST="two",
+        SLURM_JOB_ID=str(port % 10000),
+        SLURM_NNODES="2",
+        SLURM_GPUS_ON_NODE="2",
+        SLURM_CPUS_PER_TASK="2",
+        TORCHRUN=str(BIN / "torchrun"),
+    )
+    assert printed.count("test loss") == 1  # four ranks of one run, not two runs of two
+    assert "5008 bytes" in printed  # of 19,204 for the whole model
