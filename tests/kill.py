@@ -67,10 +67,9 @@ def export_step(path: Path, step: int, ranks: Ranks, mode: str = "direct") -> No
 
 def read_export(path: Path) -> int:
     """The step of an export, all of which must be of that step."""
-    index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
-    assert set(path.iterdir()) == {
-        path / n for n in (*index.values(), "model.safetensors.index.json")
-    }
+    path = files.find(path)
+    index = json.loads((path / INDEX).read_text())["weight_map"]
+    assert {file.name for file in path.iterdir()} == {*index.values(), INDEX}
     state = {n: t for file in set(index.values()) for n, t in load_file(path / file).items()}
     assert state.keys() == index.keys() == {t.fqn for t in TENSORS}
     step = int(state["d"])
