@@ -46,7 +46,7 @@ LAYERS = [
         "teacher",
     },
     {"binding", "checkpoint.matching", "checkpoint.regions", "stored"},
-    {"checkpoint.api", "checkpoint.combine", "export.live"},
+    {"checkpoint.api", "checkpoint.combine", "export.live", "export.offline"},
     {"ema", "posthoc"},
     {"cli"},
     {"integrations", "integrations.beside", "integrations.whole"},
