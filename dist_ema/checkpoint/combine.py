@@ -96,9 +96,11 @@ class _Combination:
         # One buffer for all: a block of each of a hundred checkpoints would be half a GB.
         buffer = bytearray(max(term.about.block_bytes for term in terms))
         self._raw = torch.frombuffer(buffer, dtype=torch.uint8)
-        self._checkers = [Checker(term.files, term.about) for term in terms]
-        for checker in self._checkers:
-            checker.buffer = buffer
+        self._checkers = []
+        for term in terms:
+            checker = Checker(term.files, term.about)
+            checker.buffer = buffer  # and its own is free before the next is made
+            self._checkers.append(checker)
         self._boxes: list[dict[str, Boxes]] = [{} for _ in terms]
         dtypes = {Source(like.average, n, t).dtype for n, t in like.average.tensors.items()}
         widest = max((_sum_dtype(d).itemsize / d.itemsize for d in dtypes), default=1)
