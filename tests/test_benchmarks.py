@@ -20,11 +20,10 @@ from tests.benchmarks import __main__ as command
 from tests.benchmarks import peers, plots, ranks, report, scale, swap, update
 from tests.benchmarks.launch import Here
 from tests.benchmarks.report import Row, Table
-from tests.benchmarks.scale import Config
-from tests.benchmarks.sizes import CHECK
+from tests.benchmarks.sizes import CHECK, Config
 from tests.pool import NO_GROUP
 
-TINY = Config(layers=2, width=64, hidden=96, heads=8, kv_heads=2, vocabulary=100)
+TINY = CHECK.decoder
 MESHES = {"fsdp2": (1, 4), "hsdp": (2, 2)}
 
 

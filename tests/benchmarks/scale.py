@@ -14,7 +14,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -40,12 +40,12 @@ from tests.benchmarks.launch import alone
 from tests.benchmarks.measure import peak_memory
 from tests.benchmarks.report import Row, Table
 from tests.benchmarks.simulated import SimulatedRanks, World
-from tests.benchmarks.sizes import Sizes
+from tests.benchmarks.sizes import Config, Sizes
 
 T = TypeVar("T")
 STATE = {"step": 0, "num_updates": 0, "averages": {"ema": {"schedule": {}, "decay": None}}}
 CONSTRUCTION_NOTE = """\
-One rank of the mesh, one core, the network not counted: a second construction in the process.
+One rank of the mesh, one core, the network not counted. *Seconds*: of `ShardedEMA(model)`.
 *Plan*: what Python holds for it, and 1 kB for each tensor; *average* is not part of it. *Sent* and
 *received*: payload of all collectives of the constructor. The second rank of a mesh is the one that
 has most to answer: all ranks ask it who holds the model's buffer."""
@@ -57,18 +57,6 @@ every rank does when it loads."""
 DATA_NOTE = """\
 Bytes of averages that move, computed from what ranks own; the update itself moves none."""
 TENSOR_BYTES = 1024  # of the objects behind a view, which tracemalloc does not see: at most
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Sizes of a decoder in the manner of Llama; by default those of its 70-billion model."""
-
-    layers: int = 80
-    width: int = 8192
-    hidden: int = 28672
-    heads: int = 64
-    kv_heads: int = 8
-    vocabulary: int = 128256
 
 
 class Layer(nn.Module):
@@ -143,7 +131,8 @@ class Simulation:
         start = time.perf_counter()
         self.model = sharded(config, num_replicas, num_shards)
         self.seconds_to_shard = time.perf_counter() - start
-        self.ema, self.ranks = self.build()
+        (self.ema, self.ranks), seconds = clocked(self.build)
+        self.seconds = seconds - self.ranks.seconds
 
     def build(self) -> tuple[ShardedEMA, SimulatedRanks]:
         ranks = SimulatedRanks(self.world)
@@ -153,8 +142,6 @@ class Simulation:
     def construction(self) -> dict[str, Any]:
         """What the rank's average costs to build."""
         self.check()
-        del self.ema
-        (self.ema, self.ranks), seconds = clocked(self.build)
         traffic = self.ranks.traffic
         gc.collect()
         tracemalloc.start()
@@ -167,7 +154,7 @@ class Simulation:
         views = [f for w in plan.weights for f in w.fragments] + [p.fragment for p in plan.pieces]
         num_views = len({id(v) for f in views for v in (f.view, f.shown)})
         return {
-            "seconds": seconds - self.ranks.seconds,
+            "seconds": self.seconds,
             "seconds_of_fully_shard": self.seconds_to_shard,
             "plan_bytes": held + TENSOR_BYTES * (num_views + len(traced._bound.shadow.values[0])),
             "average_bytes": traced.nbytes,
@@ -191,21 +178,20 @@ class Simulation:
         ranks = SimulatedRanks(self.world)
         ranks.given.append(self._catalogue)
         before = peak_memory(reset=True)
-        (gatherer, seconds) = clocked(lambda: Gatherer(self.ema._bound.plan, values, ranks))
+        _, seconds = clocked(lambda: Gatherer(self.ema._bound.plan, values, ranks))
         return {
             "seconds": seconds - ranks.seconds,
             "peak_bytes": peak_memory() - before,
             "sent_bytes": ranks.traffic.sent,
             "received_bytes": ranks.traffic.received,
-            "buckets": len(gatherer._buckets),
         }
 
-    def _catalogue(self, rank: int) -> tuple[list[Entry], list[Place]]:
+    def _catalogue(self, rank: int) -> tuple[list[Entry], list[tuple[int, Place]]]:
         """What a rank tells rank 0 when a gather is prepared."""
         places = self.world.owned(rank)
         shapes = {place.fqn: place.shape for place in places}
         entries = [Entry(fqn, (), shape, torch.float32, True) for fqn, shape in shapes.items()]
-        return entries, places
+        return entries, list(enumerate(places))
 
     def saving(self, directory: Path) -> dict[str, Any]:
         """What a save costs rank 0 apart from its own data, and a load every rank."""
@@ -274,7 +260,6 @@ def run(device: str, sizes: Sizes) -> list[Table]:
     built = Table("construction", "Building the average", CONSTRUCTION_NOTE)
     told = Table("rank0", "What rank 0 is told", RANK0_NOTE)
     moved = Table("data", "What moves", DATA_NOTE)
-    config = Config(layers=sizes.layers_built)
     meshes = {
         f"FSDP2 {sizes.num_shards}": (1, sizes.num_shards),
         f"HSDP {sizes.num_replicas} x {sizes.num_shards // sizes.num_replicas}": (
@@ -285,10 +270,10 @@ def run(device: str, sizes: Sizes) -> list[Table]:
     for name, mesh in meshes.items():
         sys.stderr.write(f"tests.benchmarks.scale: {name}\n")
         for rank in (0, None):
-            built.rows.append({"mesh": name} | alone(construction, config, *mesh, rank))
-        few = replace(config, layers=sizes.layers)
+            built.rows.append({"mesh": name} | alone(construction, sizes.decoder, *mesh, rank))
+        few = replace(sizes.decoder, layers=sizes.layers)
         told.rows.append({"mesh": name} | alone(planning, few, *mesh))
-        moved.rows.append({"mesh": name} | data(world_of(config, *mesh)))
+        moved.rows.append({"mesh": name} | data(world_of(sizes.decoder, *mesh)))
     return [built, told, moved]
 
 

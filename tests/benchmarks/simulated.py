@@ -162,6 +162,12 @@ class SimulatedRanks(Ranks):
         self._count("scatter", sum(len(pickle.dumps(obj)) for obj in objs[1:]), 0)
         return objs[0]
 
+    def broadcast(self, obj: Any) -> Any:
+        """Rank 0 sends it once: the others pass it on."""
+        assert self.rank == 0
+        self._count("broadcast", len(pickle.dumps(obj)), 0)
+        return obj
+
     @contextlib.contextmanager
     def counting(self) -> Iterator[Traffic]:
         """Count the all-reduces of a block as well."""

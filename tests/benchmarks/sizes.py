@@ -13,6 +13,18 @@ CPU_RANKS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of a decoder in the manner of Llama; by default those of its 70-billion model."""
+
+    layers: int = 80
+    width: int = 8192
+    hidden: int = 28672
+    heads: int = 64
+    kv_heads: int = 8
+    vocabulary: int = 128256
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sizes:
     update: tuple[Shapes, ...]
     peers: tuple[Shapes, ...]
@@ -22,10 +34,10 @@ class Sizes:
     stored: Shapes
     rounds: int
     slow_rounds: int  # of what takes seconds
-    layers: int  # of 80, where what a save and a gather tell rank 0 is simulated
+    decoder: Config  # that is simulated
+    layers: int  # of its layers, where what a save and a gather tell rank 0 is
     num_shards: int  # of the simulated meshes, with 1 and `num_replicas` replicas
     num_replicas: int
-    layers_built: int  # where the construction is
     max_ranks: int = CPU_RANKS  # of suites that need some
 
     def ranks_of(self, device: str) -> int:
@@ -59,10 +71,10 @@ REAL = Sizes(
     stored=_large(16),
     rounds=15,
     slow_rounds=3,
+    decoder=Config(),
     layers=8,
     num_shards=1024,
     num_replicas=8,
-    layers_built=80,
 )
 CHECK = Sizes(
     update=(_large(2, 16), replace(TINY, count=6, per_unit=3), _large(2, 16, BF16)),
@@ -73,8 +85,8 @@ CHECK = Sizes(
     stored=_large(2, 32),
     rounds=2,
     slow_rounds=1,
+    decoder=Config(layers=2, width=64, hidden=96, heads=8, kv_heads=2, vocabulary=100),
     layers=1,
     num_shards=8,
     num_replicas=2,
-    layers_built=1,
 )
