@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_examples import BIN, ROOT, TORCHRUN, run
+from tests.test_examples import ACCELERATE, BIN, ROOT, TORCHRUN, run
 
 LAUNCH = sorted((ROOT / "launch").glob("*.sh")) + sorted((ROOT / "launch").glob("*.sbatch"))
 
@@ -58,6 +58,30 @@ def test_lightning(tmp_path: Path):
     printed = run([sys.executable, "examples/lightning_callback.py", str(tmp_path)])
     assert_averaged_is_better(printed)
     assert "resumed at step 100, now 200" in printed
+
+
+@pytest.mark.parametrize(
+    ("config", "steps"), [("cpu-2", 60), ("zero2-cpu", 240), ("zero3-cpu", 240)]
+)
+def test_accelerate(config: str, steps: int, tmp_path: Path):
+    command = [*ACCELERATE, f"launch/accelerate/{config}.yaml", "examples/accelerate_any.py"]
+    # DeepSpeed's launcher takes no part in the variable.
+    variable = {} if config.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
+    printed = run([*command, str(tmp_path)], **variable)
+    assert_averaged_is_better(printed)
+    assert f"240 batches on each of 2 processes\n{steps} steps" in printed
+    averaged, loaded = re.search(r"averaged (\d\.\d+)\nloaded again: (\d\.\d+)", printed).groups()
+    assert averaged == loaded
+    assert (tmp_path / "state" / "ema" / "manifest.json").exists()
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_trainer(tmp_path: Path):
+    printed = torchrun(2, "examples/hf_trainer.py", tmp_path)
+    assert_averaged_is_better(printed)
+    assert "200 steps" in printed
+    assert "the exported average counts [1, 4, 7, 10, 13, 16, 19, 22]" in printed
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-200"]
 
 
 def test_resuming_elsewhere(tmp_path: Path):
@@ -108,3 +132,14 @@ def test_two_nodes_under_slurm(tmp_path: Path):
     )
     assert printed.count("test loss") == 1  # four ranks of one run, not two runs of two
     assert "5008 bytes" in printed  # of 19,204 for the whole model
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_finetuning_a_language_model(lora: bool, tmp_path: Path):
+    config = f"launch/accelerate/zero{3 if lora else 2}-cpu.yaml"
+    arguments = ["examples/finetune_lm.py", "--out", str(tmp_path), *(["--lora"] if lora else [])]
+    printed = run([str(BIN / "accelerate"), "launch", "--config_file", config, *arguments])
+    found = re.search(r"from 5: .* (\d+)% of the numbers counted by three are right", printed)
+    assert found and int(found[1]) >= 80, printed
+    file = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert (tmp_path / "ema" / file).exists()

@@ -166,6 +166,15 @@ class EMACallback(TrainerCallback):
         trainer.train, trainer.evaluation_loop = train_and_tell, evaluate_average  # type: ignore[method-assign]
         return self
 
+    @contextmanager
+    def raw_weights(self) -> Iterator[None]:
+        """Within the block `evaluate()` and `predict()` use the raw weights, to compare. Local."""
+        evaluates, self._evaluates = self._evaluates, False
+        try:
+            yield
+        finally:
+            self._evaluates = evaluates
+
     # What the Trainer tells.
 
     def on_train_begin(
