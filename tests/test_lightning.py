@@ -186,6 +186,23 @@ def test_a_checkpoint_in_an_evaluation_holds_live_weights(under: Under, tmp_path
     assert_same_average(other, ema)
 
 
+@under("ddp")
+def test_training_after_an_evaluation_has_the_buffers_of_rank_0(under: Under, tmp_path: Path):
+    """As in a run without the callback: the first step after an evaluation synchronises them."""
+
+    class Buffers(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            self.running = pl_module.net.running.clone()
+
+    found = []
+    for callbacks in ([], [EMACallback(DECAY)]):
+        buffers = Buffers()
+        trainer = under.trainer(tmp_path, buffers, *callbacks, max_epochs=2)
+        trainer.fit(under.module(), under.batches(1), under.validation())
+        found.append(buffers.running)
+    torch.testing.assert_close(found[1], found[0], **EXACT)
+
+
 @under("alone", "fsdp2")
 def test_a_checkpoint_without_an_average_is_refused_or_starts_one(under: Under, tmp_path: Path):
     path = tmp_path / "x.ckpt"
@@ -211,8 +228,12 @@ def test_a_folder_whose_average_is_of_another_step_is_refused(under: Under, tmp_
     ema.ema.update()
     ema.ema.save(tmp_path / "x.ckpt" / "dist_ema")
     with pytest.raises(CheckpointError, match="average is of step 9, its weights are of step 8"):
-        trainer = under.trainer(tmp_path, EMACallback(DECAY), max_epochs=2)
-        trainer.fit(under.module(), under.batches(), ckpt_path=tmp_path / "x.ckpt")
+        again = under.trainer(tmp_path, EMACallback(DECAY), max_epochs=2)
+        again.fit(under.module(), under.batches(), ckpt_path=tmp_path / "x.ckpt")
+    trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=True)  # over it
+    with pytest.raises(CheckpointError, match="holds no average"):
+        again = under.trainer(tmp_path, EMACallback(DECAY))
+        again.validate(under.module(), under.validation(), tmp_path / "x.ckpt")
 
 
 @under("alone", "ddp")

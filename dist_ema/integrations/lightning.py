@@ -203,7 +203,8 @@ class EMACallback(Callback):
         found, self._found = self._found, None
         if found is not None:
             fill(ema, found, path)
-        elif is_there(ema, path / KEY):
+        elif self._saved_step is not None and is_there(ema, path / KEY):
+            # Without that, it is what an earlier checkpoint left in a folder that was used again.
             ema.load(path / KEY)
         elif self._missing == "raise" or self._saved_step is not None:
             raise CheckpointError(
@@ -279,12 +280,10 @@ class EMACallback(Callback):
     def _evaluation_starts(self, trainer: Any) -> None:
         if not self._evaluates:
             return
-        # The loop is in inference mode, and what is made in it could not be written to later.
-        with torch.inference_mode(False), torch.no_grad():
-            if trainer.state.fn != "fit":
-                self._attach(trainer)
-            if self.ema is not None:
-                self._show(self.ema, trainer.strategy.model)
+        if trainer.state.fn != "fit":
+            self._attach(trainer)
+        if self.ema is not None:
+            self._show(self.ema, trainer.strategy.model)
 
     def _show(self, ema: ShardedEMA, outer: nn.Module) -> None:
         with ExitStack() as stack:
@@ -298,8 +297,7 @@ class EMACallback(Callback):
     def _hide(self) -> None:
         shown, self._shown = self._shown, None
         if shown is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                shown.close()
+            shown.close()
 
     @contextmanager
     def _hidden(self, outer: nn.Module) -> Iterator[None]:
@@ -308,8 +306,7 @@ class EMACallback(Callback):
         self._hide()
         yield
         if was_shown and self.ema is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                self._show(self.ema, outer)
+            self._show(self.ema, outer)
 
 
 def _model_of(trainer: Any) -> nn.Module:
