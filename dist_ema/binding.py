@@ -13,6 +13,7 @@ from torch import nn
 from dist_ema.engines import select
 from dist_ema.engines.engine import Weight
 from dist_ema.gather import Gatherer
+from dist_ema.options import Options
 from dist_ema.plan import Plan, Selects, chosen, make_plan, rebind
 from dist_ema.ranks import Ranks
 from dist_ema.replicas import source
@@ -26,32 +27,30 @@ class Binding:
     def __init__(
         self,
         model: nn.Module,
-        params: Selects,
-        buffers: str,
-        replicas: str,
-        dtype: torch.dtype,
-        num_averages: int,
+        options: Options,
         into: nn.Module | None,
         ranks: Ranks,
     ) -> None:
         self.model, self.ranks = model, ranks
-        self._params, self._dtype = params, dtype
+        self._options = options
         with ranks.together():
             self.engine = select(model)
             weights = self.engine.weights()
-            averaged = chosen(weights, params, buffers)
+            averaged = chosen(weights, options.params, options.buffers)
         # A teacher is whole on every rank that holds it.
-        split = replicas == "split" and into is None
+        split = options.replicas == "split" and into is None
         self.plan = make_plan(weights, averaged, self.engine, split, ranks)
         # Where no rank shares anything, a swap needs no other rank.
         shares = any(s.group is not None for s in self.plan.sets)
         self._any_shares = ranks.any(shares or self.engine.communicates)
         fragments = [p.fragment for p in self.plan.pieces]
         self._teacher: Teacher | None = None
-        self._copies_buffers = buffers == "copy"
+        self._copies_buffers = options.buffers == "copy"
         with ranks.together(), torch.no_grad():
             if into is None:
-                self.shadow = Shadow(fragments, allocate(fragments, dtype, num_averages))
+                num_averages = len(options.schedules)
+                values = allocate(fragments, options.dtype, num_averages, options.device)
+                self.shadow = Shadow(fragments, values, overlap=options.overlap)
             else:
                 self._teacher = Teacher(into, self.engine, self.plan)
                 self.shadow = self._shadow_in(self._teacher)
@@ -72,7 +71,7 @@ class Binding:
                 "this average was built before torch.distributed was initialized, for one process; "
                 "build ShardedEMA after the process group, with the model that is trained"
             )
-        if self.engine.stamp() != self._stamp or self._module_ids() != self._structure:
+        if self.engine.stamp() != self._stamp or self._children() != self._structure:
             self._rebind()
         if self._teacher is not None and self._teacher.moved():
             self._teacher.follow(self.plan)
@@ -123,21 +122,25 @@ class Binding:
 
     def _note_storage(self) -> None:
         """Take what `follow` compares with, from the engine and plan of now."""
-        self._modules = [module._modules for module in self.model.modules()]
-        self._structure = self._module_ids()
+        children = [module._modules for module in self.model.modules()]
+        self._parents = [c for c in children if c]
+        self._leaves = [c for c in children if not c]
+        self._structure = self._children()
         self._stamp = self.engine.stamp()
-        self._frozen = _frozen(self.plan, self._params)
+        self._frozen = _frozen(self.plan, self._options.params)
         self._gatherer: Gatherer | None = None
 
-    def _module_ids(self) -> list[int]:
+    def _children(self) -> list[int]:
         """What changes when a submodule is replaced or added."""
-        return list(map(id, itertools.chain.from_iterable(map(dict.values, self._modules))))
+        if any(self._leaves):
+            return []
+        return list(map(id, itertools.chain.from_iterable(map(dict.values, self._parents))))
 
     def average_dtype(self, weight: Weight) -> torch.dtype:
         """The dtype in which a weight is averaged, on whatever rank. Local."""
         if self._teacher is not None:
             return self._teacher.dtype_of(weight.fqn)
-        return shadow_dtype(self._dtype, weight.tensor)
+        return shadow_dtype(self._options.dtype, weight.tensor)
 
     def gatherer(self, values: list[torch.Tensor]) -> Gatherer:
         """Who owns what, with the dtypes of these values. Collective: every rank calls it."""

@@ -54,6 +54,13 @@ class ShardedEMA:
             all that a rank holds.
         dtype: of the average. The live weights' own is no good if it is narrower than fp32: at a
             decay of 0.9999 a bf16 average stops moving.
+        device: "cpu" offloads the average to (pinned) host memory, and each update lets chunks of
+            it come to the accelerator and go back, behind the forward pass that follows; None keeps
+            it beside the weights.
+        overlap: run updates on a side stream behind the forward pass that follows. The next step of
+            any `torch.optim` optimizer waits for it, and so does whatever reads the average; what
+            writes to the weights otherwise must not be called between `update()` and that. Of no
+            effect without CUDA.
         into: a second module, wrapped as the model is, whose weights become the average (a teacher,
             as in DINO, BYOL, mean teacher). It starts as a copy of the model and is ready for a
             forward pass after each update. Its own dtype counts; replicas keep it whole.
@@ -76,6 +83,8 @@ class ShardedEMA:
         buffers: str = "copy",
         replicas: str = "split",
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        overlap: bool = False,
         into: nn.Module | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -95,13 +104,12 @@ class ShardedEMA:
                 buffers,
                 replicas,
                 dtype,
+                None if device is None else torch.device(device),
+                overlap,
                 into is not None,
             )
         self._options.agree(self._ranks)
-        num_averages = len(self._options.schedules)
-        self._bound = Binding(
-            model, params, buffers, replicas, dtype, num_averages, into, self._ranks
-        )
+        self._bound = Binding(model, self._options, into, self._ranks)
         self._step = self._num_updates = 0
         self._decays: list[float] | None = None
         self._applied_steps = self._bound.engine.applied_steps()

@@ -1,8 +1,11 @@
 """The arithmetic on weights: shadow <- shadow + weight * (live - shadow), in fp32 or wider.
 
-Planned once into batches with equal dtypes and device, then applied with a few grouped calls. Where
-a dtype must change first, or several averages read the same live values, the batches are chunks
-that stay in cache: no full-size copy is ever made, and live values are read from memory once.
+Planned once into batches with equal dtypes and devices, then applied with a few grouped calls.
+Where a dtype must change first, or several averages read the same live values, the batches are
+chunks that stay in cache: no full-size copy is ever made, and live values are read from memory
+once. Where the average lies on another device (offload), chunks of it come to the live values and
+go back; two chunks are under way at a time, each with its own staging, so that the ways there and
+back overlap.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from dist_ema.lanes import Lanes
 
 _CHUNK_ELEMENTS = 1 << 20  # of live values: 4 MB in fp32, a part of a common L3 cache
 
@@ -25,6 +30,7 @@ class _Batch:
     lives: list[torch.Tensor]
     staged_lives: list[torch.Tensor] | None
     staged_shadows: list[torch.Tensor] | None  # used by one average after the other
+    crosses: bool  # whether shadows are on another device, in memory that copies need not wait for
 
     def fold(self, weights: Sequence[float]) -> None:
         lives = self._wide_lives()
@@ -32,14 +38,14 @@ class _Batch:
             if weight == 0.0:
                 continue
             if weight == 1.0:
-                torch._foreach_copy_(shadows, self.lives)
+                torch._foreach_copy_(shadows, self.lives, self.crosses)
                 continue
             if self.staged_shadows is None:
                 torch._foreach_lerp_(shadows, lives, weight)
                 continue
-            torch._foreach_copy_(self.staged_shadows, shadows)
+            torch._foreach_copy_(self.staged_shadows, shadows, self.crosses)
             torch._foreach_lerp_(self.staged_shadows, lives, weight)
-            torch._foreach_copy_(shadows, self.staged_shadows)
+            torch._foreach_copy_(shadows, self.staged_shadows, self.crosses)
 
     def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
         lives = self._wide_lives()
@@ -47,13 +53,13 @@ class _Batch:
             if self.staged_shadows is None:
                 fn(shadows, lives, num_averaged)
                 continue
-            torch._foreach_copy_(self.staged_shadows, shadows)
+            torch._foreach_copy_(self.staged_shadows, shadows, self.crosses)
             fn(self.staged_shadows, lives, num_averaged)
-            torch._foreach_copy_(shadows, self.staged_shadows)
+            torch._foreach_copy_(shadows, self.staged_shadows, self.crosses)
 
     def copy(self) -> None:
         for shadows in self.shadows:
-            torch._foreach_copy_(shadows, self.lives)
+            torch._foreach_copy_(shadows, self.lives, self.crosses)
 
     def _wide_lives(self) -> list[torch.Tensor]:
         if self.staged_lives is None:
@@ -66,20 +72,30 @@ class Lerp:
     """The update of a fixed list of live tensors and their averages. Everything here is local."""
 
     def __init__(
-        self, shadows: Sequence[Sequence[torch.Tensor]], lives: Sequence[torch.Tensor]
+        self,
+        shadows: Sequence[Sequence[torch.Tensor]],
+        lives: Sequence[torch.Tensor],
+        *,
+        overlap: bool = False,
     ) -> None:
-        """`shadows[k][i]` is what average k holds of `lives[i]`: 1-D, of one length."""
+        """`shadows[k][i]` is what average k holds of `lives[i]`: 1-D, of one length.
+
+        With `overlap` everything runs on a side stream (see [Note: fences]).
+        """
         grouped: dict[object, list[int]] = {}
         for i, live in enumerate(lives):
             if live.numel():
                 like = shadows[0][i]
                 key = (like.dtype, live.dtype, like.device, live.device)
                 grouped.setdefault(key, []).append(i)
-        self._batches = [
-            batch
-            for members in grouped.values()
-            for batch in _batches([[s[i] for i in members] for s in shadows], lives, members)
-        ]
+        self._tracks: list[_Track] = []
+        for members in grouped.values():
+            of_all = [[of_one[i] for i in members] for of_one in shadows]
+            here = [lives[i] for i in members]
+            crosses = _crosses(of_all[0][0], here[0])
+            lanes = Lanes(here[0].device, 2 if crosses else 1) if crosses or overlap else None
+            batches = list(_batches(of_all, here, num_stagings=2 if crosses else 1))
+            self._tracks.append(_Track(here, batches, lanes))
 
     def fold(self, decays: Sequence[float]) -> None:
         """shadow <- decay * shadow + (1 - decay) * live, with a decay for each average.
@@ -88,21 +104,52 @@ class Lerp:
         both exactly, also where values are not finite.
         """
         weights = [1.0 - decay for decay in decays]
-        for batch in self._batches:
-            batch.fold(weights)
+        for track in self._tracks:
+            track.run(lambda batch: batch.fold(weights))
 
     def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
         """Let a function in torch's `multi_avg_fn` convention fold the live values in.
 
         It is called with lists of 1-D pieces that have one dtype, batch by batch.
         """
-        for batch in self._batches:
-            batch.apply(fn, num_averaged)
+        for track in self._tracks:
+            track.run(lambda batch: batch.apply(fn, num_averaged))
 
     def copy(self) -> None:
         """shadow <- live, in every average."""
-        for batch in self._batches:
-            batch.copy()
+        for track in self._tracks:
+            track.run(_Batch.copy)
+
+    def settle(self) -> None:
+        """Wait for updates that are under way on side streams."""
+        for track in self._tracks:
+            if track.lanes is not None:
+                track.lanes.fence()
+                track.lanes.settle()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Track:
+    """Batches with one pair of devices, and the side streams that they run on, if any."""
+
+    lives: list[torch.Tensor]
+    batches: list[_Batch]
+    lanes: Lanes | None
+
+    def run(self, work: Callable[[_Batch], None]) -> None:
+        if self.lanes is None:
+            for batch in self.batches:
+                work(batch)
+            return
+        with self.lanes.running(self.lives):
+            for number, batch in enumerate(self.batches):
+                with self.lanes.lane(number):
+                    work(batch)
+
+
+def _crosses(shadow: torch.Tensor, live: torch.Tensor) -> bool:
+    """Whether an average has to come to the device of its live values."""
+    return shadow.device != live.device
 
 
 def accumulation_dtype(shadow: torch.dtype, live: torch.dtype) -> torch.dtype:
@@ -118,38 +165,46 @@ def squared_norms(shadow: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     step = 1 << 20
     for average, here in zip(shadow.split(step), live.split(step), strict=True):
         exact = here.to(wide)
-        apart = average.to(wide).sub_(exact)
+        apart = average.to(live.device, wide).sub_(exact)
         norms = [torch.linalg.vector_norm(apart), torch.linalg.vector_norm(exact)]
         sums += torch.stack(norms).square()
     return sums
 
 
 def _batches(
-    shadows: list[list[torch.Tensor]], every_live: Sequence[torch.Tensor], members: list[int]
+    shadows: list[list[torch.Tensor]], lives: list[torch.Tensor], *, num_stagings: int
 ) -> Iterator[_Batch]:
-    lives = [every_live[i] for i in members]
+    """`num_stagings` batches in a row have staging of their own."""
     shadow, live = shadows[0][0], lives[0]
     dtype = accumulation_dtype(shadow.dtype, live.dtype)
-    right = shadow.dtype == dtype == live.dtype
-    if right and len(shadows) == 1:
-        yield _Batch(shadows, lives, None, None)
+    crosses = _crosses(shadow, live)
+    if shadow.dtype == dtype == live.dtype and len(shadows) == 1 and not crosses:
+        yield _Batch(shadows, lives, None, None, crosses)
         return
 
-    def staging(wanted: bool) -> torch.Tensor | None:
+    def stagings(wanted: bool) -> list[torch.Tensor | None]:
         if not wanted:
-            return None
+            return [None] * num_stagings
         with torch.inference_mode(False):
-            return torch.empty(_CHUNK_ELEMENTS, dtype=dtype, device=shadow.device)
+            chunks = torch.empty(num_stagings, _CHUNK_ELEMENTS, dtype=dtype, device=live.device)
+        return list(chunks)
 
-    shadow_buffer, live_buffer = staging(shadow.dtype != dtype), staging(live.dtype != dtype)
-    for cuts in _chunks([x.numel() for x in lives]):
+    shadow_buffers = stagings(crosses or shadow.dtype != dtype)
+    live_buffers = stagings(live.dtype != dtype)
+    for number, cuts in enumerate(_chunks([x.numel() for x in lives])):
         sizes = [stop - start for _, start, stop in cuts]
+
         yield _Batch(
             [[of_one[i][start:stop] for i, start, stop in cuts] for of_one in shadows],
             [lives[i][start:stop] for i, start, stop in cuts],
-            None if live_buffer is None else list(live_buffer[: sum(sizes)].split(sizes)),
-            None if shadow_buffer is None else list(shadow_buffer[: sum(sizes)].split(sizes)),
+            _cut(live_buffers[number % num_stagings], sizes),
+            _cut(shadow_buffers[number % num_stagings], sizes),
+            crosses,
         )
+
+
+def _cut(buffer: torch.Tensor | None, sizes: list[int]) -> list[torch.Tensor] | None:
+    return None if buffer is None else list(buffer[: sum(sizes)].split(sizes))
 
 
 def _chunks(sizes: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:

@@ -29,6 +29,8 @@ class Options:
     buffers: str
     replicas: str
     dtype: torch.dtype
+    device: torch.device | None  # None: beside the weights
+    overlap: bool
     has_teacher: bool
 
     def __post_init__(self) -> None:
@@ -50,6 +52,12 @@ class Options:
                 raise TypeError(f"multi_avg_fn is {self.multi_avg_fn!r}, wanted a callable")
             if list(self.schedules) != [DEFAULT_NAME]:
                 raise ValueError("multi_avg_fn keeps one average; give it without a mapping")
+        if self.device is not None and self.device.type != "cpu":
+            raise ValueError(
+                f"device is {self.device}, wanted 'cpu', or None for beside the weights"
+            )
+        if self.has_teacher and (self.device is not None or self.overlap):
+            raise ValueError("into holds the average: device and overlap have no meaning with it")
         if self.has_teacher and len(self.schedules) > 1:
             raise ValueError("into is one module and holds one average; give one decay")
 
@@ -69,6 +77,8 @@ class Options:
             "buffers": self.buffers,
             "replicas": self.replicas,
             "dtype": str(self.dtype),
+            "device": str(self.device),
+            "overlap": self.overlap,
             "into": "a module" if self.has_teacher else None,
         }
         if ranks.equal(mine):

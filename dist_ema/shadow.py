@@ -33,28 +33,37 @@ class Shadow:
         values: Sequence[Sequence[torch.Tensor]],
         *,
         owns_gaps: bool = True,
+        overlap: bool = False,
     ) -> None:
         """`values` has for each average a 1-D tensor for each fragment.
 
         What lies between values may be written only where they are of `allocate`.
         """
         self._max_gap = _MAX_GAP if owns_gaps else 0
-        self.values = [list(of_one) for of_one in values]
+        self._values = [list(of_one) for of_one in values]
+        self._overlap = overlap
         self.bind(fragments)
+
+    @property
+    def values(self) -> list[list[torch.Tensor]]:
+        """For each average a tensor for each fragment. Waits for an update that is under way."""
+        self._lerp.settle()
+        return self._values
 
     @property
     def nbytes(self) -> int:
         """Bytes of all averages together, padding included."""
-        storages = [v.untyped_storage() for of_one in self.values for v in of_one]
+        storages = [v.untyped_storage() for of_one in self._values for v in of_one]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def bind(self, fragments: Sequence[Fragment]) -> None:
         """Plan updates from these fragments, whose storage may have moved since the last time."""
         lives = [f.view for f in fragments]
-        runs = _merge(self.values[0], lives, self._max_gap)
+        runs = _merge(self._values[0], lives, self._max_gap)
         self._lerp = Lerp(
-            [[_span([values[i] for i in run]) for run in runs] for values in self.values],
+            [[_span([values[i] for i in run]) for run in runs] for values in self._values],
             [_span([lives[i] for i in run]) for run in runs],
+            overlap=self._overlap,
         )
 
     def fold(self, decays: Sequence[float]) -> None:
@@ -76,21 +85,29 @@ def shadow_dtype(wanted: torch.dtype, live: torch.Tensor) -> torch.dtype:
 
 
 def allocate(
-    fragments: Sequence[Fragment], dtype: torch.dtype, num_averages: int
+    fragments: Sequence[Fragment],
+    dtype: torch.dtype,
+    num_averages: int,
+    wanted: torch.device | None = None,
 ) -> list[list[torch.Tensor]]:
-    """For each average a 1-D tensor for each fragment, in one flat buffer a device."""
+    """For each average a 1-D tensor for each fragment, in one flat buffer a device.
+
+    Beside the fragments, or on the wanted device: pinned, if that is the CPU and theirs is not.
+    """
     views = [f.view for f in fragments]
     averages = [[torch.empty(0)] * len(views) for _ in range(num_averages)]
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, view in enumerate(views):
         kinds.setdefault((shadow_dtype(dtype, view), view.device), []).append(i)
-    for (kind, device), members in kinds.items():
+    for (kind, beside), members in kinds.items():
+        device = wanted or beside
+        pinned = device.type == "cpu" and beside.type == "cuda"  # so that copies need not wait
         members.sort(key=lambda i: _address(views[i]))
         starts, total = _pack([views[i] for i in members], kind.itemsize)
         for values in averages:
             # Zeros, not empty: gaps are averaged too, and must not hold numbers that trap.
             with torch.inference_mode(False):
-                buffer = torch.zeros(total, dtype=kind, device=device)
+                buffer = torch.zeros(total, dtype=kind, device=device, pin_memory=pinned)
             for i, start in zip(members, starts, strict=True):
                 values[i] = buffer[start : start + views[i].numel()]
     return averages

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "dist_ema"
 
 # From the bottom to the top; modules of one layer do not import one another. "" is the package.
 LAYERS = [
-    {"checkpoint.checksums", "files", "layout", "lerp", "names", "profiles", "ranks", "schedule"},
+    {"checkpoint.checksums", "files", "lanes", "layout", "names", "profiles", "ranks", "schedule"},
     {
         "batchnorm",
         "checkpoint.boxed",
@@ -23,9 +23,9 @@ LAYERS = [
         "export.format",
         "export.layouts",
         "holders",
-        "options",
+        "lerp",
     },
-    {"checkpoint", "export", "export.writing"},
+    {"checkpoint", "export", "export.writing", "options"},
     {"replicas", "shadow"},
     {"engines.plain", "engines.dtensor", "engines.fsdp1", "engines.deepspeed"},
     {

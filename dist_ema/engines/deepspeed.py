@@ -27,6 +27,7 @@ from torch import nn
 from dist_ema.engines.engine import (
     Cut,
     Engine,
+    Registered,
     Weight,
     cut_range,
     cut_whole,
@@ -66,7 +67,9 @@ class ZeroEngine(Engine):
         masters = self._stage.masters
         self.source = "master" if masters and masters[0].dtype.itemsize >= 4 else "weights"
         moved = self._stage.moved_by_buffers
-        self._others = [(s.registry, s.name) for s in slots(model) if id(s.tensor) not in moved]
+        self._others = Registered(
+            (s.registry, s.name) for s in slots(model) if id(s.tensor) not in moved
+        )
 
     @staticmethod
     def claims(model: nn.Module) -> bool:
@@ -83,7 +86,7 @@ class ZeroEngine(Engine):
 
     def stamp(self) -> list[int]:
         buffers = [pointer(buffer) for buffer in self._stage.buffers()]
-        return buffers + [pointer(registry.get(name)) for registry, name in self._others]
+        return buffers + self._others.addresses()
 
     def applied_steps(self) -> int | None:
         # `was_step_applied()` is stale between optimizer steps where accelerate drives the engine.

@@ -28,6 +28,7 @@ from torch.distributed.tensor.placement_types import _StridedShard, _StridedShar
 from dist_ema.engines.engine import (
     Cut,
     Engine,
+    Registered,
     Weight,
     cut_whole,
     list_weights,
@@ -53,11 +54,14 @@ class DTensorEngine(Engine):
         }
         self._fsdp_params = list({id(p): p for p in self._managed.values()}.values())
         self._warn_of_cut_ties()
-        self._unmanaged = [
-            (slot.registry, slot.name)
+        unmanaged = [
+            slot
             for slot in slots(model)
             if slot.is_buffer or (id(slot.owner), slot.name) not in self._managed
         ]
+        cut = {id(slot) for slot in unmanaged if isinstance(slot.tensor, DTensor)}
+        self._cut = Registered((s.registry, s.name) for s in unmanaged if id(s) in cut)
+        self._whole = Registered((s.registry, s.name) for s in unmanaged if id(s) not in cut)
 
     @staticmethod
     def claims(model: nn.Module) -> bool:
@@ -69,12 +73,13 @@ class DTensorEngine(Engine):
         return list_weights(self._model, self._locate, _cut)
 
     def stamp(self) -> list[int]:
-        managed = [pointer(_local(p.sharded_param)) for p in self._fsdp_params]
-        return managed + [pointer(_local(reg.get(name))) for reg, name in self._unmanaged]
+        sharded = [p.sharded_param._local_tensor.data_ptr() for p in self._fsdp_params]
+        cut = [pointer(_local(tensor)) for tensor in self._cut.tensors()]
+        return sharded + cut + self._whole.addresses()
 
     def process_groups(self) -> list[dist.ProcessGroup]:
         tensors = [p.sharded_param for p in self._fsdp_params]
-        tensors += [reg.get(name) for reg, name in self._unmanaged]
+        tensors += self._cut.tensors()
         meshes = {id(t.device_mesh): t.device_mesh for t in tensors if isinstance(t, DTensor)}
         return [
             mesh.get_group(axis)

@@ -10,7 +10,7 @@ gather and files are written once, against fragments.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -160,6 +160,26 @@ def outdate_graphs(weights: Iterable[torch.Tensor]) -> None:
     Engines that gather weights write to them in ways that autograd does not see.
     """
     torch.autograd.graph.increment_version(list(weights))
+
+
+class Registered:
+    """Tensors by where they are registered, and their addresses with no Python work for each."""
+
+    def __init__(self, places: Iterable[tuple[dict[str, torch.Tensor | None], str]]) -> None:
+        pairs = list(places)
+        self._registries = [registry for registry, _ in pairs]
+        self._names = [name for _, name in pairs]
+
+    def tensors(self) -> Iterator[torch.Tensor | None]:
+        """What is registered there now; None where nothing is."""
+        return map(dict.get, self._registries, self._names)
+
+    def addresses(self) -> list[int]:
+        """For a stamp. A DTensor has no storage: ask for that of its local tensor."""
+        try:
+            return list(map(torch.Tensor.data_ptr, self.tensors()))  # type: ignore[arg-type]
+        except TypeError:  # some place is empty now
+            return [pointer(tensor) for tensor in self.tensors()]
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

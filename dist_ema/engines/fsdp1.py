@@ -29,6 +29,7 @@ from torch import nn
 from dist_ema.engines.engine import (
     Cut,
     Engine,
+    Registered,
     Weight,
     cut_range,
     cut_whole,
@@ -97,11 +98,11 @@ class Fsdp1Engine(Engine):
             for module, name, original in _originals(handle)
         }
         self._taken = {id(p) for handle in self._handles for p in handle.flat_param._params or ()}
-        self._others = [
+        self._others = Registered(
             (slot.registry, slot.name)
             for slot in slots(model)
             if slot.is_buffer or (id(slot.owner), slot.name) not in self._originals
-        ]
+        )
         self._warn_of_cut_ties()
 
     @staticmethod
@@ -113,7 +114,7 @@ class Fsdp1Engine(Engine):
 
     def stamp(self) -> list[int]:
         shards = [pointer(_shard(handle)) for handle in self._handles]
-        return shards + [pointer(registry.get(name)) for registry, name in self._others]
+        return shards + self._others.addresses()
 
     def process_groups(self) -> list[dist.ProcessGroup]:
         groups = [handle.process_group for handle in self._handles]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dist_ema.engines.engine import Engine, Weight, cut_whole, list_weights, pointer
+from dist_ema.engines.engine import Engine, Registered, Weight, cut_whole, list_weights
 from dist_ema.names import slots
 
 
@@ -13,7 +13,7 @@ class PlainEngine(Engine):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._registries = [(slot.registry, slot.name) for slot in slots(model)]
+        self._registered = Registered((slot.registry, slot.name) for slot in slots(model))
 
     @staticmethod
     def claims(model: nn.Module) -> bool:
@@ -23,4 +23,4 @@ class PlainEngine(Engine):
         return list_weights(self._model, lambda slot: slot.tensor, cut_whole)
 
     def stamp(self) -> list[int]:
-        return [pointer(registry.get(name)) for registry, name in self._registries]
+        return self._registered.addresses()
