@@ -1,19 +1,14 @@
-"""Several averages, torch's own averaging functions, a teacher, and the average made permanent."""
+"""Several averages, a teacher, and the average made permanent."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
-from torch.optim.swa_utils import update_bn as torch_update_bn
 
 from dist_ema import EqualWeight, PowerFunction, ShardedEMA
-from dist_ema.batchnorm import update_bn
 from tests.net import TRAINABLE, Net
-from tests.runs import EXACT, MAX_RELATIVE_ERROR, a_few_worlds, live_state, start
-from tests.worlds import World, evaluate, every_world, from_rank_0, not_compiled, num_ranks, rank
+from tests.runs import EXACT, a_few_worlds, live_state, start
+from tests.worlds import World, evaluate, every_world, from_rank_0, not_compiled
 
 
 @a_few_worlds
@@ -41,26 +36,6 @@ def test_which_of_several_averages_must_be_said(world: World):
             call()
     with pytest.raises(ValueError, match="no average is named 'ema'"):
         ema.gather_state_dict("ema")
-
-
-@a_few_worlds
-@pytest.mark.parametrize("kind", ["ema", "swa"])
-def test_torchs_multi_avg_fn_gives_what_averaged_model_gives(world: World, kind: str):
-    fn = get_ema_multi_avg_fn(0.9) if kind == "ema" else get_swa_multi_avg_fn()
-    run = start(world, multi_avg_fn=fn).train(5)
-    state = run.ema.gather_state_dict()
-    if rank() != 0:
-        return
-    reference = AveragedModel(nn.ParameterDict(), multi_avg_fn=fn)
-    for weights in run.weights[1:]:
-        live = nn.ParameterDict({n.replace(".", "/"): weights[n].double() for n in TRAINABLE})
-        if not len(reference.module):
-            reference = AveragedModel(live, multi_avg_fn=fn)
-        reference.update_parameters(live)
-    assert run.ema.num_updates == int(reference.n_averaged)
-    for name in TRAINABLE:
-        wanted = reference.module[name.replace(".", "/")]
-        assert (state[name] - wanted).abs().max() <= MAX_RELATIVE_ERROR * wanted.abs().max()
 
 
 @every_world(not_compiled)
@@ -120,65 +95,6 @@ def test_a_teacher_of_another_layout_is_refused_by_name():
     net = Net()
     with pytest.raises(ValueError, match="shares weights"):
         ShardedEMA(net, into=net)
-
-
-class Normalized(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.norm = nn.Linear(5, 7), nn.BatchNorm1d(7, momentum=0.3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.linear(x))
-
-
-def batches_of(rank: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(rank)
-    return [torch.randn(4, 5, generator=generator) for _ in range(2 + rank)]
-
-
-@pytest.mark.ranks(0, 1, 2, 3)
-def test_update_bn_over_ranks_is_that_of_one_process_over_all_batches():
-    torch.manual_seed(0)
-    net = Normalized()
-    wanted = Normalized()
-    wanted.load_state_dict(net.state_dict())
-    torch_update_bn([b for r in range(num_ranks()) for b in batches_of(r)], wanted)
-    distributed = dist.is_initialized()
-    model = nn.parallel.DistributedDataParallel(net) if distributed else net
-    model.eval()
-    update_bn(batches_of(rank()), model)
-    torch.testing.assert_close(net.norm.running_mean, wanted.norm.running_mean)
-    torch.testing.assert_close(net.norm.running_var, wanted.norm.running_var)
-    assert net.norm.num_batches_tracked == wanted.norm.num_batches_tracked
-    assert (net.norm.momentum, model.training, net.norm.training) == (0.3, False, False)
-
-
-@pytest.mark.ranks(0, 2)
-def test_update_bn_inside_average_parameters_holds_until_the_block_ends():
-    torch.manual_seed(0)
-    net = Normalized()
-    ema = ShardedEMA(net, 0.5)
-    with torch.no_grad():
-        net.linear.weight.add_(1.0)
-    ema.update()
-    before = net.norm.running_mean.clone()
-    with ema.average_parameters():
-        update_bn(batches_of(rank()), net)
-        assert not torch.equal(net.norm.running_mean, before)
-    assert torch.equal(net.norm.running_mean, before)
-
-
-@pytest.mark.ranks(0, 2)
-def test_update_bn_restores_everything_when_a_batch_fails_on_one_rank():
-    net = Normalized()
-    before = {n: t.clone() for n, t in net.state_dict().items()}
-    batches = batches_of(rank())
-    if rank() == 0:
-        batches[1] = torch.randn(4, 6)
-    with pytest.raises(RuntimeError, match="shapes"):
-        update_bn(batches, net)
-    torch.testing.assert_close(dict(net.state_dict()), before, **EXACT)
-    assert (net.norm.momentum, net.training) == (0.3, True)
 
 
 @a_few_worlds
