@@ -73,8 +73,8 @@ class EMACallback(Callback):
     spawns its processes ends it with them; test from a checkpoint then.
 
     Args:
-        decay, multi_avg_fn, update_every, start_step, params, buffers, replicas, dtype: as for
-            `ShardedEMA`. Names of weights are those in the LightningModule.
+        decay, multi_avg_fn, update_every, start_step, params, buffers, replicas, dtype, device,
+            overlap: as for `ShardedEMA`. Names of weights are those in the LightningModule.
         evaluate: whether validation, test and predict use the average; with several averages, the
             name of one of them.
         optimizer: number of the optimizer whose steps count (a GAN's generator, say); None: any.
@@ -102,6 +102,8 @@ class EMACallback(Callback):
         buffers: str = "copy",
         replicas: str = "split",
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        overlap: bool = False,
     ) -> None:
         super().__init__()
         schedules = schedules_of(decay)
@@ -113,6 +115,8 @@ class EMACallback(Callback):
             "buffers": buffers,
             "replicas": replicas,
             "dtype": dtype,
+            "device": None if device is None else torch.device(device),
+            "overlap": overlap,
         }
         Options(schedules, **options, has_teacher=False)  # refuses here what it would refuse later
         if missing not in ("raise", "restart"):

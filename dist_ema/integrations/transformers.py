@@ -64,8 +64,9 @@ class EMACallback(TrainerCallback):
     weights of the same checkpoint. `copy_at_end` makes the model the average then.
 
     Args:
-        decay, multi_avg_fn, update_every, start_step, params, buffers, replicas, dtype: as for
-            `ShardedEMA`. Steps are optimizer steps, whatever `gradient_accumulation_steps` is.
+        decay, multi_avg_fn, update_every, start_step, params, buffers, replicas, dtype, device,
+            overlap: as for `ShardedEMA`. Steps are optimizer steps, whatever
+            `gradient_accumulation_steps` is.
         evaluate: whether to evaluate and predict with averaged weights; with several averages, the
             name of one of them.
         export: directory for `from_pretrained`, written when training ends: the averaged weights
@@ -100,6 +101,8 @@ class EMACallback(TrainerCallback):
         buffers: str = "copy",
         replicas: str = "split",
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        overlap: bool = False,
     ) -> None:
         schedules = schedules_of(decay)
         options: dict[str, Any] = {
@@ -110,6 +113,8 @@ class EMACallback(TrainerCallback):
             "buffers": buffers,
             "replicas": replicas,
             "dtype": dtype,
+            "device": None if device is None else torch.device(device),
+            "overlap": overlap,
         }
         Options(schedules, **options, has_teacher=False)  # refuses here what it would refuse later
         if missing not in ("raise", "restart"):
