@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from dist_ema.export.format import DTYPES
 from dist_ema.export.layouts import card_of, check_names
 from dist_ema.export.live import export
 from dist_ema.gather import Gatherer, one_by_one, whole_tensors, write_into
+from dist_ema.hints import no_attribute, no_module
 from dist_ema.lerp import MultiAvgFn, squared_norms
 from dist_ema.names import slots, unwrap
 from dist_ema.options import DEFAULT_NAME, Options, schedules_of
@@ -91,10 +92,7 @@ class ShardedEMA:
         self._ranks = Ranks(process_group)
         with self._ranks.together():
             if not isinstance(model, nn.Module):
-                raise TypeError(
-                    f"model is a {type(model).__name__}, wanted the torch.nn.Module that is "
-                    "trained (wrapped or not), not its parameters"
-                )
+                raise no_module(model)
             self._options = Options(
                 schedules_of(decay),
                 multi_avg_fn,
@@ -166,6 +164,11 @@ class ShardedEMA:
             f"{type(self._bound.engine).__name__}, source={self.source!r}, nbytes={self.nbytes})"
         )
 
+    if not TYPE_CHECKING:  # a type checker would take any name
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise no_attribute(self, name)
+
     # Averaging.
 
     @torch.no_grad()
@@ -189,7 +192,9 @@ class ShardedEMA:
         self._bound.follow()
         self._bound.refuse_thawed()
         if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
-            raise ValueError(f"step is {step!r}, wanted the number of an optimizer step, >= 0")
+            raise ValueError(
+                f"step is {step!r}, wanted the number of an optimizer step >= 0, not a model"
+            )
         applied_steps = self._bound.engine.applied_steps()
         if applied_steps is not None:
             if applied_steps == self._applied_steps:

@@ -14,7 +14,17 @@ ROOT = Path(__file__).parents[1] / "dist_ema"
 
 # From the bottom to the top; modules of one layer do not import one another. "" is the package.
 LAYERS = [
-    {"checkpoint.checksums", "files", "lanes", "layout", "names", "profiles", "ranks", "schedule"},
+    {
+        "checkpoint.checksums",
+        "files",
+        "hints",
+        "lanes",
+        "layout",
+        "names",
+        "profiles",
+        "ranks",
+        "schedule",
+    },
     {
         "batchnorm",
         "checkpoint.boxed",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from dist_ema import ShardedEMA
+from dist_ema import ShardedEMA, Warmup, hints
 from tests.net import Net
 from tests.runs import EXACT, a_few_worlds, live_state, make_ema, start
 from tests.worlds import World, mesh, rank, worlds
@@ -38,6 +39,58 @@ def test_what_is_not_a_module_is_refused(world: World, kind: str):
     with pytest.raises(TypeError, match="Module"):
         ShardedEMA(model)
     check_usable(world, training)
+
+
+@pytest.mark.ranks(0, 2)
+def test_parameters_in_place_of_the_model_say_how_users_of_others_move_over():
+    net = Net()
+    for parameters in (list(net.parameters()), tuple(net.parameters()), net.parameters()):
+        with pytest.raises(
+            TypeError, match=r"(?s)nn\.Module .*diffusers' EMAModel.*torch-ema's"
+        ) as told:
+            ShardedEMA(parameters, 0.9)
+        ours = re.findall(
+            r"ShardedEMA\(model, .*?start_step=1\)|ShardedEMA\(model, .*?\)\)", str(told.value)
+        )
+        for call in ours:  # what it says to write works
+            eval(call, {"ShardedEMA": ShardedEMA, "Warmup": Warmup, "model": net, "decay": 0.9})
+        assert len(ours) == 2
+    for other in (net.state_dict(), None, [0.9]):
+        with pytest.raises(TypeError, match=f"model is a {type(other).__name__}, ") as told:
+            ShardedEMA(other, 0.9)
+        assert "EMAModel" not in str(told.value)
+
+
+@pytest.mark.ranks(0)
+def test_what_other_averages_are_asked_for_is_answered_with_the_right_call():
+    ema = ShardedEMA(Net(), 0.9)
+    answers = {
+        "module": "average_parameters() copy_to(module) gather_state_dict()",
+        "ema_model": "average_parameters() copy_to(module) gather_state_dict()",
+        "shadow_params": "gather_tensors() average_parameters()",
+        "store": "average_parameters() copy_to()",
+        "restore": "average_parameters() copy_to()",
+        "collected_params": "average_parameters()",
+        "update_parameters": "update()",
+        "save_pretrained": "export(path) save(path)",
+        "n_averaged": "num_updates",
+        "get_decay": "decay",
+    }
+    for name, calls in answers.items():
+        with pytest.raises(AttributeError, match=f"no attribute '{name}': ") as told:
+            getattr(ema, name)
+        for call in calls.split():
+            assert f"ema.{call}" in str(told.value)
+    for hint in hints._HINTS.values():
+        for name in re.findall(r"ema\.(\w+)", hint):
+            assert hasattr(ShardedEMA, name), name
+    for name in hints._HINTS:
+        assert not hasattr(ema, name)
+    with pytest.raises(
+        AttributeError, match=r"^'ShardedEMA' object has no attribute 'upd'$"
+    ) as told:
+        ema.upd  # noqa: B018
+    assert (told.value.name, told.value.obj) == ("upd", ema)  # Python's "Did you mean" looks there
 
 
 @two_worlds
