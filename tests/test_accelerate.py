@@ -16,7 +16,7 @@ from tests.net import TRAINABLE, Net
 from tests.oracle import Oracle, worst_relative_error
 from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR
 from tests.worlds import evaluate, from_rank_0, num_ranks, rank
-from tests.worlds_accelerate import ENGINES, Session, accelerated
+from tests.worlds_accelerate import CUT_BY, ENGINES, Session, accelerated
 
 every_kind = pytest.mark.parametrize(
     ("kind", "num_ranks"), [pytest.param(k, 0 if k == "alone" else 2, id=k) for k in ENGINES]
@@ -53,6 +53,7 @@ def test_an_update_is_a_real_step_and_the_average_that_of_the_weights_then(kind:
     with accelerated(kind, accumulate=MICRO_STEPS) as session:
         assert session.accelerator.num_processes == num_ranks()
         ema = registered(session)
+        assert CUT_BY[kind] in repr(ema)
         oracle = Oracle(trained(session), DECAY)
         applied = []
         for i in range(3 * MICRO_STEPS):

@@ -15,7 +15,8 @@ from torch import Tensor
 from dist_ema.checkpoint import CheckpointError
 from tests.oracle import Oracle, worst_relative_error
 from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR
-from tests.worlds import from_rank_0, rank
+from tests.worlds import from_rank_0, num_ranks, rank
+from tests.worlds_accelerate import CUT_BY
 from tests.worlds_trainer import (
     EVALUATED,
     VOCABULARY,
@@ -81,6 +82,8 @@ def test_the_average_is_that_of_the_weights_after_each_optimizer_step(kind: str,
         callback = ema_callback(DECAY).attach(trainer)
         trainer.train()
         ema = callback.ema
+        assert trainer.accelerator.num_processes == num_ranks()
+        assert CUT_BY[kind] in repr(ema)
         assert (ema.step, ema.num_updates, trainer.state.global_step) == (3, 3, 3)
         oracle = Oracle(weights[0], DECAY)
         for after in weights[1:]:

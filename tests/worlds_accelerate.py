@@ -8,7 +8,6 @@ comes after is its own code. What it keeps in the process and its environment is
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +29,16 @@ ENGINES: dict[str, Engine] = {
     "fsdp2": Fsdp2(),
     "zero2": Zero(stage=2, **BF16),
     "zero3": Zero(stage=3, **BF16),
+}
+
+
+CUT_BY = {
+    "alone": "PlainEngine",
+    "ddp": "PlainEngine",
+    "fsdp1": "Fsdp1Engine",
+    "fsdp2": "DTensorEngine",
+    "zero2": "ZeroEngine",
+    "zero3": "ZeroEngine",
 }
 
 
@@ -68,6 +77,17 @@ class Session:
 
 
 @contextmanager
+def several_devices_named_cpu() -> Iterator[None]:
+    """While an accelerator is built in it; see [Note: accelerate without a GPU]."""
+    from accelerate.state import DistributedType, PartialState
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    several = ("gloo", DistributedType.MULTI_GPU)
+    with mock.patch.object(PartialState, "_prepare_backend", lambda *_: several):
+        yield
+
+
+@contextmanager
 def accelerated(
     kind: str,
     *,
@@ -85,17 +105,13 @@ def accelerated(
         options: of `Accelerator`.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.state import AcceleratorState, DistributedType, PartialState
+    from accelerate.state import AcceleratorState
 
     options |= {"gradient_accumulation_steps": accumulate}
-    several_cpus = mock.patch.object(
-        PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU)
-    )
     with mock.patch.dict(os.environ):
         try:
             if kind.startswith("fsdp"):
-                os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-                with several_cpus:
+                with several_devices_named_cpu():
                     accelerator = Accelerator(fsdp_plugin=_fsdp_plugin(kind), **options)
             elif kind.startswith("zero"):
                 library()
@@ -112,7 +128,6 @@ def accelerated(
             yield Session(kind, accelerator, seed, fused)
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
-            gc.collect()
 
 
 def _fsdp_plugin(kind: str) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.pool import NO_GROUP
-from tests.worlds import Ddp, Engine, Plain
+from tests.worlds import Ddp, Engine, Fsdp2, Plain
+from tests.worlds_accelerate import several_devices_named_cpu
 from tests.worlds_deepspeed import BF16, Zero, library
 
 ENGINES: dict[str, Engine] = {
     "alone": Plain(),
     "ddp": Ddp(),
+    "fsdp2": Fsdp2(),
     "zero2": Zero(stage=2, **BF16),
     "zero3": Zero(stage=3, **BF16),
 }
@@ -78,14 +79,18 @@ def trainer_of(
     from transformers import Trainer, TrainingArguments
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    with mock.patch.dict(os.environ):
+    with mock.patch.dict(os.environ), ExitStack() as stack:
         try:
             if kind.startswith("zero"):
                 library()
                 arguments |= {"deepspeed": _zero_config(kind), "bf16": True}
+            elif kind == "fsdp2":
+                stack.enter_context(several_devices_named_cpu())
+                config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+                arguments |= {"fsdp": True, "fsdp_config": config}
             args = TrainingArguments(
                 str(directory),
-                use_cpu=True,
+                use_cpu=kind != "fsdp2",
                 report_to=[],
                 disable_tqdm=True,
                 logging_strategy="no",
@@ -104,7 +109,6 @@ def trainer_of(
         finally:
             unset_hf_deepspeed_config()
             AcceleratorState._reset_state(reset_partial_state=True)
-            gc.collect()
 
 
 def full_weights(kind: str, trainer: Any) -> dict[str, Tensor]:
