@@ -9,7 +9,8 @@ buckets of bands beside what its caller keeps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from dist_ema.engines import select
 from dist_ema.engines.plain import PlainEngine
 from dist_ema.export.format import gathered_dtype
-from dist_ema.layout import Box, Place, Shape, flat_boxes, overlap
+from dist_ema.layout import Box, Place, Shape, flat_boxes, flat_ends, overlap, whole
 from dist_ema.names import slots
 from dist_ema.plan import Plan
 from dist_ema.ranks import Ranks
@@ -88,7 +89,19 @@ class _Part:
 Room = Callable[[Entry, int, int], torch.Tensor]
 """(entry, start, stop) -> 1-D CPU tensor that a band's values are written to."""
 
-_Owned = dict[str, list[tuple[int, Place]]]  # fqn -> (number of the piece, its place)
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """A piece that a rank owns, and between which elements of its tensor, row-major, it lies."""
+
+    rank: int
+    piece: int
+    place: Place
+    first: int
+    last: int
+
+
+_ByFqn = dict[str, list[Owned]]
 
 
 class Gatherer:
@@ -113,15 +126,9 @@ class Gatherer:
                 entries = _merged([told for told, _ in catalogues])
                 _check_covered(entries, [places for _, places in catalogues])
         self.entries: list[Entry] = ranks.broadcast(entries)  # in the order of the state dict
-        # What each rank owns: of all on rank 0, of itself elsewhere.
-        self._owned: dict[int, _Owned] = {ranks.rank: _by_fqn(places)}
-        for rank, (_, theirs) in enumerate(catalogues):
-            self._owned[rank] = _by_fqn(theirs)
-
-    @property
-    def own(self) -> _Owned:
-        """The pieces that this rank owns."""
-        return self._owned[self._ranks.rank]
+        self.own = _by_fqn({ranks.rank: places})  # the pieces that this rank owns, by fqn
+        # On rank 0 those of all.
+        self._owned = _by_fqn({rank: theirs for rank, (_, theirs) in enumerate(catalogues)})
 
     def fqns_with(self, wanted: Callable[[Entry, Place], bool]) -> frozenset[str]:
         """The tensors of which any rank owns a piece that is wanted. Collective: every rank calls.
@@ -133,11 +140,7 @@ class Gatherer:
             entry.fqn
             for entry in self.entries
             if self._ranks.rank == 0
-            and any(
-                wanted(entry, place)
-                for owned in self._owned.values()
-                for _, place in owned.get(entry.fqn, ())
-            )
+            and any(wanted(entry, owned.place) for owned in self._owned.get(entry.fqn, ()))
         ]
         return frozenset(self._ranks.broadcast(found))
 
@@ -164,10 +167,7 @@ class Gatherer:
         size = self._ranks.size if spread else 1
         owned = self._owned
         if spread:
-            named = {
-                rank: {fqn: pieces for fqn, pieces in o.items() if only is None or fqn in only}
-                for rank, o in owned.items()
-            }
+            named = {f: pieces for f, pieces in owned.items() if only is None or f in only}
             owned = self._ranks.broadcast(named)
         buckets = list(self._buckets(dtype, only))
         turns = [buckets[i : i + size] for i in range(0, len(buckets), size)]
@@ -207,7 +207,7 @@ class Gatherer:
     def _exchange(
         self,
         turn: Sequence[Sequence[_Range]],
-        owned: dict[int, _Owned],
+        owned: _ByFqn,
         values: Sequence[torch.Tensor],
         dtype: torch.dtype | None,
         room: Room | None,
@@ -215,39 +215,30 @@ class Gatherer:
         """Let rank i have the i-th bucket of a turn; without room for it, only let it travel."""
         rank = self._ranks.rank
         operations: list[dist.P2POp] = []
-        arriving: list[tuple[torch.Tensor, list[tuple[int, _Part]], list[int]]] = []
         for to, bucket in enumerate(turn):
-            if to != rank:
-                parts = self._parts(bucket, self.own)
-                if parts:
-                    starts, nbytes = self._message(bucket, parts, dtype)
-                    message = torch.empty(nbytes, dtype=torch.uint8, device=self._ranks.device)
-                    for (i, part), start in zip(parts, starts, strict=True):
-                        kind = self.entries[bucket[i].number].dtype_as(dtype)
-                        view = _typed(message, start, part.common.numel, kind)
-                        view.view(part.common.sizes).copy_(part.read(values[part.piece]))
-                    operations.append(self._op(dist.isend, message, to))
-                continue
-            for source in sorted(owned):
-                if source == rank:
-                    continue
-                parts = self._parts(bucket, owned[source])
-                if parts:
-                    starts, nbytes = self._message(bucket, parts, dtype)
-                    message = torch.empty(nbytes, dtype=torch.uint8, device=self._ranks.device)
-                    operations.append(self._op(dist.irecv, message, source))
-                    arriving.append((message, parts, starts))
+            parts = self._parts(bucket, self.own)[rank] if to != rank else []
+            if parts:
+                starts, message = self._message(bucket, parts, dtype)
+                for (i, part), start in zip(parts, starts, strict=True):
+                    kind = self.entries[bucket[i].number].dtype_as(dtype)
+                    view = _typed(message, start, part.common.numel, kind)
+                    view.view(part.common.sizes).copy_(part.read(values[part.piece]))
+                operations.append(self._op(dist.isend, message, to))
+        mine = turn[rank] if rank < len(turn) else []
+        coming = self._parts(mine, owned)
+        here = coming.pop(rank, [])
+        messages = {source: self._message(mine, parts, dtype) for source, parts in coming.items()}
+        operations += [self._op(dist.irecv, m, source) for source, (_, m) in messages.items()]
         waiting = dist.batch_isend_irecv(operations) if operations else []
-        gathers = rank < len(turn) and room is not None
-        bands = self._room(turn[rank], dtype, room) if gathers and room is not None else []
+        bands = self._room(mine, dtype, room) if room is not None else []
         if bands:
-            for i, part in self._parts(turn[rank], self.own):
+            for i, part in here:
                 part.target(bands[i].values).copy_(part.read(values[part.piece]))
         for work in waiting:
             work.wait()
         if bands:
-            for message, parts, starts in arriving:
-                for (i, part), start in zip(parts, starts, strict=True):
+            for source, (starts, message) in messages.items():
+                for (i, part), start in zip(coming[source], starts, strict=True):
                     target = part.target(bands[i].values)
                     run = _typed(message, start, part.common.numel, target.dtype)
                     target.copy_(run.view(part.common.sizes))
@@ -268,27 +259,34 @@ class Gatherer:
             bands.append(Band(entry, span.start, values))
         return bands
 
-    def _parts(self, bucket: Sequence[_Range], owned: _Owned) -> list[tuple[int, _Part]]:
-        """What a rank owns of a bucket, each with the number of the range."""
-        return [
-            (i, part)
-            for i, span in enumerate(bucket)
-            for part in _common(self.entries[span.number], span, owned)
-        ]
+    def _parts(
+        self, bucket: Sequence[_Range], owned: _ByFqn
+    ) -> defaultdict[int, list[tuple[int, _Part]]]:
+        """What each rank owns of a bucket, with the numbers of the ranges.
+
+        In an order that depends on nothing but the rank's own pieces.
+        """
+        parts: defaultdict[int, list[tuple[int, _Part]]] = defaultdict(list)
+        for i, span in enumerate(bucket):
+            entry = self.entries[span.number]
+            for piece in owned.get(entry.fqn, ()):
+                if piece.first < span.stop and piece.last >= span.start:
+                    parts[piece.rank] += [(i, part) for part in _common(entry, span, piece)]
+        return parts
 
     def _message(
         self,
         bucket: Sequence[_Range],
         parts: Sequence[tuple[int, _Part]],
         dtype: torch.dtype | None,
-    ) -> tuple[list[int], int]:
-        """Where each part starts in its message, and the message's length, in bytes."""
+    ) -> tuple[list[int], torch.Tensor]:
+        """Where each part starts in its message, in bytes, and the message, to be filled."""
         starts, end = [], 0
         for i, part in parts:
             starts.append(end)
             nbytes = part.common.numel * self.entries[bucket[i].number].dtype_as(dtype).itemsize
             end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        return starts, end
+        return starts, torch.empty(end, dtype=torch.uint8, device=self._ranks.device)
 
 
 def whole_tensors(
@@ -391,24 +389,23 @@ def _check_covered(entries: Sequence[Entry], places: Sequence[list[tuple[int, Pl
             )
 
 
-def _by_fqn(places: Sequence[tuple[int, Place]]) -> _Owned:
-    owned: _Owned = {}
-    for number, place in places:
-        owned.setdefault(place.fqn, []).append((number, place))
+def _by_fqn(places: Mapping[int, Sequence[tuple[int, Place]]]) -> _ByFqn:
+    """Places of pieces, by rank, told by tensor."""
+    owned: _ByFqn = {}
+    for rank, theirs in places.items():
+        for piece, place in theirs:
+            first, last = flat_ends(place.box, whole(place.shape))
+            owned.setdefault(place.fqn, []).append(Owned(rank, piece, place, first, last))
     return owned
 
 
-def _common(entry: Entry, span: _Range, owned: _Owned) -> Iterator[_Part]:
-    """What a rank owns of a range, in an order that depends on nothing else."""
-    pieces = owned.get(entry.fqn)
-    if not pieces:
-        return
+def _common(entry: Entry, span: _Range, owned: Owned) -> Iterator[_Part]:
+    """What a piece has in common with a range."""
     at = 0
     for outer in flat_boxes(entry.shape, span.start, span.stop):
-        for piece, place in pieces:
-            common = overlap(outer, place.box)
-            if common is not None:
-                yield _Part(piece, place, common, outer, at)
+        common = overlap(outer, owned.place.box)
+        if common is not None:
+            yield _Part(owned.piece, owned.place, common, outer, at)
         at += outer.numel
 
 

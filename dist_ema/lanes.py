@@ -2,10 +2,10 @@
 
 [Note: fences]
 An update on a side stream reads the live weights while the caller goes on. So it waits for what the
-caller had started before, and three things wait for it: the next step of any torch optimizer (a
-hook that is called before each), whatever reads the average through `Shadow`, and the memory of the
-weights, should they be freed meanwhile. What else writes to weights without a torch optimizer must
-call `ShardedEMA.update()` or any reading method first, all of which wait.
+caller had started before, and these wait for it: the next step of any torch optimizer (a hook that
+is called before each), whatever reads the average through `Shadow`, and the end of the lanes, which
+must come before that of the memory that they work on. What writes to weights otherwise must read
+the average first (`drift()`, say), or not be called before the next optimizer step.
 
 Without CUDA there are no streams: the same calls run the work at once.
 """
@@ -13,12 +13,13 @@ Without CUDA there are no streams: the same calls run the work at once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 
 class Lanes:
@@ -34,11 +35,11 @@ class Lanes:
         if self._streams:
             fence = weakref.WeakMethod(self.fence)
             handle = register_optimizer_step_pre_hook(lambda *_: _call(fence))
-            weakref.finalize(self, handle.remove)
+            weakref.finalize(self, _end, handle, self._events)
 
     @contextmanager
-    def running(self, weights: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Within the block lanes are given work that reads these weights as they are now. Local."""
+    def running(self) -> Iterator[None]:
+        """Within the block lanes are given work that reads the weights as they are now. Local."""
         if not self._streams:
             yield
             return
@@ -51,10 +52,6 @@ class Lanes:
         finally:
             for event, stream in zip(self._events, self._streams, strict=True):
                 event.record(stream)
-            for weight in weights:
-                if weight.is_cuda:
-                    for stream in self._streams:
-                        weight.record_stream(stream)
 
     def lane(self, number: int) -> AbstractContextManager[Any]:
         """Give what is launched in the block to a lane, counted around."""
@@ -75,6 +72,12 @@ class Lanes:
             for event in self._events:
                 event.synchronize()
             self._pending = False
+
+
+def _end(hook: RemovableHandle, events: list[torch.cuda.Event]) -> None:
+    hook.remove()
+    for event in events:
+        event.synchronize()
 
 
 def _call(method: weakref.WeakMethod[Any]) -> None:

@@ -96,6 +96,17 @@ def flat_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     return boxes
 
 
+def flat_ends(inner: Box, outer: Box) -> tuple[int, int]:
+    """The first and the last element of a box, counted in one that holds it, row-major."""
+    first = last = 0
+    for offset, size, base, length in zip(
+        inner.offsets, inner.sizes, outer.offsets, outer.sizes, strict=True
+    ):
+        first = first * length + offset - base
+        last = last * length + offset - base + size - 1
+    return first, last
+
+
 def uncovered(shape: Shape, boxes: Sequence[Box]) -> str | None:
     """What keeps boxes, each within the shape, from being a partition of it; None if nothing does.
 

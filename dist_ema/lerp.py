@@ -95,7 +95,7 @@ class Lerp:
             crosses = _crosses(of_all[0][0], here[0])
             lanes = Lanes(here[0].device, 2 if crosses else 1) if crosses or overlap else None
             batches = list(_batches(of_all, here, num_stagings=2 if crosses else 1))
-            self._tracks.append(_Track(here, batches, lanes))
+            self._tracks.append(_Track(lanes, batches))
 
     def fold(self, decays: Sequence[float]) -> None:
         """shadow <- decay * shadow + (1 - decay) * live, with a decay for each average.
@@ -132,16 +132,15 @@ class Lerp:
 class _Track:
     """Batches with one pair of devices, and the side streams that they run on, if any."""
 
-    lives: list[torch.Tensor]
+    lanes: Lanes | None  # first, so that they end before the memory that they work on
     batches: list[_Batch]
-    lanes: Lanes | None
 
     def run(self, work: Callable[[_Batch], None]) -> None:
         if self.lanes is None:
             for batch in self.batches:
                 work(batch)
             return
-        with self.lanes.running(self.lives):
+        with self.lanes.running():
             for number, batch in enumerate(self.batches):
                 with self.lanes.lane(number):
                     work(batch)

@@ -42,7 +42,7 @@ class Shadow:
         self._max_gap = _MAX_GAP if owns_gaps else 0
         self._values = [list(of_one) for of_one in values]
         self._overlap = overlap
-        self.bind(fragments)
+        self._lerp = self._plan(fragments)
 
     @property
     def values(self) -> list[list[torch.Tensor]]:
@@ -57,10 +57,14 @@ class Shadow:
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def bind(self, fragments: Sequence[Fragment]) -> None:
-        """Plan updates from these fragments, whose storage may have moved since the last time."""
+        """Update from these fragments from now on: storage moved."""
+        self._lerp.settle()
+        self._lerp = self._plan(fragments)
+
+    def _plan(self, fragments: Sequence[Fragment]) -> Lerp:
         lives = [f.view for f in fragments]
         runs = _merge(self._values[0], lives, self._max_gap)
-        self._lerp = Lerp(
+        return Lerp(
             [[_span([values[i] for i in run]) for run in runs] for values in self._values],
             [_span([lives[i] for i in run]) for run in runs],
             overlap=self._overlap,

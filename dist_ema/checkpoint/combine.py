@@ -28,9 +28,9 @@ from dist_ema.checkpoint.manifest import (
     SavedTensor,
 )
 from dist_ema.checkpoint.reader import Source
-from dist_ema.checkpoint.regions import Boxes, flat_ends, placed
+from dist_ema.checkpoint.regions import Boxes, placed
 from dist_ema.files import sync
-from dist_ema.layout import Box, overlap
+from dist_ema.layout import Box, flat_ends, overlap
 
 _SUMS_BYTES = 128 << 20  # of the sums being made, over all results
 _MIN_BLOCK_BYTES = 4096

@@ -10,7 +10,7 @@ import torch
 from dist_ema.checkpoint.blocks import Checker, Files
 from dist_ema.checkpoint.manifest import Manifest, SavedBox
 from dist_ema.checkpoint.reader import Source
-from dist_ema.layout import Box, flat_boxes, overlap
+from dist_ema.layout import Box, flat_boxes, flat_ends, overlap
 
 
 class RegionReader:
@@ -87,14 +87,3 @@ def placed(box: Box, start: int, stop: int) -> Iterator[tuple[int, Box]]:
         offsets = tuple(base + o for base, o in zip(box.offsets, part.offsets, strict=True))
         yield at, Box(offsets, part.sizes)
         at += part.numel
-
-
-def flat_ends(inner: Box, outer: Box) -> tuple[int, int]:
-    """The first and the last element of a box, counted in one that holds it, row-major."""
-    first = last = 0
-    for offset, size, base, length in zip(
-        inner.offsets, inner.sizes, outer.offsets, outer.sizes, strict=True
-    ):
-        first = first * length + offset - base
-        last = last * length + offset - base + size - 1
-    return first, last

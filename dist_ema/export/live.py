@@ -135,8 +135,8 @@ def _write_own(
     with ranks.together():
         for fqn, pieces in gatherer.own.items():
             if fqn in plan.where and fqn not in scattered:
-                for number, place in pieces:
-                    writing.run(outputs[fqn], place, values[number])
+                for owned in pieces:
+                    writing.run(outputs[fqn], owned.place, values[owned.piece])
     if scattered:
         _write_bands(writing, gatherer, values, outputs, dtype, ranks, scattered, spread=True)
 

@@ -1,0 +1,191 @@
+"""An average on another device than the weights, and updates on side streams.
+
+No CUDA is at hand where these tests run, so what is tested is the path itself: chunks that come to
+the weights and go back, with streams absent, and, on stand-ins for streams, who waits for whom.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from dist_ema import HalfLife, ShardedEMA, lerp
+from dist_ema.lanes import Lanes
+from tests.oracle import worst_relative_error
+from tests.runs import EXACT, MAX_RELATIVE_ERROR, start
+from tests.worlds import World, rank, worlds
+from tests.worlds_deepspeed import WORLDS as ZERO_WORLDS
+
+some_worlds = pytest.mark.parametrize(
+    ("world", "num_ranks"),
+    [pytest.param(w, w.ranks[0], id=w.name) for w in ZERO_WORLDS if w.name in ("z2_bf16", "z3")],
+)
+CROSSING = {"target": lerp, "attribute": "_crosses", "new": lambda shadow, live: True}
+
+
+def check_offloaded(world: World) -> None:
+    with mock.patch.object(**CROSSING), mock.patch.object(lerp, "_CHUNK_ELEMENTS", 50):
+        run = start(world, device="cpu", start_step=1, update_every=2).train(5)
+        batches = [b for track in run.ema._bound.shadow._lerp._tracks for b in track.batches]
+        # Neighbours have staging of their own.
+        stagings = [b.staged_shadows[0].data_ptr() for b in batches]
+        assert all(a != b for a, b in itertools.pairwise(stagings))
+        state = run.ema.gather_state_dict()
+        if rank() == 0:
+            wanted = run.oracle(start_step=1, update_every=2).average
+            assert worst_relative_error(state, wanted) <= MAX_RELATIVE_ERROR
+        before = run.training.evaluate()
+        with run.ema.average_parameters():
+            averaged = run.training.evaluate()
+            assert not torch.equal(averaged, before)
+        torch.testing.assert_close(run.training.evaluate(), before, **EXACT)
+
+
+@worlds("plain", "plain_bf16", "ddp-2", "fsdp2-3", "hsdp")
+def test_an_average_on_another_device_is_the_same(world: World):
+    check_offloaded(world)
+
+
+@some_worlds
+def test_an_average_on_another_device_is_the_same_under_deepspeed(world: World):
+    check_offloaded(world)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decay": 0.9},
+        {"decay": {"fast": 0.5, "slow": HalfLife(10)}},
+        {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+        {"decay": 0.9, "dtype": torch.bfloat16},
+        {"decay": 0.9, "buffers": "average", "start_step": 2},
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:the average is kept in", "ignore:the live weights are")
+def test_the_way_there_and_back_changes_no_bit(options: dict[str, Any], dtype: torch.dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20), nn.Linear(20, 7)).to(dtype)
+    resident = ShardedEMA(model, **options)
+    with mock.patch.object(**CROSSING), mock.patch.object(lerp, "_CHUNK_ELEMENTS", 64):
+        offloaded = ShardedEMA(model, device="cpu", overlap=True, **options)
+    for _ in range(4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        for ema in (resident, offloaded):
+            ema.update()
+    for name in resident.names:
+        found, wanted = offloaded.gather_state_dict(name), resident.gather_state_dict(name)
+        torch.testing.assert_close(found, wanted, **EXACT)
+        assert offloaded.drift(name) == resident.drift(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "meta"}, "device is meta, wanted 'cpu'"),
+        ({"device": "cpu", "into": nn.Linear(2, 2)}, "device and overlap have no meaning"),
+        ({"overlap": True, "into": nn.Linear(2, 2)}, "device and overlap have no meaning"),
+    ],
+)
+def test_a_device_that_makes_no_sense_is_refused(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        ShardedEMA(nn.Linear(2, 2), **options)
+
+
+class Recorder:
+    """Stand-ins for CUDA's streams and events, which write down who waits for whom."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.current = self.stream("current")
+        self.num_streams = 0
+
+    def stream(self, name: str) -> mock.Mock:
+        stream = mock.Mock()
+        stream.wait_stream = lambda other: self.told.append(f"{name} waits for {other.label}")
+        stream.wait_event = lambda event: self.told.append(f"{name} waits for {event.label}")
+        stream.label = name
+        return stream
+
+    def new_stream(self, device: torch.device) -> mock.Mock:
+        self.num_streams += 1
+        return self.stream(f"lane {self.num_streams}")
+
+    def new_event(self) -> mock.Mock:
+        event = mock.Mock(label="nothing")
+
+        def record(stream: mock.Mock) -> None:
+            event.label = f"the end of {stream.label}"
+            self.told.append(f"{stream.label} is noted")
+
+        event.record = record
+        event.synchronize = lambda: self.told.append(f"the host waits for {event.label}")
+        return event
+
+    def lanes(self, count: int) -> Any:
+        patches = {
+            "Stream": self.new_stream,
+            "Event": self.new_event,
+            "current_stream": lambda device: self.current,
+            "stream": lambda stream: nullcontext(),
+        }
+        for name, value in patches.items():
+            mock.patch.object(torch.cuda, name, value).start()
+        return Lanes(torch.device("cuda"), count)
+
+
+@pytest.fixture
+def recorder():
+    yield Recorder()
+    mock.patch.stopall()
+
+
+def test_optimizers_and_readers_wait_for_the_lanes(recorder: Recorder):
+    lanes = recorder.lanes(2)
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.step()
+    assert recorder.told == []  # nothing is under way
+    with lanes.running():
+        recorder.told.append("work")
+    assert recorder.told == [
+        "lane 1 waits for current",
+        "lane 2 waits for current",
+        "work",
+        "lane 1 is noted",
+        "lane 2 is noted",
+    ]
+    recorder.told.clear()
+    optimizer.step()
+    fence = ["current waits for the end of lane 1", "current waits for the end of lane 2"]
+    assert recorder.told == fence
+    recorder.told.clear()
+    lanes.settle()
+    lanes.settle()
+    assert recorder.told == [
+        "the host waits for the end of lane 1",
+        "the host waits for the end of lane 2",
+    ]
+
+
+def test_an_average_that_is_gone_leaves_no_hook(recorder: Recorder):
+    from torch.optim import optimizer as module
+
+    before = len(module._global_optimizer_pre_hooks)
+    lanes = recorder.lanes(1)
+    assert len(module._global_optimizer_pre_hooks) == before + 1
+    del lanes
+    gc.collect()
+    assert len(module._global_optimizer_pre_hooks) == before
