@@ -237,15 +237,20 @@ def train(run: Run, ema: ShardedEMA, args: argparse.Namespace) -> float:
     start = time.perf_counter()
     run.model.train()
     for images in tqdm(run.loader, total=args.steps, desc="training", disable=run.rank != 0):
-        noise = torch.randn(images.shape, generator=generator)
-        timesteps = torch.randint(len(NOISE.betas), images.shape[:1], generator=generator)
-        noisy = NOISE.add_noise(images.cpu(), noise, timesteps)
-        run.backward(F.mse_loss(run.predict(noisy, timesteps), noise.to(run.device)))
-        run.optimizer.step()
-        run.optimizer.zero_grad()
+        train_step(run, images, generator)
         if run.stepped():
             ema.update()
     return time.perf_counter() - start
+
+
+def train_step(run: Run, images: Tensor, generator: torch.Generator) -> None:
+    """One step of the optimizer, on these images with noise from this generator."""
+    noise = torch.randn(images.shape, generator=generator)
+    timesteps = torch.randint(len(NOISE.betas), images.shape[:1], generator=generator)
+    noisy = NOISE.add_noise(images.cpu(), noise, timesteps)
+    run.backward(F.mse_loss(run.predict(noisy, timesteps), noise.to(run.device)))
+    run.optimizer.step()
+    run.optimizer.zero_grad()
 
 
 @torch.no_grad()

@@ -102,6 +102,33 @@ def test_teacher():
     assert min(float(student), float(teacher)) > 0.9
 
 
+def test_a_width_chosen_after_the_run(tmp_path: Path):
+    printed = torchrun(2, "examples/posthoc_sweep.py", tmp_path)
+    assert_averaged_is_better(printed)
+    losses = dict(re.findall(r"sigma_rel (\d\.\d+): test loss (\d\.\d+)", printed))
+    best = min(losses, key=lambda width: float(losses[width]))
+    assert best not in ("0.05", "0.1"), "a width that was kept would not need this"
+    (command,) = re.findall(r"now run: dist-ema (.*)", printed)
+    assert f"/{best} " in command
+    run([str(BIN / "dist-ema"), *command.split()])
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_averages_over_training(tmp_path: Path):
+    command = [*ACCELERATE, "launch/accelerate/cpu-2.yaml", "examples/averages_over_training.py"]
+    printed = run([*command, str(tmp_path), "16"], ACCELERATE_USE_CPU="true")
+    assert len(list(tmp_path.glob("kept-*"))) == 16
+    for name in ("over_training.png", "over_sigma_rel.png"):
+        assert 1000 < (tmp_path / name).stat().st_size < 100_000
+
+    def loss_at(curve: str, x: str) -> float:
+        return float(re.search(rf"^{curve}, .*\b{re.escape(x)}: (\d\.\d+)", printed, re.M)[1])
+
+    for width in ("0.05", "0.1", "0.15"):  # the last was kept and not saved
+        assert abs(loss_at("made after the run", width) - loss_at("kept", width)) <= 2e-4
+    assert loss_at("decay-0.995", "16") != loss_at("raw", "16") == loss_at("kept", "0")
+
+
 @pytest.mark.parametrize("script", LAUNCH, ids=lambda path: path.name)
 def test_a_launch_script_parses(script: Path):
     subprocess.run(["bash", "-n", script], check=True)
