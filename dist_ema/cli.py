@@ -38,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = run(options)
         sys.stdout.flush()
         return status
-    except CheckpointError as error:
-        sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
-        return 1
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (CheckpointError, OSError) as error:
+        sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
         return 1
 
 

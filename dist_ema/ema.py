@@ -115,7 +115,6 @@ class ShardedEMA:
         # framework knows and the engine does not. Local and cheap: every update() asks.
         self._gate: Callable[[], bool] | None = None
         self._shown: str | None = None  # name of the average that the model shows just now
-        self._card: dict[str, Any] | None = None
         self._warn_of_low_precision(dtype)
 
     # What the average is at.
@@ -348,11 +347,20 @@ class ShardedEMA:
         Collective: every rank calls it and exhausts the iterator, which is empty off rank 0.
         """
         gatherer, values = self._gathered("gather_tensors()", name, dtype)
-        return (
-            (fqn, tensor)
-            for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype))
-            for fqn in (entry.fqn, *entry.aliases)
-        )
+        num_updates = self._num_updates
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
+                self._refuse_while_shown("gather_tensors()")
+                if self._num_updates != num_updates:
+                    raise RuntimeError(
+                        "the average was updated while gather_tensors() was under way; exhaust it "
+                        "before the next update()"
+                    )
+                for fqn in (entry.fqn, *entry.aliases):
+                    yield fqn, tensor
+
+        return tensors()
 
     def export(
         self,
@@ -402,7 +410,7 @@ class ShardedEMA:
             check_names(unwrap(self._bound.model))
         export(
             Path(path),
-            self._model_card,
+            lambda: card_of(unwrap(self._bound.model)),
             gatherer,
             values,
             self._ranks,
@@ -437,7 +445,7 @@ class ShardedEMA:
         state = self._state()
         with self._ranks.together():
             if self._ranks.rank == 0:  # who writes the manifest
-                state["model"] = {"card": self._model_card(), "others": self._others()}
+                state["model"] = self._model()
         return api.save(
             path, self._parts(), self._tensors(), state, self._ranks, asynchronous=asynchronous
         )
@@ -554,11 +562,12 @@ class ShardedEMA:
         values = self._values(name)
         return self._bound.gatherer(values), self._bound.with_rest(values)
 
-    def _model_card(self) -> dict[str, Any]:
-        """What the model's library expects of an export."""
-        if self._card is None:
-            self._card = card_of(unwrap(self._bound.model))
-        return self._card
+    def _model(self) -> dict[str, Any]:
+        """What an export from a checkpoint must know of the model, as JSON."""
+        try:
+            return {"card": card_of(unwrap(self._bound.model)), "others": self._others()}
+        except Exception as problem:  # of a library: no reason not to save
+            return {"problem": f"{type(problem).__name__}: {problem}"}
 
     def _others(self) -> dict[str, Any]:
         """What the state dict has beside the average, as JSON."""

@@ -14,6 +14,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ def replaced_directory(path: Path, keep: Callable[[str], bool] | None = None) ->
     new = sibling(path, "tmp")
     new.mkdir()
     try:
+        if path.exists():
+            new.chmod(stat.S_IMODE(path.stat().st_mode))
         yield new
         for entry in new.iterdir():
             if entry.is_file():
@@ -56,8 +59,8 @@ def replaced_directory(path: Path, keep: Callable[[str], bool] | None = None) ->
 
 
 def target(path: Path) -> Path:
-    """The absolute path that is to be replaced: a link's target stands for the link."""
-    return path.resolve() if path.is_symlink() else path.absolute()
+    """The absolute path that is to be replaced, without links: a link's target stands for it."""
+    return path.resolve()
 
 
 def sibling(path: Path, kind: str) -> Path:

@@ -402,3 +402,42 @@ def test_a_killed_export_leaves_the_last_good_one():
         text=True,
     )
     assert told.returncode == 0, told.stderr
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("path", ["..", "sub/..", "../here", "link/here"])
+def test_the_working_directory_is_never_replaced(path: str, tmp_path):
+    here = tmp_path / "here"
+    (here / "sub").mkdir(parents=True)
+    (here / "link").symlink_to(tmp_path)
+    (here / "precious").write_text("")
+    ema = ShardedEMA(nn.Linear(2, 2))
+    with contextlib.chdir(here), pytest.raises(ValueError, match="holds the working directory"):
+        ema.export(path)
+    assert sorted(entry.name for entry in here.iterdir()) == ["link", "precious", "sub"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.ranks(0)
+def test_an_export_keeps_the_mode_of_its_directory(tmp_path):
+    path = tmp_path / "export"
+    path.mkdir()
+    path.chmod(0o775)
+    ShardedEMA(nn.Linear(2, 2)).export(path)
+    assert path.stat().st_mode & 0o777 == 0o775
+
+
+@pytest.mark.ranks(2)
+def test_tensors_of_an_average_that_changed_meanwhile_are_refused():
+    ema = averaged_somewhat(parallel(tiny_gpt2(), "fsdp2"))
+    tensors = ema.gather_tensors()
+    with ema.average_parameters():
+        refused = pytest.raises(RuntimeError, match="inside average_parameters")
+        with refused if rank() == 0 else contextlib.nullcontext():
+            dict(tensors)
+    tensors = ema.gather_tensors()
+    ema.update()
+    refused = pytest.raises(RuntimeError, match="was updated while")
+    with refused if rank() == 0 else contextlib.nullcontext():
+        dict(tensors)
+    ema.gather_state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import warnings
@@ -13,12 +14,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import ShardedEMA
+from dist_ema.checkpoint import CheckpointError
 from dist_ema.export import offline
-from tests.models import BUILDERS, build, loss_of
+from tests.models import BUILDERS, build, loss_of, tiny_llama
 from tests.worlds import mesh, rank
 from tests.worlds_deepspeed import library
 
@@ -192,3 +195,153 @@ def test_an_adapter_has_the_names_that_peft_itself_writes(tmp_path: Path):
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     configs = [(tmp_path / who / "adapter_config.json").read_text() for who in ("ours", "theirs")]
     assert configs[0].strip() == configs[1].strip()
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("wraps", [None, "compile", "checkpoint"])
+def test_wrapped_blocks_do_not_change_an_adapter(wraps: str | None, tmp_path: Path):
+    model = build("lora")
+    layers = model.base_model.model.model.layers
+    if wraps == "compile":
+        layers[0] = torch.compile(layers[0], backend="eager")
+    elif wraps == "checkpoint":
+        layers[0] = checkpoint_wrapper(layers[0])
+    ShardedEMA(model, 0.5).export(tmp_path / "ours")
+    build("lora").save_pretrained(tmp_path / "theirs")
+    ours, theirs = (
+        load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")
+    )
+    assert ours.keys() == theirs.keys()
+
+
+@pytest.mark.ranks(0)
+def test_an_adapter_that_was_added_to_a_transformers_model_is_exported_as_one(tmp_path: Path):
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    with torch.no_grad():
+        for parameter in adapters.values():
+            parameter.normal_()
+    ShardedEMA(model, 0.5).export(tmp_path / "export")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded.load_adapter(str(tmp_path / "export"))
+    found = dict(loaded.named_parameters())
+    assert all(torch.equal(found[name], parameter) for name, parameter in adapters.items())
+
+
+def broken_generation() -> nn.Module:
+    model = build("gpt2")
+    model.generation_config.temperature = 0.5  # without do_sample: its own library refuses to save
+    return model
+
+
+def prompt() -> nn.Module:
+    from peft import PromptTuningConfig, get_peft_model
+
+    return get_peft_model(
+        tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+
+
+def unet_with_adapter() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    model = UNet2DConditionModel(
+        sample_size=4,
+        layers_per_block=1,
+        block_out_channels=(4, 8),
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=4,
+        attention_head_dim=2,
+    )
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    return model
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(prompt, "a learned prompt"), (unet_with_adapter, "save_lora_adapter")],
+)
+def test_what_no_file_can_hold_is_refused_and_saved(make: Any, message: str, tmp_path: Path):
+    ema = ShardedEMA(make(), 0.5)
+    with pytest.raises(ValueError, match=message):
+        ema.export(tmp_path / "export")
+    ema.save(tmp_path / "sharded")
+    with pytest.raises(CheckpointError, match=message):
+        offline.export(tmp_path / "sharded", tmp_path / "export")
+    assert [path.name for path in tmp_path.iterdir()] == ["sharded"]
+
+
+@pytest.mark.ranks(0)
+def test_a_generation_config_that_would_warn_is_written_as_it_is(tmp_path: Path):
+    ema = ShardedEMA(broken_generation(), 0.5)
+    ema.export(tmp_path)
+    told = json.loads((tmp_path / "generation_config.json").read_text())
+    assert told["temperature"] == 0.5
+
+
+@pytest.mark.ranks(0)
+def test_the_configuration_is_that_of_the_moment(tmp_path: Path):
+    model = build("gpt2")
+    ema = ShardedEMA(model, 0.5)
+    ema.save(tmp_path / "sharded")
+    model.config.summary_type = "mean"
+    ema.export(tmp_path / "export")
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["summary_type"] == "mean"
+
+
+@pytest.mark.ranks(0)
+def test_a_variant_of_another_dtype_is_refused_beside_weights_that_it_would_cast(tmp_path: Path):
+    model = build("bert")
+    model.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    ema = ShardedEMA(model, 0.5)
+    with pytest.raises(ValueError, match="says float32, and loaders cast"):
+        ema.export(tmp_path, weights_name="model.ema.safetensors", dtype=torch.bfloat16)
+    assert contents(tmp_path) == before
+    ema.export(tmp_path, weights_name="model.ema.safetensors")
+
+
+@pytest.mark.ranks(0)
+def test_the_configurations_of_parts_say_the_dtype_too(tmp_path: Path):
+    from transformers import CLIPConfig, CLIPModel, CLIPTextModel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2}
+    text = {**sizes, **heads, "vocab_size": 9, "max_position_embeddings": 8}
+    vision = {**sizes, **heads, "image_size": 4, "patch_size": 2}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4))
+    model = model.to(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bf16 without a master
+        ema = ShardedEMA(model, 0.5)
+    ema.save(tmp_path / "sharded")
+    model.save_pretrained(tmp_path / "base")
+    base = tmp_path / "base"
+    ema.export(tmp_path / "live")
+    offline.export(tmp_path / "sharded", tmp_path / "card", base=base)
+    offline.export(tmp_path / "sharded", tmp_path / "config", base=base, config=base)
+    for who in ("live", "card", "config"):
+        assert CLIPTextModel.from_pretrained(tmp_path / who).dtype == torch.float32
+    only = tmp_path / "generation"
+    only.mkdir()
+    (only / "generation_config.json").write_text("{}")
+    offline.export(tmp_path / "sharded", tmp_path / "out", base=base, config=only)
+    assert CLIPModel.from_pretrained(tmp_path / "out").config.text_config.vocab_size == 9
+
+
+@pytest.mark.ranks(0)
+def test_tied_weights_of_diffusers_are_refused(tmp_path: Path):
+    model = build("unet")
+    model.conv_out.bias = model.time_embedding.linear_1.bias
+    with pytest.raises(ValueError, match="diffusers neither writes nor reads tied"):
+        ShardedEMA(model, 0.5).export(tmp_path)

@@ -1,4 +1,4 @@
-"""What each library expects of a directory of weights, told by a card that is plain JSON.
+"""What each library expects of a directory of weights, told of a model by its card.
 
     transformers   model.safetensors, config.json with the dtype that was written, generation config
     diffusers      diffusion_pytorch_model.safetensors, config.json
@@ -7,8 +7,9 @@
     otherwise      model.safetensors, aliases of tied weights in the metadata as `save_model` does
 
 Checked with transformers 5.23, diffusers 0.42, peft 0.21, safetensors 0.8. transformers' names are
-those of the model in memory, as `save_pretrained(save_original_format=False)` writes them.
-`from_pretrained` casts to the dtype in `config.json` in silence, so it is always written.
+those of the model in memory, as `save_pretrained(save_original_format=False)` writes them; the code
+of a custom model is not copied. `from_pretrained` casts in silence to the dtype in `config.json`,
+so it is always written.
 """
 
 from __future__ import annotations
@@ -19,118 +20,37 @@ import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dist_ema.export.card import make_card
 from dist_ema.names import class_of, ddp_modules, is_instance, slots
 
-Card = Mapping[str, Any]
-"""library: transformers, diffusers, peft or plain.
-weights_name: name of the library's weights file.
-texts: file name -> contents, of further files.
-dtype_at: file name -> paths of keys in it that take the dtype.
-names: fqn -> name in the file; null where each tensor has its own name."""
-
-_WEIGHTS_NAMES = {
-    "transformers": "model.safetensors",
-    "diffusers": "diffusion_pytorch_model.safetensors",
-    "peft": "adapter_model.safetensors",
-    "plain": "model.safetensors",
-}
-_CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
-_WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module")
+_WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_TRANSFORMERS = ("transformers.modeling_utils", "PreTrainedModel")
+_DIFFUSERS = ("diffusers.models.modeling_utils", "ModelMixin")
 
 
 def card_of(module: nn.Module) -> dict[str, Any]:
-    """The card of an unwrapped module. Local; for adapters peft may ask the hub for a config."""
-    if _peft_model(module):
-        return _adapter_card(module)
-    if is_instance(module, "transformers.modeling_utils", "PreTrainedModel"):
-        return _transformers_card(module)
-    if is_instance(module, "diffusers.models.modeling_utils", "ModelMixin"):
-        config = json.loads(module.to_json_string())  # type: ignore[operator]
-        config["_class_name"] = _own_class(module).__name__
-        return _card("diffusers", {"config.json": config})
-    return _card("plain", {})
-
-
-def texts_of(card: Card, dtype: torch.dtype) -> dict[str, str]:
-    """The further files, with the dtype of the averaged weights filled in."""
-    texts = dict(card["texts"])
-    for name, paths in card["dtype_at"].items():
-        config = json.loads(texts[name])
-        for path in paths:
-            part = config
-            for key in path[:-1]:
-                part = part[key]
-            part[path[-1]] = str(dtype).removeprefix("torch.")
-        texts[name] = _text(config)
-    return texts
-
-
-def with_config(card: Card, directory: Path) -> dict[str, Any]:
-    """The card with the further files of a directory in place of its own."""
-    found = {
-        name: (directory / name).read_text() for name in _CONFIGS if (directory / name).is_file()
-    }
-    if not found:
-        raise ValueError(f"{directory} holds no config.json and no adapter_config.json")
-    dtype_at = dict(card["dtype_at"])
-    config = json.loads(found.get("config.json", "{}"))
-    old = [key for key in ("dtype", "torch_dtype") if key in config]
-    if card["library"] == "transformers" or old:
-        # Not at the old key, which is read only where the new one is absent.
-        for key in old:
-            del config[key]
-        found["config.json"] = _text(config | {"dtype": None})
-        dtype_at["config.json"] = [["dtype"]]
-    return {**card, "texts": {**card["texts"], **found}, "dtype_at": dtype_at}
-
-
-def checked_card(told: object) -> Card:
-    """A card that was read from a file.
+    """The card of an unwrapped module. Local; for adapters peft may ask the hub for a config.
 
     Raises:
-        ValueError: it is none, or tells to write a file that no library reads.
+        ValueError: no file of its library can hold the model as it is; it says what can.
     """
-    card: Any = told
-    try:
-        good = (
-            card["library"] in _WEIGHTS_NAMES
-            and card["weights_name"] == _WEIGHTS_NAMES[card["library"]]
-            and set(card["texts"]) <= set(_CONFIGS)
-            and set(card["dtype_at"]) <= set(card["texts"])
-            and all(isinstance(text, str) for text in card["texts"].values())
-            and (card["names"] is None or _is_text_map(card["names"]))
-        )
-        texts_of(card, torch.float32)
-    except (LookupError, TypeError, AttributeError, ValueError):
-        good = False
-    if not good:
-        raise ValueError("the checkpoint's card of the model makes no sense")
-    return dict(card)
-
-
-def guessed_card(directory: Path | None) -> Card:
-    """A card for a checkpoint that has none, by the configuration of a model's directory."""
-    config: Any = {}
-    if directory is not None and (directory / "config.json").is_file():
-        config = json.loads((directory / "config.json").read_text())
-    if "_class_name" in config:
-        return _card("diffusers", {})
-    if "model_type" in config or "architectures" in config:
-        return _card("transformers", {})
-    return _card("plain", {})
-
-
-def _is_text_map(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(text, str) for item in value.items() for text in item
-    )
+    if is_instance(module, "peft.peft_model", "PeftModel"):
+        return _adapter_card(module, "")
+    if is_instance(module, "peft.mixed_model", "PeftMixedModel"):
+        raise ValueError("peft cannot save mixed adapters; use gather_state_dict()")
+    injected = getattr(module, "_hf_peft_config_loaded", False)
+    if is_instance(module, *_TRANSFORMERS):
+        return _adapter_card(module, "base_model.model.") if injected else _model_card(module)
+    if is_instance(module, *_DIFFUSERS):
+        return _diffusers_card(module, injected)
+    return make_card("plain", {})
 
 
 def check_names(module: nn.Module) -> None:
@@ -167,27 +87,7 @@ def _without_wrappers(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPER_LEVELS)
 
 
-def _card(
-    library: str,
-    configs: Mapping[str, Any],
-    *,
-    dtype_at: Mapping[str, Any] | None = None,
-    names: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    return {
-        "library": library,
-        "weights_name": _WEIGHTS_NAMES[library],
-        "texts": {name: _text(config) for name, config in configs.items()},
-        "dtype_at": dict(dtype_at or {}),
-        "names": names if names is None else dict(names),
-    }
-
-
-def _text(config: object) -> str:
-    return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-
-def _transformers_card(module: Any) -> dict[str, Any]:
+def _model_card(module: Any) -> dict[str, Any]:
     config = copy.deepcopy(module.config)
     config.architectures = [_own_class(module).__name__]
     parts = {"": config} | {key: getattr(config, key, None) for key in config.sub_configs}
@@ -196,63 +96,88 @@ def _transformers_card(module: Any) -> dict[str, Any]:
             part.dtype = torch.float32
     configs = {"config.json": json.loads(config.to_json_string())}
     if module.can_generate() and module.generation_config is not None:
-        configs |= _saved(module.generation_config.save_pretrained)
+        # Not by save_pretrained(), which refuses what warns at generation only.
+        text = module.generation_config.to_json_string(keys_to_pop=["compile_config"])
+        configs["generation_config.json"] = json.loads(text)
     top = configs["config.json"]
     paths = [["dtype"], *([key, "dtype"] for key in parts if isinstance(top.get(key), dict))]
-    ignored = module._keys_to_ignore_on_save
-    names = {s.fqn: s.fqn for s in slots(module) if s.fqn not in ignored} if ignored else None
-    return _card(
+    return make_card(
         "transformers",
         configs,
         dtype_at={"config.json": paths},
-        names=names,
+        ignored=module._keys_to_ignore_on_save or (),
     )
 
 
-def _peft_model(module: nn.Module) -> bool:
-    return is_instance(module, "peft.peft_model", "PeftModel")
+def _diffusers_card(module: Any, injected: bool) -> dict[str, Any]:
+    if injected:
+        raise ValueError(
+            "from_pretrained() does not read a model that has adapters inside; write them with "
+            "save_lora_adapter() inside average_parameters(), or use gather_state_dict()"
+        )
+    names: dict[int, str] = {}
+    for slot in slots(module):
+        first = names.setdefault(id(slot.tensor), slot.fqn)
+        if slot.persistent and first != slot.fqn:
+            raise ValueError(
+                f"{slot.fqn} is tied to {first}, and diffusers neither writes nor reads tied "
+                "weights; use gather_state_dict()"
+            )
+    config = json.loads(module.to_json_string())
+    config["_class_name"] = _own_class(module).__name__
+    return make_card("diffusers", {"config.json": config})
 
 
-def _adapter_card(module: Any) -> dict[str, Any]:
+def _adapter_card(module: Any, prefix: str) -> dict[str, Any]:
     """The active adapter alone, under the names that peft itself gives."""
-    adapter = module.active_adapter
-    stand_ins = {
-        slot.fqn: torch.empty(0, device="meta") for slot in slots(module) if slot.persistent
-    }
+    active = module.active_adapters
+    adapters: list[str] = active() if callable(active) else active
+    if len(adapters) != 1:
+        raise ValueError(f"the adapters {adapters} are active; activate the one to be exported")
+    config = copy.deepcopy(module.peft_config[adapters[0]])
+    if config.is_prompt_learning:
+        raise ValueError(
+            "a learned prompt is computed by the model when it is saved; use save_pretrained() "
+            "inside average_parameters(), or gather_state_dict()"
+        )
+    config.inference_mode = True
+    base = module if prefix else module.get_base_model()
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+    own = _own_class(base)
+    task = {"base_model_class": own.__name__, "parent_library": own.__module__}
+    save = functools.partial(
+        config.save_pretrained, auto_mapping_dict=None if config.task_type or prefix else task
+    )
+    names = {fqn: prefix + name for fqn, name in _adapter_names(module, adapters[0]).items()}
+    return make_card("peft", _saved(save), names=names)
+
+
+def _adapter_names(module: nn.Module, adapter: str) -> dict[str, str]:
+    """The tensors of an adapter, and what peft calls them in its file."""
+    levels = {id(m): name for name, m in module.named_modules(remove_duplicate=False)}
+    stand_ins: dict[str, torch.Tensor] = {}
+    fqn_of: dict[int, str] = {}
+    for slot in slots(module):
+        if slot.persistent:
+            level = levels[id(slot.owner)]
+            tensor = torch.empty(0, device="meta")
+            # Wrapped modules have names in peft's own walk that state_dict() may not give.
+            stand_ins[f"{level}.{slot.name}" if level else slot.name] = tensor
+            fqn_of[id(tensor)] = slot.fqn
     named = sys.modules["peft"].get_peft_model_state_dict(
         module, state_dict=dict(stand_ins), adapter_name=adapter
     )
-    fqn_of = {id(tensor): fqn for fqn, tensor in stand_ins.items()}
     made = sorted(name for name, tensor in named.items() if id(tensor) not in fqn_of)
     if made:
         raise ValueError(
             f"peft makes {', '.join(made)} of other tensors when it saves adapter {adapter!r}; "
             "export() writes tensors as they are: use gather_state_dict() and save_pretrained()"
         )
-    config = copy.deepcopy(module.peft_config[adapter])
-    config.inference_mode = True
-    base = module.get_base_model()
-    if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
-    own = _own_class(base)
-    task: dict[str, str] | None = {
-        "base_model_class": own.__name__,
-        "parent_library": own.__module__,
-    }
-    if config.task_type is not None:
-        task = None
-    return _card(
-        "peft",
-        _saved(
-            functools.partial(
-                config.save_pretrained, auto_mapping_dict=None if config.task_type else task
-            )
-        ),
-        names={fqn_of[id(tensor)]: name for name, tensor in named.items()},
-    )
+    return {fqn_of[id(tensor)]: _without_wrappers(name) for name, tensor in named.items()}
 
 
-def _saved(save_pretrained: Any) -> dict[str, Any]:
+def _saved(save_pretrained: Callable[[str], object]) -> dict[str, Any]:
     """The JSON files that a library's object writes."""
     with tempfile.TemporaryDirectory() as directory:
         save_pretrained(directory)
@@ -269,11 +194,3 @@ def _own_class(module: nn.Module) -> type:
         if fsdp2 is None or not issubclass(cls, fsdp2):
             return cls
     raise AssertionError(type(module))
-
-
-def name_in(card: Card, fqns: Iterable[str]) -> str | None:
-    """The name under which a tensor of these names is written; None if it is left out."""
-    names: Mapping[str, str] | None = card["names"]
-    if names is None:
-        return next(iter(fqns))
-    return next((names[fqn] for fqn in fqns if fqn in names), None)

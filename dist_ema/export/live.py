@@ -18,8 +18,16 @@ from pathlib import Path
 
 import torch
 
-from dist_ema.export.layouts import Card
-from dist_ema.export.writing import Draft, Output, Writing, draft, is_scattered, refuse_broken
+from dist_ema.export.card import Card
+from dist_ema.export.writing import (
+    Draft,
+    Output,
+    Writing,
+    draft,
+    is_scattered,
+    refuse_broken,
+    refuse_other_config,
+)
 from dist_ema.files import replaced_directory
 from dist_ema.gather import Entry, Gatherer
 from dist_ema.ranks import Ranks
@@ -69,6 +77,7 @@ def export(
                 max_shard_size=max_shard_size,
                 weights_name=weights_name,
             )
+            refuse_other_config(path, plan)
     plan = ranks.broadcast(plan)
     assert plan is not None
     with ExitStack() as on_rank_0:

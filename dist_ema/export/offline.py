@@ -21,9 +21,9 @@ from dist_ema.checkpoint.consolidated import NAME, open_any
 from dist_ema.checkpoint.manifest import CheckpointError, Manifest, SavedAverage
 from dist_ema.checkpoint.reader import TORCH_DTYPES, Source
 from dist_ema.checkpoint.regions import RegionReader
+from dist_ema.export.card import Card, checked_card, guessed_card, name_in, with_config
 from dist_ema.export.format import gathered_dtype
-from dist_ema.export.layouts import Card, checked_card, guessed_card, name_in, with_config
-from dist_ema.export.writing import Output, Writing, draft, refuse_broken
+from dist_ema.export.writing import Output, Writing, draft, refuse_broken, refuse_other_config
 from dist_ema.files import replaced_directory
 
 _BAND_BYTES = 32 << 20  # read, put together and written at a time
@@ -86,6 +86,10 @@ def export(
         for file in average.files:
             check_file(files, about, average, file)
         told: Mapping[str, Any] = about.state.get("model", {})
+        if not isinstance(told, dict):
+            raise CheckpointError(f"{files.directory}: tells of the model what makes no sense")
+        if "problem" in told:
+            raise CheckpointError(f"{files.directory}: when it was saved, {told['problem']}")
         card = _card(told, config, base)
         reader = RegionReader(files, about)
         items = [
@@ -120,6 +124,7 @@ def _write(
         max_shard_size=max_shard_size,
         weights_name=weights_name,
     )
+    refuse_other_config(out, plan)
     written = [item for item in items if item.output.fqn in plan.where]
     written.sort(key=lambda item: plan.start(item.output.fqn))
     stale = re.compile(plan.stale)
@@ -225,6 +230,8 @@ def _from_base(
             missing.append(fqn)
         elif source.tensor.shape != other.shape:
             differing.append(f"{fqn} has shape {source.tensor.shape}, wanted {other.shape}")
+        elif source.dtype.is_floating_point != other.dtype.is_floating_point:
+            differing.append(f"{fqn} is of {source.dtype}, wanted {other.dtype}")
         else:
             kind = gathered_dtype(other.dtype, dtype)
             output = Output(fqn, other.aliases, other.shape, kind, False)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from dist_ema.export.card import Card, name_in, texts_of
 from dist_ema.export.format import (
     OutFile,
     TensorSpec,
@@ -22,13 +25,13 @@ from dist_ema.export.format import (
     out_files,
     stale_files,
 )
-from dist_ema.export.layouts import Card, name_in, texts_of
 from dist_ema.files import sync
 from dist_ema.layout import Box, Place, Shape
 
 _CHUNK = 1 << 20  # elements that are cast, checked and written at a time
 _SHORT_BYTES = 4096  # a write of less costs more than sending the bytes to where they are joined
 _FEW_RUNS = 16
+_MAX_OPEN = 256  # files at a time; a process may commonly have 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Draft:
     texts: dict[str, str]  # further files, index included
     where: dict[str, tuple[str, str]]  # fqn -> file, name of the tensor in it
     stale: str  # pattern of the files of an earlier export
+    is_variant: bool  # whether the library's own weights may lie beside it
 
     def start(self, fqn: str) -> tuple[str, int]:
         """The file of a tensor, and its first byte in it."""
@@ -69,32 +73,57 @@ def draft(
     Raises:
         ValueError: an argument is out of range, or the layout has no room for what is averaged.
     """
-    weights_name = weights_name or card["weights_name"]
+    if weights_name is None:
+        weights_name = card["weights_name"]
     check_weights_name(weights_name)
     limit = max_bytes(max_shard_size)
     if card["library"] == "peft":  # whose loader knows one file only
         limit = sys.maxsize
     names = {o.fqn: name_in(card, (o.fqn, *o.aliases)) for o in outputs}
     lost = [o.fqn for o in outputs if o.averaged and names[o.fqn] is None]
-    if lost and card["library"] == "peft":
+    if lost and not set(lost) <= set(card["ignored"]):
         raise ValueError(
-            f"an adapter's directory has no room for {', '.join(lost)}, which are averaged but do "
-            "not belong to the active adapter; average adapters only (params=), name the layers in "
-            "modules_to_save, or use gather_state_dict()"
+            f"the layout of {card['library']} has no room for {', '.join(lost)}, which are "
+            "averaged; with adapters, average the active one only (params=) and name other layers "
+            "in modules_to_save, or use gather_state_dict()"
         )
     metadata = {"format": "pt"}
     if card["library"] == "plain":
-        metadata |= {alias: o.fqn for o in outputs for alias in o.aliases}
+        metadata |= dict(sorted((alias, o.fqn) for o in outputs for alias in o.aliases))
     specs = [TensorSpec(name, o.shape, o.dtype) for o in outputs if (name := names[o.fqn])]
     files = out_files(specs, weights_name, limit, metadata)
     index = index_name(weights_name, card["weights_name"])
-    averaged = (o.dtype for o in outputs if o.averaged and o.dtype.is_floating_point)
-    texts = texts_of(card, next(averaged, torch.float32))
+    floating = {o.dtype for o in outputs if o.averaged and o.dtype.is_floating_point}
+    widest = max(floating, key=lambda dtype: (dtype.itemsize, str(dtype)), default=torch.float32)
+    texts = texts_of(card, widest)
     if len(files) > 1:
         texts[index] = index_text(files)
     file_of = {name: file for file, told in files.items() for name in told.starts}
     where = {fqn: (file_of[name], name) for fqn, name in names.items() if name is not None}
-    return Draft(files, texts, where, stale_files(weights_name, index).pattern)
+    stale = stale_files(weights_name, index).pattern
+    return Draft(files, texts, where, stale, weights_name != card["weights_name"])
+
+
+def refuse_other_config(path: Path, plan: Draft) -> None:
+    """Raise if a variant would change how the weights that lie beside it are read."""
+    for name, text in plan.texts.items():
+        beside = path / name
+        if not plan.is_variant or not name.endswith("config.json") or not beside.is_file():
+            continue
+        found, ours = _dtype_in(beside.read_text()), _dtype_in(text)
+        if found is not None and ours is not None and found != ours:
+            raise ValueError(
+                f"{beside} says {found}, and loaders cast what they read to that; this export is "
+                f"{ours}: export with dtype=torch.{found}, or to another directory"
+            )
+
+
+def _dtype_in(config: str) -> str | None:
+    try:
+        told = json.loads(config)
+        return told.get("dtype", told.get("torch_dtype"))  # type: ignore[no-any-return]
+    except (ValueError, AttributeError):
+        return None
 
 
 class Writing:
@@ -102,7 +131,8 @@ class Writing:
 
     def __init__(self, directory: Path, plan: Draft) -> None:
         self.directory, self._plan = directory, plan
-        self._open: dict[str, int] = {}
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._written: set[str] = set()
         self.broken: set[str] = set()  # averaged tensors in which NaN or Inf was found
 
     def begin(self) -> None:
@@ -110,8 +140,7 @@ class Writing:
         for name, text in self._plan.texts.items():
             (self.directory / name).write_text(text)
         for name, file in self._plan.files.items():
-            fd = os.open(self.directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            self._open[name] = fd
+            fd = self._file(name, os.O_CREAT | os.O_EXCL)
             os.ftruncate(fd, file.nbytes)
             _write_at(fd, memoryview(file.header), 0)
 
@@ -121,7 +150,8 @@ class Writing:
 
     def band(self, output: Output, start: int, values: torch.Tensor) -> None:
         """Write elements from `start` on of a tensor, row-major: 1-D, in any dtype, on the CPU."""
-        fd, first = self._file(output.fqn)
+        name, first = self._plan.start(output.fqn)
+        fd = self._file(name)
         for at in range(0, values.numel(), _CHUNK):
             part = values[at : at + _CHUNK].to(output.dtype)
             self._check(output, part)
@@ -129,7 +159,8 @@ class Writing:
 
     def run(self, output: Output, place: Place, values: torch.Tensor) -> None:
         """Write a piece from where it lives: 1-D, in any dtype, on any device."""
-        fd, first = self._file(output.fqn)
+        name, first = self._plan.start(output.fqn)
+        fd = self._file(name)
         itemsize = output.dtype.itemsize
         for start in range(0, place.numel, _CHUNK):
             stop = min(start + _CHUNK, place.numel)
@@ -146,9 +177,7 @@ class Writing:
 
     def sync(self) -> None:
         """Wait until what this process wrote is on disk."""
-        for fd in self._open.values():
-            os.fsync(fd)
-        for name in self._plan.texts:
+        for name in sorted(self._written):
             sync(self.directory / name)
 
     def close(self) -> None:
@@ -156,11 +185,14 @@ class Writing:
             os.close(fd)
         self._open.clear()
 
-    def _file(self, fqn: str) -> tuple[int, int]:
-        name, first = self._plan.start(fqn)
+    def _file(self, name: str, flags: int = 0) -> int:
         if name not in self._open:
-            self._open[name] = os.open(self.directory / name, os.O_WRONLY)
-        return self._open[name], first
+            if len(self._open) >= _MAX_OPEN:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[name] = os.open(self.directory / name, os.O_WRONLY | flags, 0o666)
+            self._written.add(name)
+        self._open.move_to_end(name)
+        return self._open[name]
 
     def _check(self, output: Output, values: torch.Tensor) -> None:
         if output.averaged and not is_finite(values):
@@ -177,7 +209,8 @@ def refuse_broken(names: Sequence[str]) -> None:
     """Raise if averaged tensors hold NaN or Inf."""
     if names:
         raise ValueError(
-            f"the average holds NaN or Inf in {', '.join(sorted(names))}; nothing is written"
+            f"the average holds NaN or Inf, or what the dtype asked for cannot hold, in "
+            f"{', '.join(sorted(names))}; nothing is written"
         )
 
 
