@@ -15,7 +15,7 @@ from dist_ema.holders import Holders
 from dist_ema.layout import Fragment
 from dist_ema.ranks import Ranks, device_for, digest
 
-_CHUNK_BYTES = 32 << 20  # staging of an all-gather, over all ranks
+_CHUNK_BYTES = 8 << 20  # staging of an all-gather, over all ranks
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
 
 
@@ -170,5 +170,5 @@ def _bit_sum(values: torch.Tensor) -> int:
     bits = values if not values.is_complex() else torch.view_as_real(values).view(-1)
     bits = bits.view(width[bits.element_size()])
     # In parts: `sum` to a wider dtype casts all of its input first on the CPU.
-    total = sum(int(part.sum(dtype=torch.int64)) for part in bits.split(1 << 22))
+    total = sum(int(part.sum(dtype=torch.int64)) for part in bits.split(1 << 19))
     return int(total) % (1 << 62)

@@ -54,15 +54,15 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each act in each round: one after the other, each round starting with the next.
 
-    A sample is of so many calls that it lasts `least_s`. With `together`, every rank calls, and all
-    make as many calls as rank 0 chose, starting at once.
+    A sample is of so many calls, the same for all, that the shortest lasts `least_s`. With
+    `together`, every rank calls, and all make as many calls as rank 0 chose, starting at once.
     """
     clock = Clock(device)
-    repeats = {}
-    for name, act in acts.items():
+    repeats = 1  # the same for all: the first call of a sample finds its data out of the caches
+    for act in acts.values():
         act()  # what is made at the first call is not timed
         taken = max(clock.time(act), 1e-9)
-        repeats[name] = max(1, round(least_s / taken))
+        repeats = max(repeats, round(least_s / taken))
     if together is not None:
         repeats = together.all_gather(repeats)[0]
     names = list(acts)
@@ -75,7 +75,7 @@ def interleaved(
             for name in names[at:] + names[:at]:
                 if together is not None:
                     together.barrier()
-                taken_by[name].append(clock.time(acts[name], repeats[name]))
+                taken_by[name].append(clock.time(acts[name], repeats))
     finally:
         if collecting:
             gc.enable()
