@@ -412,8 +412,13 @@ def test_the_working_directory_is_never_replaced(path: str, tmp_path):
     (here / "link").symlink_to(tmp_path)
     (here / "precious").write_text("")
     ema = ShardedEMA(nn.Linear(2, 2))
-    with contextlib.chdir(here), pytest.raises(ValueError, match="holds the working directory"):
-        ema.export(path)
+    before = Path.cwd()
+    os.chdir(here)
+    try:
+        with pytest.raises(ValueError, match="holds the working directory"):
+            ema.export(path)
+    finally:
+        os.chdir(before)
     assert sorted(entry.name for entry in here.iterdir()) == ["link", "precious", "sub"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["here"]
 

@@ -145,7 +145,8 @@ def test_direct_rank0_and_offline_write_the_same_bytes(name: str, engine: str, t
         base = None
         if name == "gpt2" or name == "dit":  # have buffers in some versions: take them from there
             base = tmp_path / "rank0"
-        with warnings.catch_warnings(action="error"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             offline.export(tmp_path / "sharded", tmp_path / "offline", base=base, **options)
         assert contents(tmp_path / "offline") == wanted
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 import statistics
@@ -54,18 +53,19 @@ def swap_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]
     values = ema._bound.shadow.values[0]
     copies = [torch.empty_like(value) for value in values]
     taken: dict[str, list[float]] = {"copy": [], "in": [], "out": []}
-    extra = 0
+    first = extra = 0
     for number in range(rounds + 1):
         block = ema.average_parameters()
         before = peak_memory(here.device, reset=True)
         entering = together(here, block.__enter__)
         leaving = together(here, lambda block=block: block.__exit__(None, None, None))
-        extra = max(extra, peak_memory(here.device) - before)
+        peak = peak_memory(here.device) - before
+        first, extra = (peak, 0) if number == 0 else (first, max(extra, peak))
         copying = together(here, lambda: torch._foreach_copy_(copies, values))
         if number:  # the first compares replicas, and makes what is made once
             for name, seconds in (("copy", copying), ("in", entering), ("out", leaving)):
                 taken[name].append(seconds)
-    extras = here.all_gather(extra)
+    firsts, extras = here.all_gather(first), here.all_gather(extra)
     return [
         {
             "engine": engine,
@@ -77,6 +77,7 @@ def swap_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]
             "in s": statistics.median(taken["in"]),
             "out s": statistics.median(taken["out"]),
             "extra MB": max(extras) / 1e6,
+            "extra MB, first": max(firsts) / 1e6,
         }
     ]
 
@@ -94,13 +95,10 @@ def files_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row
         "load": lambda: ema.load(directory / "ema"),
         "gather_state_dict": ema.gather_state_dict,
     }
-    if "method" in inspect.signature(ema.export).parameters:
-        for method in ("rank0", "direct"):
-            acts[f"export {method}"] = lambda method=method: ema.export(
-                directory / method, method=method
-            )
-    else:
-        acts["export"] = lambda: ema.export(directory / "export")
+    for method in ("rank0", "direct"):
+        acts[f"export {method}"] = lambda method=method: ema.export(
+            directory / method, method=method
+        )
     taken: dict[str, list[float]] = {name: [] for name in acts}
     extra = dict.fromkeys(acts, 0)
     try:
