@@ -50,7 +50,13 @@ class Binding:
             if into is None:
                 num_averages = len(options.schedules)
                 values = allocate(fragments, options.dtype, num_averages, options.device)
-                self.shadow = Shadow(fragments, values, overlap=options.overlap)
+                self.shadow = Shadow(
+                    fragments,
+                    values,
+                    overlap=options.overlap,
+                    # A forward pass writes to buffers, and no optimizer step comes before it.
+                    waits=options.buffers == "average",
+                )
             else:
                 self._teacher = Teacher(into, self.engine, self.plan)
                 self.shadow = self._shadow_in(self._teacher)
@@ -122,7 +128,8 @@ class Binding:
 
     def _note_storage(self) -> None:
         """Take what `follow` compares with, from the engine and plan of now."""
-        children = [module._modules for module in self.model.modules()]
+        self._held = list(self.model.modules())  # or else ids could be given to new modules
+        children = [module._modules for module in self._held]
         self._parents = [c for c in children if c]
         self._leaves = [c for c in children if not c]
         self._structure = self._children()
@@ -159,6 +166,7 @@ class Binding:
 
         Collective where weights are replicated or the engine keeps copies.
         """
+        self._await_copies()
         self.engine.release()
         for piece, value in zip(self.plan.pieces, values, strict=True):
             piece.fragment.view.copy_(value)
@@ -183,6 +191,7 @@ class Binding:
             with self.swap_ranks.together():
                 buffers = Buffers(self.model, self.plan.buffer_views())
             self.engine.release()
+            self._await_copies()
             try:
                 with self.swap_ranks.together():
                     swap.enter()
@@ -201,11 +210,19 @@ class Binding:
         finally:
             with torch.no_grad():
                 self.engine.release()
+                self._await_copies()
                 swap.leave()
                 buffers.restore()
                 if self.engine.stamp() != self._stamp:
                     self._carry_over()
                 self._share()
+
+    def _await_copies(self) -> None:
+        """Wait for forward passes that may still copy weights from host memory to the device."""
+        if torch.cuda.is_initialized():
+            views = (f.shown for w in self.plan.weights for f in w.fragments)
+            if any(view.device.type == "cpu" for view in views):
+                torch.cuda.synchronize()
 
     def _carry_over(self) -> None:
         """Bring live weights along to where a block moved the model's storage."""

@@ -114,6 +114,7 @@ class ShardedEMA:
         # Whether an optimizer step has just happened; the glue to a framework sets it where the
         # framework knows and the engine does not. Local and cheap: every update() asks.
         self._gate: Callable[[], bool] | None = None
+        self._mixed: set[str] = set()  # averages that not their schedule alone has made
         self._shown: str | None = None  # name of the average that the model shows just now
         self._warn_of_low_precision(dtype)
 
@@ -233,6 +234,7 @@ class ShardedEMA:
         self._bound.start_again()
         self._step = self._num_updates = 0
         self._decays = None
+        self._mixed = set()
         self._applied_steps = self._bound.engine.applied_steps()
 
     @torch.no_grad()
@@ -531,14 +533,21 @@ class ShardedEMA:
             "start_step": options.start_step,
             "averages": {
                 name: {"schedule": options.rule(name), "decay": decay}
+                | ({"mixed": True} if name in self._mixed else {})
                 for name, decay in zip(self.names, decays, strict=True)
             },
         }
 
     def _resume(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that was saved; from the start if it is empty."""
-        for told in api.differing_schedules(state, self._state()) if state else ():
+        own = self._state()
+        for told in api.differing_schedules(state, own) if state else ():
             warnings.warn(told, stacklevel=3)
+        self._mixed = {
+            name
+            for name, average in state.get("averages", {}).items()
+            if average.get("mixed") or average["schedule"] != own["averages"][name]["schedule"]
+        }
         self._step, self._num_updates = state.get("step", 0), state.get("num_updates", 0)
         averages: Mapping[str, Any] = state.get("averages", {})
         saved: list[Any] = [averages[name]["decay"] for name in self.names] if averages else [None]

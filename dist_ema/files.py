@@ -101,8 +101,10 @@ def put_in_place(new: Path, path: Path, keep: Callable[[str], bool] | None = Non
 
     What is in it must be on disk already. `keep` is as for `replaced_directory`.
     """
+    seen: set[str] = set()
     if keep is not None and path.exists():
         for entry in path.iterdir():
+            seen.add(entry.name)
             if keep(entry.name) and not (new / entry.name).exists():
                 _carry(entry, new / entry.name)
     sync(new)
@@ -121,7 +123,7 @@ def put_in_place(new: Path, path: Path, keep: Callable[[str], bool] | None = Non
             except OSError:
                 os.rename(old, path)
                 raise
-        late = [] if keep is None else [entry for entry in old.iterdir() if keep(entry.name)]
+        late = [] if keep is None else [e for e in old.iterdir() if e.name not in seen]
         for entry in late:
             # What somebody else wrote there while the others were carried over.
             if not (path / entry.name).exists():

@@ -62,6 +62,12 @@ class Lanes:
     def fence(self) -> None:
         """Let what the caller launches from now on wait for the lanes. The host does not wait."""
         if self._pending:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "an update of the average is under way on a side stream, which a CUDA graph "
+                    "cannot wait for; read the average before the capture, or build ShardedEMA "
+                    "without overlap= and device="
+                )
             current = torch.cuda.current_stream(self._device)
             for event in self._events:
                 current.wait_event(event)

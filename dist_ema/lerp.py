@@ -30,7 +30,7 @@ class _Batch:
     lives: list[torch.Tensor]
     staged_lives: list[torch.Tensor] | None
     staged_shadows: list[torch.Tensor] | None  # used by one average after the other
-    crosses: bool  # whether shadows are on another device, in memory that copies need not wait for
+    rushes: bool  # whether copies need not be waited for: a side stream keeps them in order
 
     def fold(self, weights: Sequence[float]) -> None:
         lives = self._wide_lives()
@@ -38,14 +38,14 @@ class _Batch:
             if weight == 0.0:
                 continue
             if weight == 1.0:
-                torch._foreach_copy_(shadows, self.lives, self.crosses)
+                torch._foreach_copy_(shadows, self.lives, self.rushes)
                 continue
             if self.staged_shadows is None:
                 torch._foreach_lerp_(shadows, lives, weight)
                 continue
-            torch._foreach_copy_(self.staged_shadows, shadows, self.crosses)
+            torch._foreach_copy_(self.staged_shadows, shadows, self.rushes)
             torch._foreach_lerp_(self.staged_shadows, lives, weight)
-            torch._foreach_copy_(shadows, self.staged_shadows, self.crosses)
+            torch._foreach_copy_(shadows, self.staged_shadows, self.rushes)
 
     def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
         lives = self._wide_lives()
@@ -53,13 +53,13 @@ class _Batch:
             if self.staged_shadows is None:
                 fn(shadows, lives, num_averaged)
                 continue
-            torch._foreach_copy_(self.staged_shadows, shadows, self.crosses)
+            torch._foreach_copy_(self.staged_shadows, shadows, self.rushes)
             fn(self.staged_shadows, lives, num_averaged)
-            torch._foreach_copy_(shadows, self.staged_shadows, self.crosses)
+            torch._foreach_copy_(shadows, self.staged_shadows, self.rushes)
 
     def copy(self) -> None:
         for shadows in self.shadows:
-            torch._foreach_copy_(shadows, self.lives, self.crosses)
+            torch._foreach_copy_(shadows, self.lives, self.rushes)
 
     def _wide_lives(self) -> list[torch.Tensor]:
         if self.staged_lives is None:
@@ -120,11 +120,17 @@ class Lerp:
         for track in self._tracks:
             track.run(_Batch.copy)
 
-    def settle(self) -> None:
-        """Wait for updates that are under way on side streams."""
+    def fence(self) -> None:
+        """Let what the caller launches next wait for updates that are under way."""
         for track in self._tracks:
             if track.lanes is not None:
                 track.lanes.fence()
+
+    def settle(self) -> None:
+        """Wait for updates that are under way on side streams."""
+        self.fence()
+        for track in self._tracks:
+            if track.lanes is not None:
                 track.lanes.settle()
 
 
@@ -178,7 +184,7 @@ def _batches(
     dtype = accumulation_dtype(shadow.dtype, live.dtype)
     crosses = _crosses(shadow, live)
     if shadow.dtype == dtype == live.dtype and len(shadows) == 1 and not crosses:
-        yield _Batch(shadows, lives, None, None, crosses)
+        yield _Batch(shadows, lives, None, None, False)
         return
 
     def stagings(wanted: bool) -> list[torch.Tensor | None]:
@@ -198,7 +204,7 @@ def _batches(
             [lives[i][start:stop] for i, start, stop in cuts],
             _cut(live_buffers[number % num_stagings], sizes),
             _cut(shadow_buffers[number % num_stagings], sizes),
-            crosses,
+            crosses and live.is_cuda,
         )
 
 

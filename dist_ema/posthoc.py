@@ -40,6 +40,7 @@ from dist_ema.stored import (
 )
 
 NAME = "ema"  # of the one average of a result
+_MAX_GAMMA = 30_000.0  # beyond it the fit of long runs is no longer exact
 _MAX_WIDTHS = 256
 _BAD_RESIDUAL = 0.1
 
@@ -134,6 +135,12 @@ def sweep(
             bytes that were read since the last call.
     """
     paths = _paths(checkpoints)
+    narrow = [schedule.gamma for schedule in wanted.values() if schedule.gamma > _MAX_GAMMA]
+    if narrow:
+        raise ValueError(
+            f"gamma is {max(narrow):g}, wanted at most {_MAX_GAMMA:g}: so narrow a profile is the "
+            "weights of the last few steps"
+        )
     _check_outs(list(wanted), paths)
     with ExitStack() as closing:
         stored = open_all(paths, closing)
@@ -274,7 +281,7 @@ def _state(like: Stored, schedule: PowerFunction) -> dict[str, object]:
     decay = decay_at(schedule, like.profile.count * every, every)
     return {
         **state,  # what it says of the model too
-        "averages": {NAME: {"schedule": to_json(schedule), "decay": decay}},
+        "averages": {NAME: {"schedule": to_json(schedule), "decay": decay, "mixed": True}},
     }
 
 

@@ -34,14 +34,16 @@ class Shadow:
         *,
         owns_gaps: bool = True,
         overlap: bool = False,
+        waits: bool = False,
     ) -> None:
         """`values` has for each average a 1-D tensor for each fragment.
 
-        What lies between values may be written only where they are of `allocate`.
+        What lies between values may be written only where they are of `allocate`. With `waits`, the
+        caller's next work waits for each update.
         """
         self._max_gap = _MAX_GAP if owns_gaps else 0
         self._values = [list(of_one) for of_one in values]
-        self._overlap = overlap
+        self._overlap, self._waits = overlap, waits
         self._lerp = self._plan(fragments)
 
     @property
@@ -73,14 +75,19 @@ class Shadow:
     def fold(self, decays: Sequence[float]) -> None:
         """Fold the live values in, with a decay for each average. No host sync, no allocation."""
         self._lerp.fold(decays)
+        if self._waits:
+            self._lerp.fence()
 
     def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
         """Fold the live values in by a function in torch's `multi_avg_fn` convention."""
         self._lerp.apply(fn, num_averaged)
+        if self._waits:
+            self._lerp.fence()
 
     def copy(self) -> None:
         """Start again from the live values, bit for bit where the dtypes allow."""
         self._lerp.copy()
+        self._lerp.fence()
 
 
 def shadow_dtype(wanted: torch.dtype, live: torch.Tensor) -> torch.dtype:

@@ -6,7 +6,7 @@ from the first to the last. The state of a checkpoint tells: `step`, `start_step
 say how many updates there must have been, `num_updates` how many there were, and the decay last
 applied is that of the last of them. Steps that were skipped (`update(step=...)` with gaps), a
 schedule that was changed on the way and an average that was begun anew in a resumed run are seen by
-that, and refused.
+that, or noted when a checkpoint is loaded, and refused.
 """
 
 from __future__ import annotations
@@ -178,6 +178,11 @@ def _stored(path: Path, name: str, files: Files, about: Manifest, average: Saved
             f"{where}: has had {num_updates} updates by step {step}, wanted {start + count} "
             f"(start_step={start}, update_every={every}); steps were skipped or counted twice, so "
             "its profile is not known"
+        )
+    if own.get("mixed"):
+        raise CheckpointError(
+            f"{where}: {schedule} did not make it alone: it was loaded from an average with "
+            "another schedule, or from a synthesized one"
         )
     decay, expected = own["decay"], decay_at(schedule, count * every, every)
     if decay is None or not math.isclose(decay, expected, rel_tol=1e-9, abs_tol=1e-12):

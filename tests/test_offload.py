@@ -90,6 +90,51 @@ def test_the_way_there_and_back_changes_no_bit(options: dict[str, Any], dtype: t
         assert offloaded.drift(name) == resident.drift(name)
 
 
+def test_buffers_are_read_before_the_next_forward_writes_to_them():
+    """Work that is queued until something waits for it stands in for a slow side stream."""
+    queued: list[Any] = []
+
+    class Queue:
+        def __init__(self, device: torch.device, count: int) -> None:
+            pass
+
+        def running(self) -> Any:
+            return nullcontext()
+
+        def lane(self, number: int) -> Any:
+            return nullcontext()
+
+        def fence(self) -> None:
+            for work in queued:
+                work()
+            queued.clear()
+
+        settle = fence
+
+    run = lerp._Track.run
+
+    def later(track: Any, work: Any) -> None:
+        queued.append(lambda: run(track, work))
+
+    def final(buffers: str, **options: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ema = ShardedEMA(model, 0.5, buffers=buffers, **options)
+        for _ in range(3):
+            model(torch.randn(5, 4)).sum().backward()
+            ema._bound.shadow._lerp.fence()  # as the hook before an optimizer's step does
+            optimizer.step()
+            ema.update()
+        return ema.gather_state_dict()
+
+    for buffers in ("average", "copy"):
+        wanted = final(buffers)
+        with mock.patch.object(lerp, "Lanes", Queue), mock.patch.object(lerp._Track, "run", later):
+            found = final(buffers, overlap=True)
+        torch.testing.assert_close(found, wanted, **EXACT)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -139,6 +184,7 @@ class Recorder:
             "Event": self.new_event,
             "current_stream": lambda device: self.current,
             "stream": lambda stream: nullcontext(),
+            "is_current_stream_capturing": lambda: False,
         }
         for name, value in patches.items():
             mock.patch.object(torch.cuda, name, value).start()

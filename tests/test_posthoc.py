@@ -763,3 +763,45 @@ def test_the_result_exports_like_any_other(tmp_path: Path):
 
 def infos_of(model: nn.Module):
     return infos({name: tuple(p.shape) for name, p in model.named_parameters()})
+
+
+def test_an_average_that_its_schedule_did_not_make_alone_is_refused(tmp_path: Path):
+    model = nn.Linear(3, 2)
+    first = ShardedEMA(model, PowerFunction(sigma_rel=0.25))
+    for _ in range(5):
+        first.update()
+    first.save(tmp_path / "first")
+    synthesize([tmp_path / "first"], sigma_rel=0.25, out=tmp_path / "made")
+    for source in ("first", "made"):
+        other = ShardedEMA(model, PowerFunction(sigma_rel=0.05 if source == "first" else 0.25))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the schedule differs
+            other.load(tmp_path / source)
+        other.update()
+        other.save(tmp_path / "later")
+        with pytest.raises(CheckpointError, match="did not make it alone"):
+            synthesize([tmp_path / "later"], sigma_rel=0.05, out=tmp_path / "out")
+        other.reset()
+        other.update()
+        other.save(tmp_path / "later")
+        synthesize(
+            [tmp_path / "later"], gamma=other._options.schedules["ema"].gamma, out=tmp_path / "out"
+        )
+
+
+def test_a_profile_too_narrow_for_the_fit_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="gamma is 1e"):
+        synthesize([tmp_path / "none"], gamma=1e8, out=tmp_path / "out")
+
+
+def test_a_result_in_the_place_of_several_averages_leaves_none_of_them(tmp_path: Path):
+    model = nn.Linear(3, 2)
+    several = {"narrow": PowerFunction(sigma_rel=0.05), "wide": PowerFunction(sigma_rel=0.1)}
+    ema = ShardedEMA(model, several)
+    ema.update()
+    for path in ("kept", "place"):
+        ema.save(tmp_path / path)
+    (tmp_path / "place" / "notes").mkdir()
+    synthesize([tmp_path / "kept"], sigma_rel=0.05, out=tmp_path / "place")
+    names = {entry.name for entry in (tmp_path / "place").iterdir()}
+    assert {"narrow", "wide"} & names == set() and "notes" in names

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA, Warmup, hints
@@ -250,3 +251,23 @@ def test_a_model_without_storage_is_refused_by_name():
 def test_a_process_group_without_torch_distributed_is_refused():
     with pytest.raises(ValueError, match="process_group"):
         ShardedEMA(Net(), process_group=object())
+
+
+def test_a_submodule_that_was_replaced_is_noticed_whatever_its_address():
+    """A new module may get the `id` of one that is gone."""
+    for _ in range(20):
+        model = nn.Module()
+        model.a, model.b = nn.Linear(3, 3), nn.Linear(4, 4)
+        ema = ShardedEMA(model, 0.5)
+        del model.b
+        model.b = nn.Linear(4, 9)
+        with pytest.raises(RuntimeError, match="parameters were replaced"):
+            ema.update()
+
+
+def test_a_parameter_that_came_later_is_noticed():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    ema = ShardedEMA(model, 0.5)
+    model[1].extra = nn.Parameter(torch.ones(2))
+    with pytest.raises(RuntimeError, match="parameters were replaced"):
+        ema.update()

@@ -293,7 +293,8 @@ def refuse_foreign(path: Path) -> None:
 def is_ours(path: Path) -> bool:
     """Whether an entry of a checkpoint goes with it when it is replaced."""
     if path.is_dir() and not path.is_symlink():
-        return all(SHARD.fullmatch(entry.name) for entry in path.iterdir())
+        names = [entry.name for entry in path.iterdir()]
+        return bool(names) and all(map(SHARD.fullmatch, names))
     return path.name == manifest.FILE or SHARD.fullmatch(path.name) is not None
 
 

@@ -13,6 +13,7 @@ class PlainEngine(Engine):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        self._parameters = [module._parameters for module in model.modules()]
         self._registered = Registered((slot.registry, slot.name) for slot in slots(model))
 
     @staticmethod
@@ -23,4 +24,5 @@ class PlainEngine(Engine):
         return list_weights(self._model, lambda slot: slot.tensor, cut_whole)
 
     def stamp(self) -> list[int]:
-        return self._registered.addresses()
+        # Parameters that came since are no part of the average: they make another layout.
+        return [*self._registered.addresses(), sum(map(len, self._parameters))]
