@@ -45,6 +45,7 @@ class Binding:
         self._any_shares = ranks.any(shares or self.engine.communicates)
         fragments = [p.fragment for p in self.plan.pieces]
         self._teacher: Teacher | None = None
+        self._frozen_due = False  # whether the teacher's frozen weights may be others than ours
         self._copies_buffers = options.buffers == "copy"
         with ranks.together(), torch.no_grad():
             if into is None:
@@ -60,7 +61,6 @@ class Binding:
             else:
                 self._teacher = Teacher(into, self.engine, self.plan)
                 self.shadow = self._shadow_in(self._teacher)
-                self._teacher.copy_rest(self.plan, buffers_only=False)
             self.start_again()
         self._note_storage()
         self._warn_of_differing_replicas(stacklevel=5)
@@ -92,14 +92,20 @@ class Binding:
     def start_again(self) -> None:
         """Let every average be the live weights. Local."""
         self.shadow.copy()
-        self.refresh_teacher()
+        self.refresh_teacher(loaded=True)
 
-    def refresh_teacher(self) -> None:
-        """Let the teacher, if there is one, compute with what was averaged. Local."""
+    def refresh_teacher(self, *, loaded: bool = False) -> None:
+        """Let the teacher, if there is one, compute with what was averaged. Local.
+
+        After a load it takes the frozen weights too, and once more at the next update: the model's
+        own may be loaded in between.
+        """
         if self._teacher is not None:
-            if self._copies_buffers:
-                self._teacher.copy_rest(self.plan, buffers_only=True)
+            everything = loaded or self._frozen_due
+            if everything or self._copies_buffers:
+                self._teacher.copy_rest(self.plan, buffers_only=not everything)
             self._teacher.refresh()
+            self._frozen_due = loaded
 
     def refuse_thawed(self) -> None:
         """Raise if a weight that was left out, since it was frozen, trains now. Local."""

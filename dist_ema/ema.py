@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +28,8 @@ from dist_ema.names import slots, unwrap
 from dist_ema.options import DEFAULT_NAME, Options, schedules_of
 from dist_ema.ranks import Ranks
 from dist_ema.schedule import Schedule, decay_at
+
+_LOG = logging.getLogger(__name__)
 
 
 class ShardedEMA:
@@ -191,17 +195,18 @@ class ShardedEMA:
         self._refuse_while_shown("update()")
         self._bound.follow()
         self._bound.refuse_thawed()
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+        if isinstance(step, bool) or (step is not None and not _is_count(step)):
             raise ValueError(
                 f"step is {step!r}, wanted the number of an optimizer step >= 0, not a model"
             )
         applied_steps = self._bound.engine.applied_steps()
         if applied_steps is not None:
-            if applied_steps == self._applied_steps:
+            if self._applied_steps is not None and applied_steps <= self._applied_steps:
+                self._applied_steps = applied_steps  # fewer: the engine has gone back
                 return False
         elif self._gate is not None and not self._gate():
             return False
-        now = self._step + 1 if step is None else step
+        now = self._step + 1 if step is None else operator.index(step)
         applies = self._fold(now - self._options.start_step)
         self._applied_steps, self._step = applied_steps, now
         self._num_updates += applies
@@ -283,6 +288,11 @@ class ShardedEMA:
             self._shown = name or self.names[0]
             try:
                 yield
+            except BaseException as error:
+                if self._bound.swap_ranks.size > 1:
+                    # The other ranks may not get there, and this one would only tell of a timeout.
+                    _LOG.error("average_parameters(): left by %r; restoring weights", error)
+                raise
             finally:
                 self._shown = None
 
@@ -553,7 +563,7 @@ class ShardedEMA:
         saved: list[Any] = [averages[name]["decay"] for name in self.names] if averages else [None]
         self._decays = None if None in saved else [float(decay) for decay in saved]
         self._applied_steps = self._bound.engine.applied_steps()
-        self._bound.refresh_teacher()
+        self._bound.refresh_teacher(loaded=True)
 
     def _gathered(
         self, what: str, name: str | None, dtype: torch.dtype | None, *others: object
@@ -623,3 +633,10 @@ class ShardedEMA:
                 "use mixed precision (MixedPrecisionPolicy, autocast) if that matters",
                 stacklevel=3,
             )
+
+
+def _is_count(step: object) -> bool:
+    try:
+        return operator.index(step) >= 0  # type: ignore[arg-type]
+    except TypeError:
+        return False

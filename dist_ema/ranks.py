@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +39,13 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             if group is not None:
                 raise ValueError("process_group was given but torch.distributed is not initialized")
+            if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+                warnings.warn(
+                    f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and torch.distributed is not "
+                    "initialized: this process averages for itself, and would save over what the "
+                    "others save; call init_process_group() first",
+                    stacklevel=4,
+                )
             return
         group = group if group is not None else dist.group.WORLD
         assert group is not None

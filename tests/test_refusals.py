@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -271,3 +272,17 @@ def test_a_parameter_that_came_later_is_noticed():
     model[1].extra = nn.Parameter(torch.ones(2))
     with pytest.raises(RuntimeError, match="parameters were replaced"):
         ema.update()
+
+
+def test_one_process_where_several_were_started_is_warned_of(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="WORLD_SIZE is 2 and torch.distributed is not init"):
+        ShardedEMA(nn.Linear(2, 2))
+
+
+def test_the_number_of_a_step_may_be_of_any_kind_of_integer():
+    ema = ShardedEMA(nn.Linear(2, 2))
+    assert ema.update(step=np.int64(3)) and ema.step == 3
+    for step in (True, -1, 1.0, "1"):
+        with pytest.raises(ValueError, match="wanted the number of an optimizer step"):
+            ema.update(step=step)

@@ -107,3 +107,28 @@ def test_a_teacher_keeps_what_is_not_averaged(world: World):
     ema.update()
     after = teacher.full_weights()
     assert {n for n in before if not torch.equal(before[n], after[n])} <= chosen
+
+
+@pytest.mark.ranks(0)
+def test_a_teacher_has_the_frozen_weights_that_were_loaded_after_it_was_made(tmp_path):
+    def model() -> nn.Module:
+        frozen = nn.Linear(3, 3).requires_grad_(False)
+        return nn.Sequential(frozen, nn.Linear(3, 2))
+
+    student, teacher, saved = model(), model(), model()
+    ShardedEMA(saved, 0.5).save(tmp_path / "ema")
+    for average_first in (False, True):
+        ema = ShardedEMA(student, 0.5, into=teacher)
+        with torch.no_grad():
+            student[0].weight.fill_(-1)
+        if average_first:
+            ema.load(tmp_path / "ema")
+        student.load_state_dict(saved.state_dict())
+        if not average_first:
+            ema.load(tmp_path / "ema")
+        ema.update()
+        assert torch.equal(teacher[0].weight, saved[0].weight)
+        with torch.no_grad():
+            student[0].weight.fill_(-2)
+        ema.reset()
+        assert torch.equal(teacher[0].weight, student[0].weight)
