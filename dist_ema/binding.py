@@ -92,7 +92,9 @@ class Binding:
     def start_again(self) -> None:
         """Let every average be the live weights. Local."""
         self.shadow.copy()
-        self.refresh_teacher(loaded=True)
+        if self._teacher is not None:
+            self._teacher.copy_rest(self.plan, "all")
+        self.refresh_teacher()
 
     def refresh_teacher(self, *, loaded: bool = False) -> None:
         """Let the teacher, if there is one, compute with what was averaged. Local.
@@ -101,9 +103,9 @@ class Binding:
         own may be loaded in between.
         """
         if self._teacher is not None:
-            everything = loaded or self._frozen_due
-            if everything or self._copies_buffers:
-                self._teacher.copy_rest(self.plan, buffers_only=not everything)
+            frozen = loaded or self._frozen_due
+            if frozen or self._copies_buffers:
+                self._teacher.copy_rest(self.plan, "frozen" if frozen else "buffers")
             self._teacher.refresh()
             self._frozen_due = loaded
 

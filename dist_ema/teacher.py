@@ -57,10 +57,15 @@ class Teacher:
         self._engine = select(self._module)
         self._bind(plan)
 
-    def copy_rest(self, plan: Plan, *, buffers_only: bool) -> None:
-        """Copy what is not averaged from the student: buffers, and frozen weights at the start."""
+    def copy_rest(self, plan: Plan, what: str) -> None:
+        """Copy what is not averaged from the student.
+
+        "buffers" alone; "frozen": those, and weights that do not train; or "all".
+        """
         for weight in plan.weights:
-            if weight.fqn not in plan.averaged and (weight.is_buffer or not buffers_only):
+            copied = weight.is_buffer or what == "all"
+            copied |= what == "frozen" and not weight.tensor.requires_grad
+            if copied and weight.fqn not in plan.averaged:
                 for fragment in weight.fragments:
                     self._fragments[fragment.place].view.copy_(fragment.view)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from dist_ema import EqualWeight, PowerFunction, ShardedEMA
 from tests.net import TRAINABLE, Net
