@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -236,6 +238,71 @@ def test_several_averages_have_their_own_places(tmp_path: Path):
         found = [from_rank_0(ema.gather_state_dict()) for ema in (short, long)]
         torch.testing.assert_close(found, wanted, **EXACT)
         assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["ema", "long"]
+
+
+@pytest.mark.parametrize("num_ranks", [0, 2])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_function_that_is_tried_again_registers_again(kept: bool, num_ranks: int, tmp_path: Path):
+    from accelerate.utils import find_executable_batch_size
+
+    with accelerated("ddp" if num_ranks else "alone") as session:
+        accelerator, tried = session.accelerator, []
+        freed: list[weakref.ref[ShardedEMA]] = []
+
+        @find_executable_batch_size(starting_batch_size=4)
+        def run(batch_size: int) -> ShardedEMA:
+            accelerator.free_memory()
+            gc.collect()
+            assert kept or all(ema() is None for ema in freed)
+            net = Net()
+            optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+            session.model, session.optimizer = accelerator.prepare(net, optimizer)
+            ema = registered(session)
+            freed.append(weakref.ref(ema))
+            tried.append(ema if kept else batch_size)
+            if len(tried) < 3:
+                raise RuntimeError("CUDA out of memory.")
+            train(session, ema, range(2))
+            return ema
+
+        ema = run()
+        assert len(tried) == 3 and ema.step == 2
+        if kept:
+            # The first of all belongs to no accelerator any more: all its updates count.
+            assert tried[0]._gate is None
+        hooks = accelerator._save_model_state_pre_hook, accelerator._load_model_state_pre_hook
+        assert [len(those) for those in hooks] == [1, 1]
+        accelerator.save_state(str(tmp_path))
+        wanted = from_rank_0(ema.gather_state_dict())
+        ema.reset()
+        accelerator.load_state(str(tmp_path))
+        assert ema.step == 2
+        torch.testing.assert_close(from_rank_0(ema.gather_state_dict()), wanted, **EXACT)
+
+
+@pytest.mark.ranks(0)
+def test_an_average_is_registered_once():
+    from accelerate import Accelerator
+
+    with accelerated("alone") as session:
+        ema = registered(session)
+        with pytest.raises(ValueError, match="registered as 'ema' with this accelerator already"):
+            register(session.accelerator, ema, name="again")
+        with pytest.raises(ValueError, match="as 'ema' with another accelerator already"):
+            register(Accelerator(cpu=True), ema)
+        session.accelerator.free_memory()
+        with pytest.raises(ValueError, match="register each ShardedEMA once"):
+            register(session.accelerator, ema)
+
+
+@pytest.mark.ranks(0)
+def test_a_checkpoint_is_free_of_an_average_that_nobody_has(tmp_path: Path):
+    with accelerated("alone") as session:
+        registered(session)  # and let go
+        gc.collect()
+        session.accelerator.save_state(str(tmp_path))
+        assert not (tmp_path / "ema").exists()
+        session.accelerator.load_state(str(tmp_path))
 
 
 @pytest.mark.ranks(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,128 @@ def test_a_checkpoint_without_the_average_is_refused_or_started_from(tmp_path: P
         for after in weights[1:]:
             oracle.update(after)
         assert worst_relative_error(averages(callback), oracle.average) <= MAX_RELATIVE_ERROR
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("how", ["passes on", "resumes itself", "behind"])
+def test_a_trainer_with_a_train_of_its_own_resumes_the_average(how: str, tmp_path: Path):
+    from transformers import Trainer
+
+    source = str(tmp_path / "checkpoint-2")
+
+    class PassesOn(Trainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            return super().train(*args, **kwargs)
+
+    class ResumesItself(Trainer):
+        def train(self) -> Any:
+            return super().train(resume_from_checkpoint=source)
+
+    class Behind(Trainer):
+        def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
+            super()._load_optimizer_and_scheduler(source)
+
+        def _init_training_state(self, *args: Any) -> Any:
+            return super()._init_training_state(*args[:3], source, args[-1])
+
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    with trainer_of("alone", tmp_path, **saves) as trainer:
+        ema_callback(DECAY).attach(trainer)
+        trainer.train()
+        (tmp_path / "checkpoint-4").rename(tmp_path / "later")
+    own = {"passes on": PassesOn, "resumes itself": ResumesItself, "behind": Behind}[how]
+    with trainer_of("alone", tmp_path, trainer_class=own) as trainer:
+        callback = ema_callback(DECAY).attach(trainer)
+        if how == "passes on":
+            trainer.train(resume_from_checkpoint=True)
+        elif how == "resumes itself":
+            trainer.train()
+        else:
+            with pytest.warns(UserWarning, match="average is taken from here; training goes on"):
+                trainer.train()
+        assert (callback.ema.step, trainer.state.global_step) == (4, 4)
+    if how != "behind":
+        return
+    shutil.rmtree(tmp_path / "checkpoint-2" / "ema")
+    with trainer_of("alone", tmp_path, trainer_class=own) as trainer:
+        ema_callback(DECAY).attach(trainer)
+        with pytest.raises(CheckpointError, match=r"goes on from step 2, .* without the average"):
+            trainer.train()
+    with trainer_of("alone", tmp_path, trainer_class=own) as trainer:
+        callback = ema_callback(DECAY, missing="restart").attach(trainer)
+        with pytest.warns(UserWarning, match=r"goes on from step 2, .* it starts again"):
+            trainer.train()
+        assert callback.ema.step == 2
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("missing", ["raise", "restart"])
+def test_a_best_checkpoint_without_the_average_leaves_the_last_one_and_says_so(
+    missing: str, tmp_path: Path
+):
+    from transformers import TrainerCallback
+
+    class Loses(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                shutil.rmtree(tmp_path / "run" / "checkpoint-1" / "ema")
+
+    arguments = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_first_loss",
+    }
+    best = tmp_path / "best"
+    with trainer_of("alone", tmp_path / "run", **arguments) as trainer:
+        options = {"export": best, "copy_at_end": True, "missing": missing}
+        callback = ema_callback(DECAY, **options).attach(trainer)
+        weights = recorder("alone", trainer)
+        trainer.add_callback(Loses())
+        match = r"the best checkpoint has no average.* of step 4, .*copy_at_end has not replaced"
+        if missing == "raise":
+            with pytest.raises(CheckpointError, match=match):
+                trainer.train()
+        else:
+            with pytest.warns(UserWarning, match=match):
+                trainer.train()
+        assert (trainer.state.best_global_step, callback.ema.step) == (1, 4)
+        oracle = Oracle(weights[0], DECAY)
+        for after in weights[1:]:
+            oracle.update(after)
+        state = averages(callback)
+        assert worst_relative_error(state, oracle.average) <= MAX_RELATIVE_ERROR
+        torch.testing.assert_close(full_weights("alone", trainer), weights[1], **EXACT)
+    torch.testing.assert_close(reloaded(best), state, **EXACT)
+
+
+@pytest.mark.ranks(0)
+def test_an_evaluation_before_training_says_once_that_there_is_no_average(tmp_path: Path):
+    match = r"no average before train\(\)"
+    with trainer_of("alone", tmp_path) as trainer:
+        callback = ema_callback(DECAY).attach(trainer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", match)
+            with callback.raw_weights():
+                trainer.evaluate()
+        with pytest.warns(UserWarning, match=match) as told:
+            trainer.evaluate(EVALUATED["first"])
+            trainer.predict(EVALUATED["first"])
+        mine = [warning for warning in told if "no average before" in str(warning.message)]
+        assert [warning.filename for warning in mine] == [__file__]
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("export", ["file", "file/averaged"])
+def test_an_export_at_a_file_is_refused_before_the_first_step(export: str, tmp_path: Path):
+    (tmp_path / "file").write_text("the user's")
+    with trainer_of("alone", tmp_path / "run") as trainer:
+        ema_callback(DECAY, export=tmp_path / export).attach(trainer)
+        with pytest.raises(FileExistsError, match=r"export is .*file.* is a file; name a dir"):
+            trainer.train()
+        assert trainer.state.global_step == 0
 
 
 @pytest.mark.ranks(0)

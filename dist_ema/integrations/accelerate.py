@@ -26,13 +26,15 @@ called in the block after `optimizer.step()`, or after it. What accelerate does 
 
 from __future__ import annotations
 
+import gc
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_ema.ema import ShardedEMA
 from dist_ema.integrations.beside import load_beside
-from dist_ema.names import is_instance
+from dist_ema.names import is_instance, unwrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,7 +44,31 @@ _REMEDY = (
     "load the state before register(), call ema.reset() to start from the loaded weights, and "
     "register() then"
 )
-_registered: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Registration:
+    """Refers weakly to what it is about, so that `free_memory()` does free the average's model."""
+
+    ema: weakref.ref[ShardedEMA]
+    prepared: weakref.ref[Any] | None  # what accelerate held of the model then
+    hooks: tuple[Any, ...]
+
+    def is_over(self, accelerator: Accelerator) -> bool:
+        """Whether nobody has the average any more, or accelerate has let go of its model."""
+        if self.ema() is None:
+            return True
+        prepared = self.prepared
+        return prepared is not None and not any(m is prepared() for m in accelerator._models)
+
+    def release(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        if (ema := self.ema()) is not None:
+            ema._gate = None
+
+
+_registered: weakref.WeakKeyDictionary[Any, dict[str, _Registration]] = weakref.WeakKeyDictionary()
 
 
 def register(
@@ -60,6 +86,10 @@ def register(
     instant if it is there already, and gone with the directory when `total_limit` removes it.
     `accelerator.load_state(path)` reads it back, whatever the number of processes.
 
+    A registration is over when `accelerator.free_memory()` has let go of the model, and the name
+    is free again then: a function under `find_executable_batch_size` registers the average of each
+    try. It holds the average no longer than the caller does.
+
     `register` itself is local. `save_state` and `load_state` become collective where they are not:
     every rank calls them, and sees one file system.
 
@@ -71,7 +101,8 @@ def register(
 
     Raises:
         TypeError: `accelerator` or `ema` is something else.
-        ValueError: `name` is taken, or names no directory; `optimizer` was not prepared.
+        ValueError: `name` is taken, or names no directory; `ema` is registered already, with this
+            accelerator or another; `optimizer` was not prepared.
 
     `load_state` raises `CheckpointError` if the checkpoint has no average, and `save_state` and
     `load_state` raise what `ShardedEMA.save` and `ShardedEMA.load` do.
@@ -88,12 +119,17 @@ def register(
         )
     if not name or name != Path(name).name or name.startswith("."):
         raise ValueError(f"name is {name!r}, wanted that of a directory in each checkpoint")
-    names = _registered.setdefault(accelerator, set())
+    names = _registered.setdefault(accelerator, {})
+    _refuse_again(accelerator, ema)
     if name in names:
-        raise ValueError(
-            f"an average is registered as {name!r} with this accelerator already; give each its "
-            "own name="
-        )
+        gc.collect()  # an average that nobody has any more may be left in a cycle
+        if not names[name].is_over(accelerator):
+            raise ValueError(
+                f"an average is registered as {name!r} with this accelerator already; give each "
+                "its own name=, or call accelerator.free_memory() before preparing the model again"
+            )
+        names.pop(name).release()
+    owner, ranks = weakref.ref(ema), ema._ranks
 
     def stepped() -> bool:
         if not accelerator.sync_gradients:
@@ -102,13 +138,36 @@ def register(
             return not optimizer.step_was_skipped
         return not accelerator.optimizer_step_was_skipped
 
+    def averaged() -> ShardedEMA | None:
+        """The average, if every rank still has it. Collective: every rank calls it."""
+        ema = owner()
+        return None if ranks.any(ema is None) else ema
+
     def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
-        ema.save(Path(output_dir) / name)
+        if (ema := averaged()) is not None:
+            ema.save(Path(output_dir) / name)
 
     def load(models: list[Any], input_dir: str) -> None:
-        load_beside(ema, Path(input_dir) / name, _REMEDY)
+        if (ema := averaged()) is not None:
+            load_beside(ema, Path(input_dir) / name, _REMEDY)
 
     ema._gate = stepped
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-    names.add(name)
+    hooks = (
+        accelerator.register_save_state_pre_hook(save),
+        accelerator.register_load_state_pre_hook(load),
+    )
+    own = unwrap(ema._bound.model)
+    prepared = next((weakref.ref(m) for m in accelerator._models if unwrap(m) is own), None)
+    names[name] = _Registration(owner, prepared, hooks)
+
+
+def _refuse_again(accelerator: Accelerator, ema: ShardedEMA) -> None:
+    """Raise if an average is registered already."""
+    for other, registrations in _registered.items():
+        for name, registration in registrations.items():
+            if registration.ema() is ema:
+                whose = "this" if other is accelerator else "another"
+                raise ValueError(
+                    f"this average is registered as {name!r} with {whose} accelerator already; "
+                    "register each ShardedEMA once, with the accelerator that prepared its model"
+                )

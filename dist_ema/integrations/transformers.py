@@ -8,7 +8,10 @@
 A callback is told what happens, not in which Trainer, and of an evaluation only when it is over.
 So `attach` takes the Trainer itself, and puts a function of its own around two of its methods:
 `evaluation_loop`, through which `evaluate`, each data set of a dict, and `predict` all go, and
-`train`, which alone is told from where to resume. Nothing else of the Trainer is changed.
+`_inner_training_loop`, which is told from where to resume, whatever the `train` of a subclass takes
+or passes on. Nothing else of the Trainer is changed. Where a subclass resumes behind both, the
+restored `global_step` tells that it did, and the average is looked for in the checkpoint of that
+step.
 
 [Note: which weights are where]
 The Trainer's checkpoints hold the raw weights, which training resumes from; the average is in the
@@ -20,7 +23,6 @@ holds raw weights whenever no evaluation runs, after training too, unless `copy_
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,10 +32,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from dist_ema.checkpoint.manifest import CheckpointError
 from dist_ema.ema import ShardedEMA
-from dist_ema.integrations.beside import is_there, load_beside
+from dist_ema.files import target
+from dist_ema.integrations.beside import is_there
 from dist_ema.lerp import MultiAvgFn
 from dist_ema.options import Options, schedules_of
 from dist_ema.ranks import Ranks
@@ -61,7 +65,9 @@ class EMACallback(TrainerCallback):
 
     With `load_best_model_at_end`, the best checkpoint is the one whose averaged weights were best;
     at the end the average becomes the best one again, while the Trainer gives the model the raw
-    weights of the same checkpoint. `copy_at_end` makes the model the average then.
+    weights of the same checkpoint. `copy_at_end` makes the model the average then. If the best
+    checkpoint has no average, the last one stays and is exported, the model keeps the best raw
+    weights in spite of `copy_at_end`, and that is warned of, or raised as `missing` says.
 
     Args:
         decay, multi_avg_fn, update_every, start_step, params, buffers, replicas, dtype, device,
@@ -129,6 +135,7 @@ class EMACallback(TrainerCallback):
         self._resume_from: Path | None = None
         self._trial: Any = None
         self._is_shown = False
+        self._has_warned = False
         self._scale = 1.0
 
     def attach(self, trainer: Trainer) -> EMACallback:
@@ -151,15 +158,12 @@ class EMACallback(TrainerCallback):
         if self not in callbacks:
             trainer.add_callback(self)
         self._trainer = trainer
-        train, evaluation_loop = trainer.train, trainer.evaluation_loop
+        train, evaluation_loop = trainer._inner_training_loop, trainer.evaluation_loop
 
         @functools.wraps(train)
         def train_and_tell(*args: Any, **kwargs: Any) -> Any:
-            given = inspect.signature(train).bind(*args, **kwargs).arguments
-            self._trial = given.get("trial")
-            source = given.get("resume_from_checkpoint")
-            if source is True:
-                source = get_last_checkpoint(trainer.args.output_dir)  # type: ignore[no-untyped-call]
+            # `train` names them, and has found the last checkpoint by now if it was to.
+            self._trial, source = kwargs.get("trial"), kwargs.get("resume_from_checkpoint")
             self._resume_from = Path(source) if source else None
             return train(*args, **kwargs)
 
@@ -168,7 +172,8 @@ class EMACallback(TrainerCallback):
             with self._showing():
                 return evaluation_loop(*args, **kwargs)
 
-        trainer.train, trainer.evaluation_loop = train_and_tell, evaluate_average  # type: ignore[method-assign]
+        trainer._inner_training_loop = train_and_tell  # type: ignore[method-assign]
+        trainer.evaluation_loop = evaluate_average  # type: ignore[method-assign]
         return self
 
     @contextmanager
@@ -190,6 +195,8 @@ class EMACallback(TrainerCallback):
                 "this EMACallback does not know its Trainer: call ema.attach(trainer) before "
                 "trainer.train()"
             )
+        with Ranks().together():
+            self._refuse_export_at_a_file()
         if self._evaluates and args.load_best_model_at_end and not self._copy_at_end:
             warnings.warn(
                 "load_best_model_at_end: the metric is that of the averaged weights. At the end "
@@ -203,7 +210,15 @@ class EMACallback(TrainerCallback):
         self.ema = self._make(self._trainer.model_wrapped)
         self._scale = self._scale_now()
         if self._resume_from is not None:
-            self._resume(self.ema, self._resume_from / DIRECTORY)
+            self._resume(self.ema, self._resume_from / DIRECTORY, "this checkpoint was saved")
+        elif state.global_step > 0:
+            path = self._directory_of(state.global_step)
+            told = (
+                f"training goes on from step {state.global_step}, and not from a "
+                "resume_from_checkpoint that the callback could see; the checkpoint of that step is"
+            )
+            if self._resume(self.ema, path, told):
+                warnings.warn(f"{path}: the average is taken from here; {told} this", stacklevel=2)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -215,17 +230,19 @@ class EMACallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self._trainer is not None
-        run = Path(self._trainer._get_output_dir(self._trial))
-        self._built().save(run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / DIRECTORY)
+        self._built().save(self._directory_of(state.global_step))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        ema, best = self._built(), state.best_model_checkpoint
+        ema, best, lost = self._built(), state.best_model_checkpoint, None
         if self._evaluates and args.load_best_model_at_end and best is not None:
-            self._resume(ema, Path(best) / DIRECTORY)
-        if self._copy_at_end:
+            path = Path(best) / DIRECTORY
+            if is_there(ema, path):
+                ema.load(path)
+            else:
+                lost = self._without_best(path, ema.step)
+        if self._copy_at_end and lost is None:
             ema.copy_to(name=self._name)
         if self._export is not None:
             ema.export(self._export, name=self._name)
@@ -233,8 +250,41 @@ class EMACallback(TrainerCallback):
             with Ranks().together():
                 if processing is not None and args.should_save:
                     processing.save_pretrained(self._export)
+        if lost is not None and self._missing == "raise":
+            raise CheckpointError(lost)
+        if lost is not None:
+            warnings.warn(lost, stacklevel=2)
 
     # Inside.
+
+    def _directory_of(self, step: int) -> Path:
+        """The average in the checkpoint of a step of this run."""
+        assert self._trainer is not None
+        run = Path(self._trainer._get_output_dir(self._trial))
+        return run / f"{PREFIX_CHECKPOINT_DIR}-{step}" / DIRECTORY
+
+    def _refuse_export_at_a_file(self) -> None:
+        """Now and not when training has ended. Local."""
+        if self._export is None:
+            return
+        path = target(Path(self._export))
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if not there.is_dir():
+            raise FileExistsError(
+                f"export is {str(self._export)!r}, but {there} is a file; name a directory, or one "
+                "to be made"
+            )
+
+    def _without_best(self, path: Path, step: int) -> str:
+        """What to say at the end if the best checkpoint has no average."""
+        written = "" if self._export is None else f", which {self._export} has"
+        copied = " (copy_at_end has not replaced them)" if self._copy_at_end else ""
+        return (
+            f"{path}: the best checkpoint has no average, so the best average cannot be had again. "
+            f"The average is the last one, of step {step}{written}; the model holds the raw "
+            f"weights of the best checkpoint{copied}. Call ema.ema.copy_to() to have it be the "
+            "last average"
+        )
 
     def _built(self) -> ShardedEMA:
         assert self.ema is not None, "the Trainer trains without having begun to"
@@ -256,6 +306,13 @@ class EMACallback(TrainerCallback):
     @contextmanager
     def _showing(self) -> Iterator[None]:
         """Within the block the model shows the average, if there is one and it is wanted."""
+        if self.ema is None and self._evaluates and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "there is no average before train(): evaluate() and predict() use the weights as "
+                "they are",
+                stacklevel=5,  # who calls evaluate()
+            )
         # A metric may itself evaluate.
         if self.ema is None or not self._evaluates or self._is_shown:
             yield
@@ -267,15 +324,21 @@ class EMACallback(TrainerCallback):
             finally:
                 self._is_shown = False
 
-    def _resume(self, ema: ShardedEMA, path: Path) -> None:
-        if self._missing == "restart" and not is_there(ema, path):
-            warnings.warn(
-                f"{path}: this checkpoint was saved without the average; it starts again from the "
-                "weights of now",
-                stacklevel=3,
-            )
-            return
-        load_beside(ema, path, _REMEDY)
+    def _resume(self, ema: ShardedEMA, path: Path, told: str) -> bool:
+        """Load the average, or start from the weights of now with a warning if that is wanted.
+
+        Returns whether it was loaded. `told` begins the message if nothing is there.
+        """
+        if is_there(ema, path):
+            ema.load(path)
+            return True
+        if self._missing == "raise":
+            raise CheckpointError(f"{path}: {told} without the average; {_REMEDY}")
+        warnings.warn(
+            f"{path}: {told} without the average; it starts again from the weights of now",
+            stacklevel=3,
+        )
+        return False
 
 
 def _name_of(evaluate: bool | str, names: list[str], *, needed: bool) -> str | None:
