@@ -39,7 +39,7 @@ def replaced_directory(path: Path, keep: Callable[[str], bool] | None = None) ->
     path = target(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} exists and is no directory")
-    if Path.cwd().is_relative_to(path):
+    if Path.cwd().is_relative_to(path.resolve()):
         raise ValueError(f"{path} holds the working directory and cannot be replaced under it")
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_stale(path)
@@ -59,8 +59,8 @@ def replaced_directory(path: Path, keep: Callable[[str], bool] | None = None) ->
 
 
 def target(path: Path) -> Path:
-    """The absolute path that is to be replaced, without links: a link's target stands for it."""
-    return path.resolve()
+    """The absolute path that is to be replaced, with a name: a link's target stands for the link."""
+    return path.resolve() if path.is_symlink() or ".." in path.parts else path.absolute()
 
 
 def sibling(path: Path, kind: str) -> Path:

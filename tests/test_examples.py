@@ -17,7 +17,6 @@ TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 
 LAUNCHES = {
     "accelerate-ddp": [*ACCELERATE, "launch/accelerate/cpu-2.yaml", DIGITS],
-    "accelerate-zero2": [*ACCELERATE, "launch/accelerate/zero2-cpu.yaml", DIGITS],
     "accelerate-zero3": [*ACCELERATE, "launch/accelerate/zero3-cpu.yaml", DIGITS],
     "torchrun-fsdp1": [*TORCHRUN, DIGITS, "--fsdp1"],
     "torchrun-fsdp2": [*TORCHRUN, DIGITS, "--fsdp2"],

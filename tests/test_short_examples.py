@@ -46,9 +46,8 @@ def test_fsdp2_with_tensor_parallelism(tmp_path: Path):
     assert 4 * int(weights) <= int(held) <= 4 * int(weights) + 64  # once, and some padding
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed(stage: int, tmp_path: Path):
-    config = f"launch/deepspeed/zero{stage}.json"
+def test_deepspeed(tmp_path: Path):
+    config = "launch/deepspeed/zero3.json"
     printed = torchrun(2, "examples/deepspeed_native.py", config, tmp_path)
     assert_averaged_is_better(printed)
     assert "160 micro-batches, 80 optimizer steps; averaged are masters" in printed
@@ -60,9 +59,7 @@ def test_lightning(tmp_path: Path):
     assert "resumed at step 100, now 200" in printed
 
 
-@pytest.mark.parametrize(
-    ("config", "steps"), [("cpu-2", 60), ("zero2-cpu", 240), ("zero3-cpu", 240)]
-)
+@pytest.mark.parametrize(("config", "steps"), [("cpu-2", 60), ("zero2-cpu", 240)])
 def test_accelerate(config: str, steps: int, tmp_path: Path):
     command = [*ACCELERATE, f"launch/accelerate/{config}.yaml", "examples/accelerate_any.py"]
     # DeepSpeed's launcher takes no part in the variable.
