@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 : "${HEAD:?set HEAD to the name or address of one node, the same on all of them}"
 TORCHRUN=${TORCHRUN:-$([ -x .venv/bin/torchrun ] && echo .venv/bin/torchrun || echo torchrun)}
-GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
+GPUS=${GPUS:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
 [ "$GPUS" -gt 0 ] || GPUS=2
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 

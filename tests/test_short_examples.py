@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -129,6 +130,28 @@ def test_averages_over_training(tmp_path: Path):
 @pytest.mark.parametrize("script", LAUNCH, ids=lambda path: path.name)
 def test_a_launch_script_parses(script: Path):
     subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_one_node_of_several_without_gpus(tmp_path: Path):
+    """With no more in PATH than the script needs, so without the command that lists GPUs."""
+    for name in ("bash", "dirname", "wc"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    (tmp_path / "ranks.py").write_text("import os\nprint('rank', os.environ['RANK'], flush=True)\n")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {"PATH": str(tmp_path), "NODES": "1", "HEAD": "localhost", "PORT": str(port)}
+    done = subprocess.run(
+        ["bash", "launch/multi_node.sh", tmp_path / "ranks.py"],
+        cwd=ROOT,
+        env={**environment, "HOME": str(tmp_path), "TORCHRUN": str(BIN / "torchrun")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    assert sorted(re.findall(r"rank \d", done.stdout)) == ["rank 0", "rank 1"], done.stdout
 
 
 def test_two_nodes_under_slurm(tmp_path: Path):
