@@ -372,7 +372,7 @@ def test_a_best_checkpoint_without_the_average_leaves_the_last_one_and_says_so(
 
 @pytest.mark.ranks(0)
 def test_an_evaluation_before_training_says_once_that_there_is_no_average(tmp_path: Path):
-    match = r"no average before train\(\)"
+    match = r"no average yet, train\(\) makes it"
     with trainer_of("alone", tmp_path) as trainer:
         callback = ema_callback(DECAY).attach(trainer)
         with warnings.catch_warnings():
@@ -382,7 +382,7 @@ def test_an_evaluation_before_training_says_once_that_there_is_no_average(tmp_pa
         with pytest.warns(UserWarning, match=match) as told:
             trainer.evaluate(EVALUATED["first"])
             trainer.predict(EVALUATED["first"])
-        mine = [warning for warning in told if "no average before" in str(warning.message)]
+        mine = [warning for warning in told if "no average yet" in str(warning.message)]
         assert [warning.filename for warning in mine] == [__file__]
 
 

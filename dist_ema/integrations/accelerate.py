@@ -126,7 +126,7 @@ def register(
         if not names[name].is_over(accelerator):
             raise ValueError(
                 f"an average is registered as {name!r} with this accelerator already; give each "
-                "its own name=, or call accelerator.free_memory() before preparing the model again"
+                "its own name=, or let go of that one and call accelerator.free_memory() before"
             )
         names.pop(name).release()
     owner, ranks = weakref.ref(ema), ema._ranks

@@ -309,8 +309,8 @@ class EMACallback(TrainerCallback):
         if self.ema is None and self._evaluates and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                "there is no average before train(): evaluate() and predict() use the weights as "
-                "they are",
+                "there is no average yet, train() makes it: evaluate() and predict() use the raw "
+                "weights",
                 stacklevel=5,  # who calls evaluate()
             )
         # A metric may itself evaluate.
