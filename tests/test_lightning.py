@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
@@ -261,6 +261,181 @@ def test_what_was_built_for_an_evaluation_can_be_trained_on(under: Under, tmp_pa
     assert ema.ema.step == 16
 
 
+class Tunable(Module):
+    """What the finders ask for: data of its own, a learning rate and a batch size to write to."""
+
+    def __init__(self, under: Under, *, seed: int = 0) -> None:
+        super().__init__(seed=seed, **under.net)
+        self.lr, self.batch_size = 1e-2, 2
+        self.train_dataloader = under.batches
+        self.val_dataloader = self.test_dataloader = under.validation
+
+
+def finder_of(kind: str) -> Callback:
+    if kind == "lr":
+        return LearningRateFinder(num_training_steps=5)
+    return BatchSizeFinder(max_trials=1)
+
+
+@under("alone")
+@pytest.mark.parametrize("kind", ["lr", "batch"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_finder_before_training_leaves_no_trace(
+    under: Under, kind: str, first: bool, tmp_path: Path
+):
+    ema, record, finder = EMACallback(DECAY), Record(), finder_of(kind)
+    callbacks = [finder, ema, record] if first else [ema, record, finder]
+    under.trainer(tmp_path, *callbacks).fit(Tunable(under))
+    found = ema.ema.gather_state_dict()
+    assert worst_relative_error(found, record.oracle(DECAY).average) < MAX_RELATIVE_ERROR
+    assert ema.ema.step == 8 == len(record.weights) - 1
+
+
+class AtStart(Callback):
+    """The average that training starts with, if it comes after the callback."""
+
+    def __init__(self, ema: EMACallback) -> None:
+        self.ema = ema
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.state, self.step = self.ema.ema.gather_state_dict(), self.ema.ema.step
+
+
+@under("alone", "fsdp2_full")
+def test_a_finder_keeps_the_average_that_is_resumed_from(under: Under, tmp_path: Path):
+    before = EMACallback(DECAY)
+    trainer = under.trainer(tmp_path, before)
+    trainer.fit(Tunable(under))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    wanted = before.ema.gather_state_dict()
+    ema = EMACallback(DECAY)
+    start = AtStart(ema)
+    trainer = under.trainer(tmp_path, ema, start, finder_of("lr"), max_epochs=2)
+    trainer.fit(Tunable(under, seed=1), ckpt_path=tmp_path / "x.ckpt")
+    for states in (wanted, start.state):
+        states.pop("net.running", None)
+    torch.testing.assert_close(start.state, wanted, **EXACT)
+    assert start.step == 8 < ema.ema.step
+
+
+@under("alone")
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_a_finder_in_an_evaluation_keeps_the_average(
+    under: Under, stage: str, first: bool, tmp_path: Path
+):
+    before = EMACallback(DECAY)
+    trainer, trained, _ = fit(under, tmp_path, before)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    wanted = under.plain_loss(before.ema.gather_state_dict())
+    ema, module = EMACallback(DECAY), Tunable(under, seed=1)
+    callbacks = [finder_of("batch"), ema] if first else [ema, finder_of("batch")]
+    trainer = under.trainer(tmp_path, *callbacks)
+    result = getattr(trainer, stage)(module, ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    torch.testing.assert_close(torch.tensor(result[0]["loss"]), wanted, rtol=1e-6, atol=0)
+    assert_same_average(ema, before)
+    torch.testing.assert_close(module.full_weights(), trained.full_weights(), **EXACT)
+    assert ema._found is None  # one full copy
+
+
+@under("alone")
+def test_evaluating_another_model_keeps_the_average(under: Under, tmp_path: Path):
+    ema = EMACallback(DECAY)
+    trainer, module, _ = fit(under, tmp_path, ema)
+    kept, wanted = ema.ema, ema.ema.gather_state_dict()
+    baseline, loader = under.module(seed=1), under.validation()
+    with pytest.warns(UserWarning, match="no average of this model"):
+        result = trainer.validate(baseline, loader, verbose=False)
+    raw = under.plain_loss(baseline.state_dict())
+    torch.testing.assert_close(torch.tensor(result[0]["loss"]), raw, **EXACT)
+    trainer.save_checkpoint(tmp_path / "baseline.ckpt")
+    assert "dist_ema" not in torch.load(tmp_path / "baseline.ckpt")
+    assert ema.ema is kept
+    torch.testing.assert_close(ema.ema.gather_state_dict(), wanted, **EXACT)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "EMACallback")
+        result = trainer.validate(module, loader, verbose=False)
+    averaged = under.plain_loss(wanted)
+    torch.testing.assert_close(torch.tensor(result[0]["loss"]), averaged, rtol=1e-6, atol=0)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert "dist_ema" in torch.load(tmp_path / "x.ckpt")
+
+
+@under("alone", "ddp")
+def test_an_average_with_nan_is_not_saved(under: Under, tmp_path: Path):
+    ema = EMACallback(DECAY)
+    trainer, module, _ = fit(under, tmp_path, ema)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    size = (tmp_path / "x.ckpt").stat().st_size
+    with torch.no_grad():
+        module.net.emb.weight[0, 0] = torch.nan
+    ema.ema.update()
+    with pytest.raises(CheckpointError, match=r"NaN or Inf in net\.emb\.weight; nothing"):
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert (tmp_path / "x.ckpt").stat().st_size == size
+    assert not torch.load(tmp_path / "x.ckpt")["state_dict"]["net.emb.weight"].isnan().any()
+
+
+@under("alone")
+def test_after_a_save_that_failed_an_evaluation_goes_on_with_the_average(
+    under: Under, tmp_path: Path
+):
+    (tmp_path / "file").touch()
+
+    class Fails(Callback):
+        def on_test_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            shown = pl_module.full_weights()
+            with pytest.raises(OSError):
+                trainer.save_checkpoint(tmp_path / "file" / "x.ckpt")
+            torch.testing.assert_close(pl_module.full_weights(), shown, **EXACT)
+
+    ema, loader = EMACallback(DECAY), under.validation()
+    trainer, module, record = fit(under, tmp_path, ema, Fails())
+    result = trainer.test(module, loader, verbose=False)
+    wanted = under.plain_loss(ema.ema.gather_state_dict())
+    torch.testing.assert_close(torch.tensor(result[0]["loss"]), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(module.full_weights(), record.weights[-1], **EXACT)
+
+
+@under("alone")
+def test_an_optimizer_that_the_module_lacks_is_refused_before_training(
+    under: Under, tmp_path: Path
+):
+    module = under.module()
+    weights = module.full_weights()
+    with pytest.raises(ValueError, match="optimizer is 1, but the module has 1, numbered from 0"):
+        under.trainer(tmp_path, EMACallback(optimizer=1)).fit(module, under.batches())
+    torch.testing.assert_close(module.full_weights(), weights, **EXACT)
+
+
+@under("alone")
+def test_a_batch_without_a_loss_counts_as_global_step_counts_it(under: Under, tmp_path: Path):
+    class Skips(Module):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+            return super().training_step(batch, batch_idx) if batch_idx % 2 else None
+
+    ema = EMACallback(DECAY)
+    trainer = under.trainer(tmp_path, ema)
+    trainer.fit(Skips(**under.net), under.batches())
+    assert ema.ema.step == trainer.global_step == 8
+
+
+@under("alone")
+def test_what_an_evaluation_writes_to_a_buffer_is_lost(under: Under, tmp_path: Path):
+    class Counts(Module):
+        def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.net.running += 1
+            return self.net.running.clone()
+
+    ema, module = EMACallback(DECAY), Counts(**under.net)
+    trainer = under.trainer(tmp_path, ema)
+    trainer.fit(module, under.batches())
+    before = module.net.running.clone()
+    predicted = trainer.predict(module, under.batches(2))
+    torch.testing.assert_close(predicted[1], before + 2)
+    torch.testing.assert_close(module.net.running, before, **EXACT)
+
+
 class TwoOptimizers(Module):
     """The second steps in every batch, the first in every other one."""
 
@@ -362,11 +537,18 @@ def test_without_an_average_an_evaluation_says_so(under: Under, tmp_path: Path):
         ({"missing": "ignore"}, "missing is 'ignore', wanted 'raise' or 'restart'"),
         ({"decay": {"a": 0.9, "b": 0.99}}, "several averages, .*'a', 'b'"),
         ({"decay": {"a": 0.9, "b": 0.99}, "evaluate": "c"}, "evaluate is 'c'"),
+        ({"optimizer": -1}, "optimizer is -1, wanted a number from 0"),
     ],
 )
 def test_bad_arguments_are_refused_before_training(options: dict[str, Any], problem: str):
     with pytest.raises(ValueError, match=problem):
         EMACallback(**options)
+
+
+@pytest.mark.parametrize("optimizer", ["g", 1.0, True])
+def test_an_optimizer_is_given_by_its_number(optimizer: Any):
+    with pytest.raises(TypeError, match=f"optimizer is {optimizer!r}, wanted the number"):
+        EMACallback(optimizer=optimizer)
 
 
 def test_several_averages_are_kept_and_one_is_named():

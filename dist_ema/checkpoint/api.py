@@ -39,7 +39,16 @@ from dist_ema.export.format import DTYPES
 from dist_ema.files import target
 from dist_ema.ranks import Ranks, digest
 
-__all__ = ["CheckpointError", "Handle", "Part", "TensorInfo", "differing_schedules", "load", "save"]
+__all__ = [
+    "CheckpointError",
+    "Handle",
+    "Part",
+    "TensorInfo",
+    "differing_schedules",
+    "load",
+    "refuse_non_finite",
+    "save",
+]
 
 
 def save(
@@ -82,7 +91,7 @@ def save(
             averages, broken = copied(averages)
         else:
             broken = non_finite(averages)
-    _refuse_non_finite(broken, ranks)
+    refuse_non_finite(broken, ranks)
     planner = EmaSavePlanner()
     writer = ShardWriter(place, list(averages), tensors, state, asynchronous=asynchronous)
     try:
@@ -167,7 +176,8 @@ def differing_schedules(saved: Mapping[str, Any], own: Mapping[str, Any]) -> lis
 # Saving.
 
 
-def _refuse_non_finite(broken: set[str], ranks: Ranks) -> None:
+def refuse_non_finite(broken: set[str], ranks: Ranks) -> None:
+    """Raise on every rank if any found broken tensors, and name them. Collective."""
     if ranks.any(bool(broken)):
         names = sorted(set().union(*ranks.all_gather(broken)))
         raise CheckpointError(

@@ -19,6 +19,13 @@ keeps the live weights. One that is a folder of shards holds it in a folder `dis
 project's own format, written by all ranks. Lightning writes what a callback puts into a sharded
 checkpoint from rank 0 alone, gives that to every rank on loading, and tells callbacks no path: so
 `trainer.save_checkpoint`, through which everything is saved, is wrapped.
+
+[Note: what the finders load]
+Lightning's finders of a learning rate or a batch size save what is there, train or evaluate without
+callbacks, load what they saved and delete it; `trainer.ckpt_path` stays what they loaded. A file
+that this run of the trainer saved itself is therefore nothing to resume from. The batch size finder
+does that in `on_validation_start` and the like, so the average is shown one event later, or it
+would be written over.
 """
 
 from __future__ import annotations
@@ -62,22 +69,28 @@ class EMACallback(Callback):
     The average takes the weights in at the end of each batch in which an optimizer stepped:
     batches that only accumulate gradients, and steps that a gradient scaler skipped, do not count.
     Steps that Lightning does not see (manual optimization that calls the bare torch optimizer)
-    cannot be counted. From `on_validation_start` to `on_validation_end` the model computes with the
-    average, and so for test and predict; checkpoints written in between hold live weights
-    nevertheless. After an exception the live weights are back.
+    cannot be counted. A batch whose `training_step` returns None counts, as in `global_step`.
+
+    From `on_validation_epoch_start` to `on_validation_end` the model computes with the average, and
+    so for test and predict; checkpoints written in between hold live weights nevertheless. After an
+    evaluation, or an exception, the live weights are back, and buffers are what they were before
+    it: what an evaluation writes into a buffer is lost. Another model than the one that was fitted
+    is evaluated as it is, with a warning.
 
     `fit(ckpt_path=...)` goes on with the average of the checkpoint, bit for bit, under any strategy
     and number of devices that Lightning can load it with; `test(ckpt_path=...)` tests that average.
     Checkpoints saved with `weights_only` hold none. After `fit`, `callback.ema` is the
     `ShardedEMA`: `callback.ema.export(path)`, `.gather_state_dict()`, `.copy_to()`. A strategy that
-    spawns its processes ends it with them; test from a checkpoint then.
+    spawns its processes ends it with them; test from a checkpoint then. A checkpoint that is one
+    file is refused, as `ShardedEMA.save` refuses its own, if the average holds NaN or Inf.
 
     Args:
         decay, multi_avg_fn, update_every, start_step, params, buffers, replicas, dtype, device,
             overlap: as for `ShardedEMA`. Names of weights are those in the LightningModule.
         evaluate: whether validation, test and predict use the average; with several averages, the
             name of one of them.
-        optimizer: number of the optimizer whose steps count (a GAN's generator, say); None: any.
+        optimizer: number of the optimizer whose steps count (a GAN's generator, say), from 0;
+            None: any. One that the module does not have is refused when training starts.
         missing: when a checkpoint has no average, "raise", or "restart" with a warning: the average
             starts from the weights of the checkpoint.
 
@@ -121,6 +134,7 @@ class EMACallback(Callback):
         Options(schedules, **options, has_teacher=False)  # refuses here what it would refuse later
         if missing not in ("raise", "restart"):
             raise ValueError(f"missing is {missing!r}, wanted 'raise' or 'restart'")
+        _check_optimizer(optimizer)
         self.ema: ShardedEMA | None = None  # from on_train_start on
         self._options: dict[str, Any] = {"decay": decay, **options}
         self._evaluates = evaluate is not False
@@ -130,6 +144,9 @@ class EMACallback(Callback):
         self._shown: ExitStack | None = None
         self._found: Mapping[str, Any] | None = None  # in the checkpoint that is being loaded
         self._saved_step: int | None = None  # `ema.step` according to the same
+        self._path: Any = None  # of the same
+        self._own: set[str] = set()  # paths that this run of the trainer saved to
+        self._elsewhere = False  # the trainer evaluates another model than `ema` averages
         self._pending = self._stepped = False
         self._scale: float | None = None
 
@@ -168,30 +185,46 @@ class EMACallback(Callback):
     # Building and loading.
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._found = self._saved_step = None
+        self._found = self._saved_step = self._path = None
+        self._own.clear()
+        self._elsewhere = False
         self._wrap_save(trainer)
 
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._found = checkpoint.get(KEY)
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._found = None  # one full copy
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved_step = state_dict["step"]
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if str(trainer.ckpt_path) not in self._own:
+            self._found = checkpoint.get(KEY)
+            self._saved_step = checkpoint["callbacks"].get(self.state_key, {}).get("step")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        num_optimizers = len(trainer.optimizers)
+        if self._optimizer is not None and self._optimizer >= num_optimizers:
+            raise ValueError(
+                f"EMACallback: optimizer is {self._optimizer}, but the module has "
+                f"{num_optimizers}, numbered from 0"
+            )
         self._pending = self._stepped = False
         self._attach(trainer)
+
+    def _note_path(self, trainer: Any) -> None:
+        """Keep what the trainer was told to load, which a finder writes over."""
+        if str(trainer.ckpt_path) not in self._own:
+            self._path = trainer.ckpt_path
 
     def _attach(self, trainer: Any) -> None:
         """Let `self.ema` be the average of the model as it is now."""
         model = _model_of(trainer)
-        if trainer.ckpt_path is not None:
-            path = Path(trainer.strategy.broadcast(str(trainer.ckpt_path)))
+        self._note_path(trainer)
+        if self._path is not None:
+            path = Path(trainer.strategy.broadcast(str(self._path)))
             self._load(self._build(model), path)
         elif self.ema is None or self._model is not model:
             if trainer.state.fn == "fit":
                 self._build(model)
             else:
-                self.ema = None
+                self._elsewhere = True
                 warnings.warn(
                     "EMACallback: there is no average of this model, evaluation uses its live "
                     "weights; fit it with this callback before, or give ckpt_path",
@@ -230,13 +263,14 @@ class EMACallback(Callback):
     # Saving.
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.ema is None else {"step": self.ema.step}
+        return {} if self.ema is None or self._elsewhere else {"step": self.ema.step}
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if self.ema is not None and not _writes_folder(trainer.strategy):
-            average = whole(self.ema)
-            if average:
-                checkpoint[KEY] = average
+        if self.ema is None or self._elsewhere or _writes_folder(trainer.strategy):
+            return
+        average = whole(self.ema)
+        if average:
+            checkpoint[KEY] = average
 
     def _wrap_save(self, trainer: Any) -> None:
         inner = trainer.save_checkpoint
@@ -247,29 +281,32 @@ class EMACallback(Callback):
         def save_checkpoint(
             filepath: Any, weights_only: bool | None = None, storage_options: Any = None
         ) -> None:
+            self._note_path(trainer)
+            self._own.add(str(filepath))
             with self._hidden(trainer.strategy.model):
                 inner(filepath, weights_only, storage_options)
-                if self.ema is not None and not weights_only and _writes_folder(trainer.strategy):
-                    self.ema.save(Path(trainer.strategy.broadcast(str(filepath))) / KEY)
+                ema = None if self._elsewhere or weights_only else self.ema
+                if ema is not None and _writes_folder(trainer.strategy):
+                    ema.save(Path(trainer.strategy.broadcast(str(filepath))) / KEY)
 
         save_checkpoint.ema_callback = self  # type: ignore[attr-defined]
         trainer.save_checkpoint = save_checkpoint
 
     # Evaluating.
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation_starts(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self._hide()
 
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation_starts(trainer)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         self._hide()
 
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._evaluation_starts(trainer)
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
@@ -286,7 +323,7 @@ class EMACallback(Callback):
             return
         if trainer.state.fn != "fit":
             self._attach(trainer)
-        if self.ema is not None:
+        if self.ema is not None and self._model is _model_of(trainer):
             self._show(self.ema, trainer.strategy.model)
 
     def _show(self, ema: ShardedEMA, outer: nn.Module) -> None:
@@ -306,11 +343,19 @@ class EMACallback(Callback):
     @contextmanager
     def _hidden(self, outer: nn.Module) -> Iterator[None]:
         """Within the block the model has its live weights."""
-        was_shown = self._shown is not None
+        ema = None if self._shown is None else self.ema
         self._hide()
-        yield
-        if was_shown and self.ema is not None:
-            self._show(self.ema, outer)
+        try:
+            yield
+        except BaseException as error:
+            if ema is not None and ema._bound.swap_ranks.size > 1:
+                # Showing it again would wait for ranks that may know of no error.
+                _log.error("saving failed (%r); evaluation goes on with the live weights", error)
+                ema = None
+            raise
+        finally:
+            if ema is not None:
+                self._show(ema, outer)
 
 
 def _model_of(trainer: Any) -> nn.Module:
@@ -339,6 +384,15 @@ def _scale(trainer: Any) -> float | None:
     """The factor of the gradient scaler, where there is one (fp16). A host sync there."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return None if scaler is None else float(scaler.get_scale())
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if optimizer is None:
+        return
+    if isinstance(optimizer, bool) or not isinstance(optimizer, int):
+        raise TypeError(f"optimizer is {optimizer!r}, wanted the number of an optimizer, or None")
+    if optimizer < 0:
+        raise ValueError(f"optimizer is {optimizer}, wanted a number from 0, or None")
 
 
 def _name_of(evaluate: bool | str, names: list[str]) -> str | None:
