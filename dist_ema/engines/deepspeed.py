@@ -48,6 +48,8 @@ _UNSUPPORTED = {
     "params_in_nvme_and_cpu": "offload to NVMe",
 }
 
+_GATHER_BYTES = 8 << 20  # of copies of masters, over all ranks, at a time
+
 
 class ZeroEngine(Engine):
     """Parts of DeepSpeed's flat buffers. Only `release` and `publish` communicate."""
@@ -160,8 +162,16 @@ class _Flat(_Whole):
 
     def publish(self) -> None:
         for i, copy in enumerate(self._copies if self._ranks else ()):
-            part = copy.detach()[self._held(i)]
-            dist.all_gather_single(copy.detach(), part, group=self._ranks[i])
+            parts = copy.detach().view(dist.get_world_size(self._ranks[i]), -1)
+            own = copy.detach()[self._held(i)]
+            # In chunks: gloo has a second copy of all that one call gathers.
+            step = max(1, _GATHER_BYTES // (copy.element_size() * len(parts)))
+            every = torch.empty(len(parts), step, dtype=copy.dtype, device=copy.device)
+            for start in range(0, own.numel(), step):
+                mine = own[start : start + step]
+                found = every.view(-1)[: len(parts) * mine.numel()]
+                dist.all_gather_single(found, mine, group=self._ranks[i])
+                parts[:, start : start + step].copy_(found.view(len(parts), -1))
 
     def _held(self, i: int) -> slice:
         """The part of a buffer whose masters this rank holds."""
