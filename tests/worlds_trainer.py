@@ -80,6 +80,9 @@ def trainer_of(
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     with mock.patch.dict(os.environ), ExitStack() as stack:
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]  # what another test's engine may have left in this process
+        AcceleratorState._reset_state(reset_partial_state=True)
         try:
             if kind.startswith("zero"):
                 library()
