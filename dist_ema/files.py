@@ -59,7 +59,7 @@ def replaced_directory(path: Path, keep: Callable[[str], bool] | None = None) ->
 
 
 def target(path: Path) -> Path:
-    """The absolute path that is to be replaced, with a name: a link's target stands for the link."""
+    """The absolute path that is to be replaced: a link's target stands for the link."""
     return path.resolve() if path.is_symlink() or ".." in path.parts else path.absolute()
 
 
