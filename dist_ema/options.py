@@ -106,3 +106,18 @@ def schedules_of(decay: object) -> dict[str, Schedule]:
             raise ValueError(f"{name!r} cannot name an average; use letters, digits, _ . -")
         found[name] = as_schedule(value)
     return found
+
+
+def average_meant(evaluate: bool | str, names: list[str], *, needed: bool = False) -> str | None:
+    """Which average is evaluated, and exported or copied if `needed`; None if that needs no name.
+
+    Raises:
+        ValueError: no average is named so, or there are several and none is named.
+    """
+    if isinstance(evaluate, str):
+        if evaluate not in names:
+            raise ValueError(f"evaluate is {evaluate!r}, wanted one of the averages {names}")
+        return evaluate
+    if len(names) > 1 and (evaluate or needed):
+        raise ValueError(f"there are several averages, {names}; say by evaluate= which is meant")
+    return None

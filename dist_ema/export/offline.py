@@ -8,8 +8,8 @@ directory that the library wrote.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,6 @@ _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64"
 _SHOWN = 8  # names in a message
 
 
-@contextmanager
-def _silent(total: int) -> Iterator[Callable[[int], object]]:
-    yield lambda nbytes: None
-
-
 @dataclass(frozen=True, slots=True)
 class _Item:
     """A tensor to be written, and where it is read."""
@@ -55,7 +50,7 @@ def export(
     weights_name: str | None = None,
     config: Path | None = None,
     base: Path | None = None,
-    progress: Callable[[int], Any] = _silent,
+    progress: Callable[[int], Any] = lambda total: nullcontext(lambda nbytes: None),
 ) -> dict[str, Any]:
     """Write an average as a consolidated checkpoint, as `ShardedEMA.export` does, byte for byte.
 

@@ -47,7 +47,7 @@ from dist_ema.ema import ShardedEMA
 from dist_ema.integrations.beside import is_there
 from dist_ema.integrations.whole import fill, whole
 from dist_ema.lerp import MultiAvgFn
-from dist_ema.options import Options, schedules_of
+from dist_ema.options import Options, average_meant, schedules_of
 from dist_ema.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class EMACallback(Callback):
         self.ema: ShardedEMA | None = None  # from on_train_start on
         self._options: dict[str, Any] = {"decay": decay, **options}
         self._evaluates = evaluate is not False
-        self._name = _name_of(evaluate, list(schedules))
+        self._name = average_meant(evaluate, list(schedules))
         self._optimizer, self._missing = optimizer, missing
         self._model: nn.Module | None = None  # what `ema` averages
         self._shown: ExitStack | None = None
@@ -393,14 +393,3 @@ def _check_optimizer(optimizer: object) -> None:
         raise TypeError(f"optimizer is {optimizer!r}, wanted the number of an optimizer, or None")
     if optimizer < 0:
         raise ValueError(f"optimizer is {optimizer}, wanted a number from 0, or None")
-
-
-def _name_of(evaluate: bool | str, names: list[str]) -> str | None:
-    """Which average is evaluated; None if that needs no name."""
-    if isinstance(evaluate, str):
-        if evaluate not in names:
-            raise ValueError(f"evaluate is {evaluate!r}, wanted one of the averages {names}")
-        return evaluate
-    if evaluate and len(names) > 1:
-        raise ValueError(f"there are several averages, {names}; say by evaluate= which is meant")
-    return None

@@ -39,7 +39,7 @@ from dist_ema.ema import ShardedEMA
 from dist_ema.files import target
 from dist_ema.integrations.beside import is_there
 from dist_ema.lerp import MultiAvgFn
-from dist_ema.options import Options, schedules_of
+from dist_ema.options import Options, average_meant, schedules_of
 from dist_ema.ranks import Ranks
 from dist_ema.schedule import Schedule
 
@@ -128,7 +128,9 @@ class EMACallback(TrainerCallback):
         self.ema: ShardedEMA | None = None
         self._make: Callable[[nn.Module], ShardedEMA]
         self._make = functools.partial(ShardedEMA, decay=decay, **options)
-        self._name = _name_of(evaluate, list(schedules), needed=export is not None or copy_at_end)
+        self._name = average_meant(
+            evaluate, list(schedules), needed=export is not None or copy_at_end
+        )
         self._evaluates = evaluate is not False
         self._export, self._copy_at_end, self._missing = export, copy_at_end, missing
         self._trainer: Trainer | None = None
@@ -339,14 +341,3 @@ class EMACallback(TrainerCallback):
             stacklevel=3,
         )
         return False
-
-
-def _name_of(evaluate: bool | str, names: list[str], *, needed: bool) -> str | None:
-    """Which average is evaluated, exported and copied; None if that needs no name."""
-    if isinstance(evaluate, str):
-        if evaluate not in names:
-            raise ValueError(f"evaluate is {evaluate!r}, wanted one of the averages {names}")
-        return evaluate
-    if len(names) > 1 and (evaluate or needed):
-        raise ValueError(f"there are several averages, {names}; say by evaluate= which is meant")
-    return None
