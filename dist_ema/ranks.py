@@ -187,22 +187,55 @@ class Ranks:
         dist.all_to_all_single(out, sent, sizes, [len(row) for row in rows], group=self.group)
         return list(out.cpu().split(sizes))
 
-    def subgroup(
-        self, ranks: tuple[int, ...], known: Sequence[dist.ProcessGroup]
-    ) -> dist.ProcessGroup:
-        """A group of these ranks in this order: a known one, or a new one.
+    def subgroups(
+        self, wanted: Sequence[tuple[int, ...]], known: Sequence[dist.ProcessGroup]
+    ) -> dict[tuple[int, ...], dist.ProcessGroup]:
+        """A group of each of these tuples of ranks: a known one, or a new one.
 
-        Collective among `ranks`. A rank that needs several asks for them in sorted order, so that
-        no two wait for each other.
+        Collective: every rank calls it, with those that it is in. Costs an all-reduce of one number
+        where all are known; else one all-gather of the missing ones, and their rendezvous.
         """
-        assert self.group is not None
-        wanted = [self.global_rank(r) for r in ranks]
-        for group in (self.group, *known):
-            if dist.get_process_group_ranks(group) == wanted:
-                return group
-        made = dist.new_group(wanted, use_local_synchronization=True)
-        assert isinstance(made, dist.ProcessGroup)
-        return made
+        if self.group is None:
+            return {}  # alone
+        me = self.global_rank(self.rank)
+        found = {
+            tuple(dist.get_process_group_ranks(group)): group for group in (*known, self.group)
+        }
+        inner = {tuple(self.global_rank(r) for r in ranks): ranks for ranks in wanted}
+        missing = [ranks for ranks in inner if ranks not in found]
+        if self.any(bool(missing)):
+            # [Note: names of groups] Only the members of `self.group` are here, so the new groups
+            # must be local; torch names such a group by its ranks and by how many groups this
+            # process is in (read in 2.13), and ranks that disagree on the name wait for ever. So
+            # all ranks are brought to one number, and each then makes a group in every round: that
+            # which it is in, or one of itself.
+            from torch.distributed.distributed_c10d import _world  # not there in every build
+
+            num_here = len(_world.pg_names)
+            told = self.all_gather((num_here, missing))
+            for _ in range(max(number for number, _ in told) - num_here):
+                _new_group((me,))
+            for members in _rounds(sorted({ranks for _, theirs in told for ranks in theirs})):
+                mine = members.get(me, (me,))
+                found[mine] = _new_group(mine)
+        return {ranks: found[outer] for outer, ranks in inner.items()}
+
+
+def _rounds(groups: Sequence[tuple[int, ...]]) -> list[dict[int, tuple[int, ...]]]:
+    """Deal the groups out into rounds in which no rank has two; each round is {rank: its group}."""
+    rounds: list[dict[int, tuple[int, ...]]] = []
+    for group in groups:
+        free = next((r for r in rounds if r.keys().isdisjoint(group)), None)
+        if free is None:
+            rounds.append(free := {})
+        free.update(dict.fromkeys(group, group))
+    return rounds
+
+
+def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def digest(*parts: object) -> tuple[int, int]:

@@ -147,15 +147,16 @@ def replica_sets(
         dtypes = f"{fragment.shown.dtype}/{fragment.view.dtype}"
         key = (holders, dtypes, fragment.shown.device.type)
         together.setdefault(key, []).append(fragment)
+    shared = [holders for holders, _, _ in sorted(together) if len(holders) > 1]
+    groups = ranks.subgroups(shared, known)
     sets = []
     for key in sorted(together):
         holders, fragments = key[0], together[key]
-        alone = len(holders) == 1
         total = sum(f.place.numel for f in fragments)
         sets.append(
             ReplicaSet(
                 holders,
-                None if alone else ranks.subgroup(holders, known),
+                groups.get(holders),
                 holders.index(ranks.rank),
                 tuple(fragments),
                 even_cuts(total, len(holders)),

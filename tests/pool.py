@@ -8,6 +8,9 @@ pipe: a worker that dies closes it, which is seen at once.
 
 A body is named, not sent: the worker imports its module, so only the arguments are pickled.
 `NO_GROUP` ranks means one worker without a process group.
+
+torch keeps the process groups of sharded tensors, each with three threads, of which one wakes a
+hundred times a second; a pool whose workers have many is replaced.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,7 @@ TIMEOUT_S = 120.0
 GRACE_S = 1.0  # how long the other ranks may go on after the first one has failed
 COLLECTIVE_TIMEOUT = timedelta(seconds=30)
 LOG_TAIL_CHARS = 6000
+MAX_THREADS = 64
 
 # One thread a worker: there are more workers than cores. deepspeed picks its accelerator when it is
 # imported, and must not look for a GPU; the Hugging Face libraries must not look for a network.
@@ -60,6 +65,14 @@ PRELOAD = [
     "torch.distributed.tensor.parallel",
     "torch.nn.parallel",
     "pytest",
+    "accelerate",
+    "deepspeed.runtime.zero.muon.original_muon",  # all of it, and with that the compiler
+    "diffusers",
+    "lightning",
+    "matplotlib.figure",
+    "peft",
+    "sklearn.datasets",
+    "transformers",
 ]
 
 
@@ -83,6 +96,7 @@ class Report:
     outcome: str  # "passed", "skipped" or "failed"
     text: str
     at: float
+    num_threads: int = 0  # of the worker, afterwards
 
 
 class WorkerPool:
@@ -90,12 +104,11 @@ class WorkerPool:
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
+        self.crowded = False
         self._directory = tempfile.TemporaryDirectory(prefix="pool-")
         self._pipes: list[Connection] = []
         self._workers = []
-        with _environment(ENVIRONMENT):
-            context = get_context("forkserver")
-            context.set_forkserver_preload(PRELOAD)
+        with fork_server() as context:
             for rank in range(max(num_ranks, 1)):
                 here, there = context.Pipe()
                 worker = context.Process(
@@ -127,6 +140,7 @@ class WorkerPool:
                     reports[rank] = self._death(rank)
             hung = self._collect(reports, timeout_s)
             outcomes = {report.outcome for report in reports.values()}
+            self.crowded = any(report.num_threads > MAX_THREADS for report in reports.values())
             if not hung and outcomes == {"passed"}:
                 return None
             if not hung and outcomes == {"skipped"}:
@@ -206,7 +220,7 @@ class PoolKeeper:
 
     def get(self, num_ranks: int) -> WorkerPool:
         pool = self._pool
-        if pool is None or not pool.usable or pool.num_ranks != num_ranks:
+        if pool is None or not pool.usable or pool.crowded or pool.num_ranks != num_ranks:
             self.close()
             self._pool = pool = WorkerPool(num_ranks)
         return pool
@@ -215,6 +229,15 @@ class PoolKeeper:
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+
+
+@contextlib.contextmanager
+def fork_server() -> Iterator[ForkServerContext]:
+    """To start processes from: it starts itself with the first, and keeps what that one found."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with _environment(ENVIRONMENT):
+        yield context
 
 
 @contextlib.contextmanager
@@ -234,7 +257,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 def _serve(rank: int, num_ranks: int, directory: str, pipe: Connection) -> None:
     """The life of a worker: join the group, then one task after the other until the pipe closes."""
-    _redirect_output(f"{directory}/rank{rank}.log")
+    redirect_output(f"{directory}/rank{rank}.log")
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     if num_ranks != NO_GROUP:
@@ -253,7 +276,7 @@ def _serve(rank: int, num_ranks: int, directory: str, pipe: Connection) -> None:
             pipe.send(_report(task))
 
 
-def _redirect_output(path: str) -> None:
+def redirect_output(path: str) -> None:
     """Send both streams to one file. Append mode, so that it can be emptied before each task."""
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -263,6 +286,11 @@ def _redirect_output(path: str) -> None:
 
 
 def _report(task: Task) -> Report:
+    outcome, text = _outcome(task)
+    return Report(outcome, text, time.monotonic(), len(os.listdir("/proc/self/task")))
+
+
+def _outcome(task: Task) -> tuple[str, str]:
     try:
         _reset_state()
         body = getattr(importlib.import_module(task.module), task.function)
@@ -271,10 +299,10 @@ def _report(task: Task) -> Report:
             warnings.filterwarnings("error", module=r"(dist_ema|tests)(\.|$)")
             body(**task.arguments)
     except pytest.skip.Exception as skipped:
-        return Report("skipped", str(skipped), time.monotonic())
+        return "skipped", str(skipped)
     except BaseException:
-        return Report("failed", traceback.format_exc(), time.monotonic())
-    return Report("passed", "", time.monotonic())
+        return "failed", traceback.format_exc()
+    return "passed", ""
 
 
 _LINEAR = torch.nn.functional.linear

@@ -13,7 +13,6 @@ gives; one that goes on has those of the blocks before it. A label is for a vari
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -59,8 +58,6 @@ def blocks() -> list[Block]:
 
 
 def main(launch: str) -> None:
-    import torch.distributed as dist
-
     going: dict[str, Names] = {}
     for block in blocks():
         if block.launch == launch and block.language == "python":
@@ -69,11 +66,6 @@ def main(launch: str) -> None:
             # As many lines above as in the README, for the traceback.
             code = compile("\n" * (block.line - 1) + block.code, str(README), "exec")
             exec(code, going[block.label])
-    if dist.is_initialized():
-        dist.barrier()
-    # With torch 2.13 a gloo group that is still referred to when the interpreter ends may abort it.
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def _plain(label: str = "") -> Names:

@@ -390,10 +390,11 @@ def test_a_run_that_went_on_under_another_engine_and_world(tmp_path: Path):
         record = told[0]
         weights_now = record[-1]
         saved = [tmp_path / f"ema-{step:04d}" for step in range(4, len(record) + 1, 4)]
+    first = dist.new_group([0])
     if rank == 0:
         for schedule in OTHERS:
             made = synthesize(saved, gamma=schedule.gamma, out=tmp_path / "out")
-            found = ShardedEMA(plain_net(), schedule, process_group=alone())
+            found = ShardedEMA(plain_net(), schedule, process_group=first)
             found.load(made.path)
             state = found.gather_state_dict()
             oracle: dict[str, Tensor] = {n: w.double() for n, w in record[0].items()}
@@ -405,8 +406,6 @@ def test_a_run_that_went_on_under_another_engine_and_world(tmp_path: Path):
             )
             length = sum(float(v.square().sum()) for v in oracle.values())
             assert (apart / length) ** 0.5 < 0.002, schedule
-    else:
-        alone()
     dist.barrier()
 
 
@@ -418,11 +417,6 @@ def plain_net() -> nn.Module:
 def shard(model: nn.Module, group: Any) -> nn.Module:
     mesh = DeviceMesh.from_group(group, "cpu")
     return fully_shard(model, mesh=mesh)
-
-
-def alone() -> Any:
-    """A group of rank 0 only. Collective."""
-    return dist.new_group([0])
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:

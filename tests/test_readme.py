@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,50 +17,26 @@ import dist_ema
 from dist_ema import ShardedEMA
 from dist_ema.integrations.lightning import EMACallback
 from tests.readme import README, ROOT, Block, blocks
-from tests.test_examples import ACCELERATE, BIN
+from tests.scripts import BIN, run, run_on, under_accelerate
+from tests.test_examples import CPU
 
-SCRIPT = str(ROOT / "tests" / "readme.py")
-CONFIG = str(ROOT / "launch" / "accelerate" / "cpu-2.yaml")
-TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", SCRIPT]
-LAUNCHES = {
-    "torchrun": [*TORCHRUN, "torchrun"],
-    "deepspeed": [*TORCHRUN, "deepspeed"],
-    "accelerate": [*ACCELERATE, CONFIG, SCRIPT, "accelerate"],
-    "python": [sys.executable, SCRIPT, "python"],
-    "afterwards": [sys.executable, SCRIPT, "afterwards"],
+SCRIPT = "tests/readme.py"
+LAUNCHES: dict[str, Callable[[Path], str]] = {
+    "torchrun": lambda cwd: run_on(2, SCRIPT, "torchrun", cwd=cwd),
+    "deepspeed": lambda cwd: run_on(2, SCRIPT, "deepspeed", cwd=cwd),
+    "accelerate": lambda cwd: under_accelerate("cpu-2", SCRIPT, "accelerate", cwd=cwd, **CPU),
+    "python": lambda cwd: run_on(1, SCRIPT, "python", cwd=cwd),
+    "afterwards": lambda cwd: run_on(1, SCRIPT, "afterwards", cwd=cwd),
 }
 TEXT = README.read_text()
 PROSE = re.sub(r"^```.*?^```$", "", TEXT, flags=re.M | re.S)
-
-
-def run(command: list[str], directory: Path, **environment: str) -> str:
-    """Run a command in a directory and return what it printed."""
-    done = subprocess.run(
-        command,
-        cwd=directory,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-            **environment,
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the blocks under torchrun ran."""
     directory = tmp_path_factory.mktemp("readme")
-    run(LAUNCHES["torchrun"], directory)
+    LAUNCHES["torchrun"](directory)
     return directory
 
 
@@ -85,9 +60,11 @@ def test_blocks_under_torchrun_and_commands_after_them(trained: Path):
     printed = ""
     for block in blocks():
         if is_command(block):
-            printed += run(["bash", "-euc", block.code], trained)
+            printed += run(
+                ["bash", "-euc", block.code], trained, PATH=f"{BIN}:{os.environ['PATH']}"
+            )
         elif block.launch == "afterwards":
-            run(LAUNCHES["afterwards"], trained)
+            LAUNCHES["afterwards"](trained)
     assert "ema-001000: good; " in printed
     assert len(re.findall(r"sigma_rel-0\.\d+: sigma_rel .* residual", printed)) == 4
     low = load_file(trained / "run/from-checkpoint/model.safetensors")
@@ -105,9 +82,7 @@ def test_blocks_under_torchrun_and_commands_after_them(trained: Path):
     ],
 )
 def test_blocks_under_other_launchers(launch: str, made: list[str], tmp_path: Path):
-    # DeepSpeed's launcher takes no part in the variable.
-    variable = {"ACCELERATE_USE_CPU": "true"} if launch == "accelerate" else {}
-    run(LAUNCHES[launch], tmp_path, **variable)
+    LAUNCHES[launch](tmp_path)
     for path in made:
         assert (tmp_path / "run" / path).exists()
 

@@ -7,18 +7,14 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.test_examples import ACCELERATE, BIN, ROOT, TORCHRUN, run
+from tests.scripts import BIN, ROOT, run, run_on, under_accelerate
+from tests.test_examples import ACCELERATE, CPU
 
 LAUNCH = sorted((ROOT / "launch").glob("*.sh")) + sorted((ROOT / "launch").glob("*.sbatch"))
-
-
-def torchrun(num_ranks: int, *arguments: object) -> str:
-    return run([*TORCHRUN[:-1], str(num_ranks), *map(str, arguments)])
 
 
 def assert_averaged_is_better(printed: str) -> None:
@@ -34,14 +30,14 @@ def test_an_example_is_short(script: Path):
 
 
 def test_fsdp2(tmp_path: Path):
-    assert_averaged_is_better(torchrun(2, "examples/fsdp2.py", tmp_path))
+    assert_averaged_is_better(run_on(2, "examples/fsdp2.py", tmp_path))
     assert (tmp_path / "model" / "model.safetensors").exists()
     inspected = run([str(BIN / "dist-ema"), "verify", str(tmp_path / "ema")])
     assert "ema" in inspected
 
 
 def test_fsdp2_with_tensor_parallelism(tmp_path: Path):
-    printed = torchrun(4, "examples/fsdp2_tp.py", tmp_path / "ema")
+    printed = run_on(4, "examples/fsdp2_tp.py", tmp_path / "ema")
     assert_averaged_is_better(printed)
     weights, held = re.search(r"(\d+) weights; .* hold (\d+) bytes", printed).groups()
     assert 4 * int(weights) <= int(held) <= 4 * int(weights) + 64  # once, and some padding
@@ -49,23 +45,24 @@ def test_fsdp2_with_tensor_parallelism(tmp_path: Path):
 
 def test_deepspeed(tmp_path: Path):
     config = "launch/deepspeed/zero3.json"
-    printed = torchrun(2, "examples/deepspeed_native.py", config, tmp_path)
+    printed = run_on(2, "examples/deepspeed_native.py", config, tmp_path)
     assert_averaged_is_better(printed)
     assert "160 micro-batches, 80 optimizer steps; averaged are masters" in printed
 
 
 def test_lightning(tmp_path: Path):
-    printed = run([sys.executable, "examples/lightning_callback.py", str(tmp_path)])
+    printed = run_on(1, "examples/lightning_callback.py", tmp_path)
     assert_averaged_is_better(printed)
     assert "resumed at step 100, now 200" in printed
 
 
 @pytest.mark.parametrize(("config", "steps"), [("cpu-2", 60), ("zero2-cpu", 240)])
 def test_accelerate(config: str, steps: int, tmp_path: Path):
-    command = [*ACCELERATE, f"launch/accelerate/{config}.yaml", "examples/accelerate_any.py"]
-    # DeepSpeed's launcher takes no part in the variable.
-    variable = {} if config.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
-    printed = run([*command, str(tmp_path)], **variable)
+    script = "examples/accelerate_any.py"
+    if config == "zero2-cpu":
+        printed = run([*ACCELERATE, f"launch/accelerate/{config}.yaml", script, str(tmp_path)])
+    else:
+        printed = under_accelerate(config, script, tmp_path, **CPU)
     assert_averaged_is_better(printed)
     assert f"240 batches on each of 2 processes\n{steps} steps" in printed
     averaged, loaded = re.search(r"averaged (\d\.\d+)\nloaded again: (\d\.\d+)", printed).groups()
@@ -75,7 +72,7 @@ def test_accelerate(config: str, steps: int, tmp_path: Path):
 
 
 def test_trainer(tmp_path: Path):
-    printed = torchrun(2, "examples/hf_trainer.py", tmp_path)
+    printed = run_on(2, "examples/hf_trainer.py", tmp_path)
     assert_averaged_is_better(printed)
     assert "200 steps" in printed
     assert "the exported average counts [1, 4, 7, 10, 13, 16, 19, 22]" in printed
@@ -84,9 +81,9 @@ def test_trainer(tmp_path: Path):
 
 def test_resuming_elsewhere(tmp_path: Path):
     script = "examples/resume_elsewhere.py"
-    printed = torchrun(4, script, "fsdp2", tmp_path)
-    printed += torchrun(2, script, "ddp", tmp_path)
-    printed += run([sys.executable, script, "plain", str(tmp_path)])
+    printed = run_on(4, script, "fsdp2", tmp_path)
+    printed += run_on(2, script, "ddp", tmp_path)
+    printed += run_on(1, script, "plain", tmp_path)
     stops = re.findall(r"stops at (step \d+, average \w+)", printed)
     starts = re.findall(r"goes on from (step \d+, average \w+)", printed)
     assert len(set(stops)) == 3
@@ -95,13 +92,13 @@ def test_resuming_elsewhere(tmp_path: Path):
 
 def test_teacher():
     student, teacher = re.search(
-        r"student (\d\.\d+), teacher (\d\.\d+)", torchrun(2, "examples/teacher.py")
+        r"student (\d\.\d+), teacher (\d\.\d+)", run_on(2, "examples/teacher.py")
     ).groups()
     assert min(float(student), float(teacher)) > 0.9
 
 
 def test_a_width_chosen_after_the_run(tmp_path: Path):
-    printed = torchrun(2, "examples/posthoc_sweep.py", tmp_path)
+    printed = run_on(2, "examples/posthoc_sweep.py", tmp_path)
     assert_averaged_is_better(printed)
     losses = dict(re.findall(r"sigma_rel (\d\.\d+): test loss (\d\.\d+)", printed))
     best = min(losses, key=lambda width: float(losses[width]))
@@ -113,8 +110,8 @@ def test_a_width_chosen_after_the_run(tmp_path: Path):
 
 
 def test_averages_over_training(tmp_path: Path):
-    command = [*ACCELERATE, "launch/accelerate/cpu-2.yaml", "examples/averages_over_training.py"]
-    printed = run([*command, str(tmp_path), "16"], ACCELERATE_USE_CPU="true")
+    script = "examples/averages_over_training.py"
+    printed = under_accelerate("cpu-2", script, tmp_path, 16, **CPU)
     assert len(list(tmp_path.glob("kept-*"))) == 16
     for name in ("over_training.png", "over_sigma_rel.png"):
         assert 1000 < (tmp_path / name).stat().st_size < 100_000
@@ -136,7 +133,10 @@ def test_one_node_of_several_without_gpus(tmp_path: Path):
     """With no more in PATH than the script needs, so without the command that lists GPUs."""
     for name in ("bash", "dirname", "wc"):
         (tmp_path / name).symlink_to(shutil.which(name))
-    (tmp_path / "ranks.py").write_text("import os\nprint('rank', os.environ['RANK'], flush=True)\n")
+    # In one piece: torchrun's workers do not buffer, and print() writes the end by itself.
+    (tmp_path / "ranks.py").write_text(
+        "import os, sys\nsys.stdout.write('rank ' + os.environ['RANK'] + '\\n')\n"
+    )
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -183,9 +183,9 @@ def test_two_nodes_under_slurm(tmp_path: Path):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_finetuning_a_language_model(lora: bool, tmp_path: Path):
-    config = f"launch/accelerate/zero{3 if lora else 2}-cpu.yaml"
-    arguments = ["examples/finetune_lm.py", "--out", str(tmp_path), *(["--lora"] if lora else [])]
-    printed = run([str(BIN / "accelerate"), "launch", "--config_file", config, *arguments])
+    config = f"zero{3 if lora else 2}-cpu"
+    arguments = ["--out", tmp_path, *(["--lora"] if lora else [])]
+    printed = under_accelerate(config, "examples/finetune_lm.py", *arguments)
     found = re.search(r"from 5: .* (\d+)% of the numbers counted by three are right", printed)
     assert found and int(found[1]) >= 80, printed
     file = "adapter_model.safetensors" if lora else "model.safetensors"
