@@ -3,9 +3,10 @@
 Planned once into batches with equal dtypes and devices, then applied with a few grouped calls.
 Where a dtype must change first, or several averages read the same live values, the batches are
 chunks that stay in cache: no full-size copy is ever made, and live values are read from memory
-once. Where the average lies on another device (offload), chunks of it come to the live values and
-go back; two chunks are under way at a time, each with its own staging, so that the ways there and
-back overlap.
+once. Small tensors of the CPU are laid end to end in cache first: a grouped call there is a call
+for each tensor, which costs more than its elements. Where the average lies on another device
+(offload), chunks of it come to the live values and go back; two chunks are under way at a time,
+each with its own staging, so that the ways there and back overlap.
 """
 
 from __future__ import annotations
@@ -28,17 +29,19 @@ class _Batch:
 
     shadows: list[list[torch.Tensor]]  # one list for each average
     lives: list[torch.Tensor]
+    packed: torch.Tensor | None  # all live values end to end, where the shadows are one tensor
     staged_lives: list[torch.Tensor] | None
     staged_shadows: list[torch.Tensor] | None  # used by one average after the other
     rushes: bool  # whether copies need not be waited for: a side stream keeps them in order
 
     def fold(self, weights: Sequence[float]) -> None:
-        lives = self._wide_lives()
+        narrow = self._whole_lives()
+        lives = self._widened(narrow)
         for shadows, weight in zip(self.shadows, weights, strict=True):
             if weight == 0.0:
                 continue
             if weight == 1.0:
-                torch._foreach_copy_(shadows, self.lives, self.rushes)
+                torch._foreach_copy_(shadows, narrow, self.rushes)
                 continue
             if self.staged_shadows is None:
                 torch._foreach_lerp_(shadows, lives, weight)
@@ -48,7 +51,7 @@ class _Batch:
             torch._foreach_copy_(shadows, self.staged_shadows, self.rushes)
 
     def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
-        lives = self._wide_lives()
+        lives = self._widened(self._whole_lives())
         for shadows in self.shadows:
             if self.staged_shadows is None:
                 fn(shadows, lives, num_averaged)
@@ -58,13 +61,19 @@ class _Batch:
             torch._foreach_copy_(shadows, self.staged_shadows, self.rushes)
 
     def copy(self) -> None:
+        lives = self._whole_lives()
         for shadows in self.shadows:
-            torch._foreach_copy_(shadows, self.lives, self.rushes)
+            torch._foreach_copy_(shadows, lives, self.rushes)
 
-    def _wide_lives(self) -> list[torch.Tensor]:
-        if self.staged_lives is None:
+    def _whole_lives(self) -> list[torch.Tensor]:
+        if self.packed is None:
             return self.lives
-        torch._foreach_copy_(self.staged_lives, self.lives)
+        return [torch.cat(self.lives, out=self.packed)]
+
+    def _widened(self, lives: list[torch.Tensor]) -> list[torch.Tensor]:
+        if self.staged_lives is None:
+            return lives
+        torch._foreach_copy_(self.staged_lives, lives)
         return self.staged_lives
 
 
@@ -74,27 +83,31 @@ class Lerp:
     def __init__(
         self,
         shadows: Sequence[Sequence[torch.Tensor]],
-        lives: Sequence[torch.Tensor],
+        lives: Sequence[Sequence[torch.Tensor]],
         *,
         overlap: bool = False,
     ) -> None:
-        """`shadows[k][i]` is what average k holds of `lives[i]`: 1-D, of one length.
+        """`shadows[k][i]` is what average k holds of `lives[i]`, end to end: 1-D, of one length.
 
         With `overlap` everything runs on a side stream (see [Note: fences]).
         """
         grouped: dict[object, list[int]] = {}
-        for i, live in enumerate(lives):
-            if live.numel():
-                like = shadows[0][i]
-                key = (like.dtype, live.dtype, like.device, live.device)
+        for i, (like, parts) in enumerate(zip(shadows[0], lives, strict=True)):
+            if like.numel():
+                key = (like.dtype, parts[0].dtype, like.device, parts[0].device, len(parts) > 1)
                 grouped.setdefault(key, []).append(i)
         self._tracks: list[_Track] = []
         for members in grouped.values():
             of_all = [[of_one[i] for i in members] for of_one in shadows]
             here = [lives[i] for i in members]
-            crosses = _crosses(of_all[0][0], here[0])
-            lanes = Lanes(here[0].device, 2 if crosses else 1) if crosses or overlap else None
-            batches = list(_batches(of_all, here, num_stagings=2 if crosses else 1))
+            first = here[0][0]
+            crosses = _crosses(of_all[0][0], first)
+            lanes = Lanes(first.device, 2 if crosses else 1) if crosses or overlap else None
+            if len(here[0]) > 1:
+                batches = list(_packs(of_all, here))
+            else:
+                whole = [part for (part,) in here]
+                batches = list(_batches(of_all, whole, num_stagings=2 if crosses else 1))
             self._tracks.append(_Track(lanes, batches))
 
     def fold(self, decays: Sequence[float]) -> None:
@@ -184,7 +197,7 @@ def _batches(
     dtype = accumulation_dtype(shadow.dtype, live.dtype)
     crosses = _crosses(shadow, live)
     if shadow.dtype == dtype == live.dtype and len(shadows) == 1 and not crosses:
-        yield _Batch(shadows, lives, None, None, False)
+        yield _Batch(shadows, lives, None, None, None, False)
         return
 
     def stagings(wanted: bool) -> list[torch.Tensor | None]:
@@ -202,9 +215,35 @@ def _batches(
         yield _Batch(
             [[of_one[i][start:stop] for i, start, stop in cuts] for of_one in shadows],
             [lives[i][start:stop] for i, start, stop in cuts],
+            None,
             _cut(live_buffers[number % num_stagings], sizes),
             _cut(shadow_buffers[number % num_stagings], sizes),
             crosses and live.is_cuda,
+        )
+
+
+def _packs(
+    shadows: list[list[torch.Tensor]], lives: Sequence[Sequence[torch.Tensor]]
+) -> Iterator[_Batch]:
+    """A batch for each tensor of the shadows; all share the staging."""
+    shadow, live = shadows[0][0], lives[0][0]
+    dtype = accumulation_dtype(shadow.dtype, live.dtype)
+    length = max(tensor.numel() for tensor in shadows[0])
+    with torch.inference_mode(False):
+        packed = torch.empty(length, dtype=live.dtype)
+        wide = [
+            None if narrow == dtype else torch.empty(length, dtype=dtype)
+            for narrow in (live.dtype, shadow.dtype)
+        ]
+    for of_all, parts in zip(zip(*shadows, strict=True), lives, strict=True):
+        size = [of_all[0].numel()]
+        yield _Batch(
+            [[of_one] for of_one in of_all],
+            list(parts),
+            packed[: size[0]],
+            _cut(wide[0], size),
+            _cut(wide[1], size),
+            False,
         )
 
 

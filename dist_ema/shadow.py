@@ -18,6 +18,8 @@ from dist_ema.layout import Fragment
 from dist_ema.lerp import Lerp, MultiAvgFn, accumulation_dtype
 from dist_ema.names import ddp_modules, slots
 
+_SMALL_ELEMENTS = 4096  # of a tensor whose own call costs more than copying it
+_PACK_ELEMENTS = 1 << 17  # 512 kB in fp32, a part of a common L2 cache
 _MAX_GAP = 64  # elements of a flat buffer that belong to no weight
 _ALIGNMENT_BYTES = 16  # what vectorised kernels want of the start of a tensor
 _ALIGNED_FROM = 256  # elements: smaller tensors are packed, so that padding stays below 2 %
@@ -66,9 +68,13 @@ class Shadow:
     def _plan(self, fragments: Sequence[Fragment]) -> Lerp:
         lives = [f.view for f in fragments]
         runs = _merge(self._values[0], lives, self._max_gap)
+        packs = _pack_small(runs, self._values[0], lives, self._max_gap)
         return Lerp(
-            [[_span([values[i] for i in run]) for run in runs] for values in self._values],
-            [_span([lives[i] for i in run]) for run in runs],
+            [
+                [_span(values[pack[0][0]], values[pack[-1][-1]]) for pack in packs]
+                for values in self._values
+            ],
+            [_parts(pack, self._values[0], lives) for pack in packs],
             overlap=self._overlap,
         )
 
@@ -288,8 +294,48 @@ def _merge(
     return runs
 
 
-def _span(run: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One 1-D view from the start of the first tensor to the end of the last."""
-    first, last = run[0], run[-1]
+def _pack_small(
+    runs: list[list[int]],
+    values: Sequence[torch.Tensor],
+    lives: Sequence[torch.Tensor],
+    max_gap: int,
+) -> list[list[list[int]]]:
+    """Put small runs of the CPU together that are neighbours in the average; others stay alone."""
+    packs: list[list[list[int]]] = []
+    room = 0  # in the last pack
+    for run in runs:
+        live, value = lives[run[0]], values[run[0]]
+        length = _span(value, values[run[-1]]).numel()
+        on_cpu = live.device.type == value.device.type == "cpu"
+        small = on_cpu and 0 < length <= _SMALL_ELEMENTS
+        if small and length + max_gap <= room:
+            before = packs[-1][-1][-1]
+            gap = _gap(values[before], value)
+            if gap is not None and gap <= max_gap and lives[before].dtype == live.dtype:
+                packs[-1].append(run)
+                room -= gap + length
+                continue
+        packs.append([run])
+        room = _PACK_ELEMENTS - length if small else 0
+    return packs
+
+
+def _parts(
+    pack: list[list[int]], values: Sequence[torch.Tensor], lives: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The live values of a pack, and zeros for the gaps of the average between them."""
+    parts: list[torch.Tensor] = []
+    for number, run in enumerate(pack):
+        gap = _gap(values[pack[number - 1][-1]], values[run[0]]) if number else 0
+        if gap:
+            parts.append(lives[run[0]].new_zeros(gap))
+        parts.append(_span(lives[run[0]], lives[run[-1]]))
+    return parts
+
+
+def _span(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """One 1-D view from the start of a tensor to the end of another that follows in its storage."""
+    if first is last:
+        return first
     length = int(last.storage_offset() - first.storage_offset()) + last.numel()
-    return first.as_strided((length,), (1,)) if len(run) > 1 else first
+    return first.as_strided((length,), (1,))

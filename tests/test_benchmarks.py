@@ -17,7 +17,7 @@ from dist_ema.engines import select
 from dist_ema.holders import find_holders
 from dist_ema.ranks import Ranks
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import peers, plots, ranks, report, scale, swap, update
+from tests.benchmarks import peers, plots, ranks, readme, report, scale, swap, update
 from tests.benchmarks.launch import Here
 from tests.benchmarks.report import Row, Table
 from tests.benchmarks.sizes import CHECK, Config
@@ -169,4 +169,13 @@ def test_results_are_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFix
 def test_an_unknown_suite_is_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         command.main(["updates"])
-    assert "there are update, peers, ranks, swap, scale, plots" in capsys.readouterr().err
+    assert "there are update, peers, ranks, swap, scale, plots, readme" in capsys.readouterr().err
+
+
+def test_the_readme_tells_what_the_committed_results_tell(tmp_path: Path):
+    copied = tmp_path / "README.md"
+    copied.write_text((report.ROOT / "README.md").read_text())
+    readme.write(report.directory_for("cpu"), copied)
+    assert copied.read_text() == (report.ROOT / "README.md").read_text()
+    with pytest.raises(SystemExit, match=r"no update\.json"):
+        readme.told(tmp_path)

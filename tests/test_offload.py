@@ -68,7 +68,7 @@ def test_an_average_on_another_device_is_the_same_under_deepspeed(world: World):
         {"decay": 0.9, "dtype": torch.bfloat16},
         {"decay": 0.9, "buffers": "average", "start_step": 2},
     ],
-    ids=repr,
+    ids=["one", "two", "function", "bf16", "buffers"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:the average is kept in", "ignore:the live weights are")

@@ -178,7 +178,8 @@ def test_two_nodes_under_slurm(tmp_path: Path):
         TORCHRUN=str(BIN / "torchrun"),
     )
     assert printed.count("test loss") == 1  # four ranks of one run, not two runs of two
-    assert "5008 bytes" in printed  # of 19,204 for the whole model
+    held = int(re.search(r"takes (\d+) bytes on rank 0", printed)[1])
+    assert 4996 <= held <= 4996 + 64  # of 19,204 for the whole model, and some padding
 
 
 @pytest.mark.parametrize("lora", [False, True])

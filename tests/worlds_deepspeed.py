@@ -182,7 +182,7 @@ WORLDS = [
     World(name="z0_bf16", ranks=(3,), engine=Zero(**BF16)),
     World(name="z1", ranks=(3,), engine=Zero(stage=1)),
     World(name="z1_bf16", ranks=(2,), engine=Zero(stage=1, **BF16)),
-    World(name="z1_bf16_optimizer", ranks=(4,), engine=Zero(stage=1, **BF16_OPTIMIZER)),
+    World(name="z1_bf16_optimizer", ranks=(2,), engine=Zero(stage=1, **BF16_OPTIMIZER)),
     World(
         name="z1_round_robin",
         ranks=(4,),

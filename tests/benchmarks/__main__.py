@@ -1,9 +1,10 @@
 """Runs benchmarks and writes what they found.
 
-    python -m tests.benchmarks [update] [peers] [ranks] [swap] [scale] [plots]
+    python -m tests.benchmarks [update] [peers] [ranks] [swap] [scale] [plots] [readme]
 
 All of them if none is named. Each writes SUITE.json and SUITE.md into a folder of
-tests/benchmarks/results named after the device; `plots` draws what is there into examples/.
+tests/benchmarks/results named after the device; `plots` draws what is there into examples/, and
+`readme` puts it into the README.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import peers, plots, ranks, report, scale, swap, update
+from tests.benchmarks import peers, plots, ranks, readme, report, scale, swap, update
 from tests.benchmarks.report import Table
 from tests.benchmarks.sizes import CHECK, REAL, Sizes
 
@@ -26,33 +27,37 @@ SUITES: dict[str, Callable[[str, Sizes], list[Table]]] = {
     "swap": swap.run,
     "scale": scale.run,
 }
+TOLD = ("plots", "readme")  # of what the suites found
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("suites", nargs="*", metavar="suite", help=", ".join([*SUITES, "plots"]))
+    parser.add_argument("suites", nargs="*", metavar="suite", help=", ".join([*SUITES, *TOLD]))
     parser.add_argument("--check", action="store_true", help="sizes that only show that they run")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="CUDA where there is any")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--plots", type=Path, default=report.ROOT / "examples")
+    parser.add_argument("--readme", type=Path, default=report.ROOT / "README.md")
     options = parser.parse_args(arguments)
-    suites = options.suites or [*SUITES, "plots"]
-    unknown = sorted(set(suites) - {*SUITES, "plots"})
+    suites = options.suites or [*SUITES, *TOLD]
+    unknown = sorted(set(suites) - {*SUITES, *TOLD})
     if unknown:
-        parser.error(f"no suite {', '.join(unknown)}; there are {', '.join([*SUITES, 'plots'])}")
+        parser.error(f"no suite {', '.join(unknown)}; there are {', '.join([*SUITES, *TOLD])}")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     directory = options.out or report.directory_for(device)
     sizes = CHECK if options.check else REAL
     command = " ".join(["bash launch/bench.sh", *arguments])
     for suite in suites:
-        if suite != "plots":
+        if suite not in TOLD:
             about = report.environment(device)
             tables = SUITES[suite](device, sizes)
             report.write(directory, suite, tables, about, command)
     if "plots" in suites:
         for path in plots.draw(directory, options.plots):
             print(f"drew {path}")
+    if "readme" in suites:
+        readme.write(directory, options.readme)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,12 @@ def read(directory: Path, suite: str) -> dict[str, list[Row]] | None:
     return {table["name"]: table["rows"] for table in json.loads(path.read_text())["tables"]}
 
 
+def about(directory: Path, suite: str) -> dict[str, Any]:
+    """The machine and the versions of a suite that was run."""
+    told: dict[str, Any] = json.loads((directory / f"{suite}.json").read_text())["environment"]
+    return told
+
+
 def megabytes(nbytes: float) -> float:
     return round(nbytes / 1e6, 3)
 
