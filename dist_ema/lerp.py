@@ -19,6 +19,7 @@ import torch
 from dist_ema.lanes import Lanes
 
 _CHUNK_ELEMENTS = 1 << 20  # of live values: 4 MB in fp32, a part of a common L3 cache
+_SMALL_ELEMENTS = 4096
 
 MultiAvgFn = Callable[[list[torch.Tensor], list[torch.Tensor], int], None]
 
@@ -163,6 +164,12 @@ class _Track:
             for number, batch in enumerate(self.batches):
                 with self.lanes.lane(number):
                     work(batch)
+
+
+def gains_from_packing(shadow: torch.Tensor, live: torch.Tensor) -> bool:
+    """Whether a call for a small tensor costs more than copying it beside others first."""
+    on_cpu = live.device.type == "cpu" and not _crosses(shadow, live)
+    return on_cpu and 0 < live.numel() <= _SMALL_ELEMENTS
 
 
 def _crosses(shadow: torch.Tensor, live: torch.Tensor) -> bool:

@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from dist_ema.layout import Fragment
-from dist_ema.lerp import Lerp, MultiAvgFn, accumulation_dtype
+from dist_ema.lerp import Lerp, MultiAvgFn, accumulation_dtype, gains_from_packing
 from dist_ema.names import ddp_modules, slots
 
-_SMALL_ELEMENTS = 4096  # of a tensor whose own call costs more than copying it
 _PACK_ELEMENTS = 1 << 17  # 512 kB in fp32, a part of a common L2 cache
 _MAX_GAP = 64  # elements of a flat buffer that belong to no weight
 _ALIGNMENT_BYTES = 16  # what vectorised kernels want of the start of a tensor
@@ -300,14 +299,13 @@ def _pack_small(
     lives: Sequence[torch.Tensor],
     max_gap: int,
 ) -> list[list[list[int]]]:
-    """Put small runs of the CPU together that are neighbours in the average; others stay alone."""
+    """Put small runs together that are neighbours in the average; others stay alone."""
     packs: list[list[list[int]]] = []
     room = 0  # in the last pack
     for run in runs:
         live, value = lives[run[0]], values[run[0]]
-        length = _span(value, values[run[-1]]).numel()
-        on_cpu = live.device.type == value.device.type == "cpu"
-        small = on_cpu and 0 < length <= _SMALL_ELEMENTS
+        whole = _span(live, lives[run[-1]])
+        length, small = whole.numel(), gains_from_packing(value, whole)
         if small and length + max_gap <= room:
             before = packs[-1][-1][-1]
             gap = _gap(values[before], value)
