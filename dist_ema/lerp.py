@@ -237,9 +237,9 @@ def _packs(
     dtype = accumulation_dtype(shadow.dtype, live.dtype)
     length = max(tensor.numel() for tensor in shadows[0])
     with torch.inference_mode(False):
-        packed = torch.empty(length, dtype=live.dtype)
+        packed = torch.empty(length, dtype=live.dtype, device=live.device)
         wide = [
-            None if narrow == dtype else torch.empty(length, dtype=dtype)
+            None if narrow == dtype else torch.empty(length, dtype=dtype, device=live.device)
             for narrow in (live.dtype, shadow.dtype)
         ]
     for of_all, parts in zip(zip(*shadows, strict=True), lives, strict=True):

@@ -197,10 +197,13 @@ class Ranks:
         """
         if self.group is None:
             return {}  # alone
+        from torch.distributed.distributed_c10d import _world  # not there in every build
+
         me = self.global_rank(self.rank)
-        found = {
-            tuple(dist.get_process_group_ranks(group)): group for group in (*known, self.group)
-        }
+        made_before = [group for group in _MADE.values() if group in _world.pg_names]
+        found: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        for group in (self.group, *made_before, *known):  # all members know of those made here
+            found.setdefault(tuple(dist.get_process_group_ranks(group)), group)
         inner = {tuple(self.global_rank(r) for r in ranks): ranks for ranks in wanted}
         missing = [ranks for ranks in inner if ranks not in found]
         if self.any(bool(missing)):
@@ -209,16 +212,24 @@ class Ranks:
             # process is in (read in 2.13), and ranks that disagree on the name wait for ever. So
             # all ranks are brought to one number, and each then makes a group in every round: that
             # which it is in, or one of itself.
-            from torch.distributed.distributed_c10d import _world  # not there in every build
-
             num_here = len(_world.pg_names)
             told = self.all_gather((num_here, missing))
-            for _ in range(max(number for number, _ in told) - num_here):
-                _new_group((me,))
+            lacking = max(number for number, _ in told) - num_here
+            alone = [_new_group((me,), "gloo") for _ in range(lacking)]
             for members in _rounds(sorted({ranks for _, theirs in told for ranks in theirs})):
                 mine = members.get(me, (me,))
-                found[mine] = _new_group(mine)
+                made = _new_group(mine)
+                if me in members:
+                    found[mine] = _MADE[mine] = made
+                else:
+                    alone.append(made)
+            for group in alone:
+                dist.destroy_process_group(group)
         return {ranks: found[outer] for outer, ranks in inner.items()}
+
+
+# What was made here, by global ranks: two averages of one layout have the same groups.
+_MADE: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
 def _rounds(groups: Sequence[tuple[int, ...]]) -> list[dict[int, tuple[int, ...]]]:
@@ -232,8 +243,10 @@ def _rounds(groups: Sequence[tuple[int, ...]]) -> list[dict[int, tuple[int, ...]
     return rounds
 
 
-def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    group = dist.new_group(list(ranks), use_local_synchronization=True)
+def _new_group(ranks: tuple[int, ...], backend: str | None = None) -> dist.ProcessGroup:
+    group = dist.new_group(
+        list(ranks), backend=backend, use_local_synchronization=True, sort_ranks=False
+    )
     assert isinstance(group, dist.ProcessGroup)
     return group
 

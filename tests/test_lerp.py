@@ -72,6 +72,15 @@ def test_hundreds_of_weights_take_a_few_operators(dtype: torch.dtype):
     assert len([name for name in counted.operators if name.startswith("aten.")]) <= 4
 
 
+@QUIET
+def test_the_default_device_is_not_asked():
+    model = weights(torch.bfloat16)
+    with torch.device("meta"):
+        ema = ShardedEMA(model, 0.9)
+        ema.update()
+    assert all(value.device.type == "cpu" for value in ema.gather_state_dict().values())
+
+
 def test_a_function_is_given_every_element_once():
     model, seen = weights(torch.float32), []
 

@@ -55,6 +55,41 @@ def test_members_of_a_group_need_no_one_else():
     assert sums(ranks, ranks.subgroups(mine, ())) == {pair: sum(pair) for pair in mine}
 
 
+@pytest.mark.ranks(4)
+def test_groups_are_made_once_and_again_where_others_were_destroyed():
+    other = dist.new_group([0, 1, 2, 3])
+    ranks = Ranks()
+    first = [(0, 1)] if ranks.rank < 2 else []
+    made = ranks.subgroups(first, ())
+    dist.destroy_process_group(other)
+    assert ranks.subgroups(first, ()) == made
+    second = [(0, 1, 2)] if ranks.rank < 3 else []
+    assert sums(ranks, ranks.subgroups(second, ())) == dict.fromkeys(second, 3)
+    for group in made.values():
+        dist.destroy_process_group(group)
+    assert sums(ranks, ranks.subgroups(first, ())) == dict.fromkeys(first, 1)
+
+
+@pytest.mark.ranks(2)
+def test_the_first_of_two_known_groups_is_taken():
+    a, b = dist.new_group([0, 1]), dist.new_group([1, 0])
+    pair = Ranks(dist.new_group([1, 0], sort_ranks=False))
+    known = [a, b] if dist.get_rank() else [a]
+    (group,) = pair.subgroups([(1, 0)], known).values()
+    assert group is a
+
+
+@pytest.mark.ranks(4)
+def test_a_group_has_its_ranks_in_the_order_of_the_group_that_it_is_part_of():
+    group = dist.new_group([3, 1, 0], sort_ranks=False)
+    if dist.get_rank() == 2:
+        return
+    ranks = Ranks(group)
+    mine = [pair for pair in ((0, 1), (1, 2)) if ranks.rank in pair]
+    for pair, made in ranks.subgroups(mine, ()).items():
+        assert pair.index(ranks.rank) == dist.get_rank(made)
+
+
 @pytest.mark.ranks(2)
 def test_no_group_is_made_where_all_are_known():
     from torch.distributed.distributed_c10d import _world
