@@ -18,7 +18,7 @@ from dist_ema.layout import Fragment
 from dist_ema.lerp import Lerp, MultiAvgFn, accumulation_dtype, gains_from_packing
 from dist_ema.names import ddp_modules, slots
 
-_PACK_ELEMENTS = 1 << 17  # 512 kB in fp32, a part of a common L2 cache
+_PACK_ELEMENTS = 1 << 19  # 2 MB in fp32, a part of a common L3 cache
 _MAX_GAP = 64  # elements of a flat buffer that belong to no weight
 _ALIGNMENT_BYTES = 16  # what vectorised kernels want of the start of a tensor
 _ALIGNED_FROM = 256  # elements: smaller tensors are packed, so that padding stays below 2 %

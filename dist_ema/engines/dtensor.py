@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from dist_ema.engines.engine import (
 from dist_ema.layout import Box, Fragment, Place, Shape, dense_order
 from dist_ema.names import Slot, is_instance, slots
 
+_SHARD = attrgetter("sharded_param._local_tensor")  # of an `FSDPParam`
 Run = tuple[int, int, int]  # start in the global dim, start in the local dim, length
 
 
@@ -73,7 +75,7 @@ class DTensorEngine(Engine):
         return list_weights(self._model, self._locate, _cut)
 
     def stamp(self) -> list[int]:
-        sharded = [p.sharded_param._local_tensor.data_ptr() for p in self._fsdp_params]
+        sharded = list(map(torch.Tensor.data_ptr, map(_SHARD, self._fsdp_params)))
         cut = [pointer(_local(tensor)) for tensor in self._cut.tensors()]
         return sharded + cut + self._whole.addresses()
 
