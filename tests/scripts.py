@@ -26,6 +26,7 @@ from tests.pool import ENVIRONMENT, fork_server, redirect_output
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+ACCELERATE = [str(BIN / "accelerate"), "launch", "--config_file"]
 TIMEOUT_S = 300.0
 LET_GO = ROOT / "tests" / "let_go"
 
@@ -71,8 +72,8 @@ def under_accelerate(
     config: str, script: str, *arguments: object, cwd: Path = ROOT, **variables: str
 ) -> str:
     """As `run_on`, with the ranks and variables that accelerate's launcher takes from a file."""
-    with_file = ["--config_file", str(ROOT / f"launch/accelerate/{config}.yaml"), script]
-    args, read, _ = _validate_launch_command(launch_command_parser().parse_args(with_file))
+    told_to = [*ACCELERATE[2:], str(ROOT / f"launch/accelerate/{config}.yaml"), script]
+    args, read, _ = _validate_launch_command(launch_command_parser().parse_args(told_to))
     if args.use_deepspeed:
         args.deepspeed_fields_from_accelerate_config = ",".join(read.deepspeed_config)
         _, told = prepare_deepspeed_cmd_env(args)

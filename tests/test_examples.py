@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts import BIN, run, run_on, under_accelerate
+from tests.scripts import ACCELERATE, run, run_on, under_accelerate
 
 DIGITS = "examples/digits_diffusion.py"
-ACCELERATE = [str(BIN / "accelerate"), "launch", "--config_file"]
 CPU = {"ACCELERATE_USE_CPU": "true"}  # DeepSpeed's launcher takes no part in the variable
 
 LAUNCHES: dict[str, Callable[..., str]] = {

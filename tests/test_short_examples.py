@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts import BIN, ROOT, run, run_on, under_accelerate
-from tests.test_examples import ACCELERATE, CPU
+from tests.scripts import ACCELERATE, BIN, ROOT, run, run_on, under_accelerate
+from tests.test_examples import CPU
 
 LAUNCH = sorted((ROOT / "launch").glob("*.sh")) + sorted((ROOT / "launch").glob("*.sbatch"))
 
