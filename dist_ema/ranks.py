@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -228,8 +229,9 @@ class Ranks:
         return {ranks: found[outer] for outer, ranks in inner.items()}
 
 
-# What was made here, by global ranks: two averages of one layout have the same groups.
-_MADE: dict[tuple[int, ...], dist.ProcessGroup] = {}
+# What was made here, by global ranks: two averages of one layout have the same groups. Weak: a
+# group that outlives `destroy_process_group()` keeps its threads.
+_MADE: WeakValueDictionary[tuple[int, ...], dist.ProcessGroup] = WeakValueDictionary()
 
 
 def _rounds(groups: Sequence[tuple[int, ...]]) -> list[dict[int, tuple[int, ...]]]:
