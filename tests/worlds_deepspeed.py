@@ -199,7 +199,8 @@ WORLDS = [
     World(name="z2", ranks=(2, 4), engine=Zero(stage=2)),
     World(name="z2_bf16", ranks=(3,), engine=Zero(stage=2, **BF16)),
     World(name="z2_offload_bf16", ranks=(2,), engine=Zero(stage=2, zero=OFFLOAD, **BF16)),
-    World(name="z3", ranks=(2, 3), engine=Zero(stage=3)),
+    World(name="z3", ranks=(2,), engine=Zero(stage=3)),
+    World(name="z3_on_three", ranks=(3,), engine=Zero(stage=3)),
     World(name="z3_bf16", ranks=(4,), engine=Zero(stage=3, **BF16)),
     World(name="z3_bf16_cut", ranks=(3,), engine=Zero(stage=3, zero=persistence(0), **BF16)),
     World(
