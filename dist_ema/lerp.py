@@ -19,7 +19,7 @@ import torch
 from dist_ema.lanes import Lanes
 
 _CHUNK_ELEMENTS = 1 << 20  # of live values: 4 MB in fp32, a part of a common L3 cache
-_SMALL_ELEMENTS = 4096
+_SMALL_ELEMENTS = 4096  # of a tensor whose own call costs more than copying it
 
 MultiAvgFn = Callable[[list[torch.Tensor], list[torch.Tensor], int], None]
 

@@ -147,10 +147,10 @@ def replica_sets(
         dtypes = f"{fragment.shown.dtype}/{fragment.view.dtype}"
         key = (holders, dtypes, fragment.shown.device.type)
         together.setdefault(key, []).append(fragment)
-    shared = [holders for holders, _, _ in sorted(together) if len(holders) > 1]
-    groups = ranks.subgroups(shared, known)
+    keys = sorted(together)
+    groups = ranks.subgroups([holders for holders, _, _ in keys if len(holders) > 1], known)
     sets = []
-    for key in sorted(together):
+    for key in keys:
         holders, fragments = key[0], together[key]
         total = sum(f.place.numel for f in fragments)
         sets.append(

@@ -137,8 +137,7 @@ def _kinds(rows: Iterable[Row], column: str) -> list[str]:
 
 
 def _table(columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    rows = [columns, ["---"] * len(columns), *lines]
-    return "\n".join("| " + " | ".join(map(_shown, row)) + " |" for row in rows)
+    return report.grid(columns, (map(_shown, line) for line in lines))
 
 
 def _shown(value: Any) -> str:

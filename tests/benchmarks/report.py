@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -36,12 +36,15 @@ class Table:
 
     def markdown(self) -> str:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        lines = [f"## {self.title}", "", self.note, ""]
-        lines.append("| " + " | ".join(columns) + " |")
-        lines.append("|" + "|".join("---" for _ in columns) + "|")
-        for row in self.rows:
-            lines.append("| " + " | ".join(_shown(row.get(c, "")) for c in columns) + " |")
-        return "\n".join(lines) + "\n"
+        cells = [[_shown(row.get(c, "")) for c in columns] for row in self.rows]
+        return f"## {self.title}\n\n{self.note}\n\n{grid(columns, cells)}\n"
+
+
+def grid(columns: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, *rows)]
+    lines.insert(1, "|" + "---|" * len(columns))
+    return "\n".join(lines)
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -98,20 +101,23 @@ def write(
 
 def read(directory: Path, suite: str) -> dict[str, list[Row]] | None:
     """The rows of each table of a suite that was run, by the table's name."""
-    path = directory / f"{suite}.json"
-    if not path.exists():
-        return None
-    return {table["name"]: table["rows"] for table in json.loads(path.read_text())["tables"]}
+    told = _told(directory, suite)
+    return None if told is None else {table["name"]: table["rows"] for table in told["tables"]}
 
 
-def about(directory: Path, suite: str) -> dict[str, Any]:
+def about(directory: Path, suite: str) -> dict[str, Any] | None:
     """The machine and the versions of a suite that was run."""
-    told: dict[str, Any] = json.loads((directory / f"{suite}.json").read_text())["environment"]
-    return told
+    told = _told(directory, suite)
+    return None if told is None else told["environment"]
 
 
 def megabytes(nbytes: float) -> float:
     return round(nbytes / 1e6, 3)
+
+
+def _told(directory: Path, suite: str) -> dict[str, Any] | None:
+    path = directory / f"{suite}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _shown(value: Any) -> str:
