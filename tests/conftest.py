@@ -55,10 +55,16 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     limit = pyfuncitem.get_closest_marker("timeout_s")
     task = Task(pyfuncitem.module.__name__, pyfuncitem.originalname, arguments)
-    pool = pyfuncitem.config.stash[POOLS].get(num_ranks)
+    pools, timeout_s = pyfuncitem.config.stash[POOLS], limit.args[0] if limit else TIMEOUT_S
     failure = None
     try:
-        reason = pool.run(task, limit.args[0] if limit else TIMEOUT_S)
+        try:
+            reason = pools.get(num_ranks).run(task, timeout_s)
+        except RankFailure as error:
+            if not error.outside_python:
+                raise
+            pyfuncitem.warn(pytest.PytestWarning(f"run once more after a crash:\n{error}"))
+            reason = pools.get(num_ranks).run(task, timeout_s)
     except RankFailure as error:
         failure = str(error)
     if failure is not None:  # out here, or pytest would show the chain of both

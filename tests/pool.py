@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import os
 import random
@@ -78,6 +79,11 @@ PRELOAD = [
 
 class RankFailure(AssertionError):
     """A body failed, died or hung on one or more ranks; the message has each rank's traceback."""
+
+    def __init__(self, message: str, *, outside_python: bool = False) -> None:
+        """`outside_python`: a worker crashed in a thread that runs no Python."""
+        super().__init__(message)
+        self.outside_python = outside_python
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,9 @@ class WorkerPool:
                 return None
             if not hung and outcomes == {"skipped"}:
                 return reports[0].text
-            failure = RankFailure(self._describe(reports, hung))
+            failure = RankFailure(
+                self._describe(reports, hung), outside_python=self._crashed_outside_python()
+            )
         except BaseException:
             self.close()
             raise
@@ -207,6 +215,15 @@ class WorkerPool:
             lines.append(f"--- ranks {skipped} skipped, which only all ranks together may do ---\n")
         return "\n" + "".join(lines)
 
+    def _crashed_outside_python(self) -> bool:
+        """Whether a worker crashed, and in none was that thread one of Python's.
+
+        `faulthandler` writes which one was the current thread, if Python knows it.
+        """
+        logs = [self._log(rank) for rank in range(len(self._workers))]
+        crashed = [log for log in logs if "Fatal Python error" in log]
+        return bool(crashed) and not any("\nCurrent thread" in log for log in crashed)
+
     def _log(self, rank: int) -> str:
         text = (Path(self._directory.name) / f"rank{rank}.log").read_text(errors="replace")
         return f"[output of rank {rank}]\n{text[-LOG_TAIL_CHARS:]}\n" if text.strip() else ""
@@ -258,6 +275,8 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 def _serve(rank: int, num_ranks: int, directory: str, pipe: Connection) -> None:
     """The life of a worker: join the group, then one task after the other until the pipe closes."""
     redirect_output(f"{directory}/rank{rank}.log")
+    leave_out_what_is_slow()
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     if num_ranks != NO_GROUP:
@@ -274,6 +293,15 @@ def _serve(rank: int, num_ranks: int, directory: str, pipe: Connection) -> None:
             task = pipe.recv()
             os.ftruncate(1, 0)
             pipe.send(_report(task))
+
+
+def leave_out_what_is_slow() -> None:
+    """For a process of the fork server: what takes long and has no part in what is tested."""
+    # DeepSpeed collects garbage a dozen times for each engine, through all that is imported.
+    gc.freeze()
+    # It compiles shared memory collectives, which only inference calls: a minute in a new .venv.
+    deepspeed = importlib.import_module("deepspeed.ops")
+    deepspeed.__compatible_ops__ = {}
 
 
 def redirect_output(path: str) -> None:

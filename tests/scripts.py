@@ -22,7 +22,7 @@ import torch.distributed as dist
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from tests.pool import ENVIRONMENT, fork_server, redirect_output
+from tests.pool import ENVIRONMENT, fork_server, leave_out_what_is_slow, redirect_output
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -113,6 +113,7 @@ def _as_torchrun(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 def _run_here(command: list[str], environment: dict[str, str], cwd: str, log: str) -> None:
     """One rank: become the script."""
     redirect_output(log)
+    leave_out_what_is_slow()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import time
 
@@ -46,6 +48,20 @@ def dies_on_rank_1():
     print("last words", file=sys.stderr)
     if dist.get_rank() == 1:
         os._exit(3)
+    dist.barrier()
+
+
+def crashes_in_a_thread_of_c_on_rank_1():
+    if dist.get_rank() == 1:
+        libc, thread = ctypes.CDLL(None), ctypes.c_ulong()
+        libc.pthread_create(ctypes.byref(thread), None, libc.abort, None)
+    dist.barrier()
+    time.sleep(30)
+
+
+def crashes_in_python_on_rank_1():
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
     dist.barrier()
 
 
@@ -110,6 +126,21 @@ def test_the_first_rank_to_fail_is_printed_first(pools):
     assert str(failure.value).index("boom 1") < str(failure.value).index("boom 0")
 
 
+@pytest.mark.parametrize(
+    ("body", "outside_python"),
+    [
+        (crashes_in_a_thread_of_c_on_rank_1, True),
+        (crashes_in_python_on_rank_1, False),
+        (dies_on_rank_1, False),
+        (fails_on_rank_1, False),
+    ],
+)
+def test_a_crash_outside_of_python_is_told_from_others(pools, body, outside_python):
+    with pytest.raises(RankFailure) as failure:
+        run(pools, body)
+    assert failure.value.outside_python == outside_python, str(failure.value)
+
+
 def test_a_dead_worker_is_seen_at_once(pools):
     start = time.monotonic()
     with pytest.raises(RankFailure, match="exit code 3") as failure:
@@ -168,3 +199,12 @@ def test_fixtures_and_parameters_reach_the_body(value, tmp_path, num_ranks):
 @pytest.mark.ranks(2)
 def test_a_body_may_skip():
     pytest.skip("shows that a body can skip")
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.filterwarnings("ignore:run once more")
+def test_a_body_runs_again_after_a_crash_outside_of_python(tmp_path):
+    crashed = tmp_path / f"{dist.get_rank()}"
+    if not crashed.exists():
+        crashed.touch()
+        crashes_in_a_thread_of_c_on_rank_1()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts import ACCELERATE, BIN, ROOT, run, run_on, under_accelerate
+from tests.scripts import BIN, ROOT, run, run_on, under_accelerate
 from tests.test_examples import CPU
 
 LAUNCH = sorted((ROOT / "launch").glob("*.sh")) + sorted((ROOT / "launch").glob("*.sbatch"))
@@ -58,11 +58,8 @@ def test_lightning(tmp_path: Path):
 
 @pytest.mark.parametrize(("config", "steps"), [("cpu-2", 60), ("zero2-cpu", 240)])
 def test_accelerate(config: str, steps: int, tmp_path: Path):
-    script = "examples/accelerate_any.py"
-    if config == "zero2-cpu":
-        printed = run([*ACCELERATE, f"launch/accelerate/{config}.yaml", script, str(tmp_path)])
-    else:
-        printed = under_accelerate(config, script, tmp_path, **CPU)
+    without = CPU if config == "cpu-2" else {}
+    printed = under_accelerate(config, "examples/accelerate_any.py", tmp_path, **without)
     assert_averaged_is_better(printed)
     assert f"240 batches on each of 2 processes\n{steps} steps" in printed
     averaged, loaded = re.search(r"averaged (\d\.\d+)\nloaded again: (\d\.\d+)", printed).groups()
