@@ -124,10 +124,14 @@ def _overlapping(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
     """Two boxes that overlap: a sweep along the dim in which the fewest lie side by side."""
     if len(boxes) < 2:
         return None
-    dims = range(len(boxes[0].offsets))
-    dim = min(dims, key=lambda d: _most_at_once(boxes, d), default=None)
-    if dim is None:
+    most_at_once: dict[int, int] = {}
+    for dim in range(len(boxes[0].offsets)):
+        most_at_once[dim] = _most_at_once(boxes, dim)
+        if most_at_once[dim] == 1:
+            return None
+    if not most_at_once:
         return boxes[0], boxes[1]  # 0-d: there is one place only
+    dim = min(most_at_once, key=most_at_once.__getitem__)
     active: list[Box] = []
     for box in sorted(boxes, key=lambda b: b.offsets[dim]):
         start = box.offsets[dim]
@@ -140,12 +144,14 @@ def _overlapping(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
 
 
 def _most_at_once(boxes: Sequence[Box], dim: int) -> int:
-    events = [(box.offsets[dim], 1) for box in boxes]
-    events += [(box.offsets[dim] + box.sizes[dim], -1) for box in boxes]
-    most = now = 0
-    for _, change in sorted(events):  # an end counts before a start at the same place
-        now += change
-        most = max(most, now)
+    """How many boxes are the most that one place along a dim has."""
+    starts = sorted([box.offsets[dim] for box in boxes])
+    ends = sorted([box.offsets[dim] + box.sizes[dim] for box in boxes])
+    most = ended = 0
+    for begun, start in enumerate(starts, 1):
+        while ends[ended] <= start:  # an end counts before a start at the same place
+            ended += 1
+        most = max(most, begun - ended)
     return most
 
 

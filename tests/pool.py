@@ -276,8 +276,7 @@ def _serve(rank: int, num_ranks: int, directory: str, pipe: Connection) -> None:
     """The life of a worker: join the group, then one task after the other until the pipe closes."""
     redirect_output(f"{directory}/rank{rank}.log")
     leave_out_what_is_slow()
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)
+    log_crashes()
     torch.set_num_threads(1)
     if num_ranks != NO_GROUP:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
@@ -293,6 +292,17 @@ def _serve(rank: int, num_ranks: int, directory: str, pipe: Connection) -> None:
             task = pipe.recv()
             os.ftruncate(1, 0)
             pipe.send(_report(task))
+
+
+def log_crashes() -> None:
+    """Write the stacks of all threads to the log after a crash, or when asked to by a signal.
+
+    Whatever took these signals since: some trainers do, and do not give all of them back.
+    """
+    faulthandler.disable()
+    faulthandler.enable(2)
+    faulthandler.unregister(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR1, 2)
 
 
 def leave_out_what_is_slow() -> None:
@@ -338,6 +348,7 @@ _LINEAR = torch.nn.functional.linear
 
 def _reset_state() -> None:
     """What a test must not inherit from the one before it."""
+    log_crashes()
     torch.manual_seed(0)
     random.seed(0)
     torch.set_grad_enabled(True)

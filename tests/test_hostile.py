@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import json
 import os
 import random
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from dist_ema.checkpoint import consolidated, manifest, parsing, verify, writer
+from dist_ema.checkpoint import collector, consolidated, manifest, parsing, verify, writer
 from dist_ema.checkpoint.api import CheckpointError, load, save
 from dist_ema.checkpoint.reader import ShardReader
 from dist_ema.ranks import Ranks
@@ -97,8 +98,9 @@ def test_damage_names_the_file_and_the_tensor_on_every_rank(tmp_path: Path):
     write(path, ranks)
     file = "shard-00002-model-00001-of-00002.safetensors"
     about = json.loads((path / "manifest.json").read_text().split("\n", 1)[1])
-    boxes = about["averages"]["ema"]["tensors"]["norm.weight"]["boxes"]
-    start = next(box["start"] for box in boxes if box["file"] == file)
+    average = about["averages"]["ema"]
+    boxes = average["tensors"]["norm.weight"]["boxes"]
+    start = boxes["starts"][boxes["files"].index(list(average["files"]).index(file))]
 
     @contextlib.contextmanager
     def damaged(data: bytes | None) -> Iterator[None]:
@@ -347,7 +349,7 @@ def mutated(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         at = rng.choice([p for p in paths_in(body) if p])
         parent, key, how = node_at(body, at[:-1]), at[-1], rng.random()
         if how < 0.6:
-            parent[key] = rng.choice(NASTY + NASTY_NAMES)
+            parent[key] = copy.deepcopy(rng.choice(NASTY + NASTY_NAMES))
         elif how < 0.7:
             del parent[key]
         elif how < 0.8 and isinstance(parent, list):
@@ -404,39 +406,45 @@ def hostile(edit: str) -> Any:
             "files": average["files"],
             "file": next(iter(average["files"].values())),
             "tensor": average["tensors"]["cube"],
-            "box": average["tensors"]["cube"]["boxes"][0],
-            "other": average["tensors"]["norm.weight"]["boxes"][0],
+            "boxes": average["tensors"]["cube"]["boxes"],
+            "others": average["tensors"]["norm.weight"]["boxes"],
         }
-        exec(edit, {}, names)
+        exec(edit, names)
 
     return change
 
 
 EDITS = {
-    "files['../x'] = files.pop(box['file']); box['file'] = '../x'": r"'\.\./x' is not a plain name",
+    "files['../x'] = files.pop(next(iter(files)))": r"'\.\./x' is not a plain name",
     "files['/etc/passwd'] = file": r"'/etc/passwd' is not a plain name",
     "files['.hidden'] = file": r"'\.hidden' is not a plain name",
     "average['directory'] = '..'": r"directory '\.\.' is not a plain name",
     "average['directory'] = 'a/b'": r"directory 'a/b' is not a plain name",
-    "box['file'] = 'other.safetensors'": r"'cube'.*not among the files",
-    "box['start'] = -8": r"'cube'.*start is -8",
-    "box['start'] = 1 << 62": r"'cube'.*are not in shard-",
-    "box['start'] += 4": "leaves a gap|overlaps|not in shard",
-    "box['start'] = other['start']": "overlaps|leaves a gap",
-    "box['nbytes'] = 1 << 40": r"'cube'.*bytes for a box",
-    "box['nbytes'] = -4": r"'cube'.*nbytes is -4",
-    "box['sizes'] = [1 << 50, 2, 5]": r"'cube'.*a box at",
-    "box['sizes'] = [1, 1, 1]": r"'cube'.*bytes for a box",
-    "box['offsets'] = [-1, 0, 0]": r"'cube'.*offsets is",
-    "box['offsets'] = [1, 0, 0]": r"'cube'.*a box at",
-    "box['offsets'] = [True, 0, 0]": r"'cube'.*offsets is",
-    "box['checksums'] = []": r"'cube'.*checksums",
-    "tensor['boxes'] = []": r"'cube': boxes hold 0 of 30",
-    "tensor['boxes'] *= 2": r"'cube': boxes at .* overlap",
+    "boxes['files'][0] = 7": r"'cube'.*in file 7 of 1",
+    "boxes['files'][0] = 'x'": r"'cube'.*files is",
+    "boxes['files'].append(0)": r"'cube'.*of 2 boxes are",
+    "boxes['starts'][0] = -8": r"'cube'.*starts is \[-8",
+    "boxes['starts'][0] = 1 << 62": r"'cube'.*are not in shard-",
+    "boxes['starts'][0] += 4": "leaves a gap|overlaps|not in shard",
+    "boxes['starts'][0] = others['starts'][0]": "overlaps|leaves a gap",
+    "boxes['starts'] *= 2": r"'cube': 1 boxes with starts",
+    "boxes['sizes'][0] = 1 << 50": r"'cube'.*a box at",
+    "boxes['sizes'] = [1, 1, 1]": r"'cube'.*boxes hold 1 of 30",
+    "boxes['sizes'] = [3, 10]": r"'cube'.*sizes of 1 boxes are \(3, 10\)",
+    "boxes['offsets'][0] = -1": r"'cube'.*offsets is",
+    "boxes['offsets'][0] = 1": r"'cube'.*a box at",
+    "boxes['offsets'][0] = True": r"'cube'.*offsets is",
+    "boxes['offsets'][0] = 1 << 63": r"'cube'.*offsets is",
+    "boxes['checksums'] = []": r"'cube'.*checksums",
+    "boxes['checksums'] *= 2": r"'cube': 1 blocks with checksums",
+    "boxes['checksums'] = [1]": r"'cube'.*checksums",
+    "tensor['boxes'] = []": r"'cube': boxes is \[\]",
+    "boxes.update((key, []) for key in boxes)": r"'cube': boxes hold 0 of 30",
+    "boxes.update((key, boxes[key] * 2) for key in boxes)": r"'cube': boxes at .* overlap",
     "tensor['shape'] = [1 << 62, 1 << 62, 1 << 62]": r"'cube': shape",
     "tensor['shape'] = [0] * 100": r"'cube': shape",
     "tensor['dtype'] = 'F1024'": r"'cube': unknown dtype",
-    "tensor['dtype'] = 'F64'": r"'cube'.*bytes for a box",
+    "tensor['dtype'] = 'F64'": "overlaps|leaves a gap|not in shard",
     "tensor['aliases'] = 'cube'": r"'cube': aliases",
     "file['header_bytes'] = 1 << 40": "a header of",
     "file['nbytes'] = 1 << 40": "are accounted for",
@@ -479,7 +487,7 @@ def test_malice_is_refused_on_every_rank(tmp_path: Path):
     dist.barrier()
     if ranks.rank == 0:
         body = body_of(path)
-        hostile("box['start'] = 1 << 62")(body)
+        hostile("boxes['starts'][0] = 1 << 62")(body)
         forge(path, body)
     dist.barrier()
     refused(path, ranks, "are not in shard-")
@@ -622,3 +630,18 @@ def test_plain_directories_that_are_ambiguous_are_refused(tmp_path: Path):
         refused(tmp_path, ranks, message)
     (tmp_path / "n.safetensors.index.json").write_text("{}")
     refused(tmp_path, ranks, "has several indices")
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_collector_is_left_as_it_was(on: bool):
+    was_on = gc.isenabled()
+    (gc.enable if on else gc.disable)()
+    try:
+        with pytest.raises(CheckpointError):
+            parsing.parse(signed(b"{}"), "manifest.json")
+        assert gc.isenabled() == on
+        with collector.paused(), collector.paused():
+            assert not gc.isenabled()
+        assert gc.isenabled() == on
+    finally:
+        (gc.enable if was_on else gc.disable)()

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1] / "dist_ema"
 LAYERS = [
     {
         "checkpoint.checksums",
+        "checkpoint.collector",
         "files",
         "hints",
         "lanes",

@@ -596,7 +596,7 @@ def test_damage_is_refused_and_what_was_there_stays(tmp_path: Path):
         assert beside(tmp_path / "out") == ["a-10", "a-20", "a-30"]
         shard.write_bytes(intact)
     whole = (paths[1] / "manifest.json").read_bytes()
-    for data in (b"", whole[:300], whole[:-7], whole.replace(b'"step": 20', b'"step": 21')):
+    for data in (b"", whole[:300], whole[:-7], whole.replace(b'"step":20', b'"step":21')):
         (paths[1] / "manifest.json").write_bytes(data)
         with pytest.raises(CheckpointError, match=r"a-20/manifest.json: is"):
             synthesize(paths, sigma_rel=0.09, out=tmp_path / "out")

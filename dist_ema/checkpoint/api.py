@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from dist_ema.checkpoint import background, consolidated, manifest, parsing
+from dist_ema.checkpoint import background, collector, consolidated, manifest, parsing
 from dist_ema.checkpoint.agreement import agreed, described, merged, refuse_different
 from dist_ema.checkpoint.background import Handle, Letters
 from dist_ema.checkpoint.blocks import Files, check_file
@@ -209,6 +209,7 @@ def _keyed(averages: Mapping[str, Sequence[Part]], tensors: Sequence[TensorInfo]
     }
 
 
+@collector.paused()
 def _plan_save(
     planner: EmaSavePlanner,
     writer: ShardWriter,
@@ -298,6 +299,7 @@ def _write(planner: EmaSavePlanner, writer: ShardWriter, plan: SavePlan) -> list
     return [list(result.storage_data) for result in writer.write_data(plan, planner).wait()]
 
 
+@collector.paused()
 def _results(plans: Sequence[SavePlan], sums: Sequence[list[list[str]]]) -> list[list[WriteResult]]:
     return [
         [
@@ -330,7 +332,7 @@ def _read(
 ) -> None:
     """Check all that is needed, agree, and only then copy. Collective."""
     planner = EmaLoadPlanner()
-    with agreed(ranks):
+    with agreed(ranks), collector.paused():
         values = _keyed(averages, tensors)
         sources = {
             key_of(number, fqn): source

@@ -9,9 +9,15 @@ A shard file is written by one rank, in the layout of torch's `HuggingFaceStorag
 stored under the name of its tensor, row-major, and `__metadata__` has the boxes' offsets. A name is
 unique within a file, so the j-th box of a tensor on a rank goes to part j of its files.
 
-The manifest is two JSON texts: one line with the checksum of all that follows, then the body. A box
-has a checksum for each block of `block_bytes`, so that a reader of a part hashes little more than
-that part. Boxes cover each tensor, and with its header the bytes of each file, without hole or
+The manifest is two JSON texts: one line with the checksum of all that follows, then the body. It
+has a column for each property of a tensor's boxes, since a thousand ranks have a million boxes:
+
+    {"offsets": [0, 0, 8, 0], "sizes": [8, 5, 8, 5],    each box's numbers after the last one's
+     "files": [0, 1], "starts": [96, 96],               of its file among `files`; of its first byte
+     "checksums": ["8f1c...", "03ab..."]}               of its blocks, one box after the other
+
+A box has a checksum for each block of `block_bytes`, so that a reader of a part hashes little more
+than that part. Boxes cover each tensor, and with its header the bytes of each file, without hole or
 overlap.
 """
 
@@ -139,22 +145,19 @@ def _dump_average(item: tuple[str, SavedAverage]) -> str:
         file: {"nbytes": f.nbytes, "header_bytes": f.header_bytes, "checksum": f.checksum}
         for file, f in average.files.items()
     }
+    numbers = {file: number for number, file in enumerate(files)}
     tensors = {
         fqn: {
             "shape": t.shape,
             "dtype": t.dtype,
             "aliases": t.aliases,
-            "boxes": [
-                {
-                    "offsets": b.box.offsets,
-                    "sizes": b.box.sizes,
-                    "file": b.file,
-                    "start": b.start,
-                    "nbytes": b.nbytes,
-                    "checksums": b.checksums,
-                }
-                for b in t.boxes
-            ],
+            "boxes": {
+                "offsets": [offset for b in t.boxes for offset in b.box.offsets],
+                "sizes": [size for b in t.boxes for size in b.box.sizes],
+                "files": [numbers[b.file] for b in t.boxes],
+                "starts": [b.start for b in t.boxes],
+                "checksums": [found for b in t.boxes for found in b.checksums],
+            },
         }
         for fqn, t in average.tensors.items()
     }
@@ -169,7 +172,7 @@ def _dump_average(item: tuple[str, SavedAverage]) -> str:
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, allow_nan=False)
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
 def head(save_id: str, algorithm: str, body: bytes) -> bytes:

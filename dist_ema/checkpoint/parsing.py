@@ -6,8 +6,10 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from itertools import repeat
 from typing import Any
 
+from dist_ema.checkpoint import collector
 from dist_ema.checkpoint.manifest import (
     FORMAT,
     ITEMSIZE,
@@ -24,7 +26,7 @@ from dist_ema.checkpoint.manifest import (
 from dist_ema.layout import Box, Shape, uncovered
 
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the library that reads them has this limit
-_MAX_BYTES = 1 << 30  # of a manifest; 2000 tensors on 1000 ranks need a third of it
+_MAX_BYTES = 1 << 30  # of a manifest; 2000 tensors on 1000 ranks need a tenth of it
 _MAX_HEAD = 4096
 _MAX_DIMS = 64  # of a tensor; torch has no more
 _MAX_NUMEL = 1 << 62
@@ -51,6 +53,7 @@ def parse(data: bytes, where: str) -> Manifest:
         raise CheckpointError(f"{where}: is no manifest ({type(error).__name__})") from error
 
 
+@collector.paused()
 def _parse(data: bytes) -> Manifest:
     line, newline, body = data[:_MAX_HEAD].partition(b"\n")
     try:
@@ -158,11 +161,8 @@ def _tensor(
     aliases = value.get("aliases")
     if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
         raise CheckpointError(f"{where}: aliases are {shown(aliases)}")
-    entries = value.get("boxes")
-    if not isinstance(entries, list):
-        raise CheckpointError(f"{where}: boxes are {shown(entries)}")
-    boxes = tuple(
-        _box(entry, where, shape, ITEMSIZE[dtype], files, block_bytes) for entry in entries
+    boxes = _boxes(
+        _mapping(value, "boxes", where), where, shape, ITEMSIZE[dtype], files, block_bytes
     )
     problem = uncovered(shape, [saved.box for saved in boxes])
     if problem:
@@ -170,39 +170,51 @@ def _tensor(
     return SavedTensor(shape, dtype, tuple(aliases), boxes)
 
 
-def _box(
-    value: object,
+def _boxes(
+    columns: Mapping[str, Any],
     where: str,
     shape: Shape,
     itemsize: int,
     files: Mapping[str, SavedFile],
     block_bytes: int,
-) -> SavedBox:
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: a box is {shown(value)}")
-    offsets, sizes = _numbers(value, "offsets", where), _numbers(value, "sizes", where)
-    if not len(offsets) == len(sizes) == len(shape) or any(
-        o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)
-    ):
+) -> tuple[SavedBox, ...]:
+    numbers, starts = _numbers(columns, "files", where), _numbers(columns, "starts", where)
+    places = [_rows(columns, key, where, len(numbers), len(shape)) for key in ("offsets", "sizes")]
+    sums = columns.get("checksums")
+    if len(starts) != len(numbers) or not isinstance(sums, list) or set(map(type, sums)) - {str}:
         raise CheckpointError(
-            f"{where}: a box at {shown(offsets)} of sizes {shown(sizes)} in shape {shown(shape)}"
+            f"{where}: {len(numbers)} boxes with starts {shown(starts)} and checksums {shown(sums)}"
         )
-    file, start = _text(value, "file", where), _number(value, "start", where)
-    if file not in files:
-        raise CheckpointError(f"{where}: a box is in {shown(file)}, which is not among the files")
-    nbytes = _number(value, "nbytes", where)
-    if nbytes != math.prod(sizes) * itemsize:
-        raise CheckpointError(f"{where}: {nbytes} bytes for a box of sizes {shown(sizes)}")
-    if start + nbytes > files[file].nbytes:
-        raise CheckpointError(f"{where}: bytes from {start} to {start + nbytes} are not in {file}")
-    sums = value.get("checksums")
-    if (
-        not isinstance(sums, list)
-        or len(sums) != -(-nbytes // block_bytes)
-        or not all(isinstance(s, str) for s in sums)
-    ):
-        raise CheckpointError(f"{where}: checksums of {nbytes} bytes are {shown(sums)}")
-    return SavedBox(Box(offsets, sizes), file, start, nbytes, tuple(sums))
+    names, at = list(files), 0
+    boxes = []
+    for number, start, offsets, sizes in zip(numbers, starts, *places, strict=True):
+        if any(o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)):
+            raise CheckpointError(
+                f"{where}: a box at {shown(offsets)} of sizes {shown(sizes)} in shape "
+                f"{shown(shape)}"
+            )
+        if number >= len(names):
+            raise CheckpointError(f"{where}: a box is in file {number} of {len(names)}")
+        file, nbytes = names[number], math.prod(sizes) * itemsize
+        if start + nbytes > files[file].nbytes:
+            raise CheckpointError(
+                f"{where}: bytes from {start} to {start + nbytes} are not in {file}"
+            )
+        at, begin = at - (-nbytes // block_bytes), at
+        boxes.append(SavedBox(Box(offsets, sizes), file, start, nbytes, tuple(sums[begin:at])))
+    if at != len(sums):
+        raise CheckpointError(f"{where}: {at} blocks with checksums {shown(sums)}")
+    return tuple(boxes)
+
+
+def _rows(
+    columns: Mapping[str, Any], key: str, where: str, count: int, width: int
+) -> Iterable[Shape]:
+    """`count` tuples of `width` numbers, which the column holds one after the other."""
+    column = _numbers(columns, key, where)
+    if len(column) != count * width:
+        raise CheckpointError(f"{where}: {key} of {count} boxes are {shown(column)}")
+    return zip(*[iter(column)] * width, strict=True) if width else repeat((), count)
 
 
 def check_shape(shape: Shape, dtype: str, where: str) -> None:
@@ -250,7 +262,12 @@ def _number(mapping: Mapping[str, Any], key: str, where: str = "") -> int:
 
 def _numbers(mapping: Mapping[str, Any], key: str, where: str) -> Shape:
     value = mapping.get(key)
-    if not isinstance(value, list) or not all(type(v) is int and 0 <= v < 1 << 63 for v in value):
+    if (
+        not isinstance(value, list)
+        or set(map(type, value)) - {int}
+        or min(value, default=0) < 0
+        or max(value, default=0) >= 1 << 63
+    ):
         raise CheckpointError(f"{where}: {key} is {shown(value)}, wanted whole numbers")
     return tuple(value)
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dist_ema.checkpoint import checksums, manifest
+from dist_ema.checkpoint import checksums, collector, manifest
 from dist_ema.checkpoint.boxed import TensorInfo
 from dist_ema.checkpoint.manifest import (
     BLOCK_BYTES,
@@ -216,6 +216,7 @@ class ShardWriter(StorageWriter):
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror} (writing {doing})") from error
 
+    @collector.paused()
     def _manifest(self, orders: Orders, results: list[list[WriteResult]]) -> Manifest:
         digest = checksums.checksum(orders.algorithm)
         files: list[dict[str, SavedFile]] = [{} for _ in self._names]
