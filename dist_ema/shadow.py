@@ -147,6 +147,24 @@ _Chunk = tuple[
 ]  # two parts, and their values
 
 
+class _Staging:
+    """Two buffers for chunks of a dtype and device: fresh memory costs more than the copy to it."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[object, list[torch.Tensor]] = {}
+
+    def copies(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of two chunks of one dtype, until the next call."""
+        key = (a.dtype, a.device, b.device)
+        if key not in self._pairs:
+            size = _SWAP_BYTES // a.element_size()
+            self._pairs[key] = [t.new_empty(size) for t in (a, b)]
+        first, second = (
+            buffer[: t.numel()].copy_(t) for buffer, t in zip(self._pairs[key], (a, b), strict=True)
+        )
+        return first, second
+
+
 class Swap:
     """Averaged values in the shown storage of some fragments, and the way back. Local.
 
@@ -160,9 +178,10 @@ class Swap:
 
     def enter(self) -> None:
         """Show the average. If it fails half-way, what was done is undone."""
+        staging = _Staging()
         try:
             for item in self._items:
-                _show(item)
+                _show(item, staging)
         except BaseException:
             self.leave()
             raise
@@ -172,9 +191,10 @@ class Swap:
 
         Backwards, so that two weights over one storage come back as well.
         """
+        staging = _Staging()
         for item in reversed(self._items):
             if item.done or item.progress != (0, None):
-                _hide(item)
+                _hide(item, staging)
 
 
 class Buffers:
@@ -204,10 +224,10 @@ class Buffers:
             module.require_forward_param_sync = must_sync
 
 
-def _show(item: _Item) -> None:
+def _show(item: _Item, staging: _Staging) -> None:
     fragment, value = item.fragment, item.value
     if fragment.in_place and value.dtype == fragment.view.dtype:
-        _exchange(item, back=False)
+        _exchange(item, staging, back=False)
         item.done = True
         return
     if fragment.in_place:
@@ -216,7 +236,7 @@ def _show(item: _Item) -> None:
     fragment.shown.copy_(value)
 
 
-def _hide(item: _Item) -> None:
+def _hide(item: _Item, staging: _Staging) -> None:
     fragment = item.fragment
     if not fragment.in_place:
         fragment.shown.copy_(fragment.view)
@@ -224,11 +244,11 @@ def _hide(item: _Item) -> None:
         fragment.view.copy_(item.aside)
         item.aside = None
     else:
-        _exchange(item, back=True)
+        _exchange(item, staging, back=True)
     item.done = False
 
 
-def _exchange(item: _Item, *, back: bool) -> None:
+def _exchange(item: _Item, staging: _Staging, *, back: bool) -> None:
     """Let live and averaged values change places, chunk by chunk, or undo what was done of it."""
     a, b = item.fragment.view, item.value
     step = _SWAP_BYTES // a.element_size()
@@ -241,7 +261,7 @@ def _exchange(item: _Item, *, back: bool) -> None:
         item.progress = (done, None)
     while (done > 0) if back else (done < len(chunks)):
         part_a, part_b = chunks[done - 1 if back else done]
-        was_a, was_b = part_a.clone(), part_b.clone()
+        was_a, was_b = staging.copies(part_a, part_b)
         item.progress = (done, (part_a, part_b, was_a, was_b))
         part_a.copy_(was_b)
         part_b.copy_(was_a)

@@ -47,7 +47,8 @@ def told(results: Path) -> str:
         ),
         _text(
             "An update over `torch._foreach_lerp_` of fp32 tensors as many and as long (bf16: of "
-            "as many bytes), and two averages over one:"
+            "as many bytes), all ranks at once; *compiled* is what `torch.compile` makes of an "
+            "update from bf16, in one pass, over the same; *two averages* over one:"
         ),
         _update(found["update"]["update"]),
         "Time of an update of others over ours, in one process, and on FSDP2 with two ranks:",
@@ -81,8 +82,9 @@ def _update(rows: Sequence[Row]) -> str:
     for kind in _kinds(rows, "weights"):
         by = {row["engine"]: row for row in rows if row["weights"] == kind}
         over = [by.get(engine, {}).get("update/floor") for engine in ENGINES]
-        lines.append([kind, *over, by["plain"]["two"]])
-    return _table(["weights of this rank", *ENGINES.values(), "two averages, one process"], lines)
+        lines.append([kind, *over, by["plain"].get("compiled"), by["plain"]["two"]])
+    columns = [*ENGINES.values(), "compiled, one process", "two averages, one process"]
+    return _table(["weights of this rank", *columns], lines)
 
 
 def _peers(tables: dict[str, list[Row]]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -20,10 +19,12 @@ WEIGHT = 1e-4
 ENGINES = ("plain", "fsdp1", "fsdp2", "zero2", "zero3")
 NOTE = """\
 Medians over interleaved rounds of one update's time over another's in the same round, on rank 0
-while the other ranks wait. *Floor*: `torch._foreach_lerp_` of fp32 tensors as many and as long as
-what the rank averages; where the live weights are bf16, tensors of 10/12 of the length, since
-12 bytes are moved for an fp32 weight and 10 for a bf16 one. *Flat*: the same elements in one
-tensor. *Two*: two averages over one. *Overhead*: update less floor."""
+while the other ranks do the same, as after a training step. *Floor*: `torch._foreach_lerp_` of fp32
+tensors as many and as long as what the rank averages; where the live weights are bf16, tensors of
+10/12 of the length, since 12 bytes are moved for an fp32 weight and 10 for a bf16 one. *Flat*: the
+same elements in one tensor. *Compiled*: the floor's rival for bf16, one pass that `torch.compile`
+makes of the update of all elements in one tensor, over the floor. *Two*: two averages over one.
+*Overhead*: update less floor."""
 
 
 def run(device: str, sizes: Sizes) -> list[Table]:
@@ -41,35 +42,35 @@ def case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
     model = wrap(engine, shapes, here)
     one = ShardedEMA(model, 1 - WEIGHT)
     two = ShardedEMA(model, {"fast": 0.99, "slow": 1 - WEIGHT})
-    row: dict[str, Any] = {}
-    for _ in here.turns():
-        if here.rank:
-            continue
-        pieces = one._bound.plan.pieces
-        narrow = shapes.dtype.itemsize < 4
-        numels = [p.fragment.view.numel() * (10 if narrow else 12) // 12 for p in pieces]
-        acts = {
-            "floor": floor(numels, here.device),
-            "update": updater(one, model),
-            "flat": floor([sum(numels)], here.device),
-            "two": updater(two, model),
-        }
-        taken = interleaved(acts, here.device, rounds=rounds)
-        seconds = {name: statistics.median(each) for name, each in taken.items()}
-        row = {
-            "engine": engine,
-            "ranks": here.size,
-            "weights": shapes.name,
-            "tensors here": len(numels),
-            "MB moved": round(12 * sum(numels) / 1e6, 1),
-            "update/floor": ratio(taken, "update", "floor"),
-            "update/flat": ratio(taken, "update", "flat"),
-            "two": ratio(taken, "two", "update"),
-            "floor us": seconds["floor"] * 1e6,
-            "update us": seconds["update"] * 1e6,
-            "overhead us": (seconds["update"] - seconds["floor"]) * 1e6,
-            "GB/s": 12 * sum(numels) / seconds["update"] / 1e9,
-        }
+    pieces = one._bound.plan.pieces
+    narrow = shapes.dtype.itemsize < 4
+    counts = [p.fragment.view.numel() for p in pieces]
+    numels = [count * (10 if narrow else 12) // 12 for count in counts]
+    acts = {
+        "floor": floor(numels, here.device),
+        "update": updater(one, model),
+        "flat": floor([sum(numels)], here.device),
+        "two": updater(two, model),
+    }
+    if narrow and here.size == 1:
+        acts["compiled"] = compiled(sum(counts), shapes.dtype, here.device)
+    taken = interleaved(acts, here.device, rounds=rounds, together=here)
+    seconds = {name: statistics.median(each) for name, each in taken.items()}
+    row = {
+        "engine": engine,
+        "ranks": here.size,
+        "weights": shapes.name,
+        "tensors here": len(numels),
+        "MB moved": round(12 * sum(numels) / 1e6, 1),
+        "update/floor": ratio(taken, "update", "floor"),
+        "update/flat": ratio(taken, "update", "flat"),
+        **({"compiled": ratio(taken, "compiled", "floor")} if "compiled" in taken else {}),
+        "two": ratio(taken, "two", "update"),
+        "floor us": seconds["floor"] * 1e6,
+        "update us": seconds["update"] * 1e6,
+        "overhead us": (seconds["update"] - seconds["floor"]) * 1e6,
+        "GB/s": 12 * sum(numels) / seconds["update"] / 1e9,
+    }
     return [row]
 
 
@@ -78,3 +79,15 @@ def floor(numels: Sequence[int], device: torch.device) -> Callable[[], object]:
     averages = [torch.zeros(n, device=device) for n in numels]
     lives = [torch.ones(n, device=device) for n in numels]
     return lambda: torch._foreach_lerp_(averages, lives, WEIGHT)
+
+
+def compiled(numel: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    """The update of one tensor in one pass, which torch has no kernel for but can compile."""
+    average = torch.zeros(numel, device=device)
+    live = torch.ones(numel, dtype=dtype, device=device)
+
+    @torch.compile
+    def update(average: torch.Tensor, live: torch.Tensor) -> None:
+        average.copy_(average + WEIGHT * (live.float() - average))
+
+    return lambda: update(average, live)
