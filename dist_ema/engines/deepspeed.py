@@ -48,7 +48,7 @@ _UNSUPPORTED = {
     "params_in_nvme_and_cpu": "offload to NVMe",
 }
 
-_GATHER_BYTES = 8 << 20  # of copies of masters, over all ranks, at a time
+_GATHER_BYTES = 2 << 20  # of copies of masters, over all ranks, at a time; see replicas.py
 
 
 class ZeroEngine(Engine):
