@@ -15,8 +15,8 @@ from dist_ema.holders import Holders
 from dist_ema.layout import Fragment
 from dist_ema.ranks import Ranks, device_for, digest
 
-# Staging of an all-gather, over all ranks. Gloo copies it, and its threads let go of some copies late:
-# with 8 MB a swap held up to 95 MB, and took four fifths of the time.
+# Staging of an all-gather, over all ranks. Gloo copies it, and its threads let go of some copies
+# late: with 8 MB a swap held up to 95 MB, and took four fifths of the time.
 _CHUNK_BYTES = 2 << 20
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
 
