@@ -297,7 +297,7 @@ def _serve(rank: int, num_ranks: int, directory: str, pipe: Connection) -> None:
 def log_crashes() -> None:
     """Write the stacks of all threads to the log after a crash, or when asked to by a signal.
 
-    Whatever took these signals since: some trainers do, and do not give all of them back.
+    Whatever took these signals since: Lightning "restores" handlers that Python does not know of.
     """
     faulthandler.disable()
     faulthandler.enable(2)
