@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -200,30 +200,28 @@ class Binding:
                 buffers = Buffers(self.model, self.plan.buffer_views())
             self.engine.release()
             self._await_copies()
-            try:
+        shown = False
+        try:
+            with torch.no_grad():
                 with self.swap_ranks.together():
                     swap.enter()
                     averaged = zip(self.plan.buffers, values[num_parameters:], strict=True)
                     for piece, value in averaged:
                         piece.fragment.view.copy_(value)
-            except BaseException:
-                swap.leave()
-                buffers.restore()
-                self.engine.publish()
-                raise
-        try:
-            with torch.no_grad():
+                shown = True
                 self._share()
             yield
         finally:
             with torch.no_grad():
-                self.engine.release()
-                self._await_copies()
-                swap.leave()
-                buffers.restore()
-                if self.engine.stamp() != self._stamp:
-                    self._carry_over()
-                self._share()
+                if shown:
+                    self.engine.release()
+                    self._await_copies()
+                # The last first, and each of them even if an interrupt ends the one before.
+                with ExitStack() as steps:
+                    steps.callback(self._share if shown else self.engine.publish)
+                    steps.callback(self._carry_over_if_moved)
+                    steps.callback(buffers.restore)
+                    steps.callback(swap.leave)
 
     def _await_copies(self) -> None:
         """Wait for forward passes that may still copy weights from host memory to the device."""
@@ -232,8 +230,10 @@ class Binding:
             if any(view.device.type == "cpu" for view in views):
                 torch.cuda.synchronize()
 
-    def _carry_over(self) -> None:
+    def _carry_over_if_moved(self) -> None:
         """Bring live weights along to where a block moved the model's storage."""
+        if self.engine.stamp() == self._stamp:
+            return
         old = [f for w in self.plan.weights for f in w.fragments if w.fqn in self.plan.averaged]
         self._rebind()
         self.engine.release()

@@ -110,7 +110,8 @@ def flat_ends(inner: Box, outer: Box) -> tuple[int, int]:
 def uncovered(shape: Shape, boxes: Sequence[Box]) -> str | None:
     """What keeps boxes, each within the shape, from being a partition of it; None if nothing does.
 
-    Takes n log n steps for boxes in rows or any other direction, n ** 1.5 for a square grid.
+    Takes n log n steps for boxes in rows or any other direction, n ** 1.5 for a square grid, and
+    n ** 2 where many lie side by side in every direction, as no mesh cuts them.
     """
     full = [box for box in boxes if box.numel]
     pair = _overlapping(full)

@@ -212,7 +212,8 @@ def _batches(
         return
 
     within_cuda = live.is_cuda and not crosses
-    length = _CHUNK_ELEMENTS_WITHIN_CUDA if within_cuda else _CHUNK_ELEMENTS
+    most = _CHUNK_ELEMENTS_WITHIN_CUDA if within_cuda else _CHUNK_ELEMENTS
+    length = min(most, sum(x.numel() for x in lives))
 
     def stagings(wanted: bool) -> list[torch.Tensor | None]:
         if not wanted:

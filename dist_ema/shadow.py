@@ -8,7 +8,7 @@ and one operation updates a whole buffer. What lies in a gap is never read as a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -187,10 +187,11 @@ class Swap:
             raise
 
     def leave(self) -> None:
-        """Show the live weights again, bit for bit.
+        """Show the live weights again, bit for bit, and only then raise what interrupted it."""
+        _through(self._leave)
 
-        Backwards, so that two weights over one storage come back as well.
-        """
+    def _leave(self) -> None:
+        """Backwards, so that two weights over one storage come back as well."""
         staging = _Staging()
         for item in reversed(self._items):
             if item.done or item.progress != (0, None):
@@ -213,6 +214,10 @@ class Buffers:
         self._ddp = [(m, m.require_forward_param_sync) for m in ddp_modules(model)]
 
     def restore(self) -> None:
+        """Put back what was set aside, and only then raise what interrupted it."""
+        _through(self._restore)
+
+    def _restore(self) -> None:
         for registry, name, tensor in self._registered:
             if registry.get(name) is not tensor:
                 registry[name] = tensor
@@ -222,6 +227,15 @@ class Buffers:
                 view.copy_(kept)
         for module, must_sync in self._ddp:
             module.require_forward_param_sync = must_sync
+
+
+def _through(act: Callable[[], None]) -> None:
+    """Do what can be done again from where it stopped: twice, if Ctrl-C or an error ends it."""
+    try:
+        act()
+    except BaseException:
+        act()
+        raise
 
 
 def _show(item: _Item, staging: _Staging) -> None:

@@ -55,16 +55,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     limit = pyfuncitem.get_closest_marker("timeout_s")
     task = Task(pyfuncitem.module.__name__, pyfuncitem.originalname, arguments)
-    pools, timeout_s = pyfuncitem.config.stash[POOLS], limit.args[0] if limit else TIMEOUT_S
-    failure = None
+    pools, failure = pyfuncitem.config.stash[POOLS], None
     try:
-        try:
-            reason = pools.get(num_ranks).run(task, timeout_s)
-        except RankFailure as error:
-            if not error.outside_python:
-                raise
-            pyfuncitem.warn(pytest.PytestWarning(f"run once more after a crash:\n{error}"))
-            reason = pools.get(num_ranks).run(task, timeout_s)
+        reason = pools.run(task, num_ranks, limit.args[0] if limit else TIMEOUT_S)
     except RankFailure as error:
         failure = str(error)
     if failure is not None:  # out here, or pytest would show the chain of both

@@ -21,6 +21,7 @@ import gc
 import importlib
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -47,6 +48,7 @@ GRACE_S = 1.0  # how long the other ranks may go on after the first one has fail
 COLLECTIVE_TIMEOUT = timedelta(seconds=30)
 LOG_TAIL_CHARS = 6000
 MAX_THREADS = 64
+TRANSPORT = "gloo/transport"  # in the message of an error that another rank's end causes
 
 # One thread a worker: there are more workers than cores. deepspeed picks its accelerator when it is
 # imported, and must not look for a GPU; the Hugging Face libraries must not look for a network.
@@ -103,6 +105,7 @@ class Report:
     text: str
     at: float
     num_threads: int = 0  # of the worker, afterwards
+    signaled: bool = False  # the worker died of a signal
 
 
 class WorkerPool:
@@ -152,7 +155,7 @@ class WorkerPool:
             if not hung and outcomes == {"skipped"}:
                 return reports[0].text
             failure = RankFailure(
-                self._describe(reports, hung), outside_python=self._crashed_outside_python()
+                self._describe(reports, hung), outside_python=self._crashed_outside_python(reports)
             )
         except BaseException:
             self.close()
@@ -198,7 +201,8 @@ class WorkerPool:
     def _death(self, rank: int) -> Report:
         self._workers[rank].join(5)
         exitcode = self._workers[rank].exitcode
-        return Report("failed", f"the process died, exit code {exitcode}\n", time.monotonic())
+        text = f"the process died, exit code {exitcode}\n"
+        return Report("failed", text, time.monotonic(), signaled=(exitcode or 0) < 0)
 
     def _describe(self, reports: dict[int, Report], hung: list[int]) -> str:
         """The ranks that failed in the order in which they did, then what the others were doing."""
@@ -215,14 +219,22 @@ class WorkerPool:
             lines.append(f"--- ranks {skipped} skipped, which only all ranks together may do ---\n")
         return "\n" + "".join(lines)
 
-    def _crashed_outside_python(self) -> bool:
-        """Whether a worker crashed, and in none was that thread one of Python's.
+    def _crashed_outside_python(self, reports: Mapping[int, Report]) -> bool:
+        """Whether a worker crashed in a thread that is none of Python's, and nothing else failed.
 
-        `faulthandler` writes which one was the current thread, if Python knows it.
+        `faulthandler` writes which one was the current thread, if Python knows it. Other ranks may
+        fail because of it, in gloo's transport.
         """
-        logs = [self._log(rank) for rank in range(len(self._workers))]
-        crashed = [log for log in logs if "Fatal Python error" in log]
-        return bool(crashed) and not any("\nCurrent thread" in log for log in crashed)
+        failed = {rank: r for rank, r in reports.items() if r.outcome == "failed"}
+        crashed = {rank for rank, report in failed.items() if report.signaled}
+        others = [report.text for rank, report in failed.items() if rank not in crashed]
+        logs = [self._log(rank) for rank in crashed]
+        return (
+            bool(crashed)
+            and all("Fatal Python error" in log for log in logs)
+            and not any("\nCurrent thread" in log for log in logs)
+            and all(TRANSPORT in text.rstrip().rsplit("\n", 1)[-1] for text in others)
+        )
 
     def _log(self, rank: int) -> str:
         text = (Path(self._directory.name) / f"rank{rank}.log").read_text(errors="replace")
@@ -234,6 +246,24 @@ class PoolKeeper:
 
     def __init__(self) -> None:
         self._pool: WorkerPool | None = None
+        self._may_repeat = True
+
+    def run(self, task: Task, num_ranks: int, timeout_s: float = TIMEOUT_S) -> str | None:
+        """As `WorkerPool.run`; once more, with a warning, after the first crash outside of Python.
+
+        The temporary directory is empty again then.
+        """
+        try:
+            return self.get(num_ranks).run(task, timeout_s)
+        except RankFailure as error:
+            if not (error.outside_python and self._may_repeat):
+                raise
+            self._may_repeat = False
+            warnings.warn(f"run once more after a crash:\n{error}", stacklevel=2)
+        if "tmp_path" in task.arguments:
+            shutil.rmtree(task.arguments["tmp_path"])
+            task.arguments["tmp_path"].mkdir()
+        return self.get(num_ranks).run(task, timeout_s)
 
     def get(self, num_ranks: int) -> WorkerPool:
         pool = self._pool

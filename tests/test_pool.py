@@ -59,6 +59,18 @@ def crashes_in_a_thread_of_c_on_rank_1():
     time.sleep(30)
 
 
+def fails_on_rank_0_and_then_crashes_on_rank_1():
+    if dist.get_rank() == 0:
+        raise ValueError("boom")
+    time.sleep(0.3)
+    crashes_in_a_thread_of_c_on_rank_1()
+
+
+def fails_after_words_of_a_crash():
+    print("Fatal Python error: in a program that the body started", flush=True)
+    raise ValueError("boom")
+
+
 def crashes_in_python_on_rank_1():
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -131,6 +143,8 @@ def test_the_first_rank_to_fail_is_printed_first(pools):
     [
         (crashes_in_a_thread_of_c_on_rank_1, True),
         (crashes_in_python_on_rank_1, False),
+        (fails_on_rank_0_and_then_crashes_on_rank_1, False),
+        (fails_after_words_of_a_crash, False),
         (dies_on_rank_1, False),
         (fails_on_rank_1, False),
     ],
@@ -201,10 +215,30 @@ def test_a_body_may_skip():
     pytest.skip("shows that a body can skip")
 
 
-@pytest.mark.ranks(2)
-@pytest.mark.filterwarnings("ignore:run once more")
-def test_a_body_runs_again_after_a_crash_outside_of_python(tmp_path):
-    crashed = tmp_path / f"{dist.get_rank()}"
-    if not crashed.exists():
-        crashed.touch()
+def crashes_on_rank_1_the_first_time(marks, tmp_path):
+    mark = marks / f"{dist.get_rank()}"
+    first = not mark.exists()
+    mark.touch()
+    assert not list(tmp_path.iterdir())
+    dist.barrier()
+    (tmp_path / f"{dist.get_rank()}").touch()
+    if first:
         crashes_in_a_thread_of_c_on_rank_1()
+
+
+def test_a_body_runs_again_after_a_crash_outside_of_python_but_only_one(tmp_path):
+    keeper = PoolKeeper()
+    try:
+        for name in ("first", "second"):
+            arguments = {"marks": tmp_path / f"{name}-marks", "tmp_path": tmp_path / name}
+            for path in arguments.values():
+                path.mkdir()
+            task = Task(__name__, "crashes_on_rank_1_the_first_time", arguments)
+            if name == "first":
+                with pytest.warns(UserWarning, match="run once more after a crash"):
+                    keeper.run(task, 2)
+            else:
+                with pytest.raises(RankFailure, match="exit code -6"):
+                    keeper.run(task, 2)
+    finally:
+        keeper.close()

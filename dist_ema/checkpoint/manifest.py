@@ -34,7 +34,7 @@ from urllib.parse import quote
 from dist_ema.checkpoint.checksums import checksum
 from dist_ema.layout import Box, Shape
 
-FORMAT, VERSION = "dist_ema", 1
+FORMAT, VERSION = "dist_ema", 2
 FILE = "manifest.json"
 BLOCK_BYTES = 4 << 20  # of data under one checksum: stays in cache between reading and hashing
 ITEMSIZE = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -40,7 +40,10 @@ def check_size(nbytes: int, where: str) -> None:
 
 
 def parse(data: bytes, where: str) -> Manifest:
-    """Check a manifest's file and read it. Takes time and memory in proportion to its length.
+    """Check a manifest's file and read it.
+
+    Takes time and memory in proportion to its length, but for boxes that lie side by side in every
+    direction (see `layout.uncovered`).
 
     Raises:
         CheckpointError: it is cut short, altered, of another version, or makes no sense.
@@ -129,10 +132,13 @@ def _average(value: object, where: str, block_bytes: int) -> SavedAverage:
     files = {
         name: _file(name, entry, where) for name, entry in _mapping(value, "files", where).items()
     }
+    numbered = list(files.items())
     tensors = {}
     ranges: dict[str, list[tuple[int, int, str]]] = {name: [] for name in files}
     for fqn, entry in _mapping(value, "tensors", where).items():
-        tensors[fqn] = tensor = _tensor(entry, f"{where}, tensor {shown(fqn)}", files, block_bytes)
+        tensors[fqn] = tensor = _tensor(
+            entry, f"{where}, tensor {shown(fqn)}", numbered, block_bytes
+        )
         for saved in tensor.boxes:
             ranges[saved.file].append((saved.start, saved.nbytes, fqn))
     for name, file in files.items():
@@ -152,7 +158,7 @@ def _file(name: str, value: object, where: str) -> SavedFile:
 
 
 def _tensor(
-    value: object, where: str, files: Mapping[str, SavedFile], block_bytes: int
+    value: object, where: str, files: Sequence[tuple[str, SavedFile]], block_bytes: int
 ) -> SavedTensor:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: is {shown(value)}")
@@ -175,7 +181,7 @@ def _boxes(
     where: str,
     shape: Shape,
     itemsize: int,
-    files: Mapping[str, SavedFile],
+    files: Sequence[tuple[str, SavedFile]],
     block_bytes: int,
 ) -> tuple[SavedBox, ...]:
     numbers, starts = _numbers(columns, "files", where), _numbers(columns, "starts", where)
@@ -185,7 +191,7 @@ def _boxes(
         raise CheckpointError(
             f"{where}: {len(numbers)} boxes with starts {shown(starts)} and checksums {shown(sums)}"
         )
-    names, at = list(files), 0
+    at = 0
     boxes = []
     for number, start, offsets, sizes in zip(numbers, starts, *places, strict=True):
         if any(o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)):
@@ -193,15 +199,15 @@ def _boxes(
                 f"{where}: a box at {shown(offsets)} of sizes {shown(sizes)} in shape "
                 f"{shown(shape)}"
             )
-        if number >= len(names):
-            raise CheckpointError(f"{where}: a box is in file {number} of {len(names)}")
-        file, nbytes = names[number], math.prod(sizes) * itemsize
-        if start + nbytes > files[file].nbytes:
+        if number >= len(files):
+            raise CheckpointError(f"{where}: a box is in file {number} of {len(files)}")
+        (name, file), nbytes = files[number], math.prod(sizes) * itemsize
+        if start + nbytes > file.nbytes:
             raise CheckpointError(
-                f"{where}: bytes from {start} to {start + nbytes} are not in {file}"
+                f"{where}: bytes from {start} to {start + nbytes} are not in {name}"
             )
         at, begin = at - (-nbytes // block_bytes), at
-        boxes.append(SavedBox(Box(offsets, sizes), file, start, nbytes, tuple(sums[begin:at])))
+        boxes.append(SavedBox(Box(offsets, sizes), name, start, nbytes, tuple(sums[begin:at])))
     if at != len(sums):
         raise CheckpointError(f"{where}: {at} blocks with checksums {shown(sums)}")
     return tuple(boxes)
