@@ -189,15 +189,16 @@ class ShardedEMA:
             (for engines and frameworks that tell) and on the calls that `update_every` skips.
 
         Raises:
-            RuntimeError: inside `average_parameters()`; the model's parameters were replaced, or a
-                frozen one trains now. The average is unchanged.
+            RuntimeError: inside `average_parameters()`; parameters were replaced by ones of another
+                shape or layout, or a frozen one trains now. The average is unchanged.
         """
         self._refuse_while_shown("update()")
         self._bound.follow()
         self._bound.refuse_thawed()
         if isinstance(step, bool) or (step is not None and not _is_count(step)):
+            what = type(step).__name__ if isinstance(step, nn.Module) else repr(step)
             raise ValueError(
-                f"step is {step!r}, wanted the number of an optimizer step >= 0, not a model"
+                f"step is {what}, wanted the number of an optimizer step >= 0, not a model"
             )
         applied_steps = self._bound.engine.applied_steps()
         if applied_steps is not None:

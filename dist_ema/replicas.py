@@ -13,11 +13,8 @@ import torch.distributed as dist
 
 from dist_ema.holders import Holders
 from dist_ema.layout import Fragment
-from dist_ema.ranks import Ranks, device_for, digest
+from dist_ema.ranks import Ranks, device_for, digest, gather_bytes
 
-# Staging of an all-gather, over all ranks. Gloo copies it, and its threads let go of some copies
-# late: with 8 MB a swap held up to 95 MB, and took four fifths of the time.
-_CHUNK_BYTES = 2 << 20
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
 
 
@@ -72,8 +69,9 @@ class ReplicaSet:
         kinds = {storage(f).dtype for f in self.fragments}
         dtype = functools.reduce(torch.promote_types, kinds)
         longest = max(b - a for a, b in zip(self.cuts, self.cuts[1:], strict=False))
-        chunk = max(1, min(longest, _CHUNK_BYTES // (dtype.itemsize * len(self.ranks))))
         device = device_for(self.group, storage(self.fragments[0]).device)
+        room = gather_bytes(device, len(self.ranks)) // (dtype.itemsize * len(self.ranks))
+        chunk = max(1, min(longest, room))
         mine = torch.empty(chunk, dtype=dtype, device=device)
         every = torch.empty(len(self.ranks), chunk, dtype=dtype, device=device)
         for start in range(0, longest, chunk):

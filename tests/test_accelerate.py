@@ -300,9 +300,22 @@ def test_a_checkpoint_is_free_of_an_average_that_nobody_has(tmp_path: Path):
     with accelerated("alone") as session:
         registered(session)  # and let go
         gc.collect()
-        session.accelerator.save_state(str(tmp_path))
+        with pytest.warns(UserWarning, match="registered as 'ema' is in no checkpoint any more"):
+            session.accelerator.save_state(str(tmp_path))
         assert not (tmp_path / "ema").exists()
-        session.accelerator.load_state(str(tmp_path))
+        with pytest.warns(UserWarning, match="nobody holds it; keep the ShardedEMA"):
+            session.accelerator.load_state(str(tmp_path))
+
+
+@pytest.mark.ranks(0)
+def test_a_model_of_another_accelerator_is_refused():
+    from accelerate import Accelerator
+
+    with accelerated("alone") as session:
+        ema = ShardedEMA(Net(), DECAY)
+        with pytest.raises(ValueError, match=r"a Net that .* not prepared; it has prepared: Net"):
+            register(session.accelerator, ema)
+        register(Accelerator(cpu=True), ema)  # before it prepares any
 
 
 @pytest.mark.ranks(0)

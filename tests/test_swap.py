@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import warnings
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
+from dist_ema import ShardedEMA
 from tests.net import FROZEN, TRAINABLE
 from tests.runs import EXACT, Run, a_few_worlds, live_buffers, make_ema, start
 from tests.worlds import (
@@ -331,3 +336,56 @@ def test_replicas_that_differ_stay_apart_when_kept_whole(world: World):
     with run.ema.average_parameters():
         run.training.evaluate()
     torch.testing.assert_close(held(), before, **EXACT)
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("going", ["in", "out"])
+def test_ctrl_c_leaves_weights_and_average_as_they_were(going: str):
+    """Wherever it comes: before each copy that a swap makes."""
+
+    def parts() -> list[Tensor]:
+        held: list[Tensor] = [*model.parameters(), *model.buffers(), *ema._values(None)]
+        return [t.detach().clone() for t in held]
+
+    model = torch.nn.Sequential(
+        torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 700).bfloat16()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bf16 without a master
+        ema = ShardedEMA(model, 0.5, buffers="average")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.add_(1)
+    ema.update()
+    before = parts()
+    interrupted = 0
+    for at in itertools.count():
+        interrupts = Interrupts(at)
+        try:
+            with interrupts if going == "in" else contextlib.nullcontext():
+                block = ema.average_parameters()
+                block.__enter__()
+            with interrupts if going == "out" else contextlib.nullcontext():
+                block.__exit__(None, None, None)
+        except KeyboardInterrupt:
+            interrupted += 1
+        assert not ema._shown
+        torch.testing.assert_close(parts(), before, **EXACT)
+        if not interrupts.came:
+            break
+    assert interrupted > 15
+
+
+class Interrupts(TorchFunctionMode):
+    """Ctrl-C before the call of torch number `at`, counted from 0."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left, self.came = at, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.copy_, torch.Tensor.clone, torch.equal):
+            self.left -= 1
+            if self.left == -1:
+                self.came = True
+                raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))

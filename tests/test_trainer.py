@@ -494,6 +494,28 @@ def test_a_callback_that_is_not_attached_or_twice_says_so(tmp_path: Path):
             ema_callback(0.99).attach(trainer)
         trainer.train()
         assert callback.ema.step == 4
+        trainer.add_callback(callback)  # transformers adds it once more
+        with pytest.raises(RuntimeError, match="2 times among the Trainer's callbacks"):
+            trainer.train()
+
+
+@pytest.mark.ranks(0)
+def test_a_callback_that_is_removed_shows_nothing_more(tmp_path: Path):
+    with trainer_of("alone", tmp_path) as trainer:
+        first = ema_callback(multi_avg_fn=to_zero).attach(trainer)
+        trainer.train()
+        of_zeros = losses(trainer.evaluate())
+        with first.raw_weights():
+            raw = losses(trainer.evaluate())
+        assert raw != of_zeros
+        trainer.remove_callback(first)
+        assert losses(trainer.evaluate()) == raw
+        second = ema_callback(0.0).attach(trainer)  # copies
+        trainer.train()
+        assert first.ema.step == second.ema.step == 4
+        averaged = losses(trainer.evaluate())
+        with second.raw_weights():
+            assert losses(trainer.evaluate()) == averaged != of_zeros
 
 
 @pytest.mark.ranks(0)

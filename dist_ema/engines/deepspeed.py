@@ -37,6 +37,7 @@ from dist_ema.engines.engine import (
 )
 from dist_ema.layout import whole_fragment
 from dist_ema.names import Slot, is_instance, layers, slots
+from dist_ema.ranks import gather_bytes
 
 # Attributes of an engine or its optimizer, or calls of them, that tell of what is not supported.
 _UNSUPPORTED = {
@@ -47,8 +48,6 @@ _UNSUPPORTED = {
     "swap_optimizer": "offload to NVMe",
     "params_in_nvme_and_cpu": "offload to NVMe",
 }
-
-_GATHER_BYTES = 2 << 20  # of copies of masters, over all ranks, at a time; see replicas.py
 
 
 class ZeroEngine(Engine):
@@ -164,8 +163,8 @@ class _Flat(_Whole):
         for i, copy in enumerate(self._copies if self._ranks else ()):
             parts = copy.detach().view(dist.get_world_size(self._ranks[i]), -1)
             own = copy.detach()[self._held(i)]
-            # In chunks: gloo has a second copy of all that one call gathers.
-            step = max(1, _GATHER_BYTES // (copy.element_size() * len(parts)))
+            room = gather_bytes(copy.device, len(parts))
+            step = max(1, room // (copy.element_size() * len(parts)))
             every = torch.empty(len(parts), step, dtype=copy.dtype, device=copy.device)
             for start in range(0, own.numel(), step):
                 mine = own[start : start + step]

@@ -27,6 +27,7 @@ called in the block after `optimizer.step()`, or after it. What accelerate does 
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,8 @@ def register(
 
     A registration is over when `accelerator.free_memory()` has let go of the model, and the name
     is free again then: a function under `find_executable_batch_size` registers the average of each
-    try. It holds the average no longer than the caller does.
+    try. It holds the average no longer than the caller does: keep the average, or a checkpoint will
+    have none, with a warning.
 
     `register` itself is local. `save_state` and `load_state` become collective where they are not:
     every rank calls them, and sees one file system.
@@ -102,7 +104,8 @@ def register(
     Raises:
         TypeError: `accelerator` or `ema` is something else.
         ValueError: `name` is taken, or names no directory; `ema` is registered already, with this
-            accelerator or another; `optimizer` was not prepared.
+            accelerator or another; `optimizer` was not prepared, or the model was not while others
+            were.
 
     `load_state` raises `CheckpointError` if the checkpoint has no average, and `save_state` and
     `load_state` raise what `ShardedEMA.save` and `ShardedEMA.load` do.
@@ -119,6 +122,15 @@ def register(
         )
     if not name or name != Path(name).name or name.startswith("."):
         raise ValueError(f"name is {name!r}, wanted that of a directory in each checkpoint")
+    own = unwrap(ema._bound.model)
+    prepared = next((weakref.ref(m) for m in accelerator._models if unwrap(m) is own), None)
+    if prepared is None and accelerator._models:
+        theirs = ", ".join(type(unwrap(m)).__name__ for m in accelerator._models)
+        raise ValueError(
+            f"ema averages a {type(own).__name__} that this accelerator has not prepared; it has "
+            f"prepared: {theirs}; average what prepare() returned, and register with that "
+            "accelerator"
+        )
     names = _registered.setdefault(accelerator, {})
     _refuse_again(accelerator, ema)
     if name in names:
@@ -141,7 +153,15 @@ def register(
     def averaged() -> ShardedEMA | None:
         """The average, if every rank still has it. Collective: every rank calls it."""
         ema = owner()
-        return None if ranks.any(ema is None) else ema
+        if not ranks.any(ema is None):
+            return ema
+        if prepared is not None and any(m is prepared() for m in accelerator._models):
+            warnings.warn(
+                f"the average that was registered as {name!r} is in no checkpoint any more: nobody "
+                "holds it; keep the ShardedEMA for as long as the model is trained",
+                stacklevel=4,  # who calls save_state() or load_state()
+            )
+        return None
 
     def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
         if (ema := averaged()) is not None:
@@ -156,8 +176,6 @@ def register(
         accelerator.register_save_state_pre_hook(save),
         accelerator.register_load_state_pre_hook(load),
     )
-    own = unwrap(ema._bound.model)
-    prepared = next((weakref.ref(m) for m in accelerator._models if unwrap(m) is own), None)
     names[name] = _Registration(owner, prepared, hooks)
 
 

@@ -143,8 +143,8 @@ class EMACallback(TrainerCallback):
     def attach(self, trainer: Trainer) -> EMACallback:
         """Belong to a Trainer; call it before `train()`. Local. Returns the callback itself.
 
-        It is added to the Trainer's callbacks, if it is not among them yet. See [Note: what
-        attaching does].
+        It is added to the Trainer's callbacks, if it is not among them yet; `remove_callback` takes
+        it away again, and evaluations then use the raw weights. See [Note: what attaching does].
 
         Raises:
             ValueError: it is attached already, or the Trainer has another one.
@@ -178,6 +178,11 @@ class EMACallback(TrainerCallback):
         trainer.evaluation_loop = evaluate_average  # type: ignore[method-assign]
         return self
 
+    def _times_listed(self) -> int:
+        """How often the Trainer calls this callback for an event: none, once it is removed."""
+        assert self._trainer is not None
+        return sum(other is self for other in self._trainer.callback_handler.callbacks)
+
     @contextmanager
     def raw_weights(self) -> Iterator[None]:
         """Within the block `evaluate()` and `predict()` use the raw weights, to compare. Local."""
@@ -198,6 +203,11 @@ class EMACallback(TrainerCallback):
                 "trainer.train()"
             )
         with Ranks().together():
+            if (times := self._times_listed()) > 1:
+                raise RuntimeError(
+                    f"this EMACallback is {times} times among the Trainer's callbacks, so it would "
+                    "count each step as often; add it once: attach(trainer) does it"
+                )
             self._refuse_export_at_a_file()
         if self._evaluates and args.load_best_model_at_end and not self._copy_at_end:
             warnings.warn(
@@ -308,6 +318,9 @@ class EMACallback(TrainerCallback):
     @contextmanager
     def _showing(self) -> Iterator[None]:
         """Within the block the model shows the average, if there is one and it is wanted."""
+        if not self._times_listed():
+            yield
+            return
         if self.ema is None and self._evaluates and not self._has_warned:
             self._has_warned = True
             warnings.warn(
