@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 import warnings
@@ -497,6 +498,17 @@ def test_a_callback_that_is_not_attached_or_twice_says_so(tmp_path: Path):
         trainer.add_callback(callback)  # transformers adds it once more
         with pytest.raises(RuntimeError, match="2 times among the Trainer's callbacks"):
             trainer.train()
+
+
+@pytest.mark.ranks(0)
+def test_another_model_in_the_place_of_the_trained_one_is_told_of(tmp_path: Path):
+    with trainer_of("alone", tmp_path) as trainer:
+        ema_callback(DECAY).attach(trainer)
+        trainer.train()
+        trainer.evaluate()
+        trainer.model = trainer.model_wrapped = copy.deepcopy(trainer.model)
+        with pytest.warns(UserWarning, match="trainer.model is not the model that was trained"):
+            trainer.evaluate()
 
 
 @pytest.mark.ranks(0)

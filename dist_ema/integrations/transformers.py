@@ -39,6 +39,7 @@ from dist_ema.ema import ShardedEMA
 from dist_ema.files import target
 from dist_ema.integrations.beside import is_there
 from dist_ema.lerp import MultiAvgFn
+from dist_ema.names import unwrap
 from dist_ema.options import Options, average_meant, schedules_of
 from dist_ema.ranks import Ranks
 from dist_ema.schedule import Schedule
@@ -332,6 +333,14 @@ class EMACallback(TrainerCallback):
         if self.ema is None or not self._evaluates or self._is_shown:
             yield
             return
+        assert self._trainer is not None
+        model = self._trainer.model
+        if model is not None and unwrap(model) is not unwrap(self.ema._bound.model):
+            warnings.warn(
+                "trainer.model is not the model that was trained, of which there is an average: "
+                "evaluate() and predict() use its own weights",
+                stacklevel=5,  # who calls evaluate()
+            )
         with self.ema.average_parameters(self._name):
             self._is_shown = True
             try:
