@@ -213,18 +213,32 @@ class Ranks:
         if self.any(bool(missing)):
             # [Note: names of groups] Only the members of `self.group` are here, so the new groups
             # must be local; torch names such a group by its ranks and by how many groups this
-            # process is in (read in 2.13), and ranks that disagree on the name wait for ever. So
-            # all ranks are brought to one number, and each then makes a group in every round: that
+            # process is in (read in 2.13), and ranks that disagree on the name wait for ever. So do
+            # those that meet under a name again, if its group was destroyed: what the first ones
+            # left in the store is there still. So all ranks are brought to one number, under which
+            # none of the groups was made before, and each then makes a group in every round: that
             # which it is in, or one of itself.
             num_here = len(_world.pg_names)
-            told = self.all_gather((num_here, missing))
-            lacking = max(number for number, _ in told) - num_here
-            alone = [_new_group((me,), "gloo") for _ in range(lacking)]
-            for members in _rounds(sorted({ranks for _, theirs in told for ranks in theirs})):
+            told = self.all_gather(
+                (num_here, {ranks: _USED.get(ranks, set()) for ranks in missing})
+            )
+            used: dict[tuple[int, ...], set[int]] = {}
+            for _, theirs in told:
+                for ranks, numbers in theirs.items():
+                    used.setdefault(ranks, set()).update(numbers)
+            rounds = _rounds(sorted(used))
+            start = max(number for number, _ in told)
+            while any(
+                start + i in used[ranks] for i, each in enumerate(rounds) for ranks in each.values()
+            ):
+                start += 1
+            alone = [_new_group((me,), "gloo") for _ in range(start - num_here)]
+            for number, members in enumerate(rounds, start):
                 mine = members.get(me, (me,))
                 made = _new_group(mine)
                 if me in members:
                     found[mine] = _MADE[mine] = made
+                    _USED.setdefault(mine, set()).add(number)
                 else:
                     alone.append(made)
             for group in alone:
@@ -235,6 +249,7 @@ class Ranks:
 # What was made here, by global ranks: two averages of one layout have the same groups. Weak: a
 # group that outlives `destroy_process_group()` keeps its threads.
 _MADE: WeakValueDictionary[tuple[int, ...], dist.ProcessGroup] = WeakValueDictionary()
+_USED: dict[tuple[int, ...], set[int]] = {}  # the numbers of [Note: names of groups]
 
 
 def _rounds(groups: Sequence[tuple[int, ...]]) -> list[dict[int, tuple[int, ...]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -68,6 +69,25 @@ def test_groups_are_made_once_and_again_where_others_were_destroyed():
     for group in made.values():
         dist.destroy_process_group(group)
     assert sums(ranks, ranks.subgroups(first, ())) == dict.fromkeys(first, 1)
+
+
+@pytest.mark.ranks(3)
+def test_a_group_that_is_made_again_has_a_name_of_its_own():
+    """Else a rank that is late finds the others gone to where its first group met."""
+    from torch.distributed.distributed_c10d import _world
+
+    ranks, names = Ranks(), set()
+    mine = [pair for pair in ((0, 1), (1, 2)) if ranks.rank in pair]
+    for turn in range(4):
+        if ranks.rank == turn % 3:
+            time.sleep(0.2)
+        made = ranks.subgroups(mine, ())
+        assert sums(ranks, made) == {pair: sum(pair) for pair in mine}
+        names |= {_world.pg_names[group] for group in made.values()}
+        dist.barrier()
+        for group in made.values():
+            dist.destroy_process_group(group)
+    assert len(names) == 4 * len(mine)
 
 
 @pytest.mark.ranks(2)
