@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 _BROADCAST_BYTES = 32 << 20  # at a time
-_GLOO_GATHER_BYTES = 2 << 20
+_GLOO_GATHER_BYTES = 2 << 20  # of all ranks, at a time
 _GATHER_BYTES = 8 << 20
 _GATHER_BYTES_OF_A_RANK = 1 << 18
 _ERRORS: dict[str, type[Exception]] = {
@@ -280,15 +280,17 @@ def digest(*parts: object) -> tuple[int, int]:
     )
 
 
-def gather_bytes(device: torch.device, num_ranks: int) -> int:
-    """How much an all-gather of a large tensor should bring to a rank at a time, in all.
+def gather_chunk(device: torch.device, num_ranks: int, itemsize: int) -> int:
+    """How many elements of each rank an all-gather of a large tensor should take at a time.
 
     Gloo copies it, and its threads let go of some copies late: with 8 MB a swap held up to 95 MB on
     a CPU, for a fifth of the time less. NCCL wants more, and not too little from each rank.
     """
     if device.type == "cpu":
-        return _GLOO_GATHER_BYTES
-    return max(_GATHER_BYTES, num_ranks * _GATHER_BYTES_OF_A_RANK)
+        nbytes = _GLOO_GATHER_BYTES // num_ranks
+    else:
+        nbytes = max(_GATHER_BYTES // num_ranks, _GATHER_BYTES_OF_A_RANK)
+    return max(1, nbytes // itemsize)
 
 
 def device_for(group: dist.ProcessGroup, wanted: torch.device) -> torch.device:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from dist_ema.holders import Holders
 from dist_ema.layout import Fragment
-from dist_ema.ranks import Ranks, device_for, digest, gather_bytes
+from dist_ema.ranks import Ranks, device_for, digest, gather_chunk
 
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
 
@@ -70,8 +70,7 @@ class ReplicaSet:
         dtype = functools.reduce(torch.promote_types, kinds)
         longest = max(b - a for a, b in zip(self.cuts, self.cuts[1:], strict=False))
         device = device_for(self.group, storage(self.fragments[0]).device)
-        room = gather_bytes(device, len(self.ranks)) // (dtype.itemsize * len(self.ranks))
-        chunk = max(1, min(longest, room))
+        chunk = max(1, min(longest, gather_chunk(device, len(self.ranks), dtype.itemsize)))
         mine = torch.empty(chunk, dtype=dtype, device=device)
         every = torch.empty(len(self.ranks), chunk, dtype=dtype, device=device)
         for start in range(0, longest, chunk):

@@ -83,7 +83,7 @@ class RankFailure(AssertionError):
     """A body failed, died or hung on one or more ranks; the message has each rank's traceback."""
 
     def __init__(self, message: str, *, outside_python: bool = False) -> None:
-        """`outside_python`: a worker crashed in a thread that runs no Python."""
+        """`outside_python`: a thread that runs no Python crashed, and nothing else failed."""
         super().__init__(message)
         self.outside_python = outside_python
 

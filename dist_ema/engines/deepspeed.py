@@ -37,7 +37,7 @@ from dist_ema.engines.engine import (
 )
 from dist_ema.layout import whole_fragment
 from dist_ema.names import Slot, is_instance, layers, slots
-from dist_ema.ranks import gather_bytes
+from dist_ema.ranks import gather_chunk
 
 # Attributes of an engine or its optimizer, or calls of them, that tell of what is not supported.
 _UNSUPPORTED = {
@@ -163,8 +163,7 @@ class _Flat(_Whole):
         for i, copy in enumerate(self._copies if self._ranks else ()):
             parts = copy.detach().view(dist.get_world_size(self._ranks[i]), -1)
             own = copy.detach()[self._held(i)]
-            room = gather_bytes(copy.device, len(parts))
-            step = max(1, room // (copy.element_size() * len(parts)))
+            step = gather_chunk(copy.device, len(parts), copy.element_size())
             every = torch.empty(len(parts), step, dtype=copy.dtype, device=copy.device)
             for start in range(0, own.numel(), step):
                 mine = own[start : start + step]

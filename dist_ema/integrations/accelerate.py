@@ -59,8 +59,7 @@ class _Registration:
         """Whether nobody has the average any more, or accelerate has let go of its model."""
         if self.ema() is None:
             return True
-        prepared = self.prepared
-        return prepared is not None and not any(m is prepared() for m in accelerator._models)
+        return self.prepared is not None and not _holds(accelerator, self.prepared)
 
     def release(self) -> None:
         for hook in self.hooks:
@@ -155,7 +154,7 @@ def register(
         ema = owner()
         if not ranks.any(ema is None):
             return ema
-        if prepared is not None and any(m is prepared() for m in accelerator._models):
+        if prepared is not None and _holds(accelerator, prepared):
             warnings.warn(
                 f"the average that was registered as {name!r} is in no checkpoint any more: nobody "
                 "holds it; keep the ShardedEMA for as long as the model is trained",
@@ -177,6 +176,11 @@ def register(
         accelerator.register_load_state_pre_hook(load),
     )
     names[name] = _Registration(owner, prepared, hooks)
+
+
+def _holds(accelerator: Accelerator, model: weakref.ref[Any]) -> bool:
+    """Whether accelerate has not let go of a model that it prepared."""
+    return any(m is model() for m in accelerator._models)
 
 
 def _refuse_again(accelerator: Accelerator, ema: ShardedEMA) -> None:

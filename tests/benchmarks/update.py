@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from dist_ema import ShardedEMA
 from tests.benchmarks.cases import rows_of
 from tests.benchmarks.launch import Here
-from tests.benchmarks.measure import interleaved, ratio
+from tests.benchmarks.measure import interleaved, medians, ratio
 from tests.benchmarks.models import Shapes, updater, wrap
 from tests.benchmarks.report import Row, Table
 from tests.benchmarks.sizes import Sizes
@@ -55,7 +54,7 @@ def case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
     if narrow and here.size == 1:
         acts["compiled"] = compiled(sum(counts), shapes.dtype, here.device)
     taken = interleaved(acts, here.device, rounds=rounds, together=here)
-    seconds = {name: statistics.median(each) for name, each in taken.items()}
+    seconds = medians(taken)
     row = {
         "engine": engine,
         "ranks": here.size,
