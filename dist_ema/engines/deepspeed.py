@@ -37,7 +37,7 @@ from dist_ema.engines.engine import (
 )
 from dist_ema.layout import whole_fragment
 from dist_ema.names import Slot, is_instance, layers, slots
-from dist_ema.ranks import gather_chunk
+from dist_ema.ranks import all_gather_single, gather_chunk
 
 # Attributes of an engine or its optimizer, or calls of them, that tell of what is not supported.
 _UNSUPPORTED = {
@@ -168,7 +168,7 @@ class _Flat(_Whole):
             for start in range(0, own.numel(), step):
                 mine = own[start : start + step]
                 found = every.view(-1)[: len(parts) * mine.numel()]
-                dist.all_gather_single(found, mine, group=self._ranks[i])
+                all_gather_single(found, mine, group=self._ranks[i])
                 parts[:, start : start + step].copy_(found.view(len(parts), -1))
 
     def _held(self, i: int) -> slice:
@@ -211,7 +211,7 @@ class _Stage3(_Whole):
 
     def _cut(self, p: Any, master: torch.Tensor) -> Callable[[Slot], Cut]:
         size = master.numel()  # as much on every rank: the end is padded
-        start = size * self._optimizer._get_param_partition_rank(p)
+        start = size * dist.get_rank(p.ds_process_group)
         view, copy = (
             t[: max(0, p.ds_numel - start)] for t in (master, p.ds_tensor.detach().view(-1))
         )
@@ -224,7 +224,9 @@ def _stage(o: Any) -> _Whole:
     if hasattr(o, "fp32_partitioned_groups_flat"):
         return _Stage3(o)
     if hasattr(o, "single_partition_of_fp32_groups"):  # stages 1 and 2; there may be padding
-        groups, starts = o.round_robin_bit16_groups, o.round_robin_bit16_offsets
+        groups = o.round_robin_bit16_groups
+        # Before DeepSpeed 0.19 there is no padding between parameters, and no such attribute.
+        starts = getattr(o, "round_robin_bit16_offsets", None) or [_end_to_end(g) for g in groups]
         masters, copies = o.single_partition_of_fp32_groups, o.bit16_groups_flat
         return _Flat(groups, masters, copies, starts, o.real_dp_process_group)
     if hasattr(o, "fp32_groups_flat_partition"):  # BF16_Optimizer, at stage 1

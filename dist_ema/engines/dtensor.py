@@ -6,15 +6,16 @@ after one that does not reshard, shards of another mesh with an integer `reshard
 The optimizer writes one thing only, the sharded parameter that each `FSDPParam` keeps, and that is
 what is listed here, whatever is gathered.
 
-Private names read here, all in torch 2.13: `FSDPModule._get_fsdp_state`,
-`FSDPState._fsdp_param_groups`, `FSDPParamGroup.fsdp_params`, `FSDPParam._module_info`,
-`._orig_param_uid`, `.sharded_param` and `._unsharded_param`, `DTensor._local_tensor`,
-`_StridedShard`.
+Private names, checked in torch 2.8 to 2.15: `FSDPModule._get_fsdp_state`,
+`FSDPState._fsdp_param_groups` (`_fsdp_param_group` before 2.12), `FSDPParamGroup.fsdp_params`,
+`FSDPParam._module_info`, `._orig_param_uid` (since 2.12; without it a tie that was cut apart is not
+noticed), `.sharded_param` and `._unsharded_param`, `DTensor._local_tensor`, `_StridedShard`.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard, _StridedShardOffsetMode
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from dist_ema.engines.engine import (
     Cut,
@@ -108,7 +109,8 @@ class DTensorEngine(Engine):
         for fsdp_param in self._fsdp_params:
             info = fsdp_param._module_info
             fqn = fqns[id(info.module), info.param_name]
-            names.setdefault(fsdp_param._orig_param_uid, []).append(fqn)
+            uid = getattr(fsdp_param, "_orig_param_uid", id(fsdp_param))  # since torch 2.12
+            names.setdefault(uid, []).append(fqn)
         cut = [tie for tie in names.values() if len(tie) > 1]
         if cut:
             warnings.warn(
@@ -131,9 +133,17 @@ def _is_fsdp2(module: nn.Module) -> bool:
     return is_instance(module, "torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule")
 
 
+def _param_groups(fsdp_module: Any) -> list[Any]:
+    """The groups of parameters that one `fully_shard` call made; before torch 2.12, one or none."""
+    state = fsdp_module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [group for group in (state._fsdp_param_group,) if group is not None]
+
+
 def _fsdp_params(fsdp_modules: Sequence[Any]) -> Iterator[Any]:
     for module in fsdp_modules:
-        for group in module._get_fsdp_state()._fsdp_param_groups:
+        for group in _param_groups(module):
             yield from group.fsdp_params
 
 
@@ -173,33 +183,47 @@ def _cut(slot: Slot, tensor: torch.Tensor) -> Cut:
 def _global_indices(tensor: DTensor) -> list[Sequence[int]] | None:
     """For each dim, the global indices of this rank's part; None off the mesh.
 
-    Placements are applied from the first mesh axis to the last. `_StridedShard` (FSDP over tensor
-    parallelism) takes one stretch out of each of `split_factor` parts, so the result need not be
-    one box: an offset and a size cannot tell it.
+    Placements are applied from the first mesh axis to the last, but for `_StridedShard`: FSDP over
+    tensor parallelism cuts what the later axes have cut already.
     """
     mesh = tensor.device_mesh
     if mesh.get_coordinate() is None:
         return None
     indices: list[Sequence[int]] = [range(size) for size in tensor.shape]
-    for axis, placement in enumerate(tensor.placements):
+    for dim in range(len(indices)):
+        for axis, num_parts in _order_of_cuts(tensor, dim):
+            # Not the coordinate: where a mesh's ranks do not rise, it differs from the rank in the
+            # group, which is what torch cuts by.
+            num_chunks, position = mesh.size(axis), mesh.get_local_rank(axis)
+            parts = (_chunk(indices[dim], num_parts, part) for part in range(num_parts))
+            cut = [_chunk(part, num_chunks, position) for part in parts]
+            indices[dim] = cut[0] if num_parts == 1 else list(itertools.chain.from_iterable(cut))
+    return indices
+
+
+def _order_of_cuts(tensor: DTensor, dim: int) -> list[tuple[int, int]]:
+    """The mesh axes that cut a dim, in order, each with the number of parts that it cuts alike."""
+    cuts: list[tuple[int, int]] = []
+    for axis, placement in reversed(list(enumerate(tensor.placements))):
         if isinstance(placement, Replicate):
             continue
-        # _StridedShard is no subclass of Shard in torch 2.13.
+        # _StridedShard is a subclass of Shard until torch 2.9 only.
         if not isinstance(placement, (Shard, _StridedShard)):
             raise ValueError(f"placement {placement} holds partial values, not a part of a weight")
-        held = indices[placement.dim]
-        # Not the coordinate: where a mesh's ranks do not rise, it differs from the rank in the
-        # group, which is what torch cuts by.
-        num_chunks, position = mesh.size(axis), mesh.get_local_rank(axis)
-        if isinstance(placement, _StridedShard):
-            offsets: Any = placement.local_shard_size_and_offset(
-                len(held), num_chunks, position, _StridedShardOffsetMode.ALL
-            )[1]
-            indices[placement.dim] = [held[o] for o in offsets]
+        if placement.dim != dim:
+            continue
+        num_parts = int(getattr(placement, "split_factor", 1))
+        if num_parts == math.prod(tensor.device_mesh.size(other) for other, _ in cuts):
+            cuts.append((axis, 1))  # after the axes that made these parts
         else:
-            size, offset = Shard.local_shard_size_and_offset(len(held), num_chunks, position)
-            indices[placement.dim] = held[int(offset) : int(offset) + int(size)]
-    return indices
+            cuts.insert(0, (axis, num_parts))
+    return cuts
+
+
+def _chunk(index: Sequence[int], num_chunks: int, position: int) -> Sequence[int]:
+    """One part of a dim, cut as `torch.chunk` does, by which both placements are defined."""
+    size = -(-len(index) // num_chunks)
+    return index[size * position : size * (position + 1)]
 
 
 def _runs(index: Sequence[int]) -> list[Run]:
