@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -16,7 +15,7 @@ from dist_ema.gather import Gatherer
 from dist_ema.options import Options
 from dist_ema.plan import Plan, Selects, chosen, make_plan, rebind
 from dist_ema.ranks import Ranks
-from dist_ema.replicas import source
+from dist_ema.replicas import differing, source
 from dist_ema.shadow import Buffers, Shadow, Swap, allocate, shadow_dtype
 from dist_ema.teacher import Teacher
 
@@ -41,8 +40,9 @@ class Binding:
         split = options.replicas == "split" and into is None
         self.plan = make_plan(weights, averaged, self.engine, split, ranks)
         # Where no rank shares anything, a swap needs no other rank.
-        shares = any(s.group is not None for s in self.plan.sets)
+        shares = self.plan.num_shared_sets > 0
         self._any_shares = ranks.any(shares or self.engine.communicates)
+        self._refuse_differing_replicas()
         fragments = [p.fragment for p in self.plan.pieces]
         self._teacher: Teacher | None = None
         self._frozen_due = False  # whether the teacher's frozen weights may be others than ours
@@ -63,8 +63,6 @@ class Binding:
                 self.shadow = self._shadow_in(self._teacher)
             self.start_again()
         self._note_storage()
-        self._warn_of_differing_replicas(stacklevel=5)
-        self._replicas_checked = False
 
     def follow(self) -> None:
         """Make the plan again if the model's storage moved. Local.
@@ -190,9 +188,7 @@ class Binding:
     @contextmanager
     def showing(self, values: list[torch.Tensor]) -> Iterator[None]:
         """Within the block the forward pass reads an average. Collective where replicas share."""
-        if not self._replicas_checked:
-            self._warn_of_differing_replicas(stacklevel=8)
-            self._replicas_checked = True
+        self._refuse_differing_replicas()
         num_parameters = len(self.plan.parameters)
         swap = Swap([p.fragment for p in self.plan.parameters], values[:num_parameters])
         with torch.no_grad():
@@ -255,19 +251,17 @@ class Binding:
             replica_set.share()
         self.engine.publish()
 
-    @torch.no_grad()
-    def _warn_of_differing_replicas(self, *, stacklevel: int) -> None:
-        """Warn of weights that replicas do not hold alike. Collective where they share."""
-        with self.swap_ranks.together():
-            names = sorted({n for s in self.plan.sets for n in s.differing()})
-            if names:
-                warnings.warn(
-                    f"weights that ranks should hold alike differ: {', '.join(names)}; the average "
-                    "is made of slices of each rank's, and after average_parameters() all ranks "
-                    "hold their owners' values; synchronise them, or build ShardedEMA with "
-                    "replicas='whole'",
-                    stacklevel=stacklevel,
-                )
+    def _refuse_differing_replicas(self) -> None:
+        """Raise if ranks that hold the same weights do not hold the same bits. Collective."""
+        names = differing(self.plan.sets, self.plan.num_shared_sets, self.swap_ranks)
+        if names:
+            raise RuntimeError(
+                f"weights that several ranks hold differ between them: {', '.join(names)}. Each of "
+                "these ranks averages a slice of them, and a swap would overwrite the others' live "
+                "values; synchronize the weights, pass replicas='whole' to let each rank average "
+                "its own, or, if these are different weights under one name (experts), "
+                "process_group= with the ranks that together hold one model"
+            )
 
 
 def _frozen(plan: Plan, params: Selects) -> list[tuple[str, torch.Tensor]]:

@@ -249,10 +249,7 @@ class ShardedEMA:
 
         Collective: every rank calls it. One all-reduce of two numbers.
         """
-        with self._ranks.together():
-            self._refuse_while_shown("drift()")
-            self._check_name(name)
-            self._bound.follow()
+        self._meet("drift()", {"name": name})
         sums = torch.zeros(2, dtype=torch.float64)
         for piece, value in zip(self._bound.plan.pieces, self._values(name), strict=True):
             if piece.sends:
@@ -280,11 +277,7 @@ class ShardedEMA:
         live ones on exit, and on the first entry one all-reduce that checks that replicas are
         equal. Else local.
         """
-        with self._bound.swap_ranks.together():
-            self._refuse_while_shown("average_parameters()")
-            self._check_name(name)
-            self._bound.follow()
-        self._bound.swap_ranks.refuse_different("average_parameters()", name)
+        self._meet("average_parameters()", {"name": name}, ranks=self._bound.swap_ranks)
         with self._bound.showing(self._values(name)):
             self._shown = name or self.names[0]
             try:
@@ -320,10 +313,7 @@ class ShardedEMA:
             buckets = whole_tensors(gatherer, values, None)
             write_into(module, gatherer.entries, buckets, self._ranks)
             return
-        with self._ranks.together():
-            self._refuse_while_shown("copy_to()")
-            self._check_name(name)
-            self._bound.follow()
+        self._meet("copy_to()", {"name": name})
         self._bound.make_permanent(self._values(name))
 
     # Gathering.
@@ -417,7 +407,12 @@ class ShardedEMA:
         of 16 MiB.
         """
         gatherer, values = self._gathered(
-            "export()", name, dtype, str(max_shard_size), weights_name, method
+            "export()",
+            name,
+            dtype,
+            max_shard_size=max_shard_size,
+            weights_name=weights_name,
+            method=method,
         )
         with self._ranks.together():
             check_names(unwrap(self._bound.model))
@@ -454,7 +449,7 @@ class ShardedEMA:
 
         Collective: every rank calls it. Each rank writes what it owns; four small exchanges.
         """
-        self._ready("save()")
+        self._meet("save()", {"asynchronous": asynchronous})
         state = self._state()
         with self._ranks.together():
             if self._ranks.rank == 0:  # who writes the manifest
@@ -480,7 +475,7 @@ class ShardedEMA:
 
         Collective: every rank calls it, and reads what it holds.
         """
-        self._ready("load()")
+        self._meet("load()", {"strict": strict}, counters=False)
         names = {n for w in self._bound.plan.weights for n in (w.fqn, *w.aliases)}
         state = api.load(
             path, self._parts(), self._tensors(), self._ranks, strict=strict, others=names
@@ -509,9 +504,34 @@ class ShardedEMA:
 
     # Inside.
 
-    def _ready(self, what: str) -> None:
-        with self._ranks.together():
-            self._refuse_while_shown(what)
+    def _meet(
+        self,
+        call: str,
+        arguments: Mapping[str, object],
+        *,
+        ranks: Ranks | None = None,
+        counters: bool = True,
+    ) -> None:
+        """Begin a public call in which ranks meet: check its arguments and compare between ranks.
+
+        Collective: every rank calls it. One all-reduce of three integers.
+
+        Args:
+            ranks: the ranks that meet; all that hold the model by default.
+            counters: whether `step` and `num_updates` must be equal.
+        """
+        values = {f"argument {label}": str(value) for label, value in arguments.items()}
+        if counters:
+            values["(step, num_updates)"] = str((self.step, self.num_updates))
+        with (ranks or self._ranks).together(call, values):
+            self._refuse_while_shown(call)
+            if "name" in arguments:
+                self._check_name(arguments["name"])
+            dtype = arguments.get("dtype")
+            if dtype is not None and not (
+                isinstance(dtype, torch.dtype) and dtype.is_floating_point
+            ):
+                raise ValueError(f"dtype is {dtype!r}, wanted a floating torch.dtype or None")
             self._bound.follow()
 
     def _parts(self) -> dict[str, list[Part]]:
@@ -567,18 +587,10 @@ class ShardedEMA:
         self._bound.refresh_teacher(loaded=True)
 
     def _gathered(
-        self, what: str, name: str | None, dtype: torch.dtype | None, *others: object
+        self, what: str, name: str | None, dtype: torch.dtype | None, **others: object
     ) -> tuple[Gatherer, list[torch.Tensor]]:
         """Who owns what of an average, and its values. Collective: every rank calls it."""
-        with self._ranks.together():
-            self._refuse_while_shown(what)
-            self._check_name(name)
-            if dtype is not None and not (
-                isinstance(dtype, torch.dtype) and dtype.is_floating_point
-            ):
-                raise ValueError(f"dtype is {dtype!r}, wanted a floating torch.dtype or None")
-            self._bound.follow()
-        self._ranks.refuse_different(what, (name, str(dtype), *others))
+        self._meet(what, {"name": name, "dtype": dtype, **others})
         values = self._values(name)
         return self._bound.gatherer(values), self._bound.with_rest(values)
 
@@ -612,7 +624,7 @@ class ShardedEMA:
         """One average, a tensor for each of the plan's pieces."""
         return self._bound.shadow.values[self.names.index(name) if name is not None else 0]
 
-    def _check_name(self, name: str | None) -> None:
+    def _check_name(self, name: object) -> None:
         if name is None and len(self.names) > 1:
             raise ValueError(f"there are several averages, {self.names}; say which by name=")
         if name is not None and name not in self.names:

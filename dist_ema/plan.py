@@ -11,7 +11,7 @@ holder's are the ones that count, as they are for DDP.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -41,6 +41,7 @@ class Plan:
     averaged: frozenset[str]  # fqns, parameters and buffers
     holders: tuple[Holders, ...]  # of every fragment of `weights`, in order
     sets: tuple[ReplicaSet, ...]  # averaged parameters, cut among their holders
+    num_shared_sets: int  # of all ranks together
     parameters: tuple[Piece, ...]  # averaged here
     buffers: tuple[Piece, ...]  # averaged here
     rest: tuple[Piece, ...]  # not averaged, part of the state dict
@@ -90,8 +91,11 @@ def make_plan(
     chosen_here = [w.fqn in averaged for w in weights for _ in w.fragments]
     holders = tuple(find_holders(places, chosen_here, ranks))
     held = _held(weights, averaged, holders)
-    sets = tuple(replica_sets(held, ranks, engine.process_groups())) if split else ()
-    return _assemble(tuple(weights), averaged, holders, sets, ranks)
+    sets: tuple[ReplicaSet, ...] = ()
+    num_shared = 0
+    if split:
+        sets, num_shared = replica_sets(held, ranks, engine.process_groups())
+    return _assemble(tuple(weights), averaged, holders, sets, num_shared, ranks)
 
 
 def rebind(plan: Plan, weights: list[Weight], ranks: Ranks) -> Plan | None:
@@ -101,12 +105,9 @@ def rebind(plan: Plan, weights: list[Weight], ranks: Ranks) -> Plan | None:
     held = iter(_held(weights, plan.averaged, plan.holders))
     fresh = {(f.place, h): f for f, h in held}
     sets = tuple(
-        ReplicaSet(
-            s.ranks, s.group, s.index, tuple(fresh[f.place, s.ranks] for f in s.fragments), s.cuts
-        )
-        for s in plan.sets
+        replace(s, fragments=tuple(fresh[f.place, s.ranks] for f in s.fragments)) for s in plan.sets
     )
-    return _assemble(tuple(weights), plan.averaged, plan.holders, sets, ranks)
+    return _assemble(tuple(weights), plan.averaged, plan.holders, sets, plan.num_shared_sets, ranks)
 
 
 def _held(
@@ -126,6 +127,7 @@ def _assemble(
     averaged: frozenset[str],
     holders: tuple[Holders, ...],
     sets: tuple[ReplicaSet, ...],
+    num_shared_sets: int,
     ranks: Ranks,
 ) -> Plan:
     parameters = [Piece(fragment, True) for s in sets for fragment in s.own()]
@@ -141,7 +143,16 @@ def _assemble(
                 buffers.append(Piece(fragment, first))
             elif not sets:
                 parameters.append(Piece(fragment, first))
-    return Plan(weights, averaged, holders, sets, tuple(parameters), tuple(buffers), tuple(rest))
+    return Plan(
+        weights,
+        averaged,
+        holders,
+        sets,
+        num_shared_sets,
+        tuple(parameters),
+        tuple(buffers),
+        tuple(rest),
+    )
 
 
 def _same_layout(old: tuple[Weight, ...], new: list[Weight]) -> bool:

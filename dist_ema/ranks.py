@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
-from weakref import WeakValueDictionary
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+
+_LOG = logging.getLogger(__name__)
+
+# Its name since torch 2.13, where the older one warns.
+all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
 
 _BROADCAST_BYTES = 32 << 20  # at a time
 _GLOO_GATHER_BYTES = 2 << 20  # of all ranks, at a time
@@ -35,6 +43,8 @@ _ERRORS: dict[str, type[Exception]] = {
 
 class Ranks:
     """A process group, or the one process there is. Ranks are counted within the group."""
+
+    warn_after_s = 30.0  # of waiting for other ranks at the start of a public call
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group: dist.ProcessGroup | None = None
@@ -76,64 +86,139 @@ class Ranks:
         assert self.group is not None
         return dist.get_global_rank(self.group, rank)
 
-    def agree(self, problem: Exception | None = None) -> None:
-        """Raise on every rank if any rank has a problem. Collective: every rank calls it.
-
-        Costs an all-reduce of one number where all is well.
-        """
-        if self.size == 1 and problem is not None:
-            raise problem
-        if not self.any(problem is not None):
-            return
-        told = self.all_gather((type(problem).__name__, str(problem)) if problem else None)
-        if problem is not None:
-            raise problem
-        rank, (kind, text) = next((r, t) for r, t in enumerate(told) if t is not None)
-        raise _ERRORS.get(kind, RuntimeError)(f"rank {rank}: {text}")
-
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Run a local block; if it raises on any rank, raise on every rank. Collective."""
+    def together(self, call: str = "", values: Mapping[str, str] | None = None) -> Iterator[None]:
+        """Run a local block, then compare: if it raises on any rank, raise on every rank.
+
+        Collective: every rank calls it. Costs an all-reduce of three integers where all is well.
+
+        Args:
+            call: the public call that begins with this block. Ranks that are in different calls
+                raise, and a rank that waits for others names those that have not arrived.
+            values: what must be equal on all ranks, by label.
+
+        Raises:
+            RuntimeError: ranks are in different calls, or differ in a label that is no argument.
+            ValueError: ranks differ in the value of an argument.
+            Exception: what the block raised; on other ranks an error with the same text.
+        """
+        problem: Exception | None = None
         try:
             yield
         except Exception as error:
-            self.agree(error)
-            raise AssertionError("unreachable") from error
-        self.agree()
+            problem = error
+        if self.size == 1:
+            if problem is not None:
+                raise problem
+            return
+        mine = {"the call": call} | dict(values or {})
+        bits = digest(mine)[0] >> 1
+        with self._watching(call):
+            failed, highest, lowest = self.maxima([int(problem is not None), bits, -bits])
+        if not failed and highest == -lowest:
+            return
+        error_of = None if problem is None else (type(problem).__name__, str(problem))
+        reports = self.all_gather((error_of, mine))
+        if problem is not None:
+            raise problem
+        for rank, (their_error, _) in enumerate(reports):
+            if their_error is not None:
+                kind, text = their_error
+                raise _ERRORS.get(kind, RuntimeError)(f"rank {rank}: {text}")
+        self._raise_difference(call, [labels for _, labels in reports])
+
+    def _raise_difference(self, call: str, reports: Sequence[Mapping[str, str]]) -> NoReturn:
+        """Name the first label in which ranks differ."""
+        for label in dict.fromkeys(label for theirs in reports for label in theirs):
+            values = [theirs.get(label, "absent") for theirs in reports]
+            rank = next((r for r, value in enumerate(values) if value != values[0]), None)
+            if rank is not None:
+                error = ValueError if label.startswith("argument ") else RuntimeError
+                raise error(
+                    f"{call}: {label} is {values[0]} on rank 0 and {values[rank]} on rank {rank}; "
+                    "every rank must make the same calls with the same arguments, update() included"
+                )
+        raise AssertionError("digests differ and values do not")
+
+    @contextmanager
+    def _watching(self, call: str) -> Iterator[None]:
+        """While this rank waits in the block, log which ranks have not arrived in a call of ours.
+
+        A rank notes its call in the store of the default process group and removes the note when
+        all have met. Without a store, nothing is logged.
+        """
+        store, prefix = _default_store(), f"dist_ema/{getattr(self.group, 'group_name', '')}"
+        if not call or store is None:
+            yield
+            return
+
+        def absent() -> str:
+            with suppress(Exception):
+                missing = [r for r in range(self.size) if not store.check([f"{prefix}/{r}"])]
+                if missing:
+                    return f"ranks that have not arrived: {', '.join(map(str, missing))}"
+            return "all ranks have arrived"
+
+        def warn() -> None:
+            _LOG.warning(
+                "%s: rank %d has waited for %.0f s; %s",
+                call,
+                self.rank,
+                self.warn_after_s,
+                absent(),
+            )
+
+        timer = threading.Timer(self.warn_after_s, warn)
+        timer.daemon = True
+        with suppress(Exception):  # the process that serves the store may be gone
+            store.set(f"{prefix}/{self.rank}", call)
+        timer.start()
+        try:
+            yield
+        except Exception as error:  # the notes stay: other ranks read them when they fail too
+            raise RuntimeError(f"{call}: {absent()}; {error}") from error
+        finally:
+            timer.cancel()
+        with suppress(Exception):
+            store.delete_key(f"{prefix}/{self.rank}")
+
+    def maxima(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of each number over all ranks. Collective: every rank calls it."""
+        if self.size == 1:
+            return list(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        largest: list[int] = tensor.tolist()
+        return largest
+
+    def groups_by_members(
+        self, known: Sequence[dist.ProcessGroup]
+    ) -> dict[tuple[int, ...], dist.ProcessGroup]:
+        """This group and the known ones by their ranks, counted within this group. Local."""
+        if self.group is None:
+            return {}
+        rank_of = {
+            outer: rank for rank, outer in enumerate(dist.get_process_group_ranks(self.group))
+        }
+        groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        for group in (self.group, *known):
+            outer = dist.get_process_group_ranks(group)
+            if all(rank in rank_of for rank in outer):
+                groups.setdefault(tuple(rank_of[rank] for rank in outer), group)
+        return groups
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Collective: every rank calls it."""
-        if self.size == 1:
-            return flag
-        flags = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(flags.item())
+        return bool(self.maxima([int(flag)])[0])
 
     def equal(self, value: object) -> bool:
-        """Whether all call with one value, by its `repr`. Collective: every rank calls it.
+        """Whether all ranks call with the same value, by its `repr`. Collective.
 
-        An all-reduce of two numbers, however many ranks there are and however long the value is.
+        An all-reduce of two integers, however many ranks there are and however long the value is.
         """
-        if self.size == 1:
-            return True
         bits = digest(value)[0] >> 1
-        both = torch.tensor([bits, -bits], device=self.device)
-        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
-        highest, lowest = both.tolist()
-        return bool(highest == -lowest)
-
-    def refuse_different(self, what: str, value: object) -> None:
-        """Raise on every rank unless all call with one value. Collective: every rank calls it.
-
-        Costs an all-reduce of two numbers where all is well.
-        """
-        if not self.equal(value):
-            told = self.all_gather(repr(value))
-            other = next(rank for rank, theirs in enumerate(told) if theirs != told[0])
-            raise ValueError(
-                f"{what} with {told[0]} on rank 0 and {told[other]} on rank {other}; every rank "
-                "calls it with the same arguments"
-            )
+        highest, lowest = self.maxima([bits, -bits])
+        return highest == -lowest
 
     def all_gather(self, obj: Any) -> list[Any]:
         """One small object of each rank, on every rank. Collective: every rank calls it."""
@@ -191,84 +276,17 @@ class Ranks:
         dist.all_to_all_single(out, sent, sizes, [len(row) for row in rows], group=self.group)
         return list(out.cpu().split(sizes))
 
-    def subgroups(
-        self, wanted: Sequence[tuple[int, ...]], known: Sequence[dist.ProcessGroup]
-    ) -> dict[tuple[int, ...], dist.ProcessGroup]:
-        """A group of each of these tuples of ranks: a known one, or a new one.
 
-        Collective: every rank calls it, with those that it is in. Costs an all-reduce of one number
-        where all are known; else one all-gather of the missing ones, and their rendezvous.
-        """
-        if self.group is None:
-            return {}  # alone
-        from torch.distributed.distributed_c10d import _world  # not there in every build
+def _default_store() -> Any:
+    """The store of the default process group; None where torch has no such function.
 
-        me = self.global_rank(self.rank)
-        made_before = [group for group in _MADE.values() if group in _world.pg_names]
-        found: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        for group in (self.group, *made_before, *known):  # all members know of those made here
-            found.setdefault(tuple(dist.get_process_group_ranks(group)), group)
-        inner = {tuple(self.global_rank(r) for r in ranks): ranks for ranks in wanted}
-        missing = [ranks for ranks in inner if ranks not in found]
-        if self.any(bool(missing)):
-            # [Note: names of groups] Only the members of `self.group` are here, so the new groups
-            # must be local; torch names such a group by its ranks and by how many groups this
-            # process is in (read in 2.13), and ranks that disagree on the name wait for ever. So do
-            # those that meet under a name again, if its group was destroyed: what the first ones
-            # left in the store is there still. So all ranks are brought to one number, under which
-            # none of the groups was made before, and each then makes a group in every round: that
-            # which it is in, or one of itself.
-            num_here = len(_world.pg_names)
-            told = self.all_gather(
-                (num_here, {ranks: _USED.get(ranks, set()) for ranks in missing})
-            )
-            used: dict[tuple[int, ...], set[int]] = {}
-            for _, theirs in told:
-                for ranks, numbers in theirs.items():
-                    used.setdefault(ranks, set()).update(numbers)
-            rounds = _rounds(sorted(used))
-            start = max(number for number, _ in told)
-            while any(
-                start + i in used[ranks] for i, each in enumerate(rounds) for ranks in each.values()
-            ):
-                start += 1
-            alone = [_new_group((me,), "gloo") for _ in range(start - num_here)]
-            for number, members in enumerate(rounds, start):
-                mine = members.get(me, (me,))
-                made = _new_group(mine)
-                if me in members:
-                    found[mine] = _MADE[mine] = made
-                    _USED.setdefault(mine, set()).add(number)
-                else:
-                    alone.append(made)
-            for group in alone:
-                dist.destroy_process_group(group)
-        return {ranks: found[outer] for outer, ranks in inner.items()}
+    Private, read in torch 2.8 to 2.15. Used for messages only.
+    """
+    from torch.distributed import distributed_c10d
 
-
-# What was made here, by global ranks: two averages of one layout have the same groups. Weak: a
-# group that outlives `destroy_process_group()` keeps its threads.
-_MADE: WeakValueDictionary[tuple[int, ...], dist.ProcessGroup] = WeakValueDictionary()
-_USED: dict[tuple[int, ...], set[int]] = {}  # the numbers of [Note: names of groups]
-
-
-def _rounds(groups: Sequence[tuple[int, ...]]) -> list[dict[int, tuple[int, ...]]]:
-    """Deal the groups out into rounds in which no rank has two; each round is {rank: its group}."""
-    rounds: list[dict[int, tuple[int, ...]]] = []
-    for group in groups:
-        free = next((r for r in rounds if r.keys().isdisjoint(group)), None)
-        if free is None:
-            rounds.append(free := {})
-        free.update(dict.fromkeys(group, group))
-    return rounds
-
-
-def _new_group(ranks: tuple[int, ...], backend: str | None = None) -> dist.ProcessGroup:
-    group = dist.new_group(
-        list(ranks), backend=backend, use_local_synchronization=True, sort_ranks=False
-    )
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+    with suppress(Exception):
+        return distributed_c10d._get_default_store()
+    return None
 
 
 def digest(*parts: object) -> tuple[int, int]:

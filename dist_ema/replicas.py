@@ -1,21 +1,31 @@
-"""Ranks that hold the same fragments: how they split the average, and how they share it."""
+"""Ranks that hold the same fragments: how they split the average, and how they share it.
+
+[Note: groups of replicas]
+No process group is made here: torch promises no way to make one among some ranks only that leaves
+the user's own `new_group()` calls alone. Where a group with exactly these ranks is known on all of
+them, it is used; elsewhere replicas exchange the same bytes point to point in the group that holds
+the model.
+"""
 
 from __future__ import annotations
 
 import bisect
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+import xxhash
 
 from dist_ema.holders import Holders
 from dist_ema.layout import Fragment
-from dist_ema.ranks import Ranks, device_for, digest, gather_chunk
+from dist_ema.ranks import Ranks, all_gather_single, device_for, digest, gather_chunk
 
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
+_HASHED_ELEMENTS = 1 << 22  # at a time on an accelerator
+_INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def shown(fragment: Fragment) -> torch.Tensor:
@@ -41,11 +51,21 @@ class ReplicaSet:
     """
 
     ranks: Holders
-    group: dist.ProcessGroup | None  # None: this rank alone
-    index: int  # this rank's position among `ranks`
+    world: Ranks  # the ranks that hold the model; `ranks` are counted among them
+    group: dist.ProcessGroup | None  # a group of exactly `ranks`, if all of them know one
+    number: int  # of this set among those of all ranks that are shared; -1 if it is not shared
     fragments: tuple[Fragment, ...]
     cuts: tuple[int, ...]
     _starts: list[int] = field(init=False)  # of each fragment in the sequence
+
+    @property
+    def is_shared(self) -> bool:
+        return len(self.ranks) > 1
+
+    @property
+    def index(self) -> int:
+        """This rank's position among `ranks`."""
+        return self.ranks.index(self.world.rank)
 
     def __post_init__(self) -> None:
         sizes = (f.place.numel for f in self.fragments[:-1])
@@ -63,48 +83,41 @@ class ReplicaSet:
         Args:
             storage: which storage of a fragment, the shown one by default.
         """
-        if self.group is None:
+        if not self.is_shared:
             return
         # One dtype, but for a model that was cast in part later: the widest loses nothing.
         kinds = {storage(f).dtype for f in self.fragments}
         dtype = functools.reduce(torch.promote_types, kinds)
         longest = max(b - a for a, b in zip(self.cuts, self.cuts[1:], strict=False))
-        device = device_for(self.group, storage(self.fragments[0]).device)
+        group = self.group if self.group is not None else self.world.group
+        assert group is not None
+        device = device_for(group, storage(self.fragments[0]).device)
         chunk = max(1, min(longest, gather_chunk(device, len(self.ranks), dtype.itemsize)))
-        mine = torch.empty(chunk, dtype=dtype, device=device)
+        own, index = torch.empty(chunk, dtype=dtype, device=device), self.index
         every = torch.empty(len(self.ranks), chunk, dtype=dtype, device=device)
         for start in range(0, longest, chunk):
-            for values, part in self._chunk(self.index, start, chunk, mine, storage):
+            for values, part in self._chunk(index, start, chunk, own, storage):
                 part.copy_(values)
             # As bytes, since no backend knows every dtype.
-            sent, received = mine.view(torch.uint8), every.view(-1).view(torch.uint8)
-            dist.all_gather_single(received, sent, group=self.group)
-            for index in range(len(self.ranks)):
-                if index != self.index:
-                    for values, part in self._chunk(index, start, chunk, every[index], storage):
+            self._all_gather(own.view(torch.uint8), every.view(torch.uint8))
+            for i in range(len(self.ranks)):
+                if i != index:
+                    for values, part in self._chunk(i, start, chunk, every[i], storage):
                         values.copy_(part)
 
-    def differing(self) -> list[str]:
-        """Names of weights whose live values are not the same bits on all of `ranks`.
-
-        Collective among `ranks`: one all-reduce of a number a fragment.
-        """
-        if self.group is None:
-            return []
-        sums = [_bit_sum(f.shown) for f in self.fragments]
-        order = digest([f.place for f in self.fragments])[0]
-        device = device_for(self.group, self.fragments[0].shown.device)
-        both = torch.tensor([*sums, order >> 1], dtype=torch.int64, device=device)
-        both = torch.cat([both, -both])
-        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
-        highest, lowest = both[: len(sums) + 1].tolist(), (-both[len(sums) + 1 :]).tolist()
-        if highest[-1] != lowest[-1]:
-            raise RuntimeError(
-                f"ranks {list(self.ranks)} list the weights that they share in different orders; "
-                "build the model in the same way on every rank"
-            )
-        pairs = zip(self.fragments, highest, lowest, strict=False)
-        return [f.place.fqn for f, high, low in pairs if high != low]
+    def _all_gather(self, own: torch.Tensor, every: torch.Tensor) -> None:
+        """Fill row i of `every` with what rank `ranks[i]` has in `own`. Collective."""
+        if self.group is not None:
+            all_gather_single(every.view(-1), own, group=self.group)
+            return
+        operations = []
+        for rank, row in zip(self.ranks, every, strict=True):
+            if rank != self.world.rank:
+                peer = self.world.global_rank(rank)
+                operations.append(dist.P2POp(dist.isend, own, peer, group=self.world.group))
+                operations.append(dist.P2POp(dist.irecv, row, peer, group=self.world.group))
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
 
     def _slices(self, start: int, stop: int) -> Iterator[Fragment]:
         """The fragments of elements [start, stop) of the sequence."""
@@ -136,10 +149,19 @@ class ReplicaSet:
 
 def replica_sets(
     held: Sequence[tuple[Fragment, Holders]], ranks: Ranks, known: Sequence[dist.ProcessGroup]
-) -> list[ReplicaSet]:
+) -> tuple[tuple[ReplicaSet, ...], int]:
     """Group fragments by who holds them, and cut each group evenly among its holders.
 
-    Collective: every rank calls it (new process groups are made where no known one fits).
+    Collective: every rank calls it. One all-gather of about 100 bytes a shared set.
+
+    Args:
+        known: process groups that may be used where they have the ranks of a set.
+
+    Returns:
+        The sets of this rank, and the number of shared sets on all ranks together.
+
+    Raises:
+        RuntimeError: ranks list the weights that they share in different orders. On every rank.
     """
     together: dict[tuple[Holders, str, str], list[Fragment]] = {}
     for fragment, holders in held:
@@ -147,28 +169,81 @@ def replica_sets(
         key = (holders, dtypes, fragment.shown.device.type)
         together.setdefault(key, []).append(fragment)
     keys = sorted(together)
-    groups = ranks.subgroups([holders for holders, _, _ in keys if len(holders) > 1], known)
+    groups = ranks.groups_by_members(known)
+    # A group is used if all members know it by one name, or else they would wait for each other.
+    labels = {k: digest(k, [f.place for f in together[k]]) for k in keys if len(k[0]) > 1}
+    names = {labels[k]: groups[k[0]].group_name if k[0] in groups else "" for k in labels}
+    reports = ranks.all_gather(names)
+    with ranks.together():
+        for key, label in labels.items():
+            if not all(label in reports[rank] for rank in key[0]):
+                raise RuntimeError(
+                    f"ranks {list(key[0])} list the weights that they share in different orders; "
+                    "build the model in the same way on every rank"
+                )
+    numbers = {label: i for i, label in enumerate(sorted(set().union(*reports)))}
     sets = []
     for key in keys:
         holders, fragments = key[0], together[key]
-        total = sum(f.place.numel for f in fragments)
-        sets.append(
-            ReplicaSet(
-                holders,
-                groups.get(holders),
-                holders.index(ranks.rank),
-                tuple(fragments),
-                even_cuts(total, len(holders)),
-            )
-        )
-    return sets
+        group, number = None, -1
+        if key in labels:
+            number = numbers[labels[key]]
+            if len({reports[rank][labels[key]] for rank in holders}) == 1:
+                group = groups.get(holders)
+        cuts = even_cuts(sum(f.place.numel for f in fragments), len(holders))
+        sets.append(ReplicaSet(holders, ranks, group, number, tuple(fragments), cuts))
+    return tuple(sets), len(numbers)
 
 
-def _bit_sum(values: torch.Tensor) -> int:
-    """Sum of the bit patterns, as integers modulo 2**63: equal for equal values, NaN included."""
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = values if not values.is_complex() else torch.view_as_real(values).view(-1)
-    bits = bits.view(width[bits.element_size()])
-    # In parts: `sum` to a wider dtype casts all of its input first on the CPU.
-    total = sum(int(part.sum(dtype=torch.int64)) for part in bits.split(1 << 19))
-    return int(total) % (1 << 62)
+@torch.no_grad()
+def differing(sets: Sequence[ReplicaSet], num_shared: int, ranks: Ranks) -> list[str]:
+    """Names of weights whose live values are not the same bits on all ranks that hold them.
+
+    Collective: every rank calls it. Reads the shared weights once; where they are equal, costs an
+    all-reduce of two integers for each of the `num_shared` sets that ranks share.
+    """
+    lowest = -(1 << 63) + 1
+    numbers = [lowest] * (2 * num_shared)
+    for replica_set in sets:
+        if replica_set.is_shared:
+            value = _hash(f.view for f in replica_set.fragments) >> 1
+            numbers[2 * replica_set.number], numbers[2 * replica_set.number + 1] = value, -value
+    maxima = ranks.maxima(numbers) if num_shared else []
+    if all(high == -low for high, low in zip(maxima[::2], maxima[1::2], strict=True)):
+        return []
+    hashes = {
+        (f.place.fqn, f.place.box): _hash([f.view])
+        for replica_set in sets
+        if replica_set.is_shared
+        for f in replica_set.fragments
+    }
+    first: dict[object, int] = {}
+    wrong = set()
+    for theirs in ranks.all_gather(hashes):
+        for place, value in theirs.items():
+            if first.setdefault(place, value) != value:
+                wrong.add(place[0])
+    return sorted(wrong)
+
+
+def _hash(values: Iterable[torch.Tensor]) -> int:
+    """64 bits, signed, of the bit patterns of 1-D tensors: equal for equal bits, NaN included."""
+    state = xxhash.xxh3_64()
+    for tensor in values:
+        tensor = torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor
+        if tensor.device.type == "cpu":
+            state.update(tensor.detach().view(torch.uint8).numpy().data)
+        else:
+            state.update(hash_on_device(tensor).to_bytes(8, "little", signed=True))
+    return state.intdigest() - (1 << 63)
+
+
+def hash_on_device(values: torch.Tensor) -> int:
+    """64 bits that depend on each bit and its place, computed where a 1-D tensor is."""
+    bits = values.detach().view(_INTEGER_OF_WIDTH[values.element_size()])
+    length = min(_HASHED_ELEMENTS, len(bits))
+    weights = torch.arange(1, 2 * length, 2, device=bits.device)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for part in bits.split(_HASHED_ELEMENTS):
+        total = total * 1000003 + (part * weights[: len(part)]).sum()
+    return int(total)

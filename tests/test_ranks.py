@@ -1,121 +1,207 @@
-"""Groups of some of the ranks are found or made, whatever groups there were before."""
+"""Ranks share the weights that they hold in common; public calls compare what must agree."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+from dist_ema import ShardedEMA
+from dist_ema.engines.plain import PlainEngine
+from dist_ema.plan import chosen, make_plan
 from dist_ema.ranks import Ranks
+from dist_ema.replicas import hash_on_device
 
 
-def sums(ranks: Ranks, groups: dict[tuple[int, ...], dist.ProcessGroup]) -> dict[object, int]:
-    """The sum of the members' ranks, as each group finds it."""
-    found = {}
-    for members in sorted(groups):
-        tensor = torch.tensor(ranks.rank)
-        dist.all_reduce(tensor, group=groups[members])
-        found[members] = int(tensor)
-    return found
+def parameters_of_subsets(group: dist.ProcessGroup | None = None) -> nn.ParameterDict:
+    """A parameter for each subset of two or more ranks of a group, held by the subset alone."""
+    me, size = dist.get_rank(group), dist.get_world_size(group)
+    module = nn.ParameterDict()
+    for number in range(2, size + 1):
+        for members in itertools.combinations(range(size), number):
+            generator = torch.Generator().manual_seed(sum(2**m for m in members))
+            values = torch.randn(40 + number, 7, generator=generator)
+            if me in members:
+                module["_".join(map(str, members))] = nn.Parameter(values)
+    return module
+
+
+def check_shared(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Average two steps, swap, gather, and compare with float64."""
+    ema = ShardedEMA(module, decay=0.75, process_group=group)
+    wanted = {name: p.detach().double() for name, p in module.named_parameters()}
+    for _ in range(2):
+        with torch.no_grad():
+            for name, p in module.named_parameters():
+                p.mul_(1.5)
+                wanted[name] = 0.75 * wanted[name] + 0.25 * p.double()
+        ema.update()
+    live = {name: p.detach().clone() for name, p in module.named_parameters()}
+    with ema.average_parameters():
+        for name, p in module.named_parameters():
+            torch.testing.assert_close(p.double(), wanted[name], rtol=2e-6, atol=2e-6)
+    for name, p in module.named_parameters():
+        assert torch.equal(p, live[name])
+    state = ema.gather_state_dict()
+    assert bool(state) == (dist.get_rank(group) == 0)
+    for name in state.keys() & wanted.keys():
+        torch.testing.assert_close(state[name].double(), wanted[name], rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.ranks(3, 4)
-def test_ranks_that_are_in_several_groups_do_not_wait_for_each_other():
-    ranks = Ranks()
-    every = [
-        members
-        for size in range(2, ranks.size + 1)
-        for members in itertools.combinations(range(ranks.size), size)
-    ]
-    for wanted in (every, every[1::2], every[::-1]):
-        mine = [members for members in wanted if ranks.rank in members]
-        assert sums(ranks, ranks.subgroups(mine, ())) == {members: sum(members) for members in mine}
+def test_any_subsets_of_ranks_share_weights():
+    check_shared(parameters_of_subsets())
 
 
 @pytest.mark.ranks(4)
-def test_ranks_that_are_in_different_numbers_of_groups_meet():
-    ranks = Ranks()
-    known = [dist.new_group([0]), dist.new_group([0, 1]), dist.new_group([0, 1, 2])]
-    pairs = [(0, 3), (1, 2), (0, 2), (1, 3), (0, 1)]
-    mine = [pair for pair in pairs if ranks.rank in pair]
-    known = [group for group in known if isinstance(group, dist.ProcessGroup)]
-    for here in (known, known if ranks.rank else []):  # one rank does not know of (0, 1)
-        assert sums(ranks, ranks.subgroups(mine, here)) == {pair: sum(pair) for pair in mine}
+def test_groups_of_the_user_work_before_between_and_after():
+    """Also where a part of the world alone builds averages."""
+
+    def group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            total = torch.tensor(dist.get_rank())
+            dist.all_reduce(total, group=group)
+            assert total == sum(ranks)
+        return group
+
+    group_of((0, 2))
+    part = group_of((1, 2, 3))
+    for pair in ((0, 1), (1, 3), (0, 1, 2, 3)):
+        if dist.get_rank():
+            check_shared(parameters_of_subsets(part), part)
+        group_of(pair)
+    check_shared(parameters_of_subsets())
+    group_of((2, 3))
 
 
 @pytest.mark.ranks(4)
-def test_members_of_a_group_need_no_one_else():
-    group = dist.new_group([1, 2, 3])
+def test_no_group_is_made():
+    made = []
+    real = dist.new_group
+    dist.new_group = lambda *args, **options: made.append(args) or real(*args, **options)
+    try:
+        check_shared(parameters_of_subsets())
+    finally:
+        dist.new_group = real
+    assert not made
+
+
+@pytest.mark.ranks(2)
+def test_a_known_group_is_used_only_where_all_its_members_know_it():
+    a, b = dist.new_group([0, 1]), dist.new_group([0, 1])
+    ranks, module = Ranks(dist.new_group([1, 0])), linear()
+    for known, group in (([a, b], a), ([[a, b], [b, a]][dist.get_rank()], None)):
+        engine = PlainEngine(module)
+        engine.process_groups = lambda known=known: known  # type: ignore[method-assign]
+        weights = engine.weights()
+        ranks_without_group = Ranks(ranks.group)
+        ranks_without_group.groups_by_members = (  # type: ignore[method-assign]
+            lambda known: {tuple(dist.get_process_group_ranks(g)): g for g in reversed(known)}
+        )
+        averaged = chosen(weights, "all", "copy")
+        [replica_set] = make_plan(weights, averaged, engine, True, ranks_without_group).sets
+        assert replica_set.group is group
+        replica_set.share()
+
+
+def test_a_hash_on_a_device_depends_on_each_bit_and_its_place():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        values = torch.arange(1, 6_000_000, 1500, dtype=torch.float32).to(dtype)
+        swapped, nudged = values.clone(), values.clone()
+        swapped[[3, -2]] = values[[-2, 3]]
+        nudged[-1] = -nudged[-1]
+        assert len({hash_on_device(v) for v in (values, swapped, nudged)}) == 3
+        assert hash_on_device(values) == hash_on_device(values.clone())
+
+
+def linear(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Linear(6, 4)
+
+
+def swap(ema: ShardedEMA, path: Any) -> None:
+    with ema.average_parameters():
+        pass
+
+
+CALLS: dict[str, Callable[[ShardedEMA, Any], object]] = {
+    "average_parameters": swap,
+    "gather_state_dict": lambda ema, path: ema.gather_state_dict(),
+    "gather_tensors": lambda ema, path: list(ema.gather_tensors()),
+    "copy_to": lambda ema, path: ema.copy_to(),
+    "copy_to_module": lambda ema, path: ema.copy_to(linear()),
+    "drift": lambda ema, path: ema.drift(),
+    "save": lambda ema, path: ema.save(path / "save"),
+    "save_asynchronous": lambda ema, path: ema.save(path / "save", asynchronous=True),
+    "export": lambda ema, path: ema.export(path / "export"),
+}
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("call", CALLS)
+def test_ranks_that_updated_different_numbers_of_times_are_refused(call: str, tmp_path):
+    model = linear()
+    if call != "average_parameters":  # which needs no other rank under FSDP2
+        fully_shard(model)
+    ema = ShardedEMA(model, decay=0.5)
     if dist.get_rank() == 0:
-        return
-    ranks = Ranks(group)
-    mine = [pair for pair in ((0, 1), (1, 2)) if ranks.rank in pair]
-    assert sums(ranks, ranks.subgroups(mine, ())) == {pair: sum(pair) for pair in mine}
-
-
-@pytest.mark.ranks(4)
-def test_groups_are_made_once_and_again_where_others_were_destroyed():
-    other = dist.new_group([0, 1, 2, 3])
-    ranks = Ranks()
-    first = [(0, 1)] if ranks.rank < 2 else []
-    made = ranks.subgroups(first, ())
-    dist.destroy_process_group(other)
-    assert ranks.subgroups(first, ()) == made
-    second = [(0, 1, 2)] if ranks.rank < 3 else []
-    assert sums(ranks, ranks.subgroups(second, ())) == dict.fromkeys(second, 3)
-    for group in made.values():
-        dist.destroy_process_group(group)
-    assert sums(ranks, ranks.subgroups(first, ())) == dict.fromkeys(first, 1)
-
-
-@pytest.mark.ranks(3)
-def test_a_group_that_is_made_again_has_a_name_of_its_own():
-    """Else a rank that is late finds the others gone to where its first group met."""
-    from torch.distributed.distributed_c10d import _world
-
-    ranks, names = Ranks(), set()
-    mine = [pair for pair in ((0, 1), (1, 2)) if ranks.rank in pair]
-    for turn in range(4):
-        if ranks.rank == turn % 3:
-            time.sleep(0.2)
-        made = ranks.subgroups(mine, ())
-        assert sums(ranks, made) == {pair: sum(pair) for pair in mine}
-        names |= {_world.pg_names[group] for group in made.values()}
-        dist.barrier()
-        for group in made.values():
-            dist.destroy_process_group(group)
-    assert len(names) == 4 * len(mine)
+        ema.update()
+    with pytest.raises(RuntimeError, match=r"\(1, 1\).*rank 0.*\(0, 0\).*rank 1.*update\(\)"):
+        CALLS[call](ema, tmp_path)
+    assert not list(tmp_path.iterdir())
+    if dist.get_rank() == 1:
+        ema.update()
+    CALLS[call](ema, tmp_path)
 
 
 @pytest.mark.ranks(2)
-def test_the_first_of_two_known_groups_is_taken():
-    a, b = dist.new_group([0, 1]), dist.new_group([1, 0])
-    pair = Ranks(dist.new_group([1, 0], sort_ranks=False))
-    known = [a, b] if dist.get_rank() else [a]
-    (group,) = pair.subgroups([(1, 0)], known).values()
-    assert group is a
-
-
-@pytest.mark.ranks(4)
-def test_a_group_has_its_ranks_in_the_order_of_the_group_that_it_is_part_of():
-    group = dist.new_group([3, 1, 0], sort_ranks=False)
-    if dist.get_rank() == 2:
-        return
-    ranks = Ranks(group)
-    mine = [pair for pair in ((0, 1), (1, 2)) if ranks.rank in pair]
-    for pair, made in ranks.subgroups(mine, ()).items():
-        assert pair.index(ranks.rank) == dist.get_rank(made)
+@pytest.mark.parametrize("other", [call for call in CALLS if call != "average_parameters"])
+def test_ranks_in_different_calls_are_refused(other: str, tmp_path):
+    ema = ShardedEMA(linear(), decay=0.5)
+    with pytest.raises(RuntimeError, match=r"average_parameters\(\).*rank 0"):
+        CALLS["average_parameters" if dist.get_rank() == 0 else other](ema, tmp_path)
+    assert not list(tmp_path.iterdir())
+    ema.drift()
 
 
 @pytest.mark.ranks(2)
-def test_no_group_is_made_where_all_are_known():
-    from torch.distributed.distributed_c10d import _world
+def test_different_arguments_are_refused_by_name(tmp_path):
+    ema = ShardedEMA(linear(), decay={"a": 0.5, "b": 0.9})
+    me = dist.get_rank()
+    name, dtype = "ab"[me], (torch.float32, torch.bfloat16)[me]
+    for call in (ema.drift, ema.gather_state_dict, ema.copy_to):
+        with pytest.raises(ValueError, match="name is a on rank 0 and b on rank 1"):
+            call(name=name)
+    with pytest.raises(ValueError, match="dtype is"):
+        ema.gather_state_dict("a", dtype=dtype)
+    with pytest.raises(ValueError, match="max_shard_size is"):
+        ema.export(tmp_path / "out", name="a", max_shard_size=10**6 + me)
+    assert not list(tmp_path.iterdir())
 
-    before = len(_world.pg_names)
-    ranks = Ranks()
-    assert ranks.subgroups([(0, 1)], ()) == {(0, 1): ranks.group}
-    assert ranks.subgroups([], ()) == {}
-    assert len(_world.pg_names) == before
+
+@pytest.mark.ranks(2)
+def test_a_rank_that_waits_names_those_that_have_not_arrived():
+    ema = ShardedEMA(linear(), decay=0.5)
+    ema._ranks.warn_after_s = 0.5
+    if dist.get_rank() == 1:
+        time.sleep(1.5)
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dist_ema").addHandler(handler)
+    ema.drift()
+    logging.getLogger("dist_ema").removeHandler(handler)
+    if dist.get_rank() == 0:
+        [text] = records
+        assert "drift()" in text and "have not arrived: 1" in text
+    else:
+        assert not records

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
@@ -300,24 +300,34 @@ def test_whole_replicas_show_what_split_ones_show(world: World):
     )
 
 
-@worlds("ddp-2", "hsdp")
-def test_replicas_that_differ_are_named_once(world: World):
-    run = start(world)
+@worlds("ddp-2", "hsdp", "tp")
+def test_replicas_that_differ_are_refused_at_every_swap_before_anything_is_written(world: World):
+    run = start(world).train(1)
+    with run.ema.average_parameters():
+        pass
+    weight = run.training.parameters()["emb.weight"].detach()
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
     if rank() == 1:
-        with torch.no_grad():
-            weight = run.training.parameters()["blocks.0.l1.weight"]
-            (weight.to_local() if isinstance(weight, DTensor) else weight)[0, 0] += 1e-7
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
+        local.view(-1)[[0, 1]] = local.view(-1)[[1, 0]]  # which a plain sum would not show
+    for _ in range(2):
+        before = local.clone()
+        with pytest.raises(RuntimeError, match="replicas='whole'") as error:
             with run.ema.average_parameters():
-                pass
-    told = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
-    shares = {"ddp": (0, 1), "hsdp": (1, 3)}[world.name]
-    assert len(told) == (rank() in shares), told
-    for text in told:
-        assert "blocks.0.l1.weight" in text
-        assert "blocks.0.l2.weight" not in text
+                raise AssertionError("the block was entered")
+        assert torch.equal(local, before)
+        assert "blocks.0.l2.weight" not in str(error.value)
+
+
+@pytest.mark.ranks(2)
+def test_replicas_that_differ_are_refused_when_the_average_is_built():
+    """As experts are, of which each rank holds its own under one name."""
+    torch.manual_seed(rank())
+    experts = nn.Linear(4, 4)
+    with pytest.raises(RuntimeError, match=r"bias, weight.*process_group="):
+        ShardedEMA(experts)
+    alone = [dist.new_group([r]) for r in range(2)][rank()]
+    ShardedEMA(experts, process_group=alone)
+    ShardedEMA(experts, replicas="whole")
 
 
 @worlds("ddp-2", "hsdp", "tp")
