@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -205,3 +206,13 @@ def test_a_rank_that_waits_names_those_that_have_not_arrived():
         assert "drift()" in text and "have not arrived: 1" in text
     else:
         assert not records
+
+
+@pytest.mark.ranks(2)
+def test_the_error_at_the_time_out_names_who_has_not_arrived():
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    ema = ShardedEMA(linear(), decay=0.5, process_group=group)
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=r"drift\(\): ranks that have not arrived: 1"):
+            ema.drift()
+    dist.barrier()
