@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -263,18 +264,17 @@ class Ranks:
             if staged is not part:
                 part.copy_(staged)
 
-    def exchange(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Send `rows[r]` (1-D int64) to rank r, get one from each. Collective: every rank calls."""
+    def all_gather_integers(self, own: np.ndarray) -> list[np.ndarray]:
+        """A 1-D int64 array of each rank, of any length, on every rank. Collective."""
         if self.size == 1:
-            return [rows[0]]
-        counts = torch.tensor([len(row) for row in rows], device=self.device)
-        theirs = torch.empty_like(counts)
-        dist.all_to_all_single(theirs, counts, group=self.group)
-        sizes = theirs.tolist()
-        out = torch.empty(sum(sizes), dtype=torch.int64, device=self.device)
-        sent = torch.cat(list(rows)).to(self.device)
-        dist.all_to_all_single(out, sent, sizes, [len(row) for row in rows], group=self.group)
-        return list(out.cpu().split(sizes))
+            return [own]
+        longest = self.maxima([len(own)])[0]
+        row = torch.zeros(1 + longest, dtype=torch.int64)
+        row[0], row[1 : 1 + len(own)] = len(own), torch.from_numpy(own)
+        rows = torch.empty(self.size * len(row), dtype=torch.int64, device=self.device)
+        all_gather_single(rows, row.to(self.device), group=self.group)
+        every = rows.view(self.size, -1).cpu().numpy()
+        return [each[1 : 1 + each[0]] for each in every]
 
 
 def _default_store() -> Any:

@@ -47,8 +47,7 @@ STATE = {"step": 0, "num_updates": 0, "averages": {"ema": {"schedule": {}, "deca
 CONSTRUCTION_NOTE = """\
 One rank of the mesh, one core, the network not counted. *Seconds*: of `ShardedEMA(model)`.
 *Plan*: what Python holds for it, and 1 kB for each tensor; *average* is not part of it. *Sent* and
-*received*: payload of all collectives of the constructor. The second rank of a mesh is the one that
-has most to answer: all ranks ask it who holds the model's buffer."""
+*received*: payload of all collectives of the constructor."""
 RANK0_NOTE = """\
 On rank 0, one core, the network and the data not counted, of a model with fewer layers: all figures
 grow with the boxes, of which all layers have as many more. *Peak*: resident memory beyond what was
@@ -120,13 +119,10 @@ def fake_group(rank: int, size: int) -> None:
 class Simulation:
     """One rank of a mesh, in a process that has no process group yet."""
 
-    def __init__(
-        self, config: Config, num_replicas: int, num_shards: int, rank: int | None
-    ) -> None:
-        """`rank` None: the one that has most to answer when replicas are looked for."""
+    def __init__(self, config: Config, num_replicas: int, num_shards: int, rank: int) -> None:
         torch.set_num_threads(1)
         self.world = world_of(config, num_replicas, num_shards)
-        self.rank = self.world.home_of_the_widest() if rank is None else rank
+        self.rank = rank
         fake_group(self.rank, self.world.size)
         start = time.perf_counter()
         self.model = sharded(config, num_replicas, num_shards)
@@ -269,21 +265,20 @@ def run(device: str, sizes: Sizes) -> list[Table]:
     }
     for name, mesh in meshes.items():
         sys.stderr.write(f"tests.benchmarks.scale: {name}\n")
-        for rank in (0, None):
-            built.rows.append({"mesh": name} | alone(construction, sizes.decoder, *mesh, rank))
+        built.rows.append({"mesh": name} | alone(construction, sizes.decoder, *mesh, 0))
         few = replace(sizes.decoder, layers=sizes.layers)
         told.rows.append({"mesh": name} | alone(planning, few, *mesh))
         moved.rows.append({"mesh": name} | data(world_of(sizes.decoder, *mesh)))
     return [built, told, moved]
 
 
-def construction(config: Config, num_replicas: int, num_shards: int, rank: int | None) -> Row:
+def construction(config: Config, num_replicas: int, num_shards: int, rank: int) -> Row:
     """A row of what one rank needs to build its average. In a process of its own."""
     simulation = Simulation(config, num_replicas, num_shards, rank)
     found = simulation.construction()
     return {
         "billion parameters": simulation.world.numel / 1e9,
-        "rank": simulation.rank if rank is not None else f"{simulation.rank}, asked by all",
+        "rank": rank,
         "seconds": found["seconds"],
         "fully_shard seconds": found["seconds_of_fully_shard"],
         "plan MB": found["plan_bytes"] / 1e6,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Shard
@@ -85,17 +86,10 @@ class World:
         return found
 
     @functools.cache  # noqa: B019
-    def questions(self, shard: int) -> list[torch.Tensor]:
-        """What a rank with this shard asks each rank about what it holds."""
+    def labels(self, shard: int) -> np.ndarray:
+        """What a rank with this shard tells the others of what it holds."""
         places, averaged = zip(*self._places_of_shard(shard), strict=True)
-        return holders.questions(places, averaged, self.size)[1]
-
-    def home_of_the_widest(self) -> int:
-        """The rank that answers all ranks about something that all of them hold."""
-        for home, rows in enumerate(zip(*map(self.questions, range(self.num_shards)), strict=True)):
-            if all(len(row) for row in rows):
-                return home
-        return 0
+        return holders.labels_of(places, averaged)
 
 
 @dataclass
@@ -122,24 +116,14 @@ class SimulatedRanks(Ranks):
         self.seconds = 0.0  # spent on being the others
         # What another rank gives to the next calls of `gather`, in turn.
         self.given: list[Callable[[int], Any]] = []
-        self._asked: list[torch.Tensor] | None = None
 
-    def exchange(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The two exchanges of `find_holders`, in their order."""
+    def all_gather_integers(self, own: np.ndarray) -> list[np.ndarray]:
         start = time.perf_counter()
-        if self._asked is None:
-            self._asked = list(rows)
-            out = [
-                self.world.questions(rank % self.world.num_shards)[self.rank]
-                for rank in range(self.size)
-            ]
-        else:
-            out = [self._answer_of(home) for home in range(self.size)]
-            self._asked = None
-        self._count("exchange", _nbytes(rows), _nbytes(out))
-        self._count("exchange", 8 * self.size, 8 * self.size)  # how long each row is
+        rows = [self.world.labels(rank % self.world.num_shards) for rank in range(self.size)]
+        longest = 8 * (1 + max(map(len, rows)))  # rows are padded
+        self._count("all_gather_integers", longest, longest * self.size)
         self.seconds += time.perf_counter() - start
-        return out
+        return rows
 
     def all_gather(self, obj: Any) -> list[Any]:
         """Every rank says the same."""
@@ -180,19 +164,7 @@ class SimulatedRanks(Ranks):
         with mock.patch.object(dist, "all_reduce", counted):
             yield self.traffic
 
-    def _answer_of(self, home: int) -> torch.Tensor:
-        """What a rank answers to what this one asked it."""
-        assert self._asked is not None
-        if not len(self._asked[home]):
-            return holders.answers([self._asked[home]])[0]
-        asked = [self.world.questions(r % self.world.num_shards)[home] for r in range(self.size)]
-        return holders.answers(asked, only=self.rank)[0]
-
     def _count(self, call: str, sent: int, received: int) -> None:
         self.traffic.sent += sent
         self.traffic.received += received
         self.by_call[call] += sent + received
-
-
-def _nbytes(rows: Sequence[torch.Tensor]) -> int:
-    return sum(row.nbytes for row in rows)
