@@ -65,7 +65,7 @@ class ShardedEMA:
         overlap: run updates on a side stream behind the forward pass that follows. The next step of
             any `torch.optim` optimizer waits for it, and so does whatever reads the average; what
             writes to the weights otherwise must not be called between `update()` and that. Of no
-            effect without CUDA.
+            effect without an accelerator.
         into: a second module, wrapped as the model is, whose weights become the average (a teacher,
             as in DINO, BYOL, mean teacher). It starts as a copy of the model and is ready for a
             forward pass after each update. Its own dtype counts; replicas keep it whole.

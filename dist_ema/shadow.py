@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dist_ema.accelerator import is_accelerator
 from dist_ema.layout import Fragment
 from dist_ema.lerp import Lerp, MultiAvgFn, accumulation_dtype, gains_from_packing
 from dist_ema.names import ddp_modules, slots
@@ -50,7 +51,7 @@ class Shadow:
     @property
     def values(self) -> list[list[torch.Tensor]]:
         """For each average a tensor for each fragment. Waits for an update that is under way."""
-        self._lerp.settle()
+        self._lerp.synchronize()
         return self._values
 
     @property
@@ -61,7 +62,7 @@ class Shadow:
 
     def bind(self, fragments: Sequence[Fragment]) -> None:
         """Update from these fragments from now on: storage moved."""
-        self._lerp.settle()
+        self._lerp.synchronize()
         self._lerp = self._plan(fragments)
 
     def _plan(self, fragments: Sequence[Fragment]) -> Lerp:
@@ -117,7 +118,7 @@ def allocate(
         kinds.setdefault((shadow_dtype(dtype, view), view.device), []).append(i)
     for (kind, beside), members in kinds.items():
         device = wanted or beside
-        pinned = device.type == "cpu" and beside.type == "cuda"  # so that copies need not wait
+        pinned = device.type == "cpu" and is_accelerator(beside)  # so that copies need not wait
         members.sort(key=lambda i: _address(views[i]))
         starts, total = _pack([views[i] for i in members], kind.itemsize)
         for values in averages:
