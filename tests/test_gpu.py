@@ -500,6 +500,7 @@ def check_torch_engine(engine: str, device: torch.device, path: Path) -> None:
 
 
 def check_zero(engine: str, device: torch.device, path: Path) -> None:
+    pytest.importorskip("deepspeed")
     if on_cpu(device):
         from tests.worlds_deepspeed import library
 
