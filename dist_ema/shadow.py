@@ -149,17 +149,21 @@ _Chunk = tuple[
 
 
 class _Staging:
-    """Two buffers for chunks of a dtype and device: fresh memory costs more than the copy to it."""
+    """Two buffers for chunks of a dtype: fresh memory costs more than the copy to it.
+
+    Both are on the weights' device, so that what crosses to or from a pinned average is a copy
+    between it and the device, and never passes through pageable memory.
+    """
 
     def __init__(self) -> None:
         self._pairs: dict[object, list[torch.Tensor]] = {}
 
     def copies(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of two chunks of one dtype, until the next call."""
-        key = (a.dtype, a.device, b.device)
+        key = (a.dtype, a.device)
         if key not in self._pairs:
             size = _SWAP_BYTES // a.element_size()
-            self._pairs[key] = [t.new_empty(size) for t in (a, b)]
+            self._pairs[key] = [a.new_empty(size) for _ in range(2)]
         first, second = (
             buffer[: t.numel()].copy_(t) for buffer, t in zip(self._pairs[key], (a, b), strict=True)
         )
