@@ -8,7 +8,7 @@
 # Results go to tests/benchmarks/results/DEVICE, or to $OUT.
 #
 # Takes the system's python3 with torch (2.8 or newer) and pytest, installs nothing into it and asks
-# no registry. What is missing (safetensors; deepspeed, without which its rows are left out) is
+# no registry. What is missing (safetensors, xxhash; deepspeed, without which its rows are left out) is
 # unpacked from the wheels in the folder $WHEELS, ./wheels by default, to ./build. On a machine with
 # a registry:
 #     pip wheel --no-deps -w wheels safetensors xxhash
@@ -51,7 +51,8 @@ fi
 "$python" - <<'PYTHON'
 import importlib.util, sys
 
-lacking = [n for n in ("torch", "numpy", "pytest", "safetensors") if not importlib.util.find_spec(n)]
+needed = "torch", "numpy", "pytest", "safetensors", "xxhash"
+lacking = [name for name in needed if not importlib.util.find_spec(name)]
 if lacking:
     sys.exit(f"{sys.executable} lacks {', '.join(lacking)}: put wheels into the folder $WHEELS")
 PYTHON
