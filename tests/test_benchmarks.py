@@ -6,6 +6,9 @@ import dataclasses
 import gzip
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +180,16 @@ def test_hidden_work_is_that_of_side_streams_while_the_main_one_is_busy():
     )
     assert (main, side) == ([(0, 20), (30, 40)], [(15, 32)])
     assert trace.overlapping(side, main) == 5 + 2
+
+
+def test_the_gpu_kit_runs_on_a_cpu(tmp_path: Path):
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)}
+    command = ["bash", str(report.ROOT / "launch" / "gpu.sh"), "--dry-run"]
+    assert subprocess.run([*command, "trace"], env=environment).returncode == 0
+    assert [row["way"] for row in report.read(tmp_path, "trace")["trace"]] == list(trace.WAYS)
+    assert "no average" in (tmp_path / "trace.txt").read_text()
+    refused = subprocess.run([*command, "traces"], env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and "traces is none of tests" in refused.stderr
 
 
 def test_results_are_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

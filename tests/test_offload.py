@@ -244,6 +244,26 @@ def test_optimizers_and_readers_wait_for_the_streams(recorder: Recorder):
     ]
 
 
+def test_chunks_of_an_offloaded_average_take_turns_on_two_streams(recorder: Recorder):
+    model = nn.Linear(30, 20)
+    with (
+        mock.patch.object(**CROSSING),
+        mock.patch.object(lerp, "_CHUNK_ELEMENTS", 250),
+        mock.patch.object(lerp, "SideStreams", lambda device, count: recorder.streams(count)),
+    ):
+        ema = ShardedEMA(model, 0.9, device="cpu")
+    recorder.told.clear()
+    ema.update()
+    assert [line for line in recorder.told if line.startswith("enter")] == [
+        "enter stream 1",
+        "enter stream 2",
+        "enter stream 1",
+    ]
+    recorder.told.clear()
+    ema.drift()
+    assert recorder.told[:2] == FENCE
+
+
 def test_a_compiled_optimizer_step_waits_each_time_and_traces_no_stream(recorder: Recorder):
     told: list[bool] = []
 
