@@ -316,7 +316,7 @@ def device_for(
 ) -> torch.device:
     """A device whose tensors the group can send: the wanted one, the CPU, or this rank's own.
 
-    Gloo takes tensors of an accelerator in collectives, and crashes on them in `isend`.
+    Gloo takes tensors of an accelerator in collectives, but not in `isend` and `irecv`.
     """
     backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     able = {

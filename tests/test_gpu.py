@@ -147,19 +147,22 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 class Hold:
-    """Work that keeps a stream busy for about 50 ms; on a CPU next to nothing."""
+    """Work that keeps a stream busy for about 50 ms, and leaves the device to other streams.
+
+    On a CPU next to nothing.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        size = 8 if on_cpu(device) else 4096
-        self.a, self.out = (
-            torch.zeros(size, size, device=device),
-            torch.zeros(size, size).to(device),
-        )
-        self.repeats = 1 if on_cpu(device) else 20
+        self.device = device
+        self.out = torch.zeros(64, 64, device=device)
+        self.repeats = 1 if on_cpu(device) else 5000
 
     def __call__(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda._sleep(100_000_000)  # clock cycles of a single thread
+            return
         for _ in range(self.repeats):
-            torch.mm(self.a, self.a, out=self.out)
+            torch.mm(self.out, self.out, out=self.out.new_empty(64, 64))
 
     def average(self, averaged: list[Tensor], live: list[Tensor], num_averaged: int) -> None:
         """A `multi_avg_fn` that is held up before it reads the weights."""
@@ -307,8 +310,6 @@ def test_a_swap_needs_a_few_chunks(device: torch.device, options: Any):
     training = Training(device)
     ema = ShardedEMA(training.model, DECAY, **options)
     training.train(ema)
-    before, live = held(device), training.weights()
-    del live
     raw, before = training.evaluate(), held(device)
     with ema.average_parameters():
         extra = held(device, peak=True) - before
@@ -509,7 +510,7 @@ def check_zero(engine: str, device: torch.device, path: Path) -> None:
     else:
         import deepspeed
 
-        deepspeed.init_distributed(dist_init_required=False)
+        deepspeed.init_distributed(dist.get_default_backend_for_device(device))
     from deepspeed.utils import safe_get_full_fp32_param
 
     torch.manual_seed(0)
@@ -628,7 +629,11 @@ def process(
     rank: int, num_ranks: int, backend: str, engine: str, device: torch.device, path: Path
 ) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1"
+        RANK=str(rank),
+        LOCAL_RANK="0",
+        WORLD_SIZE=str(num_ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",  # deepspeed wants one, and asks MPI otherwise
     )
     torch.accelerator.set_device_index(device.index)
     store = dist.FileStore(str(path / "store"), num_ranks)
