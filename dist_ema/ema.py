@@ -189,8 +189,9 @@ class ShardedEMA:
             (for engines and frameworks that tell) and on the calls that `update_every` skips.
 
         Raises:
-            RuntimeError: inside `average_parameters()`; parameters were replaced by ones of another
-                shape or layout, or a frozen one trains now. The average is unchanged.
+            RuntimeError: inside `average_parameters()`; while a CUDA graph is captured; parameters
+                were replaced by ones of another shape or layout, or a frozen one trains now. The
+                average is unchanged.
         """
         self._refuse_while_shown("update()")
         self._bound.follow()
