@@ -16,13 +16,15 @@ On a CPU there are no streams: the same calls run the work at once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
+
+T = TypeVar("T")
 
 
 def is_accelerator(device: torch.device) -> bool:
@@ -59,14 +61,22 @@ class SideStreams:
         self._streams: list[torch.Stream] = []
         self._pending = False
         self._is_capturing = graph_capture_query(device)
+        self._launch: Callable[..., None] = _launch
         if not is_accelerator(device):
             return
+        # Streams and events are used each time, not traced into a graph once, where a whole
+        # training step is compiled.
+        self._launch = torch.compiler.disable(_launch)
         self._streams = [torch.Stream(device) for _ in range(count)]
         self._start = torch.Event(device)
         self._ends = [torch.Event(device) for _ in self._streams]
         hook = _hook_of(weakref.WeakMethod(self.fence))
         handle = register_optimizer_step_pre_hook(hook)
         weakref.finalize(self, _end, handle, self._ends)
+
+    def run(self, work: Callable[[T], None], items: Iterable[T]) -> None:
+        """Call `work` with each item, on the streams in turn, after what the caller launched."""
+        self._launch(self, work, items)
 
     @contextmanager
     def launching(self) -> Iterator[None]:
@@ -111,14 +121,20 @@ class SideStreams:
             self._pending = False
 
 
+def _launch(streams: SideStreams, work: Callable[[T], None], items: Iterable[T]) -> None:
+    with streams.launching():
+        for number, item in enumerate(items):
+            with streams.stream(number):
+                work(item)
+
+
 def _hook_of(fence: weakref.WeakMethod[Any]) -> Callable[..., None]:
     def call(*_: object) -> None:
         bound = fence()
         if bound is not None:
             bound()
 
-    # A compiled optimizer step must run the hook each time, not trace it once.
-    hook: Callable[..., None] = torch.compiler.disable(call)
+    hook: Callable[..., None] = torch.compiler.disable(call)  # as in `SideStreams`
     return hook
 
 

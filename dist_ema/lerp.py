@@ -171,10 +171,7 @@ class _Track:
             for batch in self.batches:
                 work(batch)
             return
-        with self.streams.launching():
-            for number, batch in enumerate(self.batches):
-                with self.streams.stream(number):
-                    work(batch)
+        self.streams.run(work, self.batches)
 
 
 def gains_from_packing(shadow: torch.Tensor, live: torch.Tensor) -> bool:

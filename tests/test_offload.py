@@ -100,11 +100,9 @@ def test_buffers_are_read_before_the_next_forward_writes_to_them():
         def __init__(self, device: torch.device, count: int) -> None:
             pass
 
-        def launching(self) -> Any:
-            return nullcontext()
-
-        def stream(self, number: int) -> Any:
-            return nullcontext()
+        def run(self, work: Any, items: Any) -> None:
+            for item in items:
+                work(item)
 
         def fence(self) -> None:
             for work in queued:
@@ -262,6 +260,33 @@ def test_chunks_of_an_offloaded_average_take_turns_on_two_streams(recorder: Reco
     recorder.told.clear()
     ema.drift()
     assert recorder.told[:2] == FENCE
+
+
+def test_a_compiled_training_step_traces_no_stream(recorder: Recorder):
+    told: list[bool] = []
+
+    def launching(self: SideStreams) -> Any:
+        told.append(torch.compiler.is_compiling())
+        return nullcontext()
+
+    model = nn.Linear(3, 3)
+    with mock.patch.object(lerp, "SideStreams", lambda device, count: recorder.streams(count)):
+        ema = ShardedEMA(model, 0.5, overlap=True)
+    wanted = ema.gather_state_dict()["weight"]
+    mock.patch.stopall()  # the compiler asks for the accelerator too
+
+    def step(x: torch.Tensor) -> None:
+        with torch.no_grad():
+            model.weight.add_(x)
+        ema.update()
+
+    compiled = torch.compile(step, backend="eager")
+    with mock.patch.object(SideStreams, "launching", launching):
+        for _ in range(3):
+            compiled(torch.ones(3, 3))
+            wanted = (wanted + model.weight.detach()) / 2
+    assert told == [False] * 3
+    torch.testing.assert_close(ema.gather_state_dict()["weight"], wanted)
 
 
 def test_a_compiled_optimizer_step_waits_each_time_and_traces_no_stream(recorder: Recorder):
