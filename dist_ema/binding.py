@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from dist_ema.accelerator import synchronize_if_initialized
 from dist_ema.engines import select
 from dist_ema.engines.engine import Weight
 from dist_ema.gather import Gatherer
@@ -221,10 +222,9 @@ class Binding:
 
     def _await_copies(self) -> None:
         """Wait for forward passes that may still copy weights from host memory to the device."""
-        if torch.cuda.is_initialized():
-            views = (f.shown for w in self.plan.weights for f in w.fragments)
-            if any(view.device.type == "cpu" for view in views):
-                torch.cuda.synchronize()
+        views = (f.shown for w in self.plan.weights for f in w.fragments)
+        if any(view.device.type == "cpu" for view in views):
+            synchronize_if_initialized()
 
     def _carry_over_if_moved(self) -> None:
         """Bring live weights along to where a block moved the model's storage."""

@@ -65,7 +65,7 @@ class ShardedEMA:
         overlap: run updates on a side stream behind the forward pass that follows. The next step of
             any `torch.optim` optimizer waits for it, and so does whatever reads the average; what
             writes to the weights otherwise must not be called between `update()` and that. Of no
-            effect without CUDA.
+            effect without an accelerator.
         into: a second module, wrapped as the model is, whose weights become the average (a teacher,
             as in DINO, BYOL, mean teacher). It starts as a copy of the model and is ready for a
             forward pass after each update. Its own dtype counts; replicas keep it whole.
@@ -189,8 +189,9 @@ class ShardedEMA:
             (for engines and frameworks that tell) and on the calls that `update_every` skips.
 
         Raises:
-            RuntimeError: inside `average_parameters()`; parameters were replaced by ones of another
-                shape or layout, or a frozen one trains now. The average is unchanged.
+            RuntimeError: inside `average_parameters()`; while a CUDA graph is captured; parameters
+                were replaced by ones of another shape or layout, or a frozen one trains now. The
+                average is unchanged.
         """
         self._refuse_while_shown("update()")
         self._bound.follow()

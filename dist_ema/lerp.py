@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_ema.lanes import Lanes
+from dist_ema.accelerator import SideStreams, graph_capture_query, is_accelerator
 
 # Of live values. On a CPU and across devices 4 MB in fp32, a part of a common L3 cache: measured
-# against smaller and larger ones. Within a GPU 32 MB, a part of its L2 cache (an H100 has 50 MB),
-# since a grouped call takes as long to launch as some MB to average: reckoned, not measured.
+# against smaller and larger ones. Within an accelerator 32 MB, a part of the L2 cache (an H100 has
+# 50 MB), since a grouped call takes as long to launch as some MB to average: an estimate.
 _CHUNK_ELEMENTS = 1 << 20
-_CHUNK_ELEMENTS_WITHIN_CUDA = 1 << 23
+_CHUNK_ELEMENTS_WITHIN_ACCELERATOR = 1 << 23
 _SMALL_ELEMENTS = 4096  # of a tensor whose own call costs more than copying it
 
 MultiAvgFn = Callable[[list[torch.Tensor], list[torch.Tensor], int], None]
@@ -107,13 +107,13 @@ class Lerp:
             here = [lives[i] for i in members]
             first = here[0][0]
             crosses = _crosses(of_all[0][0], first)
-            lanes = Lanes(first.device, 2 if crosses else 1) if crosses or overlap else None
+            streams = SideStreams(first.device, 2 if crosses else 1) if crosses or overlap else None
             if len(here[0]) > 1:
                 batches = list(_packs(of_all, here))
             else:
                 whole = [part for (part,) in here]
                 batches = list(_batches(of_all, whole, num_stagings=2 if crosses else 1))
-            self._tracks.append(_Track(lanes, batches))
+            self._tracks.append(_Track(streams, batches, graph_capture_query(first.device)))
 
     def fold(self, decays: Sequence[float]) -> None:
         """shadow <- decay * shadow + (1 - decay) * live, with a decay for each average.
@@ -141,33 +141,37 @@ class Lerp:
     def fence(self) -> None:
         """Let what the caller launches next wait for updates that are under way."""
         for track in self._tracks:
-            if track.lanes is not None:
-                track.lanes.fence()
+            if track.streams is not None:
+                track.streams.fence()
 
-    def settle(self) -> None:
-        """Wait for updates that are under way on side streams."""
+    def synchronize(self) -> None:
+        """Let the host, and what the caller launches next, wait for updates under way."""
         self.fence()
         for track in self._tracks:
-            if track.lanes is not None:
-                track.lanes.settle()
+            if track.streams is not None:
+                track.streams.synchronize()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Track:
     """Batches with one pair of devices, and the side streams that they run on, if any."""
 
-    lanes: Lanes | None  # first, so that they end before the memory that they work on
+    streams: SideStreams | None  # first: they end before the memory that they use is freed
     batches: list[_Batch]
+    is_capturing: Callable[[], bool]
 
     def run(self, work: Callable[[_Batch], None]) -> None:
-        if self.lanes is None:
+        if self.is_capturing():
+            raise RuntimeError(
+                "the average cannot be updated while a graph is captured: each replay would apply "
+                "the decay of this one call, and step and num_updates would not count it; call "
+                "update() after the replay, outside the graph"
+            )
+        if self.streams is None:
             for batch in self.batches:
                 work(batch)
             return
-        with self.lanes.running():
-            for number, batch in enumerate(self.batches):
-                with self.lanes.lane(number):
-                    work(batch)
+        self.streams.run(work, self.batches)
 
 
 def gains_from_packing(shadow: torch.Tensor, live: torch.Tensor) -> bool:
@@ -211,8 +215,9 @@ def _batches(
         yield _Batch(shadows, lives, None, None, None, False)
         return
 
-    within_cuda = live.is_cuda and not crosses
-    most = _CHUNK_ELEMENTS_WITHIN_CUDA if within_cuda else _CHUNK_ELEMENTS
+    accelerated = is_accelerator(live.device)
+    within = accelerated and not crosses
+    most = _CHUNK_ELEMENTS_WITHIN_ACCELERATOR if within else _CHUNK_ELEMENTS
     length = min(most, sum(x.numel() for x in lives))
 
     def stagings(wanted: bool) -> list[torch.Tensor | None]:
@@ -233,7 +238,7 @@ def _batches(
             None,
             _cut(live_buffers[number % num_stagings], sizes),
             _cut(shadow_buffers[number % num_stagings], sizes),
-            crosses and live.is_cuda,
+            crosses and accelerated,
         )
 
 

@@ -311,9 +311,19 @@ def gather_chunk(device: torch.device, num_ranks: int, itemsize: int) -> int:
     return max(1, nbytes // itemsize)
 
 
-def device_for(group: dist.ProcessGroup, wanted: torch.device) -> torch.device:
-    """A device whose tensors the group can send: the wanted one, the CPU, or this rank's own."""
-    able = {pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")}
+def device_for(
+    group: dist.ProcessGroup, wanted: torch.device, *, point_to_point: bool = False
+) -> torch.device:
+    """A device whose tensors the group can send: the wanted one, the CPU, or this rank's own.
+
+    Gloo takes tensors of an accelerator in collectives, but not in `isend` and `irecv`.
+    """
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    able = {
+        device
+        for device, backend in backends.items()
+        if device == "cpu" or backend != "gloo" or not point_to_point
+    }
     if wanted.type in able:
         return wanted
     if "cpu" in able:

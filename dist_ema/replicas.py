@@ -91,7 +91,8 @@ class ReplicaSet:
         longest = max(b - a for a, b in zip(self.cuts, self.cuts[1:], strict=False))
         group = self.group if self.group is not None else self.world.group
         assert group is not None
-        device = device_for(group, storage(self.fragments[0]).device)
+        beside = storage(self.fragments[0]).device
+        device = device_for(group, beside, point_to_point=self.group is None)
         chunk = max(1, min(longest, gather_chunk(device, len(self.ranks), dtype.itemsize)))
         own, index = torch.empty(chunk, dtype=dtype, device=device), self.index
         every = torch.empty(len(self.ranks), chunk, dtype=dtype, device=device)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dist_ema.accelerator import is_accelerator
 from dist_ema.layout import Fragment
 from dist_ema.lerp import Lerp, MultiAvgFn, accumulation_dtype, gains_from_packing
 from dist_ema.names import ddp_modules, slots
@@ -50,7 +51,7 @@ class Shadow:
     @property
     def values(self) -> list[list[torch.Tensor]]:
         """For each average a tensor for each fragment. Waits for an update that is under way."""
-        self._lerp.settle()
+        self._lerp.synchronize()
         return self._values
 
     @property
@@ -61,7 +62,7 @@ class Shadow:
 
     def bind(self, fragments: Sequence[Fragment]) -> None:
         """Update from these fragments from now on: storage moved."""
-        self._lerp.settle()
+        self._lerp.synchronize()
         self._lerp = self._plan(fragments)
 
     def _plan(self, fragments: Sequence[Fragment]) -> Lerp:
@@ -117,7 +118,7 @@ def allocate(
         kinds.setdefault((shadow_dtype(dtype, view), view.device), []).append(i)
     for (kind, beside), members in kinds.items():
         device = wanted or beside
-        pinned = device.type == "cpu" and beside.type == "cuda"  # so that copies need not wait
+        pinned = device.type == "cpu" and is_accelerator(beside)  # so that copies need not wait
         members.sort(key=lambda i: _address(views[i]))
         starts, total = _pack([views[i] for i in members], kind.itemsize)
         for values in averages:
@@ -148,17 +149,21 @@ _Chunk = tuple[
 
 
 class _Staging:
-    """Two buffers for chunks of a dtype and device: fresh memory costs more than the copy to it."""
+    """Two buffers for chunks of a dtype: fresh memory costs more than the copy to it.
+
+    Both are on the weights' device, so that what crosses to or from a pinned average is a copy
+    between it and the device, and never passes through pageable memory.
+    """
 
     def __init__(self) -> None:
         self._pairs: dict[object, list[torch.Tensor]] = {}
 
     def copies(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of two chunks of one dtype, until the next call."""
-        key = (a.dtype, a.device, b.device)
+        key = (a.dtype, a.device)
         if key not in self._pairs:
             size = _SWAP_BYTES // a.element_size()
-            self._pairs[key] = [t.new_empty(size) for t in (a, b)]
+            self._pairs[key] = [a.new_empty(size) for _ in range(2)]
         first, second = (
             buffer[: t.numel()].copy_(t) for buffer, t in zip(self._pairs[key], (a, b), strict=True)
         )

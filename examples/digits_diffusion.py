@@ -154,7 +154,7 @@ def start_accelerate(train_set: Tensor, args: argparse.Namespace) -> Run:
 
     require_processes(args.processes, found=int(os.environ.get("WORLD_SIZE", "1")))
     # On CPU, unless told the backend, accelerate takes every rank of DeepSpeed's for rank 0 of 1.
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.accelerator.is_available()
     handlers = [] if on_gpu else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(kwargs_handlers=handlers)
     model = build_model()
@@ -180,9 +180,10 @@ def start_torch(train_set: Tensor, args: argparse.Namespace) -> Run:
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     require_processes(args.processes, found=world_size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cpu")
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        device = torch.accelerator.current_accelerator()
     mesh = init_device_mesh(device.type, (world_size,))
     model = cut(build_model().to(device), mesh, args.engine)
     return Run(

@@ -39,7 +39,7 @@ def noisy_sines(size: int, seed: int, noise: float) -> tuple[Tensor, Tensor]:
 
 def main(directory: str) -> None:
     dist.init_process_group()
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
     if device.type != "cpu":
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     num_pairs = dist.get_world_size() // 2

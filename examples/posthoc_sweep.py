@@ -31,7 +31,7 @@ def noisy_sines(size: int, seed: int, noise: float) -> tuple[Tensor, Tensor]:
 def main(directory: str) -> None:
     dist.init_process_group()
     rank = dist.get_rank()
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
     if device.type != "cpu":
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     torch.manual_seed(0)

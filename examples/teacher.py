@@ -38,7 +38,7 @@ def network(device: torch.device) -> nn.Module:
 def main() -> None:
     dist.init_process_group()
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
     if device.type != "cpu":
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "ranks(*num_ranks): run the body on every rank of gloo pools of these sizes;"
         " 0 is one process without a process group",
     )
+    config.addinivalue_line("markers", "gpu: needs an accelerator; skipped without one")
     config.addinivalue_line("markers", "timeout_s(seconds): limit for a body on the workers")
     config.stash[POOLS] = PoolKeeper()
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
-import importlib
+import importlib.util
 import os
 import random
 import shutil
@@ -340,8 +340,8 @@ def leave_out_what_is_slow() -> None:
     # DeepSpeed collects garbage a dozen times for each engine, through all that is imported.
     gc.freeze()
     # It compiles shared memory collectives, which only inference calls: a minute in a new .venv.
-    deepspeed = importlib.import_module("deepspeed.ops")
-    deepspeed.__compatible_ops__ = {}
+    if importlib.util.find_spec("deepspeed") is not None:
+        importlib.import_module("deepspeed.ops").__compatible_ops__ = {}
 
 
 def redirect_output(path: str) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from dist_ema.engines import select
 from dist_ema.holders import find_holders
 from dist_ema.ranks import Ranks
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import peers, plots, ranks, readme, report, scale, swap, update
+from tests.benchmarks import peers, plots, ranks, readme, report, scale, swap, trace, update
 from tests.benchmarks.launch import Here
 from tests.benchmarks.report import Row, Table
 from tests.benchmarks.sizes import CHECK, Config
@@ -151,6 +155,43 @@ def test_a_suite_runs_in_processes_of_its_own(tmp_path: Path, monkeypatch: pytes
     assert [row["weights"] for row in rows] == [shapes.name for shapes in CHECK.update]
 
 
+def test_steps_are_traced(tmp_path: Path):
+    rows = trace.measure("cpu", CHECK.traced, 1, tmp_path)
+    assert [row["way"] for row in rows] == list(trace.WAYS)
+    assert finite(rows), rows
+    events = json.loads(gzip.decompress((tmp_path / rows[-1]["trace"]).read_bytes()))["traceEvents"]
+    found = {event.get("name") for event in events}
+    assert {"forward", "backward", "optimizer", "update"} <= found
+
+
+def test_hidden_work_is_that_of_side_streams_while_the_main_one_is_busy():
+    def event(cat: str, stream: int, start: float, end: float) -> dict[str, Any]:
+        return {"cat": cat, "ts": start, "dur": end - start, "args": {"stream": stream}}
+
+    main, side = trace.by_stream(
+        [
+            event("kernel", 7, 0, 10),
+            event("kernel", 7, 10, 20),
+            event("kernel", 7, 30, 40),
+            event("kernel", 13, 15, 25),
+            event("gpu_memcpy", 14, 22, 32),
+            {"cat": "cpu_op", "ts": 0, "dur": 100},
+        ]
+    )
+    assert (main, side) == ([(0, 20), (30, 40)], [(15, 32)])
+    assert trace.overlapping(side, main) == 5 + 2
+
+
+def test_the_gpu_kit_runs_on_a_cpu(tmp_path: Path):
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)}
+    command = ["bash", str(report.ROOT / "launch" / "gpu.sh"), "--dry-run"]
+    assert subprocess.run([*command, "trace"], env=environment).returncode == 0
+    assert [row["way"] for row in report.read(tmp_path, "trace")["trace"]] == list(trace.WAYS)
+    assert "no average" in (tmp_path / "trace.txt").read_text()
+    refused = subprocess.run([*command, "traces"], env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and "traces is none of tests" in refused.stderr
+
+
 def test_results_are_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rows = [{"weights": "a", "way": w, "over floor": 2.0, "none": ""} for w in ("dist_ema", "x|y")]
     of_ranks = [{"engine": "ddp", "ranks": n, "bytes": 1 / n, "time": 1 / n} for n in (1, 2)]
@@ -170,7 +211,10 @@ def test_results_are_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFix
 def test_an_unknown_suite_is_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         command.main(["updates"])
-    assert "there are update, peers, ranks, swap, scale, plots, readme" in capsys.readouterr().err
+    assert (
+        "there are update, peers, ranks, swap, scale, trace, plots, readme"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_readme_tells_what_the_committed_results_tell(tmp_path: Path):

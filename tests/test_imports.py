@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1] / "dist_ema"
 # From the bottom to the top; modules of one layer do not import one another. "" is the package.
 LAYERS = [
     {
+        "accelerator",
         "checkpoint.checksums",
         "checkpoint.collector",
         "files",
         "hints",
-        "lanes",
         "layout",
         "names",
         "profiles",

@@ -1,12 +1,14 @@
 """An average on another device than the weights, and updates on side streams.
 
-No CUDA is at hand where these tests run, so what is tested is the path itself: chunks that come to
-the weights and go back, with streams absent, and, on stand-ins for streams, who waits for whom.
+These tests need no accelerator: they test the path itself, with chunks that come to the weights and
+go back while there are no streams, and with stand-ins for streams that record who waits for whom.
+tests/test_gpu.py runs the same on a device.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import itertools
 from contextlib import nullcontext
 from typing import Any
@@ -18,7 +20,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dist_ema import HalfLife, ShardedEMA, lerp
-from dist_ema.lanes import Lanes
+from dist_ema.accelerator import SideStreams, synchronize_if_initialized
 from tests.oracle import worst_relative_error
 from tests.runs import EXACT, MAX_RELATIVE_ERROR, start
 from tests.worlds import World, rank, worlds
@@ -98,18 +100,16 @@ def test_buffers_are_read_before_the_next_forward_writes_to_them():
         def __init__(self, device: torch.device, count: int) -> None:
             pass
 
-        def running(self) -> Any:
-            return nullcontext()
-
-        def lane(self, number: int) -> Any:
-            return nullcontext()
+        def run(self, work: Any, items: Any) -> None:
+            for item in items:
+                work(item)
 
         def fence(self) -> None:
             for work in queued:
                 work()
             queued.clear()
 
-        settle = fence
+        synchronize = fence
 
     run = lerp._Track.run
 
@@ -130,7 +130,10 @@ def test_buffers_are_read_before_the_next_forward_writes_to_them():
 
     for buffers in ("average", "copy"):
         wanted = final(buffers)
-        with mock.patch.object(lerp, "Lanes", Queue), mock.patch.object(lerp._Track, "run", later):
+        with (
+            mock.patch.object(lerp, "SideStreams", Queue),
+            mock.patch.object(lerp._Track, "run", later),
+        ):
             found = final(buffers, overlap=True)
         torch.testing.assert_close(found, wanted, **EXACT)
 
@@ -149,46 +152,51 @@ def test_a_device_that_makes_no_sense_is_refused(options: dict[str, Any], messag
 
 
 class Recorder:
-    """Stand-ins for CUDA's streams and events, which write down who waits for whom."""
+    """An accelerator whose streams and events write down who waits for whom."""
 
     def __init__(self) -> None:
         self.told: list[str] = []
         self.current = self.stream("current")
         self.num_streams = 0
+        self.capturing = False
 
-    def stream(self, name: str) -> mock.Mock:
-        stream = mock.Mock()
-        stream.wait_stream = lambda other: self.told.append(f"{name} waits for {other.label}")
+    def stream(self, name: str) -> mock.MagicMock:
+        stream = mock.MagicMock(label=name)
         stream.wait_event = lambda event: self.told.append(f"{name} waits for {event.label}")
-        stream.label = name
+        stream.__enter__ = lambda _: self.told.append(f"enter {name}")
+        stream.__exit__ = lambda *_: self.told.append(f"leave {name}")
         return stream
 
-    def new_stream(self, device: torch.device) -> mock.Mock:
+    def new_stream(self, device: torch.device) -> mock.MagicMock:
+        assert device.type == "xpu"
         self.num_streams += 1
-        return self.stream(f"lane {self.num_streams}")
+        return self.stream(f"stream {self.num_streams}")
 
-    def new_event(self) -> mock.Mock:
+    def new_event(self, device: torch.device) -> mock.Mock:
+        assert device.type == "xpu"
         event = mock.Mock(label="nothing")
 
         def record(stream: mock.Mock) -> None:
-            event.label = f"the end of {stream.label}"
-            self.told.append(f"{stream.label} is noted")
+            event.label = f"the work of {stream.label}"
+            self.told.append(f"{stream.label} is recorded")
 
         event.record = record
         event.synchronize = lambda: self.told.append(f"the host waits for {event.label}")
         return event
 
-    def lanes(self, count: int) -> Any:
-        patches = {
-            "Stream": self.new_stream,
-            "Event": self.new_event,
-            "current_stream": lambda device: self.current,
-            "stream": lambda stream: nullcontext(),
-            "is_current_stream_capturing": lambda: False,
-        }
-        for name, value in patches.items():
-            mock.patch.object(torch.cuda, name, value).start()
-        return Lanes(torch.device("cuda"), count)
+    def streams(self, count: int) -> SideStreams:
+        importlib.import_module("torch._dynamo")  # it derives classes from those replaced here
+        xpu = torch.device("xpu:0")
+        module = mock.Mock(is_current_stream_capturing=lambda: self.capturing)
+        accelerator = torch.accelerator
+        mock.patch.object(accelerator, "current_accelerator", lambda: torch.device("xpu")).start()
+        mock.patch.object(accelerator, "current_stream", lambda device: self.current).start()
+        mock.patch.object(torch, "get_device_module", lambda device: module).start()
+        with (
+            mock.patch.object(torch, "Stream", self.new_stream),
+            mock.patch.object(torch, "Event", self.new_event),
+        ):
+            return SideStreams(xpu, count)
 
 
 @pytest.fixture
@@ -197,41 +205,152 @@ def recorder():
     mock.patch.stopall()
 
 
-def test_optimizers_and_readers_wait_for_the_lanes(recorder: Recorder):
-    lanes = recorder.lanes(2)
+def an_optimizer() -> torch.optim.Optimizer:
     weight = nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
-    optimizer = torch.optim.SGD([weight], lr=0.1)
+    return torch.optim.SGD([weight], lr=0.1)
+
+
+FENCE = ["current waits for the work of stream 1", "current waits for the work of stream 2"]
+
+
+def test_optimizers_and_readers_wait_for_the_streams(recorder: Recorder):
+    streams, optimizer = recorder.streams(2), an_optimizer()
     optimizer.step()
     assert recorder.told == []  # nothing is under way
-    with lanes.running():
+    with streams.launching(), streams.stream(3):
         recorder.told.append("work")
     assert recorder.told == [
-        "lane 1 waits for current",
-        "lane 2 waits for current",
+        "current is recorded",
+        "stream 1 waits for the work of current",
+        "stream 2 waits for the work of current",
+        "enter stream 2",
         "work",
-        "lane 1 is noted",
-        "lane 2 is noted",
+        "leave stream 2",
+        "stream 1 is recorded",
+        "stream 2 is recorded",
     ]
     recorder.told.clear()
     optimizer.step()
-    fence = ["current waits for the end of lane 1", "current waits for the end of lane 2"]
-    assert recorder.told == fence
+    assert recorder.told == FENCE
     recorder.told.clear()
-    lanes.settle()
-    lanes.settle()
+    streams.synchronize()
+    streams.synchronize()
     assert recorder.told == [
-        "the host waits for the end of lane 1",
-        "the host waits for the end of lane 2",
+        "the host waits for the work of stream 1",
+        "the host waits for the work of stream 2",
     ]
+
+
+def test_chunks_of_an_offloaded_average_take_turns_on_two_streams(recorder: Recorder):
+    model = nn.Linear(30, 20)
+    with (
+        mock.patch.object(**CROSSING),
+        mock.patch.object(lerp, "_CHUNK_ELEMENTS", 250),
+        mock.patch.object(lerp, "SideStreams", lambda device, count: recorder.streams(count)),
+    ):
+        ema = ShardedEMA(model, 0.9, device="cpu")
+    recorder.told.clear()
+    ema.update()
+    assert [line for line in recorder.told if line.startswith("enter")] == [
+        "enter stream 1",
+        "enter stream 2",
+        "enter stream 1",
+    ]
+    recorder.told.clear()
+    ema.drift()
+    assert recorder.told[:2] == FENCE
+
+
+def test_a_compiled_training_step_traces_no_stream(recorder: Recorder):
+    told: list[bool] = []
+
+    def launching(self: SideStreams) -> Any:
+        told.append(torch.compiler.is_compiling())
+        return nullcontext()
+
+    model = nn.Linear(3, 3)
+    with mock.patch.object(lerp, "SideStreams", lambda device, count: recorder.streams(count)):
+        ema = ShardedEMA(model, 0.5, overlap=True)
+    wanted = ema.gather_state_dict()["weight"]
+    mock.patch.stopall()  # the compiler asks for the accelerator too
+
+    def step(x: torch.Tensor) -> None:
+        with torch.no_grad():
+            model.weight.add_(x)
+        ema.update()
+
+    compiled = torch.compile(step, backend="eager")
+    with mock.patch.object(SideStreams, "launching", launching):
+        for _ in range(3):
+            compiled(torch.ones(3, 3))
+            wanted = (wanted + model.weight.detach()) / 2
+    assert told == [False] * 3
+    torch.testing.assert_close(ema.gather_state_dict()["weight"], wanted)
+
+
+def test_a_compiled_optimizer_step_waits_each_time_and_traces_no_stream(recorder: Recorder):
+    told: list[bool] = []
+
+    def fence(self: SideStreams) -> None:
+        told.append(torch.compiler.is_compiling())
+
+    with mock.patch.object(SideStreams, "fence", fence):
+        streams = recorder.streams(1)
+    mock.patch.stopall()  # the compiler asks for the accelerator too
+    step = torch.compile(an_optimizer().step, backend="eager")
+    for _ in range(3):
+        step()
+    assert told == [False] * 3
+    del streams
+
+
+def test_a_graph_capture_that_could_not_wait_is_refused(recorder: Recorder):
+    streams, optimizer = recorder.streams(1), an_optimizer()
+    with streams.launching():
+        pass
+    recorder.capturing = True
+    with pytest.raises(RuntimeError, match=r"a graph that is being captured cannot wait for"):
+        optimizer.step()
+    streams.synchronize()
+    optimizer.step()
+
+
+def test_an_update_in_a_graph_capture_is_refused():
+    capturing = False
+    with mock.patch.object(lerp, "graph_capture_query", lambda device: lambda: capturing):
+        ema = ShardedEMA(nn.Linear(2, 2))
+    capturing = True
+    with pytest.raises(RuntimeError, match="cannot be updated while a graph is captured"):
+        ema.update()
+    assert ema.step == 0
+    capturing = False
+    assert ema.update()
 
 
 def test_an_average_that_is_gone_leaves_no_hook(recorder: Recorder):
     from torch.optim import optimizer as module
 
-    before = len(module._global_optimizer_pre_hooks)
-    lanes = recorder.lanes(1)
-    assert len(module._global_optimizer_pre_hooks) == before + 1
-    del lanes
     gc.collect()
+    before = len(module._global_optimizer_pre_hooks)
+    streams = recorder.streams(1)
+    assert len(module._global_optimizer_pre_hooks) == before + 1
+    with streams.launching():
+        pass
+    recorder.told.clear()
+    del streams
+    gc.collect()
+    assert recorder.told == ["the host waits for the work of stream 1"]
     assert len(module._global_optimizer_pre_hooks) == before
+
+
+@pytest.mark.parametrize("is_initialized", [True, False])
+def test_an_accelerator_is_waited_for_only_where_it_is_in_use(is_initialized: bool):
+    module = mock.Mock(is_initialized=lambda: is_initialized)
+    with (
+        mock.patch.object(torch.accelerator, "current_accelerator", lambda: torch.device("xpu")),
+        mock.patch.object(torch, "get_device_module", lambda device: module),
+        mock.patch.object(torch.accelerator, "synchronize") as synchronize,
+    ):
+        synchronize_if_initialized()
+    assert synchronize.called == is_initialized

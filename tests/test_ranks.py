@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from dist_ema import ShardedEMA
 from dist_ema.engines.plain import PlainEngine
 from dist_ema.plan import chosen, make_plan
-from dist_ema.ranks import Ranks
+from dist_ema.ranks import Ranks, device_for
 from dist_ema.replicas import hash_on_device
 
 
@@ -112,6 +113,23 @@ def test_a_known_group_is_used_only_where_all_its_members_know_it():
         [replica_set] = make_plan(weights, averaged, engine, True, ranks_without_group).sets
         assert replica_set.group is group
         replica_set.share()
+
+
+@pytest.mark.parametrize(
+    ("backends", "collective", "point_to_point"),
+    [
+        ("cpu:gloo,cuda:gloo", "cuda", "cpu"),  # gloo has no isend of CUDA tensors
+        ("cpu:gloo,cuda:nccl", "cuda", "cuda"),
+        ("cpu:gloo", "cpu", "cpu"),
+    ],
+)
+def test_a_group_is_given_tensors_that_its_backends_can_send(
+    backends: str, collective: str, point_to_point: str
+):
+    cuda: Any = torch.device("cuda", 0)
+    with mock.patch.object(dist, "get_backend_config", lambda group: backends):
+        assert device_for(mock.Mock(), cuda).type == collective
+        assert device_for(mock.Mock(), cuda, point_to_point=True).type == point_to_point
 
 
 def test_a_hash_on_a_device_depends_on_each_bit_and_its_place():

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
+from dist_ema.accelerator import is_accelerator
 from dist_ema.checkpoint.manifest import BLOCK_BYTES
 from dist_ema.checkpoint.planners import split_key
 from dist_ema.export.format import TensorSpec, safetensors_header
@@ -64,7 +65,8 @@ def row_major(tensor: torch.Tensor) -> Iterator[memoryview]:
         for start in range(0, len(data), BLOCK_BYTES):
             yield memoryview(data)[start : start + BLOCK_BYTES]
         return
-    staging = torch.empty(min(step, tensor.numel()), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    pinned, length = is_accelerator(tensor.device), min(step, tensor.numel())
+    staging = torch.empty(length, dtype=tensor.dtype, pin_memory=pinned)
     sizes = tuple(tensor.shape)
     outer = Box((0,) * len(sizes), sizes)
     for start in range(0, tensor.numel(), step):

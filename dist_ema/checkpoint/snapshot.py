@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from dist_ema.accelerator import is_accelerator
 from dist_ema.checkpoint.boxed import Part
 
 _CHUNK = {"cpu": 1 << 18}  # elements: stays in cache between copying and checking
@@ -36,7 +37,7 @@ def copied(averages: Mapping[str, Sequence[Part]]) -> tuple[dict[str, list[Part]
     sending = {name: [p for p in parts if p.sends] for name, parts in averages.items()}
     every = [part for parts in sending.values() for part in parts]
     needed = sum(_aligned(part.values.nbytes) for part in every)
-    pinned = any(part.values.is_cuda for part in every)
+    pinned = any(is_accelerator(part.values.device) for part in every)
     if _staging is None or _staging.numel() < needed or (pinned and not _staging.is_pinned()):
         _staging = None  # before the next is made
         _staging = torch.empty(needed, dtype=torch.uint8, pin_memory=pinned)

@@ -1,10 +1,10 @@
 """Runs benchmarks and writes what they found.
 
-    python -m tests.benchmarks [update] [peers] [ranks] [swap] [scale] [plots] [readme]
+    python -m tests.benchmarks [update] [peers] [ranks] [swap] [scale] [trace] [plots] [readme]
 
-All of them if none is named. Each writes SUITE.json and SUITE.md into a folder of
-tests/benchmarks/results named after the device; `plots` draws what is there into examples/, and
-`readme` puts it into the README.
+All of them if none is named, but for `trace`, which tells nothing without a GPU. Each writes
+SUITE.json and SUITE.md into a folder of tests/benchmarks/results named after the device; `plots`
+draws what is there into examples/, and `readme` puts it into the README.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import peers, plots, ranks, readme, report, scale, swap, update
+from tests.benchmarks import peers, plots, ranks, readme, report, scale, swap, trace, update
 from tests.benchmarks.report import Table
 from tests.benchmarks.sizes import CHECK, REAL, Sizes
 
@@ -27,13 +27,16 @@ SUITES: dict[str, Callable[[str, Sizes], list[Table]]] = {
     "swap": swap.run,
     "scale": scale.run,
 }
+TRACE = "trace"
 TOLD = ("plots", "readme")  # of what the suites found
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("suites", nargs="*", metavar="suite", help=", ".join([*SUITES, *TOLD]))
+    parser.add_argument(
+        "suites", nargs="*", metavar="suite", help=", ".join([*SUITES, TRACE, *TOLD])
+    )
     parser.add_argument("--check", action="store_true", help="sizes that only show that they run")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="CUDA where there is any")
     parser.add_argument("--out", type=Path, help="folder of the results")
@@ -41,9 +44,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--readme", type=Path, default=report.ROOT / "README.md")
     options = parser.parse_args(arguments)
     suites = options.suites or [*SUITES, *TOLD]
-    unknown = sorted(set(suites) - {*SUITES, *TOLD})
+    known = [*SUITES, TRACE, *TOLD]
+    unknown = sorted(set(suites) - set(known))
     if unknown:
-        parser.error(f"no suite {', '.join(unknown)}; there are {', '.join([*SUITES, *TOLD])}")
+        parser.error(f"no suite {', '.join(unknown)}; there are {', '.join(known)}")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     directory = options.out or report.directory_for(device)
     sizes = CHECK if options.check else REAL
@@ -51,7 +55,10 @@ def main(arguments: list[str]) -> None:
     for suite in suites:
         if suite not in TOLD:
             about = report.environment(device)
-            tables = SUITES[suite](device, sizes)
+            if suite == TRACE:
+                tables = trace.run(device, sizes, directory)
+            else:
+                tables = SUITES[suite](device, sizes)
             report.write(directory, suite, tables, about, command)
     if "plots" in suites:
         for path in plots.draw(directory, options.plots):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 
@@ -30,6 +31,9 @@ def rows_of(
         groups.setdefault(engine if own else "torch", []).append(case)
     rows: list[Row] = []
     for name, group in groups.items():
+        if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+            rows += [{"engine": name, "weights": "not run: deepspeed is not installed"}]
+            continue
         num_ranks = 1 if name == "plain" else sizes.ranks_of(device)
         sys.stderr.write(f"{measure.__module__}: {name} on {num_ranks} ranks\n")
         try:

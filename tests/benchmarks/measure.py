@@ -92,6 +92,16 @@ def ratio(taken: Mapping[str, list[float]], name: str, to: str) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
+def peak_bandwidth(device: torch.device) -> float | None:
+    """Bytes a second of a device's memory by its clock and bus width, where torch tells them."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    clock_khz = getattr(properties, "memory_clock_rate", 0)
+    bits = getattr(properties, "memory_bus_width", 0)
+    return 2 * clock_khz * 1e3 * bits / 8 or None  # twice: double data rate
+
+
 def peak_memory(device: torch.device | None = None, *, reset: bool = False) -> int:
     """Most bytes held since the last reset: of the device, or of this process for the CPU.
 

@@ -31,6 +31,7 @@ class Sizes:
     whole: Shapes  # on 1, 2 and 4 ranks
     num_ranks: tuple[int, ...]
     swapped: Shapes
+    traced: tuple[int, int, int]  # width, depth and batch of the model that is trained
     stored: Shapes
     rounds: int
     slow_rounds: int  # of what takes seconds
@@ -68,6 +69,7 @@ REAL = Sizes(
     whole=_large(8),
     num_ranks=(1, 2, 4),
     swapped=_large(16, 2 * SIDE),
+    traced=(2 * SIDE, 16, 8 * SIDE),
     stored=_large(16),
     rounds=15,
     slow_rounds=3,
@@ -82,6 +84,7 @@ CHECK = Sizes(
     whole=_large(2, 32),
     num_ranks=(1, 2),
     swapped=_large(2, 32),
+    traced=(32, 2, 8),
     stored=_large(2, 32),
     rounds=2,
     slow_rounds=1,

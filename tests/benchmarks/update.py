@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from dist_ema import ShardedEMA
 from tests.benchmarks.cases import rows_of
 from tests.benchmarks.launch import Here
-from tests.benchmarks.measure import interleaved, medians, ratio
+from tests.benchmarks.measure import interleaved, medians, peak_bandwidth, ratio
 from tests.benchmarks.models import Shapes, updater, wrap
 from tests.benchmarks.report import Row, Table
 from tests.benchmarks.sizes import Sizes
@@ -23,7 +24,9 @@ tensors as many and as long as what the rank averages; where the live weights ar
 10/12 of the length, since 12 bytes are moved for an fp32 weight and 10 for a bf16 one. *Flat*: the
 same elements in one tensor. *Compiled*: the floor's rival for bf16, one pass that `torch.compile`
 makes of the update of all elements in one tensor, over the floor. *Two*: two averages over one.
-*Overhead*: update less floor."""
+*Overhead*: update less floor. *Of HBM*: bytes a second of the update over the bandwidth of the
+device's memory by its clock and bus width (GPUs only); *copy of HBM*: the same of a copy within the
+device of as many bytes, which is what can be reached."""
 
 
 def run(device: str, sizes: Sizes) -> list[Table]:
@@ -51,8 +54,11 @@ def case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
         "flat": floor([sum(numels)], here.device),
         "two": updater(two, model),
     }
-    if narrow and here.size == 1:
+    if narrow and here.size == 1 and any(map(shutil.which, ("c++", "g++", "gcc", "clang"))):
         acts["compiled"] = compiled(sum(counts), shapes.dtype, here.device)
+    peak = peak_bandwidth(here.device)
+    if peak is not None:
+        acts["copy"] = copy(6 * sum(numels), here.device)
     taken = interleaved(acts, here.device, rounds=rounds, together=here)
     seconds = medians(taken)
     row = {
@@ -70,6 +76,9 @@ def case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
         "overhead us": (seconds["update"] - seconds["floor"]) * 1e6,
         "GB/s": 12 * sum(numels) / seconds["update"] / 1e9,
     }
+    if peak is not None:
+        for name, column in (("update", "of HBM"), ("copy", "copy of HBM")):
+            row[column] = 12 * sum(numels) / seconds[name] / peak
     return [row]
 
 
@@ -78,6 +87,12 @@ def floor(numels: Sequence[int], device: torch.device) -> Callable[[], object]:
     averages = [torch.zeros(n, device=device) for n in numels]
     lives = [torch.ones(n, device=device) for n in numels]
     return lambda: torch._foreach_lerp_(averages, lives, WEIGHT)
+
+
+def copy(nbytes: int, device: torch.device) -> Callable[[], object]:
+    """Reads so many bytes and writes as many."""
+    source, target = (torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+    return lambda: target.copy_(source)
 
 
 def compiled(numel: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:

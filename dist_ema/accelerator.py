@@ -1,0 +1,144 @@
+"""Accelerators of any kind (CUDA, XPU, NPU, ...), and side streams for updates of an average.
+
+[Note: fences]
+An update on a side stream reads the live weights while the caller goes on. It waits for all work
+that the caller launched before it. The following wait for the update: the next step of any torch
+optimizer (by a hook that runs before each step), everything that reads the average through
+`Shadow`, and the destruction of the streams, which comes before that of the memory that they use.
+Code that writes to the weights in another way must read the average first (`drift()`, for example).
+
+The weights that an update reads are not freed meanwhile, wherever the model moves: the update's
+plan holds views of them, and a new plan is made only after `SideStreams.synchronize`.
+
+On a CPU there are no streams: the same calls run the work at once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+T = TypeVar("T")
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether the device has streams, and copies from pinned host memory need not be waited for."""
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator is not None and device.type == accelerator.type
+
+
+def synchronize_if_initialized() -> None:
+    """Wait until the accelerator is idle, without initializing one that this process does not use.
+
+    Work on it may still read from or write to host memory.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None:
+        module = torch.get_device_module(accelerator)
+        if getattr(module, "is_initialized", module.is_available)():
+            torch.accelerator.synchronize()
+
+
+def graph_capture_query(device: torch.device) -> Callable[[], bool]:
+    """A function that tells whether the current stream is being captured into a graph."""
+    if not is_accelerator(device):
+        return lambda: False
+    module = torch.get_device_module(device)
+    return getattr(module, "is_current_stream_capturing", lambda: False)
+
+
+class SideStreams:
+    """A few streams of one device. Work on one stream runs in order; the streams overlap."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self._device = device
+        self._streams: list[torch.Stream] = []
+        self._pending = False
+        self._is_capturing = graph_capture_query(device)
+        self._launch: Callable[..., None] = _launch
+        if not is_accelerator(device):
+            return
+        # Streams and events are used each time, not traced into a graph once, where a whole
+        # training step is compiled.
+        self._launch = torch.compiler.disable(_launch)
+        self._streams = [torch.Stream(device) for _ in range(count)]
+        self._start = torch.Event(device)
+        self._ends = [torch.Event(device) for _ in self._streams]
+        hook = _hook_of(weakref.WeakMethod(self.fence))
+        handle = register_optimizer_step_pre_hook(hook)
+        weakref.finalize(self, _end, handle, self._ends)
+
+    def run(self, work: Callable[[T], None], items: Iterable[T]) -> None:
+        """Call `work` with each item, on the streams in turn, after what the caller launched."""
+        self._launch(self, work, items)
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """A block that launches work which reads the weights as they are now."""
+        if not self._streams:
+            yield
+            return
+        self._start.record(torch.accelerator.current_stream(self._device))
+        for stream in self._streams:
+            stream.wait_event(self._start)
+        self._pending = True
+        try:
+            yield
+        finally:
+            for event, stream in zip(self._ends, self._streams, strict=True):
+                event.record(stream)
+
+    def stream(self, number: int) -> AbstractContextManager[Any]:
+        """Launch the work of a block on one of the streams, chosen by `number` modulo the count."""
+        if not self._streams:
+            return nullcontext()
+        return self._streams[number % len(self._streams)]
+
+    def fence(self) -> None:
+        """Let what the caller launches from now on wait for the streams. The host does not wait."""
+        if self._pending:
+            if self._is_capturing():
+                raise RuntimeError(
+                    "an update of the average is under way on a side stream, which a graph that is "
+                    "being captured cannot wait for; call ema.drift() before the capture and "
+                    "before each replay, or build ShardedEMA without overlap= and device="
+                )
+            current = torch.accelerator.current_stream(self._device)
+            for event in self._ends:
+                current.wait_event(event)
+
+    def synchronize(self) -> None:
+        """Let the host wait until all work on the streams is done."""
+        if self._pending:
+            for event in self._ends:
+                event.synchronize()
+            self._pending = False
+
+
+def _launch(streams: SideStreams, work: Callable[[T], None], items: Iterable[T]) -> None:
+    with streams.launching():
+        for number, item in enumerate(items):
+            with streams.stream(number):
+                work(item)
+
+
+def _hook_of(fence: weakref.WeakMethod[Any]) -> Callable[..., None]:
+    def call(*_: object) -> None:
+        bound = fence()
+        if bound is not None:
+            bound()
+
+    hook: Callable[..., None] = torch.compiler.disable(call)  # as in `SideStreams`
+    return hook
+
+
+def _end(hook: RemovableHandle, events: list[torch.Event]) -> None:
+    hook.remove()
+    for event in events:
+        event.synchronize()
