@@ -54,7 +54,9 @@ class ShardedEMA:
         start_step: the first calls that copy the weights. 1 makes the first update copy.
         params: "trainable", "all", or a predicate (fqn, parameter) -> bool. What is not averaged
             costs nothing, and is read live when gathering.
-        buffers: "copy" uses live buffers; "average" averages the persistent floating ones too.
+        buffers: "copy" uses live buffers; "average" averages the persistent floating-point ones
+            too; a predicate (fqn, buffer) -> bool averages those that it chooses, and copies the
+            rest (an expert bias yes, the vectors of spectral norm no).
         replicas: "split" lets ranks that hold equal weights average a slice each; "whole" keeps
             all that a rank holds.
         dtype: of the average. The live weights' own is no good if it is narrower than fp32: at a
@@ -85,7 +87,7 @@ class ShardedEMA:
         update_every: int = 1,
         start_step: int = 0,
         params: str | Callable[[str, nn.Parameter], bool] = "trainable",
-        buffers: str = "copy",
+        buffers: str | Callable[[str, torch.Tensor], bool] = "copy",
         replicas: str = "split",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -477,7 +479,8 @@ class ShardedEMA:
         Collective: every rank calls it, and reads what it holds.
         """
         self._meet("load()", {"strict": strict}, counters=False)
-        names = {n for w in self._bound.plan.weights for n in (w.fqn, *w.aliases)}
+        weights = [*self._bound.plan.weights, *self._bound.others()]
+        names = {n for w in weights for n in (w.fqn, *w.aliases)}
         state = api.load(
             path, self._parts(), self._tensors(), self._ranks, strict=strict, others=names
         )
@@ -593,7 +596,8 @@ class ShardedEMA:
         """Who owns what of an average, and its values. Collective: every rank calls it."""
         self._meet(what, {"name": name, "dtype": dtype, **others})
         values = self._values(name)
-        return self._bound.gatherer(values), self._bound.with_rest(values)
+        gatherer = self._bound.gatherer(values)
+        return gatherer, [*values, *(piece.fragment.view for piece in gatherer.rest)]
 
     def _model(self) -> dict[str, Any]:
         """What an export from a checkpoint must know of the model, as JSON."""
@@ -610,8 +614,8 @@ class ShardedEMA:
                 "dtype": DTYPES.get(w.tensor.dtype, str(w.tensor.dtype)),
                 "aliases": list(w.aliases),
             }
-            for w in self._bound.plan.weights
-            if w.persistent and w.fqn not in self._bound.plan.averaged
+            for w in self._bound.others()
+            if w.persistent
         }
 
     def _refuse_while_shown(self, what: str) -> None:
