@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -382,12 +383,20 @@ class ShardedEMA:
         `config.json` (diffusers), `adapter_model.safetensors` and `adapter_config.json` (the active
         adapter of a PEFT model), or `model.safetensors` alone, which
         `safetensors.torch.load_model` reads; with several files, their index. Averaged and frozen
-        weights and persistent buffers are in it, tied weights once. It is written aside and
-        renamed: whoever reads `path` sees the old export or the new one, whole.
+        weights and persistent buffers are in it, tied weights once.
+
+        Only these files are replaced; no other file in the directory is touched, whoever writes
+        there meanwhile. `from_pretrained` finds the old export or the new one, complete, also if
+        the export is killed at any moment: new files are written to a hidden directory inside
+        `path`, and take their places by one rename (the weights file alone, or a symbolic link
+        through which all files are read until each is renamed). Exceptions: on a file system
+        without symbolic or hard links, an export that is killed while several files are renamed
+        leaves a directory that does not load (never a mixture), and the next export mends it.
 
         Args:
-            path: directory; made, or replaced, as a whole. Files in it that are not of an export
-                of this name (a tokenizer, say) are kept.
+            path: directory, the same on every rank; made if it does not exist. Weights files and
+                an index of an earlier export of this name are removed if this one has no such
+                files.
             dtype: of floating tensors, and of `config.json`; None as in `gather_state_dict`.
             max_shard_size: of a file, in bytes or as "5GB"; a larger tensor gets its own file.
             weights_name: name of the weights file; None for the library's own.
@@ -399,8 +408,9 @@ class ShardedEMA:
 
         Raises:
             ValueError: the average holds NaN or Inf (the tensors are named), an argument is out of
-                range, or the model's `state_dict()` has other names than its tensors. On every
-                rank; an earlier export is left as it was.
+                range, the model's `state_dict()` has other names than its tensors, or `path` has
+                weights that `export` did not write and that loaders might prefer. On every rank;
+                an earlier export is left as it was.
 
         Collective: every rank calls it. Direct, nothing is sent but tensors that are cut into runs
         of less than 4 KB; memory a few MB a rank. Else each byte is sent to rank 0 once, in buckets
@@ -410,6 +420,7 @@ class ShardedEMA:
             "export()",
             name,
             dtype,
+            path=os.path.abspath(str(path)),
             max_shard_size=max_shard_size,
             weights_name=weights_name,
             method=method,

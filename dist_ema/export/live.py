@@ -9,7 +9,6 @@ put together on rank 0, which alone needs to see the directory. The files are th
 
 from __future__ import annotations
 
-import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from dist_ema.export.card import Card
+from dist_ema.export.replace import replaced_files
 from dist_ema.export.writing import (
     Draft,
     Output,
@@ -27,8 +27,8 @@ from dist_ema.export.writing import (
     is_scattered,
     refuse_broken,
     refuse_other_config,
+    refuse_other_weights,
 )
-from dist_ema.files import replaced_directory
 from dist_ema.gather import Entry, Gatherer
 from dist_ema.ranks import Ranks
 
@@ -78,16 +78,14 @@ def export(
                 weights_name=weights_name,
             )
             refuse_other_config(path, plan)
+            refuse_other_weights(path, plan)
     plan = ranks.broadcast(plan)
     assert plan is not None
     with ExitStack() as on_rank_0:
         directory = path
         with ranks.together():
             if ranks.rank == 0:
-                stale = re.compile(plan.stale)
-                directory = on_rank_0.enter_context(
-                    replaced_directory(path, keep=lambda entry: not stale.fullmatch(entry))
-                )
+                directory = on_rank_0.enter_context(replaced_files(path, plan.is_stale))
         writing = Writing(Path(ranks.broadcast(str(directory))), plan)
         with closing(writing):
             with ranks.together():

@@ -7,7 +7,6 @@ directory that the library wrote.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
@@ -23,8 +22,15 @@ from dist_ema.checkpoint.reader import TORCH_DTYPES, Source
 from dist_ema.checkpoint.regions import RegionReader
 from dist_ema.export.card import Card, checked_card, guessed_card, name_in, with_config
 from dist_ema.export.format import gathered_dtype
-from dist_ema.export.writing import Output, Writing, draft, refuse_broken, refuse_other_config
-from dist_ema.files import replaced_directory
+from dist_ema.export.replace import replaced_files
+from dist_ema.export.writing import (
+    Output,
+    Writing,
+    draft,
+    refuse_broken,
+    refuse_other_config,
+    refuse_other_weights,
+)
 
 _BAND_BYTES = 32 << 20  # read, put together and written at a time
 _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -120,10 +126,10 @@ def _write(
         weights_name=weights_name,
     )
     refuse_other_config(out, plan)
+    refuse_other_weights(out, plan)
     written = [item for item in items if item.output.fqn in plan.where]
     written.sort(key=lambda item: plan.start(item.output.fqn))
-    stale = re.compile(plan.stale)
-    with replaced_directory(out, keep=lambda entry: not stale.fullmatch(entry)) as directory:
+    with replaced_files(out, plan.is_stale) as directory:
         with (
             closing(Writing(directory, plan)) as writing,
             progress(sum(item.source.tensor.nbytes for item in written)) as advance,

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -16,14 +17,16 @@ import torch
 
 from dist_ema.export.card import Card, name_in, texts_of
 from dist_ema.export.format import (
+    WRITTEN_BY,
     OutFile,
     TensorSpec,
     check_weights_name,
     index_name,
     index_text,
+    is_marked,
     max_bytes,
     out_files,
-    stale_files,
+    own_names,
 )
 from dist_ema.files import sync
 from dist_ema.layout import Box, Place, Shape
@@ -52,8 +55,16 @@ class Draft:
     files: dict[str, OutFile]
     texts: dict[str, str]  # further files, index included
     where: dict[str, tuple[str, str]]  # fqn -> file, name of the tensor in it
-    stale: str  # pattern of the files of an earlier export
+    own: str  # pattern of the names that weights and index of an export of this name can have
     is_variant: bool  # whether the library's own weights may lie beside it
+
+    def is_stale(self, file: Path) -> bool:
+        """Whether a file is of an earlier export of this name."""
+        return self.has_name(file.name) and is_marked(file)
+
+    def has_name(self, name: str) -> bool:
+        """Whether weights or an index of this export could have this name."""
+        return re.fullmatch(self.own, name) is not None
 
     def start(self, fqn: str) -> tuple[str, int]:
         """The file of a tensor, and its first byte in it."""
@@ -87,7 +98,7 @@ def draft(
             "averaged; with adapters, average the active one only (params=) and name other layers "
             "in modules_to_save, or use gather_state_dict()"
         )
-    metadata = {"format": "pt"}
+    metadata = {"format": "pt", **WRITTEN_BY}
     if card["library"] == "plain":
         metadata |= dict(sorted((alias, o.fqn) for o in outputs for alias in o.aliases))
     specs = [TensorSpec(name, o.shape, o.dtype) for o in outputs if (name := names[o.fqn])]
@@ -100,8 +111,25 @@ def draft(
         texts[index] = index_text(files)
     file_of = {name: file for file, told in files.items() for name in told.starts}
     where = {fqn: (file_of[name], name) for fqn, name in names.items() if name is not None}
-    stale = stale_files(weights_name, index).pattern
-    return Draft(files, texts, where, stale, weights_name != card["weights_name"])
+    own = own_names(weights_name, index).pattern
+    return Draft(files, texts, where, own, weights_name != card["weights_name"])
+
+
+def refuse_other_weights(path: Path, plan: Draft) -> None:
+    """Raise if weights that no export wrote would stay, and might be read in place of the new ones.
+
+    transformers prefers a single file to an index, diffusers an index to a single file.
+    """
+    entries = [entry for entry in path.iterdir()] if path.is_dir() else []
+    for entry in entries:
+        is_shard = "-of-" in entry.name  # read through an index only
+        stays = entry.name not in plan.files and entry.name not in plan.texts
+        if plan.has_name(entry.name) and stays and not is_shard and not is_marked(entry):
+            raise ValueError(
+                f"{entry} was not written by export(), and some loaders would read it in place of "
+                f"{next(iter(plan.files))}; remove it, export to another directory, or change "
+                "max_shard_size"
+            )
 
 
 def refuse_other_config(path: Path, plan: Draft) -> None:
