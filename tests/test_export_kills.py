@@ -174,7 +174,7 @@ def test_whenever_an_export_is_killed_one_export_is_read(name: str, case: str, t
                 (path / file).unlink()
     assert visible(path) == files[1]
     assert sorted(e.name for e in path.iterdir()) == sorted([*files[1], "logs"])
-    one_file = case == "1 -> 1"
+    one_file = case == "1 -> 1" or (case == "dtype" and name != "gpt2")
     assert states >= ({(False, False)} if one_file else {(True, True)})
     assert one_file or not exported or (False, True) in states
 
@@ -202,7 +202,7 @@ def test_without_links_a_killed_export_is_never_a_mixture(missing: str, tmp_path
             if not killed_before(call, lambda: second.export(path, **new)):
                 break
             if visible(path) not in files:
-                with pytest.raises(OSError):
+                with pytest.raises((OSError, ValueError)):
                     loaded("gpt2", path)
                 unreadable += 1
             call += 1
@@ -222,7 +222,7 @@ def test_an_error_while_files_are_replaced_leaves_the_old_export(links: bool, tm
         def wrapper(*args: object) -> None:
             nonlocal count
             count += 1
-            if count == (4 if links else 7):
+            if count == (4 if links else len(before) + 1):  # the second new file, if no links
                 raise OSError(28, "No space left on device")
             original(*args)
 

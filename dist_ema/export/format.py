@@ -164,7 +164,11 @@ def own_names(weights_name: str, index: str) -> re.Pattern[str]:
 
 
 def is_marked(file: Path) -> bool:
-    """Whether an export wrote a weights file or an index."""
+    """Whether an export wrote a weights file or an index.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
     try:
         if file.name.endswith(SUFFIX):
             with safe_open(file, framework="pt") as opened:
@@ -172,6 +176,8 @@ def is_marked(file: Path) -> bool:
         else:
             metadata = json.loads(file.read_text())["metadata"]
         return bool(metadata.items() >= WRITTEN_BY.items())
+    except FileNotFoundError:
+        raise
     except (OSError, SafetensorError, ValueError, LookupError, AttributeError, TypeError):
         return False
 

@@ -10,6 +10,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Draft:
 
     def is_stale(self, file: Path) -> bool:
         """Whether a file is of an earlier export of this name."""
-        return self.has_name(file.name) and is_marked(file)
+        return self.has_name(file.name) and file.exists() and is_marked(file)
 
     def has_name(self, name: str) -> bool:
         """Whether weights or an index of this export could have this name."""
@@ -120,16 +121,18 @@ def refuse_other_weights(path: Path, plan: Draft) -> None:
 
     transformers prefers a single file to an index, diffusers an index to a single file.
     """
-    entries = [entry for entry in path.iterdir()] if path.is_dir() else []
-    for entry in entries:
+    for entry in list(path.iterdir()) if path.is_dir() else []:
         is_shard = "-of-" in entry.name  # read through an index only
         stays = entry.name not in plan.files and entry.name not in plan.texts
-        if plan.has_name(entry.name) and stays and not is_shard and not is_marked(entry):
-            raise ValueError(
-                f"{entry} was not written by export(), and some loaders would read it in place of "
-                f"{next(iter(plan.files))}; remove it, export to another directory, or change "
-                "max_shard_size"
-            )
+        if not plan.has_name(entry.name) or not stays or is_shard:
+            continue
+        with suppress(FileNotFoundError):  # another export may end just now
+            if not is_marked(entry):
+                raise ValueError(
+                    f"{entry} was not written by export(), and some loaders would read it in place "
+                    f"of {next(iter(plan.files))}; remove it, export to another directory, or "
+                    "change max_shard_size"
+                )
 
 
 def refuse_other_config(path: Path, plan: Draft) -> None:
