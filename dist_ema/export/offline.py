@@ -54,7 +54,6 @@ def export(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     weights_name: str | None = None,
-    config: Path | None = None,
     base: Path | None = None,
     progress: Callable[[int], Any] = lambda total: nullcontext(lambda nbytes: None),
 ) -> dict[str, Any]:
@@ -66,7 +65,6 @@ def export(
         name: the average, where the checkpoint has several.
         dtype: of floating tensors; None for the average's, half-precision tensors that are not
             averaged being widened to fp32.
-        config: a directory whose config.json is written in place of the model's at the save.
         base: a directory of safetensors with what is not averaged; config.json too where the
             checkpoint does not know the model's.
         progress: given the bytes to be read, a context manager of a function that is told how many
@@ -91,7 +89,7 @@ def export(
             raise CheckpointError(f"{files.directory}: tells of the model what makes no sense")
         if "problem" in told:
             raise CheckpointError(f"{files.directory}: when it was saved, {told['problem']}")
-        card = _card(told, config, base)
+        card = _card(told, base)
         reader = RegionReader(files, about)
         items = [
             _Item(_output(fqn, source, dtype, averaged=True), source, reader)
@@ -164,10 +162,11 @@ def _average(about: Manifest, name: str | None, where: Path) -> SavedAverage:
     return about.averages[names[0] if name is None else name]
 
 
-def _card(told: Mapping[str, Any], config: Path | None, base: Path | None) -> Card:
-    card = checked_card(told["card"]) if "card" in told else guessed_card(config or base)
-    directory = config or (None if card["texts"] or card["library"] == "plain" else base)
-    return card if directory is None else with_config(card, directory)
+def _card(told: Mapping[str, Any], base: Path | None) -> Card:
+    card = checked_card(told["card"]) if "card" in told else guessed_card(base)
+    if base is None or card["texts"] or card["library"] == "plain":
+        return card
+    return with_config(card, base)
 
 
 def _sources(average: SavedAverage) -> dict[str, Source]:
