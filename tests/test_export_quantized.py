@@ -204,6 +204,8 @@ def test_neither_save_nor_export_asks_the_network(resized: bool, tmp_path: Path,
     import huggingface_hub.constants
     import transformers.utils.hub
 
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(
         transformers.utils.hub, "HF_HUB_CACHE", str(tmp_path / "hub"), raising=False
