@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -68,8 +68,8 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def in_child(body: Callable[[], object]) -> int:
-    """Run in a forked process; its exit status."""
+def start_child(body: Callable[[], object]) -> int:
+    """Run in a forked process."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -78,7 +78,7 @@ def in_child(body: Callable[[], object]) -> int:
             status = 0
         finally:
             os._exit(status)
-    return os.waitpid(pid, 0)[1]
+    return pid
 
 
 def killed_before(call: int, body: Callable[[], object]) -> bool:
@@ -102,7 +102,7 @@ def killed_before(call: int, body: Callable[[], object]) -> bool:
             setattr(os, name, counted(name))
         body()
 
-    status = in_child(patched)
+    status = os.waitpid(start_child(patched), 0)[1]
     assert status in (0, signal.SIGKILL), status
     return status == signal.SIGKILL
 
@@ -239,7 +239,8 @@ def test_an_error_while_files_are_replaced_leaves_the_old_export(links: bool, tm
 
 
 @pytest.mark.ranks(0)
-def test_two_exports_to_one_path_follow_each_other(tmp_path: Path):
+@pytest.mark.parametrize("by", ["threads", "processes"])
+def test_two_exports_to_one_path_follow_each_other(by: str, tmp_path: Path):
     averages = [average_of("plain", factor) for factor in (2.0, 3.0)]
     options = [{"max_shard_size": 300}, {"max_shard_size": 200}, {}]
     path = tmp_path / "export"
@@ -248,22 +249,19 @@ def test_two_exports_to_one_path_follow_each_other(tmp_path: Path):
         for j, option in enumerate(options):
             average.export(tmp_path / f"{i}{j}", **option)
             wholes.append(visible(tmp_path / f"{i}{j}"))
-    problems: list[BaseException] = []
+    torch.set_num_threads(1)
 
     def work(average: ShardedEMA) -> None:
-        try:
-            for i in range(20):
-                average.export(path, **options[i % 3])
-        except BaseException as problem:
-            problems.append(problem)
+        for i in range(20):
+            average.export(path, **options[i % 3])
 
     for _ in range(3):
-        threads = [threading.Thread(target=work, args=(average,)) for average in averages]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not problems
+        if by == "processes":
+            children = [start_child(lambda a=average: work(a)) for average in averages]
+            assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+        else:
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(work, averages))
         assert visible(path) in wholes
         assert {entry.name for entry in path.iterdir()} == visible(path).keys()
 

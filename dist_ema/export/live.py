@@ -26,8 +26,7 @@ from dist_ema.export.writing import (
     draft,
     is_scattered,
     refuse_broken,
-    refuse_other_config,
-    refuse_other_weights,
+    refuse_conflicts,
 )
 from dist_ema.gather import Entry, Gatherer
 from dist_ema.ranks import Ranks
@@ -77,8 +76,7 @@ def export(
                 max_shard_size=max_shard_size,
                 weights_name=weights_name,
             )
-            refuse_other_config(path, plan)
-            refuse_other_weights(path, plan)
+            refuse_conflicts(path, plan)
     plan = ranks.broadcast(plan)
     assert plan is not None
     with ExitStack() as on_rank_0:

@@ -28,8 +28,7 @@ from dist_ema.export.writing import (
     Writing,
     draft,
     refuse_broken,
-    refuse_other_config,
-    refuse_other_weights,
+    refuse_conflicts,
 )
 
 _BAND_BYTES = 32 << 20  # read, put together and written at a time
@@ -123,8 +122,7 @@ def _write(
         max_shard_size=max_shard_size,
         weights_name=weights_name,
     )
-    refuse_other_config(out, plan)
-    refuse_other_weights(out, plan)
+    refuse_conflicts(out, plan)
     written = [item for item in items if item.output.fqn in plan.where]
     written.sort(key=lambda item: plan.start(item.output.fqn))
     with replaced_files(out, plan.is_stale) as directory:

@@ -116,10 +116,14 @@ def draft(
     return Draft(files, texts, where, own, weights_name != card["weights_name"])
 
 
-def refuse_other_weights(path: Path, plan: Draft) -> None:
-    """Raise if weights that no export wrote would stay, and might be read in place of the new ones.
+def refuse_conflicts(path: Path, plan: Draft) -> None:
+    """Raise if what lies at a path would change how the export is read, or the reverse.
 
-    transformers prefers a single file to an index, diffusers an index to a single file.
+    Raises:
+        ValueError: weights that no export wrote would stay and might be read in place of the new
+            ones (transformers prefers a single file to an index, diffusers an index to a single
+            file); or a variant has another dtype than the weights beside it, whose configuration
+            it shares.
     """
     for entry in list(path.iterdir()) if path.is_dir() else []:
         is_shard = "-of-" in entry.name  # read through an index only
@@ -133,10 +137,6 @@ def refuse_other_weights(path: Path, plan: Draft) -> None:
                     f"of {next(iter(plan.files))}; remove it, export to another directory, or "
                     "change max_shard_size"
                 )
-
-
-def refuse_other_config(path: Path, plan: Draft) -> None:
-    """Raise if a variant would change how the weights that lie beside it are read."""
     for name, text in plan.texts.items():
         beside = path / name
         if not plan.is_variant or not name.endswith("config.json") or not beside.is_file():
