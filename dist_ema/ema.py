@@ -398,12 +398,13 @@ class ShardedEMA:
         weights and persistent buffers are in it, tied weights once.
 
         Only these files are replaced; no other file in the directory is touched, whoever writes
-        there meanwhile. `from_pretrained` finds the old export or the new one, complete, also if
-        the export is killed at any moment: new files are written to a hidden directory inside
-        `path`, and take their places by one rename (the weights file alone, or a symbolic link
-        through which all files are read until each is renamed). Exceptions: on a file system
-        without symbolic or hard links, an export that is killed while several files are renamed
-        leaves a directory that does not load (never a mixture), and the next export mends it.
+        there meanwhile. New files are written to a hidden directory inside `path` and take their
+        places by one rename: of the weights file alone, or of a symbolic link through which all
+        files are read until each is renamed. So `from_pretrained` finds the old export or the new
+        one, complete, also if the export is killed at any moment. Two exceptions: a load that is
+        under way at that rename may read files of both; and on a file system without symbolic or
+        hard links, an export that is killed while it renames several files leaves a directory that
+        does not load, which the next export mends.
 
         Args:
             path: directory, the same on every rank; made if it does not exist. Weights files and
