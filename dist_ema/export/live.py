@@ -26,7 +26,7 @@ from dist_ema.export.writing import (
     draft,
     is_scattered,
     refuse_broken,
-    refuse_conflicts,
+    stale_files,
 )
 from dist_ema.gather import Entry, Gatherer
 from dist_ema.ranks import Ranks
@@ -76,14 +76,16 @@ def export(
                 max_shard_size=max_shard_size,
                 weights_name=weights_name,
             )
-            refuse_conflicts(path, plan)
+            stale_files(path, plan)  # raises early
     plan = ranks.broadcast(plan)
     assert plan is not None
     with ExitStack() as on_rank_0:
         directory = path
         with ranks.together():
             if ranks.rank == 0:
-                directory = on_rank_0.enter_context(replaced_files(path, plan.is_stale))
+                directory = on_rank_0.enter_context(
+                    replaced_files(path, lambda: stale_files(path, plan))
+                )
         writing = Writing(Path(ranks.broadcast(str(directory))), plan)
         with closing(writing):
             with ranks.together():

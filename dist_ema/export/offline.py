@@ -28,7 +28,7 @@ from dist_ema.export.writing import (
     Writing,
     draft,
     refuse_broken,
-    refuse_conflicts,
+    stale_files,
 )
 
 _BAND_BYTES = 32 << 20  # read, put together and written at a time
@@ -122,10 +122,10 @@ def _write(
         max_shard_size=max_shard_size,
         weights_name=weights_name,
     )
-    refuse_conflicts(out, plan)
+    stale_files(out, plan)  # raises early
     written = [item for item in items if item.output.fqn in plan.where]
     written.sort(key=lambda item: plan.start(item.output.fqn))
-    with replaced_files(out, plan.is_stale) as directory:
+    with replaced_files(out, lambda: stale_files(out, plan)) as directory:
         with (
             closing(Writing(directory, plan)) as writing,
             progress(sum(item.source.tensor.nbytes for item in written)) as advance,

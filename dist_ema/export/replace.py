@@ -49,7 +49,7 @@ _COMPARED_BYTES = 1 << 20  # larger files are replaced without a look
 
 
 @contextmanager
-def replaced_files(directory: Path, is_stale: Callable[[Path], bool]) -> Iterator[Path]:
+def replaced_files(directory: Path, find_stale: Callable[[], set[str]]) -> Iterator[Path]:
     """Give an empty directory to write to; its files replace those of `directory` if all is well.
 
     Readers of `directory` see all of the old files or all of the new ones; see
@@ -57,7 +57,8 @@ def replaced_files(directory: Path, is_stale: Callable[[Path], bool]) -> Iterato
 
     Args:
         directory: made if it does not exist, with its parents.
-        is_stale: whether a file of `directory` that has no new version is to be removed.
+        find_stale: called while no other export changes names; says which files of `directory`
+            have no new version and are to be removed. May raise: then nothing is replaced.
 
     Raises:
         OSError: `directory` is a file, or the file system refuses.
@@ -81,7 +82,7 @@ def replaced_files(directory: Path, is_stale: Callable[[Path], bool]) -> Iterato
                 sync(entry)
             sync(stage / "new")
             with _locked(directory):
-                _commit(directory, stage, is_stale)
+                _commit(directory, stage, find_stale())
         finally:
             if stage.exists():
                 _settle(directory, stage)
@@ -91,10 +92,9 @@ def replaced_files(directory: Path, is_stale: Callable[[Path], bool]) -> Iterato
                     directory.rmdir()
 
 
-def _commit(directory: Path, stage: Path, is_stale: Callable[[Path], bool]) -> None:
+def _commit(directory: Path, stage: Path, removed: set[str]) -> None:
     new = {entry.name for entry in (stage / "new").iterdir()}
     changed = {name for name in new if not _is_same(directory / name, stage / "new" / name)}
-    removed = {entry.name for entry in directory.iterdir() if is_stale(entry)} - new
     names = sorted(changed | removed, key=_commit_order)
     for name in names:
         if (directory / name).is_dir():

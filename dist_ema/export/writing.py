@@ -59,14 +59,6 @@ class Draft:
     own: str  # pattern of the names that weights and index of an export of this name can have
     is_variant: bool  # whether the library's own weights may lie beside it
 
-    def is_stale(self, file: Path) -> bool:
-        """Whether a file is of an earlier export of this name."""
-        return self.has_name(file.name) and file.exists() and is_marked(file)
-
-    def has_name(self, name: str) -> bool:
-        """Whether weights or an index of this export could have this name."""
-        return re.fullmatch(self.own, name) is not None
-
     def start(self, fqn: str) -> tuple[str, int]:
         """The file of a tensor, and its first byte in it."""
         file, name = self.where[fqn]
@@ -116,8 +108,8 @@ def draft(
     return Draft(files, texts, where, own, weights_name != card["weights_name"])
 
 
-def refuse_conflicts(path: Path, plan: Draft) -> None:
-    """Raise if what lies at a path would change how the export is read, or the reverse.
+def stale_files(path: Path, plan: Draft) -> set[str]:
+    """The files of an earlier export that have no new version.
 
     Raises:
         ValueError: weights that no export wrote would stay and might be read in place of the new
@@ -125,13 +117,14 @@ def refuse_conflicts(path: Path, plan: Draft) -> None:
             file); or a variant has another dtype than the weights beside it, whose configuration
             it shares.
     """
+    stale = set()
     for entry in list(path.iterdir()) if path.is_dir() else []:
-        is_shard = "-of-" in entry.name  # read through an index only
-        stays = entry.name not in plan.files and entry.name not in plan.texts
-        if not plan.has_name(entry.name) or not stays or is_shard:
+        if not re.fullmatch(plan.own, entry.name) or entry.name in (*plan.files, *plan.texts):
             continue
         with suppress(FileNotFoundError):  # another export may end just now
-            if not is_marked(entry):
+            if is_marked(entry):
+                stale.add(entry.name)
+            elif "-of-" not in entry.name:  # which is read through an index only
                 raise ValueError(
                     f"{entry} was not written by export(), and some loaders would read it in place "
                     f"of {next(iter(plan.files))}; remove it, export to another directory, or "
@@ -147,6 +140,7 @@ def refuse_conflicts(path: Path, plan: Draft) -> None:
                 f"{beside} says {found}, and loaders cast what they read to that; this export is "
                 f"{ours}: export with dtype=torch.{found}, or to another directory"
             )
+    return stale
 
 
 def _dtype_in(config: str) -> str | None:
