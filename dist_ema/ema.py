@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +14,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import nn
 
 from dist_ema.binding import Binding
 from dist_ema.checkpoint import api, stateful
 from dist_ema.checkpoint.api import Handle, Part, TensorInfo
 from dist_ema.export.format import DTYPES
-from dist_ema.export.layouts import card_of, check_names
+from dist_ema.export.layouts import (
+    card_of,
+    differing_names,
+    refuse_differing_names,
+    tensors_beside,
+)
 from dist_ema.export.live import export
 from dist_ema.gather import Gatherer, one_by_one, whole_tensors, write_into
 from dist_ema.hints import no_attribute, no_module
@@ -327,7 +334,8 @@ class ShardedEMA:
         """The whole averaged state dict on rank 0, on the CPU; {} on the other ranks.
 
         Keys and shapes are those of the unwrapped model's `state_dict()`: tied weights under each
-        of their names (one tensor), frozen weights and persistent buffers as they live.
+        of their names (one tensor), frozen weights and persistent buffers as they live. What
+        `state_dict()` adds to frozen weights (the state of a quantization) is in, as it is.
 
         Args:
             dtype: of floating tensors. None: the average's (fp32), half-precision tensors that are
@@ -336,12 +344,14 @@ class ShardedEMA:
         Collective: every rank calls it. Each byte is sent to rank 0 once, in bounded buckets.
         """
         state: dict[str, torch.Tensor] = {}
+        beside = self._beside("gather_state_dict()")
         gatherer, values = self._gathered("gather_state_dict()", name, dtype)
         for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
             for fqn in (entry.fqn, *entry.aliases):
                 state[fqn] = tensor
         if self._ranks.rank != 0:
             return {}
+        state |= beside
         order = {slot.fqn: i for i, slot in enumerate(slots(self._bound.model))}
         return dict(sorted(state.items(), key=lambda item: order.get(item[0], len(order))))
 
@@ -352,6 +362,7 @@ class ShardedEMA:
 
         Collective: every rank calls it and exhausts the iterator, which is empty off rank 0.
         """
+        beside = self._beside("gather_tensors()")
         gatherer, values = self._gathered("gather_tensors()", name, dtype)
         num_updates = self._num_updates
 
@@ -365,6 +376,8 @@ class ShardedEMA:
                     )
                 for fqn in (entry.fqn, *entry.aliases):
                     yield fqn, tensor
+            if self._ranks.rank == 0:
+                yield from beside.items()
 
         return tensors()
 
@@ -385,12 +398,21 @@ class ShardedEMA:
         `config.json` (diffusers), `adapter_model.safetensors` and `adapter_config.json` (the active
         adapter of a PEFT model), or `model.safetensors` alone, which
         `safetensors.torch.load_model` reads; with several files, their index. Averaged and frozen
-        weights and persistent buffers are in it, tied weights once. It is written aside and
-        renamed: whoever reads `path` sees the old export or the new one, whole.
+        weights and persistent buffers are in it, tied weights once.
+
+        Only these files are replaced; no other file in the directory is touched, whoever writes
+        there meanwhile. New files are written to a hidden directory inside `path` and take their
+        places by one rename: of the weights file alone, or of a symbolic link through which all
+        files are read until each is renamed. So `from_pretrained` finds the old export or the new
+        one, complete, also if the export is killed at any moment. Two exceptions: a load that is
+        under way at that rename may read files of both; and on a file system without symbolic or
+        hard links, an export that is killed while it renames several files leaves a directory that
+        does not load, which the next export mends.
 
         Args:
-            path: directory; made, or replaced, as a whole. Files in it that are not of an export
-                of this name (a tokenizer, say) are kept.
+            path: directory, the same on every rank; made if it does not exist. Weights files and
+                an index of an earlier export of this name are removed if this one has no such
+                files.
             dtype: of floating tensors, and of `config.json`; None as in `gather_state_dict`.
             max_shard_size: of a file, in bytes or as "5GB"; a larger tensor gets its own file.
             weights_name: name of the weights file; None for the library's own.
@@ -402,8 +424,9 @@ class ShardedEMA:
 
         Raises:
             ValueError: the average holds NaN or Inf (the tensors are named), an argument is out of
-                range, or the model's `state_dict()` has other names than its tensors. On every
-                rank; an earlier export is left as it was.
+                range, the model's `state_dict()` has other names than its tensors, or `path` has
+                weights that `export` did not write and that loaders might prefer. On every rank;
+                an earlier export is left as it was.
 
         Collective: every rank calls it. Direct, nothing is sent but tensors that are cut into runs
         of less than 4 KB; memory a few MB a rank. Else each byte is sent to rank 0 once, in buckets
@@ -413,15 +436,16 @@ class ShardedEMA:
             "export()",
             name,
             dtype,
+            path=os.path.abspath(str(path)),
             max_shard_size=max_shard_size,
             weights_name=weights_name,
             method=method,
         )
         with self._ranks.together():
-            check_names(unwrap(self._bound.model))
+            differing = differing_names(unwrap(self._bound.model))
         export(
             Path(path),
-            lambda: card_of(unwrap(self._bound.model)),
+            lambda: self._card(*differing),
             gatherer,
             values,
             self._ranks,
@@ -454,9 +478,9 @@ class ShardedEMA:
         """
         self._meet("save()", {"asynchronous": asynchronous})
         state = self._state()
-        with self._ranks.together():
-            if self._ranks.rank == 0:  # who writes the manifest
-                state["model"] = self._model()
+        model = self._model()
+        if self._ranks.rank == 0:  # which writes the manifest
+            state["model"] = model
         return api.save(
             path, self._parts(), self._tensors(), state, self._ranks, asynchronous=asynchronous
         )
@@ -599,10 +623,42 @@ class ShardedEMA:
         gatherer = self._bound.gatherer(values)
         return gatherer, [*values, *(piece.fragment.view for piece in gatherer.rest)]
 
-    def _model(self) -> dict[str, Any]:
-        """What an export from a checkpoint must know of the model, as JSON."""
+    def _beside(self, call: str) -> dict[str, torch.Tensor]:
+        """What `state_dict()` has and no module holds, on the CPU. Collective: every rank calls it.
+
+        Raises:
+            ValueError: one of them may depend on averaged weights.
+            RuntimeError: ranks have different ones.
+        """
+        found: dict[str, torch.Tensor] = {}
+        problem: Exception | None = None
         try:
-            return {"card": card_of(unwrap(self._bound.model)), "others": self._others()}
+            self._refuse_while_shown(call)
+            module = unwrap(self._bound.model)
+            extra = differing_names(module)[0]
+            found = tensors_beside(module, extra, self._bound.plan.averaged)
+        except Exception as error:
+            problem = error
+        found = {fqn: tensor.to("cpu", copy=True) for fqn, tensor in found.items()}
+        values = {f"state_dict()[{fqn!r}]": _hash_of(tensor) for fqn, tensor in found.items()}
+        with self._ranks.together(call, values):
+            if problem is not None:
+                raise problem
+        return found
+
+    def _card(self, extra: Mapping[str, Any], missing: Sequence[str]) -> dict[str, Any]:
+        """The layout of the model's library, if names of `state_dict()` differ as told. Local."""
+        card = card_of(unwrap(self._bound.model), extra)
+        refuse_differing_names(card, extra, missing)
+        return card
+
+    def _model(self) -> dict[str, Any]:
+        """What an export from a checkpoint must know of the model, as JSON; {} off rank 0."""
+        try:
+            differing = differing_names(unwrap(self._bound.model))
+            if self._ranks.rank != 0:
+                return {}
+            return {"card": self._card(*differing), "others": self._others()}
         except Exception as problem:  # of a library: no reason not to save
             return {"problem": f"{type(problem).__name__}: {problem}"}
 
@@ -651,6 +707,12 @@ class ShardedEMA:
                 "use mixed precision (MixedPrecisionPolicy, autocast) if that matters",
                 stacklevel=3,
             )
+
+
+def _hash_of(tensor: torch.Tensor) -> str:
+    """A hash of a CPU tensor's dtype, shape and bytes."""
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_64_hexdigest(data)}"
 
 
 def _is_count(step: object) -> bool:

@@ -33,6 +33,7 @@ LAYERS = [
         "engines.engine",
         "export.card",
         "export.format",
+        "export.replace",
         "holders",
         "lerp",
     },

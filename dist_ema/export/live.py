@@ -9,7 +9,6 @@ put together on rank 0, which alone needs to see the directory. The files are th
 
 from __future__ import annotations
 
-import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from dist_ema.export.card import Card
+from dist_ema.export.replace import replaced_files
 from dist_ema.export.writing import (
     Draft,
     Output,
@@ -26,9 +26,8 @@ from dist_ema.export.writing import (
     draft,
     is_scattered,
     refuse_broken,
-    refuse_other_config,
+    stale_files,
 )
-from dist_ema.files import replaced_directory
 from dist_ema.gather import Entry, Gatherer
 from dist_ema.ranks import Ranks
 
@@ -77,16 +76,15 @@ def export(
                 max_shard_size=max_shard_size,
                 weights_name=weights_name,
             )
-            refuse_other_config(path, plan)
+            stale_files(path, plan)  # raises early
     plan = ranks.broadcast(plan)
     assert plan is not None
     with ExitStack() as on_rank_0:
         directory = path
         with ranks.together():
             if ranks.rank == 0:
-                stale = re.compile(plan.stale)
                 directory = on_rank_0.enter_context(
-                    replaced_directory(path, keep=lambda entry: not stale.fullmatch(entry))
+                    replaced_files(path, lambda: stale_files(path, plan))
                 )
         writing = Writing(Path(ranks.broadcast(str(directory))), plan)
         with closing(writing):
