@@ -1,6 +1,8 @@
 """Two hosts on one machine: `torchrun` in each, joined by a network that can be made a bad one.
 
-    with closing(start(directory, "tests.hosts_rank")) as ...
+    process = start(directory, "tests.hosts_rank", log)
+    process.wait(timeout)
+    process.stdin.close()
 
 [Note: two hosts]
 A host is a network, a UTS and a mount namespace of its own: another address, another host name, and
@@ -9,8 +11,8 @@ outside). What else is in the directory is shared; `slow` is a bad network file 
 tests/slow_fs.py, where FUSE is there.
 
 The two networks are joined by a TUN device in each and a process that carries the packets from one
-to the other: unlike a veth pair and `tc netem` it needs neither iproute2 nor a kernel that has
-netem. While the file `bad_network` exists, it delays each packet by 50 ms and drops one in a hundred.
+to the other: unlike a veth pair and `tc netem` this needs neither iproute2 nor a kernel with netem.
+While the file `bad_network` exists, each packet is 50 ms late and one in a hundred is dropped.
 
 All of it lives in a PID namespace. Its first process ends when its standard input does, and with it
 end all others, the networks and the mounts, however the test is killed.
@@ -45,7 +47,7 @@ ADDRESSES = ("10.78.0.1", "10.78.0.2")
 NAMES = ("host0", "host1")
 RANKS_PER_HOST = 2
 DELAY_S, LOSS = 0.05, 0.01
-LATE_S = 2.0
+LATE_S = 1.0
 ROOT = Path(__file__).parents[1]
 _UNSHARE = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
@@ -63,8 +65,10 @@ def why_not() -> str | None:
 
 def why_no_fuse() -> str | None:
     """Why tests/slow_fs.py cannot be mounted here, or None."""
-    if not os.path.exists("/dev/fuse"):
-        return "no /dev/fuse"
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR))
+    except OSError as error:
+        return str(error)
     if importlib.util.find_spec("mfusepy") is None:
         return "mfusepy is not installed"
     try:

@@ -45,6 +45,7 @@ LAYERS = [
         "checkpoint.parsing",
         "checkpoint.planners",
         "checkpoint.snapshot",
+        "checkpoint.visibility",
         "plan",
     },
     {"checkpoint.blocks", "checkpoint.shards", "checkpoint.stateful", "engines"},
