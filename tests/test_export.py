@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema import ShardedEMA, gather
+from dist_ema import ShardedEMA, files, gather
 from dist_ema.export import live, writing
 from tests.models import tiny_gpt2, tiny_llama, tiny_unet
 from tests.net import ALIASES
@@ -345,10 +345,10 @@ def test_rank0_writes_where_the_others_see_nothing(tmp_path):
     ema = averaged_somewhat(parallel(tiny_gpt2(), "fsdp2"))
     with (
         mock.patch.object(live.Writing, "is_seen", lambda self: rank() == 0),
-        mock.patch.object(live, "_SEEN_WITHIN_S", 0.2),
+        mock.patch.object(files, "SEEN_WITHIN_S", 0.2),
     ):
         ema.export(tmp_path / "auto")
-        with pytest.raises(RuntimeError, match="this rank does not see it"):
+        with pytest.raises(RuntimeError, match="these ranks do not see it: 1;"):
             ema.export(tmp_path / "direct", method="direct")
         ema.export(tmp_path / "rank0", method="rank0")
     if rank() == 0:

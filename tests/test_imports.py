@@ -46,6 +46,7 @@ LAYERS = [
         "checkpoint.parsing",
         "checkpoint.planners",
         "checkpoint.snapshot",
+        "checkpoint.visibility",
         "plan",
     },
     {"checkpoint.blocks", "checkpoint.shards", "checkpoint.stateful", "engines"},

@@ -10,7 +10,6 @@ put together on rank 0, which alone needs to see the directory. The files are th
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -28,11 +27,11 @@ from dist_ema.export.writing import (
     refuse_broken,
     stale_files,
 )
+from dist_ema.files import becomes_visible
 from dist_ema.gather import Entry, Gatherer
 from dist_ema.ranks import Ranks
 
 METHODS = ("auto", "direct", "rank0")
-_SEEN_WITHIN_S = 30.0  # a network file system may show a new directory that late elsewhere
 
 
 def export(
@@ -110,21 +109,16 @@ def _is_direct(method: str, writing: Writing, ranks: Ranks) -> bool:
         return False
     if method == "auto" and not ranks.equal(socket.gethostname()):
         return False
-    patience = _SEEN_WITHIN_S if method == "direct" else 0.0
-    until = time.monotonic() + patience
-    while not (seen := writing.is_seen()) and time.monotonic() < until:
-        time.sleep(0.05)
-    if not ranks.any(not seen):
-        return True
     if method == "auto":
-        return False
-    with ranks.together():
-        if not seen:
-            raise RuntimeError(
-                f"{writing.directory}: rank 0 made it and this rank does not see it; export to a "
-                "file system that all ranks share, or with method='rank0'"
-            )
-    raise AssertionError("unreachable")
+        return not ranks.any(not writing.is_seen())
+    seen = ranks.all_gather(becomes_visible(writing.is_seen))
+    if not all(seen):
+        unseen = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+        raise RuntimeError(
+            f"{writing.directory}: rank 0 made it, and these ranks do not see it: {unseen}; export "
+            "to a file system that all ranks share, or with method='rank0'"
+        )
+    return True
 
 
 def _write_own(
