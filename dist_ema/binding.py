@@ -47,7 +47,6 @@ class Binding:
         fragments = [p.fragment for p in self.plan.pieces]
         self._teacher: Teacher | None = None
         self._frozen_due = False  # whether the teacher's frozen weights may be others than ours
-        self._copies_buffers = options.buffers == "copy"
         with ranks.together(), torch.no_grad():
             if into is None:
                 num_averages = len(options.schedules)
@@ -57,7 +56,7 @@ class Binding:
                     values,
                     overlap=options.overlap,
                     # A forward pass writes to buffers, and no optimizer step comes before it.
-                    waits=options.buffers == "average",
+                    waits=bool(self.plan.buffers),
                 )
             else:
                 self._teacher = Teacher(into, self.engine, self.plan)
@@ -103,8 +102,7 @@ class Binding:
         """
         if self._teacher is not None:
             frozen = loaded or self._frozen_due
-            if frozen or self._copies_buffers:
-                self._teacher.copy_rest(self.plan, "frozen" if frozen else "buffers")
+            self._teacher.copy_rest(self.plan, "frozen" if frozen else "buffers")
             self._teacher.refresh()
             self._frozen_due = loaded
 

@@ -23,6 +23,7 @@ from dist_ema.ranks import Ranks
 from dist_ema.replicas import ReplicaSet, replica_sets
 
 Selects = str | Callable[[str, nn.Parameter], bool]
+SelectsBuffers = str | Callable[[str, torch.Tensor], bool]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +57,7 @@ class Plan:
         return [f.view for w in self.weights if w.is_buffer for f in w.fragments]
 
 
-def chosen(weights: list[Weight], params: Selects, buffers: str) -> frozenset[str]:
+def chosen(weights: list[Weight], params: Selects, buffers: SelectsBuffers) -> frozenset[str]:
     """Names of the weights to average.
 
     Raises:
@@ -68,7 +69,9 @@ def chosen(weights: list[Weight], params: Selects, buffers: str) -> frozenset[st
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return False
         if weight.is_buffer:
-            return buffers == "average" and weight.persistent
+            if not weight.persistent:
+                return False
+            return bool(buffers(weight.fqn, tensor)) if callable(buffers) else buffers == "average"
         if callable(params):
             return bool(params(weight.fqn, tensor))  # type: ignore[arg-type]
         return params == "all" or tensor.requires_grad
