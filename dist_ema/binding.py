@@ -14,7 +14,7 @@ from dist_ema.engines import select
 from dist_ema.engines.engine import Weight
 from dist_ema.gather import Gatherer
 from dist_ema.options import Options
-from dist_ema.plan import Plan, Selects, chosen, make_plan, rebind
+from dist_ema.plan import Plan, Selects, chosen, differences, make_plan, parameters_differ, rebind
 from dist_ema.ranks import Ranks
 from dist_ema.replicas import differing, source
 from dist_ema.shadow import Buffers, Shadow, Swap, allocate, shadow_dtype
@@ -117,15 +117,26 @@ class Binding:
 
     def _rebind(self) -> None:
         engine = select(self.model)
-        plan = None
-        if type(engine) is type(self.engine):
-            plan = rebind(self.plan, engine.weights(), self.ranks)
-        if plan is None:
+        if type(engine) is not type(self.engine):
             raise RuntimeError(
-                "the model's parameters were replaced since this average was built (it was cut by "
-                f"{type(self.engine).__name__}, is by {type(engine).__name__} now, or its weights "
-                "have other names, shapes or shards); build ShardedEMA after fully_shard(), DDP or "
-                "accelerator.prepare(), with the model that they return"
+                "the model's parameters were replaced since this average was built: it was cut by "
+                f"{type(self.engine).__name__}, and is by {type(engine).__name__} now; build "
+                "ShardedEMA after fully_shard(), DDP or accelerator.prepare(), with the model that "
+                "they return"
+            )
+        weights = engine.weights()
+        plan = rebind(self.plan, weights, self.ranks)
+        if plan is None:
+            told = "; ".join(differences(self.plan.weights, weights))
+            if parameters_differ(self.plan.weights, weights):
+                raise RuntimeError(
+                    f"the model's parameters were replaced since this average was built: {told}; "
+                    "build ShardedEMA after fully_shard(), DDP or accelerator.prepare(), with the "
+                    "model that they return"
+                )
+            raise RuntimeError(
+                f"buffers have changed since this average was built: {told}; build ShardedEMA when "
+                "they are all there, in their final shapes"
             )
         self.engine, self.plan = engine, plan
         self.shadow.bind([p.fragment for p in plan.pieces])

@@ -78,7 +78,8 @@ class ShardedEMA:
             any `torch.optim` optimizer waits for it, and so does whatever reads the average; what
             writes to the weights otherwise must not be called between `update()` and that. Of no
             effect without an accelerator.
-        into: a second module, wrapped as the model is, whose weights become the average (a teacher,
+        into: a second module, cut as the model is (beside a DDP model, a plain one), whose weights
+            become the average (a teacher,
             as in DINO, BYOL, mean teacher). It starts as a copy of the model and is ready for a
             forward pass after each update. Its own dtype counts; replicas keep it whole.
         process_group: the ranks that together hold the model; the default group if None.

@@ -10,7 +10,7 @@ holder's are the ones that count, as they are for DDP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -103,7 +103,7 @@ def make_plan(
 
 def rebind(plan: Plan, weights: list[Weight], ranks: Ranks) -> Plan | None:
     """The same plan over storage that moved; None if the layout is another one. Local."""
-    if not _same_layout(plan.weights, weights):
+    if _layout(plan.weights) != _layout(weights):
         return None
     held = iter(_held(weights, plan.averaged, plan.holders))
     fresh = {(f.place, h): f for f, h in held}
@@ -158,11 +158,33 @@ def _assemble(
     )
 
 
-def _same_layout(old: tuple[Weight, ...], new: list[Weight]) -> bool:
-    def layout(weights: tuple[Weight, ...] | list[Weight]) -> list[object]:
-        return [
-            (w.fqn, w.aliases, w.shape, w.is_buffer, [f.place for f in w.fragments])
-            for w in weights
-        ]
+def _layout(weights: Iterable[Weight]) -> list[object]:
+    return [
+        (w.fqn, w.aliases, w.shape, w.is_buffer, [f.place for f in w.fragments]) for w in weights
+    ]
 
-    return layout(old) == layout(new)
+
+def parameters_differ(old: tuple[Weight, ...], new: list[Weight]) -> bool:
+    """Whether two layouts differ in more than their buffers."""
+    return _layout(w for w in old if not w.is_buffer) != _layout(w for w in new if not w.is_buffer)
+
+
+def differences(old: tuple[Weight, ...], new: list[Weight]) -> list[str]:
+    """What differs between two layouts, by name, with the old and the new shape."""
+    before, now = {w.fqn: w for w in old}, {w.fqn: w for w in new}
+    told = []
+    for fqn in dict.fromkeys([*before, *now]):
+        was, found = before.get(fqn), now.get(fqn)
+        if was is None or found is None:
+            told.append(f"{fqn} was {_shape(was)} and is {_shape(found)}")
+        elif was.shape != found.shape:
+            told.append(f"{fqn} had {_shape(was)} and has {_shape(found)}")
+        elif was.aliases != found.aliases:
+            told.append(f"{fqn} was tied to {list(was.aliases)} and is to {list(found.aliases)}")
+        elif [f.place for f in was.fragments] != [f.place for f in found.fragments]:
+            told.append(f"{fqn} is sharded in another way")
+    return told or ["the order of its weights has changed"]
+
+
+def _shape(weight: Weight | None) -> str:
+    return "absent" if weight is None else f"shape {weight.shape}"

@@ -234,3 +234,15 @@ def test_parameters_in_place_of_a_name_are_refused_on_every_rank(world: World):
         run.ema.average_parameters(run.training.model.parameters()),
     ):
         pass
+
+
+@worlds("plain", "ddp-2")
+def test_a_changed_layout_is_told_by_name_and_shape(world: World):
+    run = start(world, buffers="average")
+    net = run.training.net
+    old = tuple(net.running.shape)
+    net.running = torch.zeros(old[0] + 1)
+    with pytest.raises(RuntimeError) as told:
+        run.ema.update()
+    assert f"running had shape {old} and has shape ({old[0] + 1},)" in str(told.value)
+    assert "fully_shard" not in str(told.value)
