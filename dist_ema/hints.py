@@ -41,7 +41,8 @@ _HINTS = {
     "set": "`ema.load(path)` reads an average; `ema.reset()` starts from the live weights",
     "copy_params_from_model_to_ema": "`ema.reset()` starts from the live weights",
     "copy_params_from_ema_to_model": _SWAP,
-    "update_bn": "`dist_ema.update_bn(loader, ema.model)` in `with ema.average_parameters():`",
+    "update_bn": "`from dist_ema import update_bn`; `update_bn(loader, ema.model)` in the block of "
+    "`with ema.average_parameters():`",
     "num_averaged": "`ema.num_updates` counts them",
     "update_parameters": "`ema.update()` takes in the weights of the model that it was built with",
     "n_averaged": "`ema.num_updates` counts them",

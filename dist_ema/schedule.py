@@ -207,17 +207,17 @@ def decay_at(schedule: Schedule, t: int, delta: int) -> float:
 
 
 def to_json(schedule: Schedule) -> dict[str, Any]:
-    """Describe a schedule in JSON values; a custom callable by its name and a hash of its code."""
+    """Describe a schedule in JSON values. A custom callable is told by its name, never stored."""
     kind = type(schedule).__name__
     if _KINDS.get(kind) is not type(schedule):
-        return {"kind": "callable", "name": _name(schedule), "code": _code_hash(schedule)}
+        return {"kind": "callable", "name": _name(schedule)}
     return {"kind": kind} | {name: getattr(schedule, name) for name in _fields(type(schedule))}
 
 
 def same_rule(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Whether two schedules, as `to_json` tells them, are the same as far as is known.
+    """Whether two schedules, as `to_json` describes them, are the same as far as is known.
 
-    The code of callables is compared where the same version of Python compiled both.
+    Of callables the `code_hash`, under "code", is compared too, if one version of Python made both.
     """
     codes = [str(rule.get("code") or "") for rule in (saved, own)]
     versions = [code.partition(":")[0] for code in codes]
@@ -271,7 +271,7 @@ def _name(value: object) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def _code_hash(value: object) -> str:
+def code_hash(value: object) -> str:
     """A hash of a callable's code and the plain values that it closes over or is given."""
     told = repr(_told(value, 0)).encode()
     version = f"{sys.implementation.cache_tag}"
