@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import operator
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Never, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch import nn
 
 from dist_ema.binding import Binding
 from dist_ema.checkpoint import api, stateful
-from dist_ema.checkpoint.api import Handle, Part, TensorInfo
+from dist_ema.checkpoint.api import CheckpointError, Handle, Part, TensorInfo
 from dist_ema.export.format import DTYPES
 from dist_ema.export.layouts import (
     card_of,
@@ -29,12 +30,21 @@ from dist_ema.export.layouts import (
 )
 from dist_ema.export.live import export
 from dist_ema.gather import Gatherer, one_by_one, whole_tensors, write_into
-from dist_ema.hints import no_attribute, no_module
+from dist_ema.hints import (
+    PICKLES,
+    Count,
+    no_attribute,
+    no_call,
+    no_keyword,
+    no_module,
+    no_name,
+    no_safetensors,
+)
 from dist_ema.lerp import MultiAvgFn, squared_norms
 from dist_ema.names import slots, unwrap
 from dist_ema.options import DEFAULT_NAME, Options, schedules_of
 from dist_ema.ranks import Ranks
-from dist_ema.schedule import Schedule, decay_at
+from dist_ema.schedule import Constant, HalfLife, Schedule, decay_at, highest, same_rule
 
 _LOG = logging.getLogger(__name__)
 
@@ -75,7 +85,8 @@ class ShardedEMA:
             any `torch.optim` optimizer waits for it, and so does whatever reads the average; what
             writes to the weights otherwise must not be called between `update()` and that. Of no
             effect without an accelerator.
-        into: a second module, wrapped as the model is, whose weights become the average (a teacher,
+        into: a second module, cut as the model is (beside a DDP model, a plain one), whose weights
+            become the average (a teacher,
             as in DINO, BYOL, mean teacher). It starts as a copy of the model and is ready for a
             forward pass after each update. Its own dtype counts; replicas keep it whole.
         process_group: the ranks that together hold the model; the default group if None.
@@ -101,9 +112,12 @@ class ShardedEMA:
         overlap: bool = False,
         into: nn.Module | None = None,
         process_group: dist.ProcessGroup | None = None,
+        **unknown: Never,
     ) -> None:
         self._ranks = Ranks(process_group)
         with self._ranks.together():
+            if unknown:
+                raise no_keyword(unknown)
             if not isinstance(model, nn.Module):
                 raise no_module(model)
             self._options = Options(
@@ -130,8 +144,14 @@ class ShardedEMA:
         self._mixed: set[str] = set()  # averages that not their schedule alone has made
         self._shown: str | None = None  # name of the average that the model shows just now
         self._warn_of_low_precision(dtype)
+        self._warn_of_standstill(dtype)
 
     # What the average is at.
+
+    @property
+    def model(self) -> nn.Module:
+        """What was passed to the constructor."""
+        return self._bound.model
 
     @property
     def names(self) -> list[str]:
@@ -141,7 +161,7 @@ class ShardedEMA:
     @property
     def step(self) -> int:
         """Optimizer steps seen: calls of `update()` that counted, or the last `step` given."""
-        return self._step
+        return Count(self._step)
 
     @property
     def num_updates(self) -> int:
@@ -181,6 +201,9 @@ class ShardedEMA:
 
         def __getattr__(self, name: str) -> NoReturn:
             raise no_attribute(self, name)
+
+        def __call__(self, *arguments: object, **named: object) -> NoReturn:
+            raise no_call("average")
 
     # Averaging.
 
@@ -485,15 +508,20 @@ class ShardedEMA:
             path, self._parts(), self._tensors(), state, self._ranks, asynchronous=asynchronous
         )
 
-    def load(self, path: str | Path, *, strict: bool = True) -> None:
+    def load(self, path: str | Path, *, strict: bool = True, step: int | None = None) -> None:
         """Take averages and counters from a checkpoint, under whatever engine and world it was.
 
-        A consolidated safetensors file or directory, of any model with these names, is taken too;
-        counting then starts at 0. A schedule that differs from the constructor's is warned of, and
-        the constructor's goes on.
+        A consolidated safetensors file or directory, of any model with these names, is taken too.
+        A schedule, `start_step` or `update_every` that differs from the constructor's is warned of,
+        and the constructor's goes on. A custom callable is compared by its name and code, and the
+        plain values that it closes over.
 
         Args:
             strict: refuse missing and unexpected tensors, instead of warning of them.
+            step: the optimizer steps behind an average that was saved without counters;
+                `num_updates` becomes what it would be had all of them been counted here. None:
+                diffusers' `optimization_step`, if `config.json` has it, else 0. If the next update
+                would then discard most of what was loaded, a warning says so.
 
         Raises:
             CheckpointError: the checkpoint is cut short, altered or none; an average or a tensor is
@@ -502,12 +530,29 @@ class ShardedEMA:
 
         Collective: every rank calls it, and reads what it holds.
         """
-        self._meet("load()", {"strict": strict}, counters=False)
+        self._meet("load()", {"strict": strict, "step": step}, counters=False)
+        with self._ranks.together():
+            if step is not None and (isinstance(step, bool) or not _is_count(step)):
+                raise ValueError(f"step is {step!r}, wanted a number of optimizer steps >= 0")
+            if Path(path).suffix in PICKLES and not Path(path).is_dir():
+                raise CheckpointError(no_safetensors(Path(path)))
         weights = [*self._bound.plan.weights, *self._bound.others()]
         names = {n for w in weights for n in (w.fqn, *w.aliases)}
         state = api.load(
             path, self._parts(), self._tensors(), self._ranks, strict=strict, others=names
         )
+        if not state:
+            if step is None:
+                step = self._ranks.broadcast(_diffusers_step(Path(path)))
+            self._resume(self._uncounted(step or 0))
+            self._warn_of_discarding()
+            return
+        if step is not None and step != state["step"]:
+            warnings.warn(
+                f"step={step} is left aside: the checkpoint says that it stands at step "
+                f"{state['step']}",
+                stacklevel=2,
+            )
         self._resume(state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -549,6 +594,8 @@ class ShardedEMA:
             counters: whether `step` and `num_updates` must be equal.
         """
         values = {f"argument {label}": str(value) for label, value in arguments.items()}
+        if not isinstance(name := arguments.get("name"), str | None):
+            values["argument name"] = type(name).__name__  # what is printed may hold an address
         if counters:
             values["(step, num_updates)"] = str((self.step, self.num_updates))
         with (ranks or self._ranks).together(call, values):
@@ -586,7 +633,7 @@ class ShardedEMA:
         options = self._options
         decays: Sequence[float | None] = self._decays or [None] * len(self.names)
         return {
-            "step": self.step,
+            "step": self._step,
             "num_updates": self.num_updates,
             "update_every": options.update_every,
             "start_step": options.start_step,
@@ -600,19 +647,60 @@ class ShardedEMA:
     def _resume(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that was saved; from the start if it is empty."""
         own = self._state()
-        for told in api.differing_schedules(state, own) if state else ():
-            warnings.warn(told, stacklevel=3)
+        told = api.differing_schedules(state, own) if state.get("averages") else []
+        told += [
+            f"the average was saved with {label}={state[label]}, and goes on with "
+            f"{label}={own[label]}, as ShardedEMA was built"
+            for label in ("update_every", "start_step")
+            if state.get(label, own[label]) != own[label]
+        ]
+        for text in told:
+            warnings.warn(text, stacklevel=3)
         self._mixed = {
             name
             for name, average in state.get("averages", {}).items()
-            if average.get("mixed") or average["schedule"] != own["averages"][name]["schedule"]
+            if average.get("mixed")
+            or not same_rule(average["schedule"], own["averages"][name]["schedule"])
         }
+        if not state.get("averages") and state.get("step"):
+            self._mixed = set(self.names)  # made by a rule that nothing tells of
         self._step, self._num_updates = state.get("step", 0), state.get("num_updates", 0)
         averages: Mapping[str, Any] = state.get("averages", {})
         saved: list[Any] = [averages[name]["decay"] for name in self.names] if averages else [None]
         self._decays = None if None in saved else [float(decay) for decay in saved]
         self._applied_steps = self._bound.engine.applied_steps()
         self._bound.refresh_teacher(loaded=True)
+
+    def _uncounted(self, step: int) -> dict[str, int]:
+        """The state of an average that was saved without counters, after so many steps."""
+        start, every = self._options.start_step, self._options.update_every
+        applied = min(step, start) + max(0, step - start) // every
+        # Not 0 once there were steps: the first update of a `multi_avg_fn` copies.
+        return {"step": step, "num_updates": max(applied, min(step, 1))}
+
+    def _warn_of_discarding(self) -> None:
+        """Warn if the next update that is applied will discard most of the average. Local."""
+        options = self._options
+        since = self._step + 1 - options.start_step
+        t = -(-since // options.update_every) * options.update_every  # the next that is applied
+        if options.multi_avg_fn is not None:
+            kept = {DEFAULT_NAME: 0.0} if since <= 0 or self._num_updates == 0 else {}
+        else:
+            kept = {
+                name: decay_at(rule, t, options.update_every) if since > 0 else 0.0
+                for name, rule in options.schedules.items()
+                # A constant decay is what the user wants at every step.
+                if since <= 0 or not isinstance(rule, Constant | HalfLife)
+            }
+        for name, decay in kept.items():
+            if decay < 0.5:
+                warnings.warn(
+                    f"the checkpoint has no counters, so the average {name!r} stands at step "
+                    f"{self._step}, and its next update will keep only {decay:.3g} of what was "
+                    "loaded: pass load(path, step=n) with the number of optimizer steps that are "
+                    "behind it, or build it with a constant decay and start_step=0",
+                    stacklevel=3,
+                )
 
     def _gathered(
         self, what: str, name: str | None, dtype: torch.dtype | None, **others: object
@@ -688,8 +776,30 @@ class ShardedEMA:
     def _check_name(self, name: object) -> None:
         if name is None and len(self.names) > 1:
             raise ValueError(f"there are several averages, {self.names}; say which by name=")
-        if name is not None and name not in self.names:
-            raise ValueError(f"no average is named {name!r}; there is {self.names}")
+        if name is not None and (not isinstance(name, str) or name not in self.names):
+            raise no_name(name, self.names)
+
+    def _warn_of_standstill(self, dtype: torch.dtype) -> None:
+        """Warn if a decay is so near to 1 that an update is lost in rounding.
+
+        An average comes to rest where (1 - decay) times its distance from the weights is half the
+        spacing of its numbers: at a relative distance of eps / 4 to eps / 2 over (1 - decay).
+        """
+        every = self._options.update_every
+        if self._options.multi_avg_fn is not None or dtype.itemsize < 4:
+            return  # not known, or warned of already
+        for name, rule in self._options.schedules.items():
+            decay = highest(rule, every)
+            if decay is None or decay == 1:
+                continue
+            distance = torch.finfo(dtype).eps / 2 / (1 - decay)
+            if distance > 0.02:
+                warnings.warn(
+                    f"the average {name!r} reaches a decay of {decay:.10g} an update, too near to "
+                    f"1 for {dtype}: it may come to rest {min(distance, 1):.0%} away from constant "
+                    "weights; pass dtype=torch.float64, or a larger update_every",
+                    stacklevel=3,
+                )
 
     def _warn_of_low_precision(self, dtype: torch.dtype) -> None:
         if dtype.itemsize < 4:
@@ -713,6 +823,16 @@ def _hash_of(tensor: torch.Tensor) -> str:
     """A hash of a CPU tensor's dtype, shape and bytes."""
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_64_hexdigest(data)}"
+
+
+def _diffusers_step(path: Path) -> int | None:
+    """The `optimization_step` that diffusers' `EMAModel.save_pretrained` wrote; None if none."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        step = json.loads(config.read_text(encoding="utf-8"))["optimization_step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return step if type(step) is int and step >= 0 else None
 
 
 def _is_count(step: object) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_ema.lerp import MultiAvgFn
 from dist_ema.ranks import Ranks
-from dist_ema.schedule import Schedule, as_schedule, to_json
+from dist_ema.schedule import Schedule, as_schedule, code_hash, to_json
 
 DEFAULT_NAME = "ema"
 
@@ -65,14 +65,15 @@ class Options:
 
     def rule(self, name: str) -> dict[str, Any]:
         """How an average is made, as JSON."""
-        if self.multi_avg_fn is not None:
-            return to_json(cast(Schedule, self.multi_avg_fn))  # by its name, as any callable
-        return to_json(self.schedules[name])
+        rule = cast(Schedule, self.multi_avg_fn or self.schedules[name])
+        told = to_json(rule)  # a callable by its name
+        return told | {"code": code_hash(rule)} if told["kind"] == "callable" else told
 
     def agree(self, ranks: Ranks) -> None:
         """Refuse averages that differ from rank to rank. Collective: every rank calls it."""
         mine = {
-            "decay": {name: self.rule(name) for name in self.schedules},
+            # A callable by its name: it may close over what differs between ranks.
+            "decay": {n: {**self.rule(n), "code": None} for n in self.schedules},
             "update_every": self.update_every,
             "start_step": self.start_step,
             "params": self.params if isinstance(self.params, str) else "a predicate",

@@ -39,6 +39,7 @@ from dist_ema.checkpoint.writer import Orders, ShardWriter
 from dist_ema.export.format import DTYPES
 from dist_ema.files import target
 from dist_ema.ranks import Ranks, digest
+from dist_ema.schedule import same_rule
 
 __all__ = [
     "CheckpointError",
@@ -151,7 +152,7 @@ def differing_schedules(saved: Mapping[str, Any], own: Mapping[str, Any]) -> lis
     told = []
     for name, average in own["averages"].items():
         theirs = saved["averages"][name]["schedule"]
-        if theirs != average["schedule"]:
+        if not same_rule(theirs, average["schedule"]):
             told.append(
                 f"the average {name!r} was saved with {theirs}, and goes on with "
                 f"{average['schedule']}, as ShardedEMA was built"
