@@ -465,7 +465,7 @@ class ShardedEMA:
             method=method,
         )
         with self._ranks.together():
-            differing = differing_names(unwrap(self._bound.model))
+            differing = differing_names(self._bound.model)
         export(
             Path(path),
             lambda: self._card(*differing),
@@ -723,7 +723,7 @@ class ShardedEMA:
         try:
             self._refuse_while_shown(call)
             module = unwrap(self._bound.model)
-            extra = differing_names(module)[0]
+            extra = differing_names(self._bound.model)[0]
             found = tensors_beside(module, extra, self._bound.plan.averaged)
         except Exception as error:
             problem = error
@@ -743,7 +743,7 @@ class ShardedEMA:
     def _model(self) -> dict[str, Any]:
         """What an export from a checkpoint must know of the model, as JSON; {} off rank 0."""
         try:
-            differing = differing_names(unwrap(self._bound.model))
+            differing = differing_names(self._bound.model)
             if self._ranks.rank != 0:
                 return {}
             return {"card": self._card(*differing), "others": self._others()}

@@ -10,7 +10,7 @@ holder's are the ones that count, as they are for DDP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -107,7 +107,13 @@ def rebind(plan: Plan, weights: list[Weight], ranks: Ranks) -> Plan:
         RuntimeError: parameters or averaged buffers have other names, shapes or shards.
     """
     weights = _in_layout(weights, plan.averaged)
+    buffers = _differences(_buffers(plan.weights), _buffers(weights))
     differences = _differences(plan.weights, weights)
+    if buffers and len(buffers) == len(differences):
+        raise RuntimeError(
+            f"averaged buffers have changed since this average was built: {'; '.join(buffers)}; "
+            "leave them out by buffers=, or build ShardedEMA when they have their final shape"
+        )
     if differences:
         raise RuntimeError(
             "the model's parameters were replaced or changed since this average was built: "
@@ -172,7 +178,11 @@ def _in_layout(weights: list[Weight], averaged: frozenset[str]) -> list[Weight]:
     return [w for w in weights if not w.is_buffer or w.fqn in averaged]
 
 
-def _differences(old: tuple[Weight, ...], new: list[Weight]) -> list[str]:
+def _buffers(weights: Sequence[Weight]) -> list[Weight]:
+    return [w for w in weights if w.is_buffer]
+
+
+def _differences(old: Sequence[Weight], new: Sequence[Weight]) -> list[str]:
     """How two layouts differ, one text for each tensor, at most eight."""
 
     def described(weight: Weight | None) -> str:

@@ -246,5 +246,5 @@ def test_a_changed_layout_is_told_by_name_and_shape(world: World):
     net.running = torch.zeros(old[0] + 1)
     with pytest.raises(RuntimeError) as told:
         run.ema.update()
-    assert f"running had shape {old} and has shape ({old[0] + 1},)" in str(told.value)
+    assert f"running: was shape {old}, whole, is shape ({old[0] + 1},)" in str(told.value)
     assert "fully_shard" not in str(told.value)

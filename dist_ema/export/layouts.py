@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from dist_ema.export.card import Card, make_card
-from dist_ema.names import class_of, ddp_modules, is_instance, slots
+from dist_ema.names import class_of, ddp_modules, is_instance, slots, unwrap
 
 _WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _TRANSFORMERS = ("transformers.modeling_utils", "PreTrainedModel")
@@ -59,14 +59,15 @@ def card_of(module: nn.Module, extra: Iterable[str] = ()) -> dict[str, Any]:
     return make_card("plain", {})
 
 
-def differing_names(module: nn.Module) -> tuple[dict[str, Any], list[str]]:
-    """What `state_dict()` has that no module holds, and the names of the reverse.
+def differing_names(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
+    """What `state_dict()` of the unwrapped model has that no module holds, and the reverse.
 
     Quantized layers add the state of their quantization, for example. Every rank calls it: a
     sharded module may gather or reshard in `state_dict()`.
     """
     fsdp1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
-    if ddp_modules(module) or any(is_instance(m, *fsdp1) for m in module.modules()):
+    module = unwrap(model)
+    if ddp_modules(module) or any(is_instance(m, *fsdp1) for m in model.modules()):
         return {}, []  # FSDP1 answers by a gather, with names of its own
     state = {
         _without_wrappers(key): value for key, value in module.state_dict(keep_vars=True).items()
