@@ -1,5 +1,9 @@
 """An exponential moving average of the weights that lives where the weights live."""
 
+from dist_ema.requirements import require
+
+require("torch")
+
 from dist_ema.batchnorm import update_bn
 from dist_ema.ema import ShardedEMA
 from dist_ema.posthoc import synthesize
