@@ -4,8 +4,8 @@
 #     bash launch/versions.sh 2.8.0 2.15.0       these versions of torch
 #     bash launch/versions.sh --sample 3         three cases of each test function instead of one
 #     bash launch/versions.sh --all 2.11.0       the whole suite
-# Prints a table; with the results of earlier runs it is written to tests/versions.md. Exits with 1
-# if a test failed for a reason of ours. An environment takes up to 7 GB.
+# Prints a table with the last result of each version, and writes it to tests/versions.md if none is
+# missing. Exits with 1 if a test of these failed for a reason of ours. An environment takes 7 GB.
 #
 #   VERSIONS  the folder of the environments (.versions)
 #   PYTHON    the interpreter that makes them (python3; 3.10 to 3.13)

@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "tests/versions.md"
+VERSIONS = ROOT / "launch/versions.txt"
 PACKAGES = (
     *("torch", "deepspeed", "accelerate", "transformers", "diffusers", "peft", "lightning"),
     "numpy",
@@ -68,7 +69,7 @@ def run(path: Path, arguments: tuple[str, ...]) -> int:
 
 
 def table(results: list[dict[str, Any]]) -> int:
-    """Print the table and write it to a file. Returns 1 if a failure is ours, else 0."""
+    """Print the table; write it if it is complete. Returns 1 if a failure is ours, else 0."""
     results.sort(key=lambda r: [int(n) for n in re.findall(r"\d+", _torch(r))[:3]])
     head = [*PACKAGES, *COUNTS, "seconds", "pytest", "date (UTC)", "commit"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -108,7 +109,9 @@ def table(results: list[dict[str, Any]]) -> int:
         ("Skipped on some of these versions only", some),
     ):
         text += ["", f"## {title}", "", *(entries or ["None."])]
-    TABLE.write_text("\n".join(text) + "\n")
+    every = re.findall(r"^[\d.]+", VERSIONS.read_text(), re.M)
+    if {_torch(r).split("+")[0] for r in results} >= set(every):
+        TABLE.write_text("\n".join(text) + "\n")
     for line in known + ours:
         print(line)
     return int(bool(ours))
