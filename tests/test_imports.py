@@ -24,6 +24,7 @@ LAYERS = [
         "names",
         "profiles",
         "ranks",
+        "requirements",
         "schedule",
     },
     {
