@@ -32,7 +32,6 @@ from dist_ema.export.live import export
 from dist_ema.gather import Gatherer, one_by_one, whole_tensors, write_into
 from dist_ema.hints import (
     PICKLES,
-    Count,
     no_attribute,
     no_call,
     no_keyword,
@@ -161,7 +160,7 @@ class ShardedEMA:
     @property
     def step(self) -> int:
         """Optimizer steps seen: calls of `update()` that counted, or the last `step` given."""
-        return Count(self._step)
+        return self._step
 
     @property
     def num_updates(self) -> int:

@@ -126,13 +126,6 @@ def no_safetensors(path: Path) -> str:
     )
 
 
-class Count(int):
-    """A number that says what to call instead, where it is called as a method."""
-
-    def __call__(self, *arguments: object, **named: object) -> NoReturn:
-        raise no_call("step")
-
-
 def no_module(model: Any) -> TypeError:
     """The error of something else than a module in its place."""
     told = (
