@@ -202,7 +202,7 @@ class ShardedEMA:
             raise no_attribute(self, name)
 
         def __call__(self, *arguments: object, **named: object) -> NoReturn:
-            raise no_call("average")
+            raise no_call()
 
     # Averaging.
 
