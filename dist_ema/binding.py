@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,14 +11,16 @@ from torch import nn
 
 from dist_ema.accelerator import synchronize_if_initialized
 from dist_ema.engines import select
-from dist_ema.engines.engine import Weight
+from dist_ema.engines.engine import Weight, drop_caches, refuse_freezing
 from dist_ema.gather import Gatherer
 from dist_ema.options import Options
 from dist_ema.plan import Plan, Selects, chosen, make_plan, rebind
 from dist_ema.ranks import Ranks
 from dist_ema.replicas import differing, source
-from dist_ema.shadow import Buffers, Shadow, Swap, allocate, shadow_dtype
+from dist_ema.shadow import Buffers, Shadow, Swap, WrittenWeights, allocate, shadow_dtype
 from dist_ema.teacher import Teacher
+
+_MARK = "_dist_ema_shows"  # in a module's __dict__: (state, name of the average, id of the dict)
 
 
 class Binding:
@@ -34,6 +36,9 @@ class Binding:
         self.model, self.ranks = model, ranks
         self._options = options
         with ranks.together():
+            self._into = into if isinstance(into, nn.Module) else None
+            self._note_modules(model.modules())
+            self.refuse_marked("ShardedEMA()")
             self.engine = select(model)
             weights = self.engine.weights()
             averaged = chosen(weights, options.params, options.buffers)
@@ -137,12 +142,19 @@ class Binding:
         """Take what `follow` compares with, from the engine and plan of now."""
         self._held = list(self.model.modules())  # or else ids could be given to new modules
         children = [module._modules for module in self._held]
+        self._note_modules(self._held)
         self._parents = [c for c in children if c]
         self._leaves = [c for c in children if not c]
         self._structure = self._children()
         self._stamp = self.engine.stamp()
         self._frozen = _frozen(self.plan, self._options.params)
         self._gatherer: Gatherer | None = None
+
+    def _note_modules(self, modules: Iterable[nn.Module]) -> None:
+        """Take the modules that are marked during a swap: the model's and the teacher's."""
+        teachers = () if self._into is None else self._into.modules()
+        self._dicts = [module.__dict__ for module in (*modules, *teachers)]
+        self._dict_ids = set(map(id, self._dicts))
 
     def _children(self) -> list[int]:
         """What changes when a submodule is replaced or added."""
@@ -184,41 +196,94 @@ class Binding:
                 for fragment in weight.fragments:
                     if not fragment.in_place:
                         fragment.shown.copy_(fragment.view)
-        self.engine.publish()
+        self._publish()
 
     @contextmanager
-    def showing(self, values: list[torch.Tensor]) -> Iterator[None]:
+    def showing(self, name: str, values: list[torch.Tensor]) -> Iterator[None]:
         """Within the block the forward pass reads an average. Collective where replicas share."""
-        self._refuse_differing_replicas()
         num_parameters = len(self.plan.parameters)
         swap = Swap([p.fragment for p in self.plan.parameters], values[:num_parameters])
         with torch.no_grad():
             with self.swap_ranks.together():
+                refuse_freezing()
+            self._refuse_differing_replicas()
+            with self.swap_ranks.together():
                 buffers = Buffers(self.model, self.plan.buffer_views())
             self.engine.release()
             self._await_copies()
-        shown = False
-        try:
+        # The way back is armed before the first value moves. Its steps run from the last to the
+        # first, and each of them even if an error or an interrupt ends the one before.
+        entered = False
+
+        def share_again() -> None:
+            try:
+                self._share() if entered else self._publish()
+            except BaseException:
+                self._mark("torn", name)
+                raise
+
+        with ExitStack() as back:
+            back.callback(self._unmark)
+            back.callback(torch.no_grad()(share_again))
+            back.callback(torch.no_grad()(self._carry_over_if_moved))
+            back.callback(torch.no_grad()(buffers.restore))
+            back.callback(torch.no_grad()(swap.leave))
+            back.callback(torch.no_grad()(self._await_copies))
+            back.callback(torch.no_grad()(self.engine.release))
+            self._mark("shown", name)
             with torch.no_grad():
                 with self.swap_ranks.together():
                     swap.enter()
                     averaged = zip(self.plan.buffers, values[num_parameters:], strict=True)
                     for piece, value in averaged:
                         piece.fragment.view.copy_(value)
-                shown = True
+                entered = True
                 self._share()
+            written = WrittenWeights([p.fragment for p in self.plan.parameters])
+            back.callback(written.warn)
             yield
-        finally:
-            with torch.no_grad():
-                if shown:
-                    self.engine.release()
-                    self._await_copies()
-                # The last first, and each of them even if an interrupt ends the one before.
-                with ExitStack() as steps:
-                    steps.callback(self._share if shown else self.engine.publish)
-                    steps.callback(self._carry_over_if_moved)
-                    steps.callback(buffers.restore)
-                    steps.callback(swap.leave)
+
+    def refuse_marked(self, what: str, *, mends: bool = False) -> None:
+        """Raise if an average is shown in the model, or a swap of it was cut short. Local.
+
+        Marks are entries in the modules' `__dict__`, so that averages of the same modules, or of
+        modules around or inside them, find them. One that a copy of a module inherited is void.
+
+        Args:
+            mends: whether the call brings new values, and is allowed after a swap was cut short.
+        """
+        if not any(map(dict.__contains__, self._dicts, itertools.repeat(_MARK))):
+            return
+        for state, name, at in [d[_MARK] for d in self._dicts if _MARK in d]:
+            if at not in self._dict_ids:
+                continue
+            if state == "shown":
+                raise RuntimeError(
+                    f"{what} inside average_parameters(): the model, or a part of it, shows the "
+                    f"average {name!r} and the average's storage holds the live weights; leave the "
+                    "block first"
+                )
+            if not mends:
+                raise RuntimeError(
+                    f"{what}: the way back from average_parameters() failed, and the model's "
+                    f"weights are in part live ones and in part those of the average {name!r}; "
+                    "load the model's weights again, then call reset(), load() or load_state_dict()"
+                )
+
+    def _mark(self, state: str, name: str) -> None:
+        for d in self._dicts:
+            d[_MARK] = (state, name, id(d))
+
+    def _unmark(self) -> None:
+        """Remove the mark of a swap; that of one that was cut short stays."""
+        for d in self._dicts:
+            if d.get(_MARK, ("",))[0] == "shown":
+                del d[_MARK]
+
+    def mend(self) -> None:
+        """The live weights and the averages are whole again: the caller has loaded them. Local."""
+        for d in self._dicts:
+            d.pop(_MARK, None)
 
     def _await_copies(self) -> None:
         """Wait for forward passes that may still copy weights from host memory to the device."""
@@ -249,7 +314,12 @@ class Binding:
         """Let replicas have each other's slices, and the forward pass what stands in storage."""
         for replica_set in self.plan.sets:
             replica_set.share()
+        self._publish()
+
+    def _publish(self) -> None:
+        """Let the next forward pass read what stands in storage."""
         self.engine.publish()
+        drop_caches()
 
     def _refuse_differing_replicas(self) -> None:
         """Raise if ranks that hold the same weights do not hold the same bits. Collective."""

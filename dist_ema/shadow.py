@@ -8,6 +8,7 @@ and one operation updates a whole buffer. What lies in a gap is never read as a 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -232,6 +233,30 @@ class Buffers:
                 view.copy_(kept)
         for module, must_sync in self._ddp:
             module.require_forward_param_sync = must_sync
+
+
+class WrittenWeights:
+    """Finds weights that a block wrote to, by the versions that autograd counts. Local."""
+
+    def __init__(self, fragments: Sequence[Fragment]) -> None:
+        # Exchanged storage only: elsewhere the way back overwrites what the block has written.
+        self._watched = [
+            (f.place.fqn, f.view, f.view._version)
+            for f in fragments
+            if f.in_place and not f.view.is_inference()
+        ]
+
+    def warn(self) -> None:
+        """Warn of weights that were written to, by name."""
+        names = [fqn for fqn, view, version in self._watched if view._version != version]
+        if names:
+            warnings.warn(
+                "weights were written to inside average_parameters() (an optimizer step, "
+                "load_state_dict(), Embedding(max_norm=)); the live weights are restored, and "
+                "where the average has the live weights' dtype, it holds what was written: "
+                f"{', '.join(dict.fromkeys(names))}; load the average again, or call reset()",
+                stacklevel=2,
+            )
 
 
 def _through(act: Callable[[], None]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dist_ema.engines import select
-from dist_ema.engines.engine import Engine, Weight
+from dist_ema.engines.engine import Engine, Weight, drop_caches
 from dist_ema.layout import Fragment, Place
 from dist_ema.plan import Plan
 
@@ -73,6 +73,7 @@ class Teacher:
         """Let the teacher's next forward pass read what was averaged."""
         self._engine.release()
         self._engine.publish()
+        drop_caches()
 
     def _bind(self, plan: Plan) -> None:
         theirs = {w.fqn: w for w in self._engine.weights()}

@@ -9,6 +9,7 @@ gather and files are written once, against fragments.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import parametrize
 
 from dist_ema.layout import Fragment, Place, Shape, range_fragments, whole, whole_fragment
 from dist_ema.names import Slot, slots
@@ -160,6 +162,25 @@ def outdate_graphs(weights: Iterable[torch.Tensor]) -> None:
     Engines that gather weights write to them in ways that autograd does not see.
     """
     torch.autograd.graph.increment_version(list(weights))
+
+
+def drop_caches() -> None:
+    """Drop what torch has computed from weights and keeps by their identity. Local.
+
+    Private, read in torch 2.8 to 2.15: `torch.nn.utils.parametrize._cache`.
+    """
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
+
+
+def refuse_freezing() -> None:
+    """Raise if the compiler may have copied weights into compiled code. Local."""
+    config = sys.modules.get("torch._inductor.config")
+    if config is not None and getattr(config, "freezing", False):
+        raise RuntimeError(
+            "torch._inductor.config.freezing is set: compiled code holds copies of the weights and "
+            "would not show the average; set it to False and compile the model again"
+        )
 
 
 class Registered:
