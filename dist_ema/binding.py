@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import RLock
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -17,10 +19,9 @@ from dist_ema.options import Options
 from dist_ema.plan import Plan, Selects, chosen, make_plan, rebind
 from dist_ema.ranks import Ranks
 from dist_ema.replicas import differing, source
-from dist_ema.shadow import Buffers, Shadow, Swap, WrittenWeights, allocate, shadow_dtype
+from dist_ema.shadow import Shadow, allocate, shadow_dtype
+from dist_ema.swap import Buffers, DeferredSignals, Marks, Swap, WrittenWeights
 from dist_ema.teacher import Teacher
-
-_MARK = "_dist_ema_shows"  # in a module's __dict__: (state, name of the average, id of the dict)
 
 
 class Binding:
@@ -34,11 +35,13 @@ class Binding:
         ranks: Ranks,
     ) -> None:
         self.model, self.ranks = model, ranks
+        self.lock = RLock()  # held while values are updated or exchanged
         self._options = options
         with ranks.together():
             self._into = into if isinstance(into, nn.Module) else None
-            self._note_modules(model.modules())
-            self.refuse_marked("ShardedEMA()")
+            self.marks = Marks()
+            self._watch_modules()
+            self.marks.refuse("ShardedEMA()")
             self.engine = select(model)
             weights = self.engine.weights()
             averaged = chosen(weights, options.params, options.buffers)
@@ -142,7 +145,7 @@ class Binding:
         """Take what `follow` compares with, from the engine and plan of now."""
         self._held = list(self.model.modules())  # or else ids could be given to new modules
         children = [module._modules for module in self._held]
-        self._note_modules(self._held)
+        self._watch_modules()
         self._parents = [c for c in children if c]
         self._leaves = [c for c in children if not c]
         self._structure = self._children()
@@ -150,11 +153,10 @@ class Binding:
         self._frozen = _frozen(self.plan, self._options.params)
         self._gatherer: Gatherer | None = None
 
-    def _note_modules(self, modules: Iterable[nn.Module]) -> None:
-        """Take the modules that are marked during a swap: the model's and the teacher's."""
-        teachers = () if self._into is None else self._into.modules()
-        self._dicts = [module.__dict__ for module in (*modules, *teachers)]
-        self._dict_ids = set(map(id, self._dicts))
+    def _watch_modules(self) -> None:
+        """Learn of swaps of the modules that are read or written: the model's and the teacher's."""
+        into = () if self._into is None else self._into.modules()
+        self.marks.watch([*self.model.modules(), *into])
 
     def _children(self) -> list[int]:
         """What changes when a submodule is replaced or added."""
@@ -203,87 +205,77 @@ class Binding:
         """Within the block the forward pass reads an average. Collective where replicas share."""
         num_parameters = len(self.plan.parameters)
         swap = Swap([p.fragment for p in self.plan.parameters], values[:num_parameters])
-        with torch.no_grad():
-            with self.swap_ranks.together():
-                refuse_freezing()
-            self._refuse_differing_replicas()
-            with self.swap_ranks.together():
-                buffers = Buffers(self.model, self.plan.buffer_views())
+        with torch.no_grad(), self.swap_ranks.together():
+            refuse_freezing()
+            buffers = Buffers(self.model, self.plan.buffer_views())
             self.engine.release()
             self._await_copies()
-        # The way back is armed before the first value moves. Its steps run from the last to the
-        # first, and each of them even if an error or an interrupt ends the one before.
-        entered = False
+        self._refuse_differing_replicas()
+        signals = DeferredSignals()
+        armed = shared = False  # whether the way back has something to do, and replicas to share
+        written: WrittenWeights | None = None
 
-        def share_again() -> None:
+        def share_back() -> None:
             try:
-                self._share() if entered else self._publish()
-            except BaseException:
-                self._mark("torn", name)
+                self._share() if shared else self._publish()
+                if swap.is_shown:
+                    raise RuntimeError("live weights were not written back")
+            except BaseException as error:
+                self.marks.set("torn", name)
+                if isinstance(error, Exception):
+                    self._raise_torn(error)
                 raise
 
-        with ExitStack() as back:
-            back.callback(self._unmark)
-            back.callback(torch.no_grad()(share_again))
-            back.callback(torch.no_grad()(self._carry_over_if_moved))
-            back.callback(torch.no_grad()(buffers.restore))
-            back.callback(torch.no_grad()(swap.leave))
-            back.callback(torch.no_grad()(self._await_copies))
-            back.callback(torch.no_grad()(self.engine.release))
-            self._mark("shown", name)
-            with torch.no_grad():
+        def leave() -> None:
+            # The last callback first, and each of them also if one before it raised.
+            with self.lock, torch.no_grad(), ExitStack() as steps:
+                steps.callback(self.marks.clear, "shown")
+                steps.callback(share_back)
+                steps.callback(self._carry_over_if_moved)
+                steps.callback(buffers.restore)
+                steps.callback(swap.leave)
+                steps.callback(self._await_copies)
+                steps.callback(self.engine.release)
+                if written is not None:
+                    steps.callback(written.warn)
+
+        try:
+            signals.hold()
+            with self.lock, torch.no_grad():
+                armed = True
+                self.marks.set("shown", name)
                 with self.swap_ranks.together():
                     swap.enter()
                     averaged = zip(self.plan.buffers, values[num_parameters:], strict=True)
                     for piece, value in averaged:
                         piece.fragment.view.copy_(value)
-                entered = True
+                shared = True
                 self._share()
-            written = WrittenWeights([p.fragment for p in self.plan.parameters])
-            back.callback(written.warn)
+                written = WrittenWeights(
+                    (weight.fqn, tensor)
+                    for weight in self.plan.weights
+                    if weight.fqn in self.plan.averaged and not weight.is_buffer
+                    for tensor in self.engine.versioned(weight)
+                )
+            signals.release()
             yield
+        finally:
+            try:
+                signals.hold()
+            finally:  # an interrupt may come in the line above
+                try:
+                    if armed:
+                        leave()
+                finally:
+                    signals.release()
 
-    def refuse_marked(self, what: str, *, mends: bool = False) -> None:
-        """Raise if an average is shown in the model, or a swap of it was cut short. Local.
-
-        Marks are entries in the modules' `__dict__`, so that averages of the same modules, or of
-        modules around or inside them, find them. One that a copy of a module inherited is void.
-
-        Args:
-            mends: whether the call brings new values, and is allowed after a swap was cut short.
-        """
-        if not any(map(dict.__contains__, self._dicts, itertools.repeat(_MARK))):
-            return
-        for state, name, at in [d[_MARK] for d in self._dicts if _MARK in d]:
-            if at not in self._dict_ids:
-                continue
-            if state == "shown":
-                raise RuntimeError(
-                    f"{what} inside average_parameters(): the model, or a part of it, shows the "
-                    f"average {name!r} and the average's storage holds the live weights; leave the "
-                    "block first"
-                )
-            if not mends:
-                raise RuntimeError(
-                    f"{what}: the way back from average_parameters() failed, and the model's "
-                    f"weights are in part live ones and in part those of the average {name!r}; "
-                    "load the model's weights again, then call reset(), load() or load_state_dict()"
-                )
-
-    def _mark(self, state: str, name: str) -> None:
-        for d in self._dicts:
-            d[_MARK] = (state, name, id(d))
-
-    def _unmark(self) -> None:
-        """Remove the mark of a swap; that of one that was cut short stays."""
-        for d in self._dicts:
-            if d.get(_MARK, ("",))[0] == "shown":
-                del d[_MARK]
-
-    def mend(self) -> None:
-        """The live weights and the averages are whole again: the caller has loaded them. Local."""
-        for d in self._dicts:
-            d.pop(_MARK, None)
+    @staticmethod
+    def _raise_torn(error: Exception) -> NoReturn:
+        raise RuntimeError(
+            "the way back from average_parameters() has failed: the model's weights are in part "
+            "live ones and in part averaged ones. Load the model's weights again, then call "
+            f"reset() or load() of the average. {type(error).__name__}: {error}"
+        ) from error
 
     def _await_copies(self) -> None:
         """Wait for forward passes that may still copy weights from host memory to the device."""

@@ -192,7 +192,11 @@ class ShardedEMA:
                 were replaced by ones of another shape or layout, or a frozen one trains now. The
                 average is unchanged.
         """
-        self._bound.refuse_marked("update()")
+        with self._bound.lock:  # not while another thread exchanges values
+            self._bound.marks.refuse("update()")
+            return self._update(step)
+
+    def _update(self, step: int | None) -> bool:
         self._bound.follow()
         self._bound.refuse_thawed()
         if isinstance(step, bool) or (step is not None and not _is_count(step)):
@@ -235,10 +239,10 @@ class ShardedEMA:
     @torch.no_grad()
     def reset(self) -> None:
         """Start again: the average is the live weights, `step` and `num_updates` are 0. Local."""
-        self._bound.refuse_marked("reset()", mends=True)
+        self._bound.marks.refuse("reset()", mends=True)
         self._bound.follow()
         self._bound.start_again()
-        self._bound.mend()
+        self._bound.marks.mend()
         self._step = self._num_updates = 0
         self._decays = None
         self._mixed = set()
@@ -352,7 +356,7 @@ class ShardedEMA:
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
-                self._bound.refuse_marked("gather_tensors()")
+                self._bound.marks.refuse("gather_tensors()")
                 if self._num_updates != num_updates:
                     raise RuntimeError(
                         "the average was updated while gather_tensors() was under way; exhaust it "
@@ -486,7 +490,7 @@ class ShardedEMA:
         Values are tensors that it cuts and reshards, and share the average's storage. On one rank
         alone they are no full state dict; `gather_state_dict()` is.
         """
-        self._bound.refuse_marked("state_dict()")
+        self._bound.marks.refuse("state_dict()")
         self._bound.follow()
         return stateful.state_dict(self._parts(), self._tensors(), self._state())
 
@@ -496,7 +500,7 @@ class ShardedEMA:
         Raises:
             CheckpointError: it is of other averages or tensors. Nothing has changed.
         """
-        self._bound.refuse_marked("load_state_dict()", mends=True)
+        self._bound.marks.refuse("load_state_dict()", mends=True)
         self._bound.follow()
         self._resume(stateful.load_state_dict(state_dict, self._parts(), self._tensors()))
 
@@ -522,7 +526,7 @@ class ShardedEMA:
         if counters:
             values["(step, num_updates)"] = str((self.step, self.num_updates))
         with (ranks or self._ranks).together(call, values):
-            self._bound.refuse_marked(call, mends=call == "load()")
+            self._bound.marks.refuse(call, mends=call == "load()")
             if "name" in arguments:
                 self._check_name(arguments["name"])
             dtype = arguments.get("dtype")
@@ -583,7 +587,7 @@ class ShardedEMA:
         self._decays = None if None in saved else [float(decay) for decay in saved]
         self._applied_steps = self._bound.engine.applied_steps()
         self._bound.refresh_teacher(loaded=True)
-        self._bound.mend()
+        self._bound.marks.mend()
 
     def _gathered(
         self, what: str, name: str | None, dtype: torch.dtype | None, **others: object

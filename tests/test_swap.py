@@ -380,7 +380,7 @@ def test_ctrl_c_leaves_weights_and_average_as_they_were(going: str):
                 block.__exit__(None, None, None)
         except KeyboardInterrupt:
             interrupted += 1
-        ema._bound.refuse_marked("a test")
+        ema._bound.marks.refuse("a test")
         torch.testing.assert_close(parts(), before, **EXACT)
         if not interrupts.came:
             break

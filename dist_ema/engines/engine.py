@@ -70,6 +70,13 @@ class Engine(ABC):
         """Groups that the engine made already, to be used for replicas before new ones. Local."""
         return []
 
+    def versioned(self, weight: Weight) -> Iterator[torch.Tensor]:
+        """Tensors that autograd counts writes to a weight by (`_version`). Local."""
+        yield weight.tensor
+        for fragment in weight.fragments:
+            yield fragment.view
+            yield fragment.shown
+
     def release(self) -> None:
         """Drop gathered copies, so that the shown storage may be written. May be collective."""
         return
