@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dist_ema.layout import Fragment
 from dist_ema.names import ddp_modules, slots
@@ -187,15 +188,30 @@ def _twice_if_interrupted(act: Callable[[], None]) -> None:
 
 
 class WrittenWeights:
-    """Finds weights that a block wrote to, by the versions that autograd counts. Local."""
+    """Finds weights of this rank that a block wrote to. Local.
+
+    By the versions that autograd counts, and by steps of optimizers: `torch._foreach_*` does not
+    count what it writes to a DTensor.
+    """
 
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """`tensors` are what may be written to, with the name of the weight."""
         self._watched = [(fqn, t, t._version) for fqn, t in tensors if not t.is_inference()]
+        self._stepped: set[int] = set()
+        self._hook = register_optimizer_step_post_hook(self._note_step)
+
+    def _note_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            self._stepped.update(id(p) for p in group["params"] if p.grad is not None)
 
     def warn(self) -> None:
-        """Warn of weights that were written to, by name."""
-        names = [fqn for fqn, tensor, version in self._watched if tensor._version != version]
+        """Stop watching, and warn of weights that were written to, by name."""
+        self._hook.remove()
+        names = [
+            fqn
+            for fqn, tensor, version in self._watched
+            if tensor._version != version or id(tensor) in self._stepped
+        ]
         if names:
             warnings.warn(
                 "weights were written to inside average_parameters() (an optimizer step, "

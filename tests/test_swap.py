@@ -490,7 +490,7 @@ def test_a_forward_that_fails_leaves_nothing_gathered(world: World, inside: bool
         def raises(*_: Any) -> None:
             raise Interruption
 
-        handle = training.net.blocks[-1].register_forward_pre_hook(raises)
+        handle = training.net.blocks[-1].l2.register_forward_pre_hook(raises)
         try:
             with pytest.raises(Interruption):
                 training.loss(3)
@@ -591,21 +591,38 @@ def test_an_average_of_a_part_and_one_of_the_whole_refuse_each_other(shows: str)
     assert ShardedEMA(copied).update()
 
 
+@every_world(not_compiled)
+def test_an_optimizer_step_inside_the_block_is_told_and_undone_in_the_weights(world: World):
+    run = start(world).train(2)
+    masters = run.ema.source == "master"  # which the swap does not touch
+    live = run.training.full_weights()
+    with pytest.warns(UserWarning, match="written to inside average_parameters"):
+        with run.ema.average_parameters():
+            run.training.train_step(2)
+    if not masters:
+        torch.testing.assert_close(run.training.full_weights(), live, **EXACT)
+
+
 @pytest.mark.ranks(0)
 def test_a_write_inside_the_block_is_told_by_name():
     model, ema = small_average()
-    live = [p.clone() for p in model.parameters()]
-    with pytest.warns(UserWarning, match=r"written to inside average_parameters.*1\.bias"):
+    emb = nn.Embedding(3, 5, max_norm=0.1)
+    bounded = ShardedEMA(emb)
+    live = [p.clone() for p in (*model.parameters(), emb.weight)]
+    with pytest.warns(UserWarning, match=r"written to inside average_parameters.*: 1\.bias\."):
         with ema.average_parameters(), torch.no_grad():
             model[1].bias.add_(1)
-    torch.testing.assert_close(list(model.parameters()), live, **EXACT)
+    with pytest.warns(UserWarning, match=r"written to inside average_parameters.*: weight\."):
+        with bounded.average_parameters():
+            emb(torch.tensor([1]))
+    torch.testing.assert_close([*model.parameters(), emb.weight], live, **EXACT)
 
 
 @every_world(not_compiled)
 def test_an_evaluation_is_not_taken_for_a_write(world: World):
     run = start(world).train(2)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", "weights were written to")
         with run.ema.average_parameters():
             run.training.evaluate()
             run.training.loss(3)
