@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
 import itertools
+import os
+import signal
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from dist_ema import ShardedEMA
 from tests.net import FROZEN, TRAINABLE
+from tests.pool import fork_server
 from tests.runs import EXACT, Run, a_few_worlds, live_buffers, make_ema, start
 from tests.worlds import (
     Training,
@@ -665,3 +669,59 @@ def test_a_layer_that_was_replaced_under_fsdp2_is_told(world: World):
     run.training.net.blocks[0].l1 = nn.Linear(3, 3)
     with pytest.raises(RuntimeError, match="parameters were replaced"):
         run.ema.update()
+
+
+@pytest.mark.ranks(2)
+def test_a_process_group_that_was_destroyed_is_told():
+    group = dist.new_group([0, 1])
+    model = nn.Linear(5, 3)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, src=0)
+    ema = ShardedEMA(model, process_group=group)
+    dist.destroy_process_group(group)
+    assert ema.update()
+    live = [p.clone() for p in model.parameters()]
+    for call in (lambda: ema.average_parameters().__enter__(), ema.gather_state_dict, ema.copy_to):
+        with pytest.raises(RuntimeError, match=r"process group .* has been destroyed"):
+            call()
+    torch.testing.assert_close(list(model.parameters()), live, **EXACT)
+
+
+def test_a_peer_that_dies_inside_leaves_a_model_that_is_marked():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with fork_server() as context:
+        workers = [context.Process(target=_one_dies_inside, args=(r, store.port)) for r in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(120)
+            worker.kill()
+    assert [worker.exitcode for worker in workers] == [0, -signal.SIGKILL]
+
+
+def _one_dies_inside(rank: int, port: int) -> None:
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(50, 30))
+    ema = ShardedEMA(model, 0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    ema.update()
+    live = copy.deepcopy(model.module.state_dict())
+    average = [value.clone() for value in ema._values(None)]
+    with pytest.raises(RuntimeError, match=r"way back .* has failed.*Load the model's weights"):
+        with ema.average_parameters():
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+    torch.testing.assert_close(ema._values(None), average, **EXACT)
+    for call in (ema.update, ema.state_dict):
+        with pytest.raises(RuntimeError, match="Load the model's weights again"):
+            call()
+    assert any(not torch.equal(t, model.module.state_dict()[n]) for n, t in live.items())
+    model.module.load_state_dict(live)
+    ema.reset()
+    assert ema.update()
+    os._exit(0)  # destroying the group would wait for the peer
