@@ -240,34 +240,34 @@ class Binding:
                     steps.callback(written.warn)
 
         try:
-            signals.hold()
-            with self.lock, torch.no_grad():
-                armed = True
-                self.marks.set("shown", name)
-                with self.swap_ranks.together():
-                    swap.enter()
-                    averaged = zip(self.plan.buffers, values[num_parameters:], strict=True)
-                    for piece, value in averaged:
-                        piece.fragment.view.copy_(value)
-                shared = True
-                self._share()
-                written = WrittenWeights(
-                    (weight.fqn, tensor)
-                    for weight in self.plan.weights
-                    if weight.fqn in self.plan.averaged and not weight.is_buffer
-                    for tensor in self.engine.versioned(weight)
-                )
-            signals.release()
-            yield
-        finally:
             try:
                 signals.hold()
-            finally:  # an interrupt may come in the line above
-                try:
-                    if armed:
-                        leave()
-                finally:
-                    signals.release()
+                with self.lock, torch.no_grad():
+                    armed = True
+                    self.marks.set("shown", name)
+                    with self.swap_ranks.together():
+                        swap.enter()
+                        averaged = zip(self.plan.buffers, values[num_parameters:], strict=True)
+                        for piece, value in averaged:
+                            piece.fragment.view.copy_(value)
+                    shared = True
+                    self._share()
+                    written = WrittenWeights(
+                        (weight.fqn, tensor)
+                        for weight in self.plan.weights
+                        if weight.fqn in self.plan.averaged and not weight.is_buffer
+                        for tensor in self.engine.versioned(weight)
+                    )
+                signals.release()
+                yield
+            finally:
+                signals.hold()
+        finally:  # also if a signal came just before they were held
+            try:
+                if armed:
+                    leave()
+            finally:
+                signals.release()
 
     @staticmethod
     def _raise_torn(error: Exception) -> NoReturn:

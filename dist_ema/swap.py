@@ -247,13 +247,15 @@ class DeferredSignals:
 
     def release(self) -> None:
         """Put the handlers back, and call those whose signals came. They may raise."""
-        self._holding = False
+        try:
+            for number in reversed(self._handlers):
+                signal.signal(number, self._handlers[number])
+        finally:
+            self._holding = False
         frames, self._frames = self._frames, {}
-        with ExitStack() as calls:  # the last first
+        with ExitStack() as calls:  # each, also if one before it raised
             for number, frame in frames.items():
                 calls.callback(self._handlers[number], number, frame)
-            for number, handler in self._handlers.items():
-                calls.callback(signal.signal, number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._holding:
