@@ -141,11 +141,11 @@ def _torchrun(label: str) -> Names:
 def _accelerate(label: str) -> Names:
     from accelerate import Accelerator
 
-    return _plain() | {
-        "accelerator": Accelerator(),
-        "language_model": _language_model,
-        "texts": [text["input_ids"][None] for text in _texts(4)],
-    }
+    names = _plain()  # the snippets put their model into it, and train_step() takes it from there
+    names["accelerator"] = Accelerator()
+    names["language_model"] = _language_model
+    names["texts"] = [text["input_ids"][None] for text in _texts(4)]
+    return names
 
 
 def _deepspeed(label: str) -> Names:
@@ -156,7 +156,9 @@ def _deepspeed(label: str) -> Names:
         deepspeed.init_distributed("gloo")
     config = json.loads((ROOT / "launch/deepspeed/zero3.json").read_text())
     config |= {"train_micro_batch_size_per_gpu": 4}
-    return _plain() | {"deepspeed": deepspeed, "config": config}
+    names = _plain()
+    names |= {"deepspeed": deepspeed, "config": config}
+    return names
 
 
 def _python(label: str) -> Names:

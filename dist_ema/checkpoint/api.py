@@ -34,10 +34,12 @@ from dist_ema.checkpoint.planners import EmaLoadPlanner, EmaSavePlanner, key_of
 from dist_ema.checkpoint.reader import ShardReader
 from dist_ema.checkpoint.shards import nbytes_of
 from dist_ema.checkpoint.snapshot import copied, non_finite
+from dist_ema.checkpoint.visibility import retried_when_visible
 from dist_ema.checkpoint.writer import Orders, ShardWriter
 from dist_ema.export.format import DTYPES
 from dist_ema.files import target
 from dist_ema.ranks import Ranks, digest
+from dist_ema.schedule import same_rule
 
 __all__ = [
     "CheckpointError",
@@ -138,26 +140,11 @@ def load(
             missing or does not fit; ranks see different files. On every rank, and nothing has
             changed.
     """
-    files: Files | None = None
-    try:
-        with agreed(ranks):
-            background.settle()
-            files, about = open_any(Path(path))
-        assert files is not None
-        refuse_different(ranks, about.id or digest(about), what="checkpoints")
-        with agreed(ranks):
-            try:
-                found = match(about, list(averages), tensors, others, strict=strict)
-            except CheckpointError as error:
-                raise CheckpointError(f"{files.directory}: {error}") from None
-            _check_files(files, about, found, ranks)
-        _read(files, about, found, averages, tensors, ranks)
-    finally:
-        if files is not None:
-            files.close()
-    for note in found.notes:
-        warnings.warn(f"{files.directory}: {note}", stacklevel=3)
-    return dict(about.state)
+    with agreed(ranks):
+        background.settle()
+    return retried_when_visible(
+        Path(path), ranks, lambda: _load(Path(path), averages, tensors, ranks, strict, others)
+    )
 
 
 def differing_schedules(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
@@ -165,7 +152,7 @@ def differing_schedules(saved: Mapping[str, Any], own: Mapping[str, Any]) -> lis
     told = []
     for name, average in own["averages"].items():
         theirs = saved["averages"][name]["schedule"]
-        if theirs != average["schedule"]:
+        if not same_rule(theirs, average["schedule"]):
             told.append(
                 f"the average {name!r} was saved with {theirs}, and goes on with "
                 f"{average['schedule']}, as ShardedEMA was built"
@@ -311,6 +298,35 @@ def _results(plans: Sequence[SavePlan], sums: Sequence[list[list[str]]]) -> list
 
 
 # Loading.
+
+
+def _load(
+    path: Path,
+    averages: Mapping[str, Sequence[Part]],
+    tensors: Sequence[TensorInfo],
+    ranks: Ranks,
+    strict: bool,
+    others: Collection[str],
+) -> dict[str, Any]:
+    files: Files | None = None
+    try:
+        with agreed(ranks):
+            files, about = open_any(path)
+        assert files is not None
+        refuse_different(ranks, about.id or digest(about), what="checkpoints")
+        with agreed(ranks):
+            try:
+                found = match(about, list(averages), tensors, others, strict=strict)
+            except CheckpointError as error:
+                raise CheckpointError(f"{files.directory}: {error}") from None
+            _check_files(files, about, found, ranks)
+        _read(files, about, found, averages, tensors, ranks)
+    finally:
+        if files is not None:
+            files.close()
+    for note in found.notes:
+        warnings.warn(f"{files.directory}: {note}", stacklevel=6)
+    return dict(about.state)
 
 
 def _check_files(files: Files, about: Manifest, found: Match, ranks: Ranks) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -40,9 +39,7 @@ from dist_ema.checkpoint.manifest import (
 from dist_ema.checkpoint.planners import box_of, key_of, split_key
 from dist_ema.checkpoint.shards import SHARD, Shard, lay_out, nbytes_of, row_major
 from dist_ema.export.format import DTYPES
-from dist_ema.files import clear_stale, put_in_place, sibling, sync
-
-_SEEN_WITHIN_S = 30.0  # a network file system may show a new directory that late elsewhere
+from dist_ema.files import becomes_visible, clear_stale, put_in_place, sibling, sync
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,15 +120,14 @@ class ShardWriter(StorageWriter):
         return self._plans
 
     def check_seen(self, orders: Orders) -> None:
-        """Refuse a directory that this rank does not see."""
-        deadline = time.monotonic() + _SEEN_WITHIN_S
-        while not os.path.isdir(orders.directory):
-            if time.monotonic() > deadline:
-                raise CheckpointError(
-                    f"{self.path}: this rank does not see {orders.directory}, which rank 0 made; "
-                    "a checkpoint needs a directory that all ranks share"
-                )
-            time.sleep(0.05)
+        """Refuse directories that this rank does not see."""
+        wanted = [os.path.join(orders.directory, self._subdirectory(name)) for name in self._names]
+        wanted += [orders.letters] * bool(orders.letters)
+        if not becomes_visible(lambda: all([os.path.isdir(each) for each in wanted])):
+            raise CheckpointError(
+                f"{self.path}: this rank does not see {orders.directory}, which rank 0 made; "
+                "a checkpoint needs a directory that all ranks share"
+            )
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's files and wait until they are on disk."""
