@@ -486,12 +486,15 @@ class ShardedEMA:
     def state_dict(self) -> dict[str, Any]:
         """For `torch.distributed.checkpoint`: `dcp.save({"model": ..., "ema": ema})`. Local.
 
-        Values are tensors that it cuts and reshards, and share the average's storage. On one rank
-        alone they are no full state dict; `gather_state_dict()` is.
+        Values are tensors that it cuts and reshards, and share the average's storage. One process
+        without others has plain tensors, which `torch.save` and `torch.load(weights_only=True)`
+        take. A rank among others has a part only; `gather_state_dict()` gives whole tensors.
         """
         self._refuse_while_shown("state_dict()")
         self._bound.follow()
-        return stateful.state_dict(self._parts(), self._tensors(), self._state())
+        return stateful.state_dict(
+            self._parts(), self._tensors(), self._state(), alone=self._ranks.size == 1
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take what `torch.distributed.checkpoint` filled in. Local.
@@ -578,7 +581,8 @@ class ShardedEMA:
         self._mixed = {
             name
             for name, average in state.get("averages", {}).items()
-            if average.get("mixed") or average["schedule"] != own["averages"][name]["schedule"]
+            if name in self.names
+            and (average.get("mixed") or average["schedule"] != own["averages"][name]["schedule"])
         }
         self._step, self._num_updates = state.get("step", 0), state.get("num_updates", 0)
         averages: Mapping[str, Any] = state.get("averages", {})

@@ -539,6 +539,11 @@ def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path):
     with PeakMemory() as peak:
         refused(path, Ranks(), "is 1099511627776 bytes long, which no manifest is")
     assert peak() < 16e6
+    write(path.with_name("b"), Ranks())
+    os.truncate(path.with_name("b") / "manifest.json", 900 << 20)
+    with PeakMemory() as peak:
+        refused(path.with_name("b"), Ranks(), r"has 943718400 bytes, \d+ were written")
+    assert peak() < 16e6
 
 
 # Plain safetensors.

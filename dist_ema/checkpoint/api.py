@@ -30,7 +30,7 @@ from dist_ema.checkpoint.regions import RegionReader
 from dist_ema.checkpoint.snapshot import copied, non_finite
 from dist_ema.checkpoint.writer import Report, Save
 from dist_ema.export.format import DTYPES
-from dist_ema.files import target
+from dist_ema.files import refuse_working_directory, target
 from dist_ema.layout import Box
 from dist_ema.ranks import Ranks, digest
 
@@ -57,8 +57,8 @@ def save(
 ) -> Handle | None:
     """Write averages to a directory that all ranks share. Collective: every rank calls it.
 
-    What is at `path` is replaced, if it is a checkpoint, at one instant; files in it that are of no
-    checkpoint are kept. Memory: one block; on rank 0, the manifest. Four small exchanges and one
+    A checkpoint at `path` is replaced at one instant. A directory that holds files of others is
+    refused. Memory: one block; on rank 0, the manifest. Four small exchanges and one
     gather of the plan.
 
     With `asynchronous`, returns after one copy of the local bytes, and the rest happens on a thread
@@ -67,7 +67,8 @@ def save(
 
     Args:
         averages: what this rank holds of each, by name. Names in the same order on every rank.
-        tensors: all that is averaged, on every rank in the same order.
+        tensors: all that this rank knows to be averaged. Ranks that hold different parts of a model
+            (pipeline stages) may know different tensors: one checkpoint holds all of them.
         state: JSON; see `dist_ema.checkpoint.parsing.check_state` for what it must have.
 
     Raises:
@@ -80,7 +81,12 @@ def save(
         _check(averages, tensors, state)
         state = json.loads(json.dumps(state))  # the caller's may change before it is written
         place = target(Path(path))
-    refuse_different(ranks, (str(place), list(averages), digest(tensors)))
+        try:
+            refuse_working_directory(place)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+    refuse_different(ranks, (str(place), list(averages)))
+    tensors = _of_all_ranks(tensors, ranks)
     with agreed(ranks):
         if asynchronous:
             averages, broken = copied(averages)
@@ -142,6 +148,9 @@ def load(
             files, about = open_any(Path(path))
         assert files is not None
         refuse_different(ranks, about.id or digest(about), what="checkpoints")
+        if not ranks.equal(digest(sorted(others))):
+            others = set().union(*ranks.all_gather(set(others)))
+        tensors = _of_all_ranks(tensors, ranks)
         with agreed(ranks):
             try:
                 found = match(about, list(averages), tensors, others, strict=strict)
@@ -168,6 +177,41 @@ def differing_schedules(saved: Mapping[str, Any], own: Mapping[str, Any]) -> lis
                 f"{average['schedule']}, as ShardedEMA was built"
             )
     return told
+
+
+def _of_all_ranks(tensors: Sequence[TensorInfo], ranks: Ranks) -> Sequence[TensorInfo]:
+    """The tensors of all ranks, which differ where ranks hold different parts of one model.
+
+    Collective: every rank calls it. An all-reduce of two integers if all ranks have the same.
+
+    Raises:
+        CheckpointError: ranks have a name in common, and its shape, dtype or aliases differ.
+    """
+    if ranks.equal(digest(tensors)):
+        return tensors
+    first: dict[str, tuple[int, TensorInfo]] = {}
+    problems: dict[str, str] = {}
+    for rank, theirs in enumerate(ranks.all_gather(list(tensors))):
+        for info in theirs:
+            other, known = first.setdefault(info.fqn, (rank, info))
+            if info != known:
+                problems.setdefault(
+                    info.fqn,
+                    f"{info.fqn} is {_described(known)} on rank {other} and {_described(info)} on "
+                    f"rank {rank}",
+                )
+    if problems:
+        raise CheckpointError(
+            f"ranks have different tensors of one name: {'; '.join(list(problems.values())[:8])}; "
+            "parts of one model need distinct names, and ranks that hold different models a "
+            "process group each (process_group=)"
+        )
+    return [info for _, info in first.values()]
+
+
+def _described(info: TensorInfo) -> str:
+    aliases = f" with the aliases {', '.join(info.aliases)}" if info.aliases else ""
+    return f"{info.dtype} of shape {info.shape}{aliases}"
 
 
 # Saving.

@@ -36,7 +36,7 @@ from dist_ema.checkpoint.manifest import (
 )
 from dist_ema.checkpoint.shards import SHARD, row_major
 from dist_ema.export.format import DTYPES, TensorSpec, safetensors_header
-from dist_ema.files import clear_stale, put_in_place, sibling, sync
+from dist_ema.files import clear_stale, locked_sibling, put_in_place, release, sync
 from dist_ema.layout import Box, uncovered, whole
 
 _SEEN_WITHIN_S = 30.0  # a network file system may show a new directory that late elsewhere
@@ -69,18 +69,16 @@ class Save:
     state: Mapping[str, Any]
     orders: Orders | None = None
     _written: list[Path] = field(default_factory=list)
+    _locks: list[int] = field(default_factory=list)  # on rank 0, of the directories it made
 
     def begin(self, algorithm: str, *, with_letters: bool) -> None:
         """Make the directory to write to, and clear away what killed saves left. On rank 0."""
         refuse_foreign(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         clear_stale(self.path)
-        directory = sibling(self.path, "tmp")
-        directory.mkdir()
-        letters = sibling(self.path, "mail") if with_letters else None
+        directory = self._make("tmp")
+        letters = self._make("mail") if with_letters else None
         self.orders = Orders(str(directory), str(letters or ""), uuid.uuid4().hex, algorithm)
-        if letters is not None:
-            letters.mkdir()
         for name in self.averages:
             self._directory(name).mkdir(exist_ok=True)
 
@@ -111,15 +109,28 @@ class Save:
             sync(path)
             for name in self.averages:
                 sync(self._directory(name))
-            put_in_place(directory, self.path, keep=lambda entry: not is_ours(self.path / entry))
+            refuse_foreign(self.path)
+            # Nothing is carried over; files that appear meanwhile are moved to the new directory.
+            put_in_place(directory, self.path, keep=lambda entry: False)
         except OSError as error:
             raise CheckpointError(f"{error.filename or path}: {error.strerror}") from error
+        self._unlock()
 
     def abandon(self) -> None:
         """Remove what was written. On rank 0, when no rank writes any more."""
         if self.orders is not None:
             for directory in filter(None, (self.orders.directory, self.orders.letters)):
                 shutil.rmtree(directory, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        while self._locks:
+            release(self._locks.pop())
+
+    def _make(self, kind: str) -> Path:
+        directory, lock = locked_sibling(self.path, kind)
+        self._locks.append(lock)
+        return directory
 
     def is_in_place(self) -> bool:
         """Whether the checkpoint at the path is that of this save."""
@@ -263,17 +274,45 @@ def _write_all(fd: int, data: memoryview) -> None:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Replace a checkpoint or an empty directory, nothing else."""
+    """Refuse to replace anything but an empty directory or a checkpoint without files of others."""
+    while True:
+        before = _inode(path)
+        try:
+            problem = _foreign(path)
+        except FileNotFoundError:  # another process is replacing it
+            continue
+        if problem is None:
+            return
+        if _inode(path) == before:  # it is not another job's that was replaced meanwhile
+            raise CheckpointError(f"{path}: {problem}")
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _foreign(path: Path) -> str | None:
+    """Why a path must not be replaced, or None."""
     if not path.exists():
-        return
+        return None
     if not path.is_dir():
-        raise CheckpointError(f"{path}: exists and is no directory")
+        return "exists and is no directory"
     entries = sorted(entry.name for entry in path.iterdir())
     if entries and manifest.FILE not in entries:
-        raise CheckpointError(
-            f"{path}: exists and is no checkpoint (it holds {', '.join(entries[:5])}); "
+        return (
+            f"exists and is no checkpoint (it holds {', '.join(entries[:5])}); "
             "remove it or save to another path"
         )
+    foreign = [entry for entry in entries if not is_ours(path / entry)]
+    if foreign:
+        return (
+            f"holds files that are not part of the checkpoint ({', '.join(foreign[:5])}); "
+            "move them away or save to another path"
+        )
+    return None
 
 
 def is_ours(path: Path) -> bool:
