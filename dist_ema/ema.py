@@ -442,11 +442,14 @@ class ShardedEMA:
             path: directory on a file system that all ranks share.
             asynchronous: return after one copy of this rank's bytes and write in the background.
                 The handle's `result()` waits, and raises what went wrong. A save or load that
-                follows waits for it first, and so does the end of the process.
+                follows waits for it first, and so does the end of the process. A signal that ends
+                the process at once, as SIGTERM does by default, loses this save; what was at
+                `path` stays.
 
         Raises:
-            CheckpointError: an average holds NaN or Inf (the tensors are named), or a rank cannot
-                write. On every rank; what was at `path` is as it was.
+            CheckpointError: an average holds NaN or Inf (the tensors are named), a rank cannot
+                write, or `path` holds files of others or the working directory. On every rank; what
+                was at `path` is as it was.
 
         Collective: every rank calls it. Each rank writes what it owns; four small exchanges.
         """
@@ -500,7 +503,7 @@ class ShardedEMA:
         """Take what `torch.distributed.checkpoint` filled in. Local.
 
         Raises:
-            CheckpointError: it is of other averages or tensors. Nothing has changed.
+            CheckpointError: it lacks an average, or is of other tensors. Nothing has changed.
         """
         self._refuse_while_shown("load_state_dict()")
         self._bound.follow()
