@@ -134,7 +134,7 @@ def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ending: 
             time.sleep(0.01)
         return outcome(self, is_in_place)
 
-    def fail(self, metadata, results):
+    def fail(self, reports):
         raise OSError(5, "Input/output error", "manifest.json")
 
     background.Letters.outcome, background._ACKNOWLEDGE_S = late, 0.05

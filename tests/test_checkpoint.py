@@ -330,7 +330,6 @@ def test_what_is_no_checkpoint_is_not_replaced_and_files_of_others_stay(tmp_path
         "manifest.json",
         "notes.txt",
     ]
-    assert len(list(path.glob("shard-*"))) == 2
     assert beside(path) == ["empty", "file", "full"]
 
 
@@ -419,7 +418,9 @@ def test_ranks_may_hold_different_parts_of_one_model(tmp_path: Path):
     parts = parts_of("rows", mine, full(TENSORS), Ranks.alone())
     for asynchronous in (False, True):
         path = tmp_path / str(asynchronous)
-        handle = save(path, {"ema": parts}, mine, state_of(), ranks, asynchronous=asynchronous)
+        handle = save(
+            path, {"ema": parts}, mine, state_of(step=0), ranks, asynchronous=asynchronous
+        )
         if handle is not None:
             handle.result()
         back = blank("rows", mine, Ranks.alone())
@@ -429,13 +430,14 @@ def test_ranks_may_hold_different_parts_of_one_model(tmp_path: Path):
     other = infos({"x": (2, 1 + ranks.rank)})
     parts = parts_of("rows", other, full(other), Ranks.alone())
     with pytest.raises(CheckpointError, match=r"x is .*\(2, 1\) on rank 0 and .*\(2, 2\)"):
-        save(tmp_path / "b", {"ema": parts}, other, state_of(), ranks)
+        save(tmp_path / "b", {"ema": parts}, other, state_of(step=0), ranks)
     assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.ranks(0)
 def test_debris_of_killed_saves_is_cleared_by_the_next(tmp_path: Path):
     ranks, path = Ranks(), tmp_path / "a"
+    write(path, ranks)
     for name in (".a.tmp-0123abcd", ".a.old-0123abcd", ".a.mail-0123abcd"):
         (tmp_path / name / "below").mkdir(parents=True)
     others = [".a.tmp-0123abcd.txt", ".b.tmp-0123abcd", "a.tmp-0123abcd", ".a.tmp-notes"]
