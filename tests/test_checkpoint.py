@@ -418,9 +418,8 @@ def test_ranks_may_hold_different_parts_of_one_model(tmp_path: Path):
     parts = parts_of("rows", mine, full(TENSORS), Ranks.alone())
     for asynchronous in (False, True):
         path = tmp_path / str(asynchronous)
-        handle = save(
-            path, {"ema": parts}, mine, state_of(step=0), ranks, asynchronous=asynchronous
-        )
+        options = {"asynchronous": asynchronous}
+        handle = save(path, {"ema": parts}, mine, state_of(step=0), ranks, **options)
         if handle is not None:
             handle.result()
         back = blank("rows", mine, Ranks.alone())
