@@ -442,11 +442,14 @@ class ShardedEMA:
             path: directory on a file system that all ranks share.
             asynchronous: return after one copy of this rank's bytes and write in the background.
                 The handle's `result()` waits, and raises what went wrong. A save or load that
-                follows waits for it first, and so does the end of the process.
+                follows waits for it first, and so does the end of the process. A signal that ends
+                the process at once, as SIGTERM does by default, loses this save; what was at
+                `path` stays.
 
         Raises:
-            CheckpointError: an average holds NaN or Inf (the tensors are named), or a rank cannot
-                write. On every rank; what was at `path` is as it was.
+            CheckpointError: an average holds NaN or Inf (the tensors are named), a rank cannot
+                write, or `path` holds files of others or the working directory. On every rank; what
+                was at `path` is as it was.
 
         Collective: every rank calls it. Each rank writes what it owns; four small exchanges.
         """
@@ -486,18 +489,21 @@ class ShardedEMA:
     def state_dict(self) -> dict[str, Any]:
         """For `torch.distributed.checkpoint`: `dcp.save({"model": ..., "ema": ema})`. Local.
 
-        Values are tensors that it cuts and reshards, and share the average's storage. On one rank
-        alone they are no full state dict; `gather_state_dict()` is.
+        Values are tensors that it cuts and reshards, and share the average's storage. One process
+        without others has plain tensors, which `torch.save` and `torch.load(weights_only=True)`
+        take. A rank among others has a part only; `gather_state_dict()` gives whole tensors.
         """
         self._refuse_while_shown("state_dict()")
         self._bound.follow()
-        return stateful.state_dict(self._parts(), self._tensors(), self._state())
+        return stateful.state_dict(
+            self._parts(), self._tensors(), self._state(), alone=self._ranks.size == 1
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take what `torch.distributed.checkpoint` filled in. Local.
 
         Raises:
-            CheckpointError: it is of other averages or tensors. Nothing has changed.
+            CheckpointError: it lacks an average, or is of other tensors. Nothing has changed.
         """
         self._refuse_while_shown("load_state_dict()")
         self._bound.follow()
@@ -578,7 +584,8 @@ class ShardedEMA:
         self._mixed = {
             name
             for name, average in state.get("averages", {}).items()
-            if average.get("mixed") or average["schedule"] != own["averages"][name]["schedule"]
+            if name in self.names
+            and (average.get("mixed") or average["schedule"] != own["averages"][name]["schedule"])
         }
         self._step, self._num_updates = state.get("step", 0), state.get("num_updates", 0)
         averages: Mapping[str, Any] = state.get("averages", {})

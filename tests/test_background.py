@@ -41,13 +41,13 @@ def test_a_save_in_the_background_has_the_values_of_the_call(tmp_path: Path):
 @pytest.mark.ranks(2)
 def test_what_follows_waits_for_the_save_before(tmp_path: Path):
     ranks, path = Ranks(), tmp_path / "a"
-    write_data = writer.ShardWriter.write_data
+    write_data = writer.Save.write
 
     def slow(self, *args):
         time.sleep(0.3)
         return write_data(self, *args)
 
-    writer.ShardWriter.write_data = slow
+    writer.Save.write = slow
     try:
         first = write(path, ranks, seed=1, asynchronous=True)
         second = write(path, ranks, seed=2, asynchronous=True)
@@ -62,7 +62,7 @@ def test_what_follows_waits_for_the_save_before(tmp_path: Path):
         assert third.done()
         assert seed_at(path, ranks) == 4
     finally:
-        writer.ShardWriter.write_data = write_data
+        writer.Save.write = write_data
     dist.barrier()
     assert beside(path) == []
 
@@ -127,19 +127,19 @@ def test_a_rank_that_is_not_heard_of_is_given_up(tmp_path: Path):
 def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ending: str):
     ranks, path = Ranks(), tmp_path / "a"
     outcome, limit = background.Letters.outcome, background._ACKNOWLEDGE_S
-    finish = writer.ShardWriter.finish
+    finish = writer.Save.finish
 
     def late(self, is_in_place):
         while self._box.exists():
             time.sleep(0.01)
         return outcome(self, is_in_place)
 
-    def fail(self, metadata, results):
+    def fail(self, reports):
         raise OSError(5, "Input/output error", "manifest.json")
 
     background.Letters.outcome, background._ACKNOWLEDGE_S = late, 0.05
     if ending == "badly":
-        writer.ShardWriter.finish = fail
+        writer.Save.finish = fail
     try:
         handle = write(path, ranks, seed=2, asynchronous=True)
         if ending == "well":
@@ -149,7 +149,7 @@ def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ending: 
                 handle.result()
     finally:
         background.Letters.outcome, background._ACKNOWLEDGE_S = outcome, limit
-        writer.ShardWriter.finish = finish
+        writer.Save.finish = finish
     dist.barrier()
     assert path.exists() == (ending == "well")
     assert beside(path) == []
@@ -178,13 +178,13 @@ else:
 os.dup2(os.open(directory / f"{ending}-{rank}.txt", os.O_CREAT | os.O_WRONLY), 2)
 store = f"file://{directory}/{ending}.store"
 dist.init_process_group("gloo", rank=rank, world_size=2, init_method=store)
-write_data = writer.ShardWriter.write_data
+write_data = writer.Save.write
 def slow(self, *args):
     time.sleep(0.5)
     if ending == "badly" and rank == 1:
         raise OSError(28, "No space left on device", "shard")
     return write_data(self, *args)
-writer.ShardWriter.write_data = slow
+writer.Save.write = slow
 write(directory / ending / "a", Ranks(), seed=3, asynchronous=True)
 dist.destroy_process_group()
 """

@@ -43,7 +43,6 @@ LAYERS = [
         "checkpoint.agreement",
         "checkpoint.background",
         "checkpoint.parsing",
-        "checkpoint.planners",
         "checkpoint.snapshot",
         "plan",
     },

@@ -633,10 +633,12 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path):
         synthesize(paths, sigma_rel=0.07, out=tmp_path / "file")
     (tmp_path / "out" / "thesis.tex").unlink()
     synthesize(paths, sigma_rel=0.07, out=tmp_path / "out")
-    (tmp_path / "out" / "notes.txt").write_text("kept")
-    made = synthesize(paths, sigma_rel=0.09, out=tmp_path / "out")
-    assert (tmp_path / "out" / "notes.txt").read_text() == "kept"
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="not part of the checkpoint"):
+        synthesize(paths, sigma_rel=0.09, out=tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     (tmp_path / "out" / "notes.txt").unlink()
+    made = synthesize(paths, sigma_rel=0.09, out=tmp_path / "out")
     check_sum(made)
 
 
