@@ -1,9 +1,13 @@
 """An exponential moving average of the weights that lives where the weights live."""
 
-from dist_ema.batchnorm import update_bn
-from dist_ema.ema import ShardedEMA
-from dist_ema.posthoc import synthesize
-from dist_ema.schedule import Constant, Cosine, EqualWeight, HalfLife, PowerFunction, Warmup
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dist_ema.batchnorm import update_bn
+    from dist_ema.ema import ShardedEMA
+    from dist_ema.posthoc import synthesize
+    from dist_ema.schedule import Constant, Cosine, EqualWeight, HalfLife, PowerFunction, Warmup
 
 __all__ = [
     "Constant",
@@ -16,3 +20,18 @@ __all__ = [
     "synthesize",
     "update_bn",
 ]
+
+_MODULES = {"ShardedEMA": "ema", "synthesize": "posthoc", "update_bn": "batchnorm"}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: the command line works without torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_MODULES.get(name, 'schedule')}")
+    globals()[name] = value = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

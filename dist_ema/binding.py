@@ -11,8 +11,9 @@ from torch import nn
 
 from dist_ema.accelerator import synchronize_if_initialized
 from dist_ema.engines import select
-from dist_ema.engines.engine import Weight
+from dist_ema.engines.engine import Registered, Weight, pointer
 from dist_ema.gather import Gatherer
+from dist_ema.names import slots
 from dist_ema.options import Options
 from dist_ema.plan import Plan, Selects, chosen, make_plan, rebind
 from dist_ema.ranks import Ranks
@@ -47,7 +48,6 @@ class Binding:
         fragments = [p.fragment for p in self.plan.pieces]
         self._teacher: Teacher | None = None
         self._frozen_due = False  # whether the teacher's frozen weights may be others than ours
-        self._copies_buffers = options.buffers == "copy"
         with ranks.together(), torch.no_grad():
             if into is None:
                 num_averages = len(options.schedules)
@@ -57,7 +57,7 @@ class Binding:
                     values,
                     overlap=options.overlap,
                     # A forward pass writes to buffers, and no optimizer step comes before it.
-                    waits=options.buffers == "average",
+                    waits=bool(self.plan.buffers),
                 )
             else:
                 self._teacher = Teacher(into, self.engine, self.plan)
@@ -76,7 +76,7 @@ class Binding:
                 "this average was built before torch.distributed was initialized, for one process; "
                 "build ShardedEMA after the process group, with the model that is trained"
             )
-        if self.engine.stamp() != self._stamp or self._children() != self._structure:
+        if self._storage() != self._stamp or self._children() != self._structure:
             self._rebind()
         if self._teacher is not None and self._teacher.moved():
             self._teacher.follow(self.plan)
@@ -92,7 +92,7 @@ class Binding:
         """Let every average be the live weights. Local."""
         self.shadow.copy()
         if self._teacher is not None:
-            self._teacher.copy_rest(self.plan, "all")
+            self._teacher.copy_parameters(self.plan, frozen_only=False)
         self.refresh_teacher()
 
     def refresh_teacher(self, *, loaded: bool = False) -> None:
@@ -102,9 +102,9 @@ class Binding:
         own may be loaded in between.
         """
         if self._teacher is not None:
-            frozen = loaded or self._frozen_due
-            if frozen or self._copies_buffers:
-                self._teacher.copy_rest(self.plan, "frozen" if frozen else "buffers")
+            if loaded or self._frozen_due:
+                self._teacher.copy_parameters(self.plan, frozen_only=True)
+            self._teacher.copy_buffers(self.engine, self.plan.averaged)
             self._teacher.refresh()
             self._frozen_due = loaded
 
@@ -119,18 +119,15 @@ class Binding:
 
     def _rebind(self) -> None:
         engine = select(self.model)
-        plan = None
-        if type(engine) is type(self.engine):
-            plan = rebind(self.plan, engine.weights(), self.ranks)
-        if plan is None:
+        if type(engine) is not type(self.engine):
             raise RuntimeError(
-                "the model's parameters were replaced since this average was built (it was cut by "
-                f"{type(self.engine).__name__}, is by {type(engine).__name__} now, or its weights "
-                "have other names, shapes or shards); build ShardedEMA after fully_shard(), DDP or "
-                "accelerator.prepare(), with the model that they return"
+                f"the model was held by {type(self.engine).__name__} when this average was built, "
+                f"and by {type(engine).__name__} now; build ShardedEMA after fully_shard(), DDP or "
+                "accelerator.prepare(), with what they return"
             )
-        self.engine, self.plan = engine, plan
-        self.shadow.bind([p.fragment for p in plan.pieces])
+        self.plan = rebind(self.plan, engine.weights(), self.ranks)
+        self.engine = engine
+        self.shadow.bind([p.fragment for p in self.plan.pieces])
         self._note_storage()
 
     def _note_storage(self) -> None:
@@ -140,9 +137,15 @@ class Binding:
         self._parents = [c for c in children if c]
         self._leaves = [c for c in children if not c]
         self._structure = self._children()
-        self._stamp = self.engine.stamp()
+        self._averaged_buffers = _registered_buffers(self.model, self.plan.averaged)
+        self._stamp = self._storage()
         self._frozen = _frozen(self.plan, self._options.params)
         self._gatherer: Gatherer | None = None
+        self._gathered_buffers: list[object] = []
+
+    def _storage(self) -> list[int]:
+        """Data pointers of all that is averaged or not to change."""
+        return self.engine.stamp() + self._averaged_buffers.addresses()
 
     def _children(self) -> list[int]:
         """What changes when a submodule is replaced or added."""
@@ -156,17 +159,25 @@ class Binding:
             return self._teacher.dtype_of(weight.fqn)
         return shadow_dtype(self._options.dtype, weight.tensor)
 
+    def others(self) -> list[Weight]:
+        """What the model has now and is not averaged: frozen parameters, and buffers. Local."""
+        parameters = [w for w in self.plan.weights if w.fqn not in self.plan.averaged]
+        buffers = [w for w in self.engine.buffers() if w.fqn not in self.plan.averaged]
+        return parameters + buffers
+
     def gatherer(self, values: list[torch.Tensor]) -> Gatherer:
         """Who owns what, with the dtypes of these values. Collective: every rank calls it."""
+        buffers = [w for w in self.engine.buffers() if w.persistent]
+        buffers = [w for w in buffers if w.fqn not in self.plan.averaged]
+        stamp: list[object] = [
+            (w.fqn, w.shape, [pointer(f.view) for f in w.fragments]) for w in buffers
+        ]
+        gatherer = self._gatherer if stamp == self._gathered_buffers else None
         # A rank that holds nothing does not notice that storage moved: all do it if one must.
-        found = self._gatherer
-        if self.ranks.any(found is None) or found is None:
-            found = self._gatherer = Gatherer(self.plan, values, self.ranks)
-        return found
-
-    def with_rest(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
-        """An average and what is not averaged: a tensor for each piece that a gatherer knows."""
-        return [*values, *(piece.fragment.view for piece in self.plan.rest)]
+        if self.ranks.any(gatherer is None) or gatherer is None:
+            gatherer = Gatherer(self.plan, values, buffers, self.ranks)
+            self._gatherer, self._gathered_buffers = gatherer, stamp
+        return gatherer
 
     def make_permanent(self, values: list[torch.Tensor]) -> None:
         """Write an average over the live weights, masters and low-precision copies too.
@@ -194,7 +205,7 @@ class Binding:
         swap = Swap([p.fragment for p in self.plan.parameters], values[:num_parameters])
         with torch.no_grad():
             with self.swap_ranks.together():
-                buffers = Buffers(self.model, self.plan.buffer_views())
+                buffers = Buffers(self.model, self.engine.buffers())
             self.engine.release()
             self._await_copies()
         shown = False
@@ -228,7 +239,7 @@ class Binding:
 
     def _carry_over_if_moved(self) -> None:
         """Bring live weights along to where a block moved the model's storage."""
-        if self.engine.stamp() == self._stamp:
+        if self._storage() == self._stamp:
             return
         old = [f for w in self.plan.weights for f in w.fragments if w.fqn in self.plan.averaged]
         self._rebind()
@@ -271,3 +282,7 @@ def _frozen(plan: Plan, params: Selects) -> list[tuple[str, torch.Tensor]]:
     return [
         (w.fqn, w.tensor) for w in plan.weights if not w.is_buffer and w.fqn not in plan.averaged
     ]
+
+
+def _registered_buffers(model: nn.Module, names: frozenset[str]) -> Registered:
+    return Registered((s.registry, s.name) for s in slots(model) if s.is_buffer and s.fqn in names)

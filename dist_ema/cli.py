@@ -71,9 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--dtype", help="of floating tensors: fp32, bf16, fp16, ...; else fp32")
     write.add_argument("--max-shard-size", default="5GB", help="of a file (default: 5GB)")
     write.add_argument("--weights-name", help="of the weights file; else the library's own")
-    write.add_argument("--config", type=Path, metavar="DIR", help="whose config.json is written")
     write.add_argument(
-        "--base", type=Path, metavar="DIR", help="of a model, for frozen weights and buffers"
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="of a model: frozen weights and buffers; its config.json if the checkpoint has none",
     )
     write.set_defaults(run=_export)
 
@@ -229,7 +231,6 @@ def _export(options: argparse.Namespace) -> int:
             dtype=offline.dtype_named(options.dtype),
             max_shard_size=options.max_shard_size,
             weights_name=options.weights_name,
-            config=options.config,
             base=options.base,
             progress=_progress,
         )

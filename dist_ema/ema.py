@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Never, NoReturn
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import nn
 
 from dist_ema.binding import Binding
 from dist_ema.checkpoint import api, stateful
-from dist_ema.checkpoint.api import Handle, Part, TensorInfo
+from dist_ema.checkpoint.api import CheckpointError, Handle, Part, TensorInfo
 from dist_ema.export.format import DTYPES
-from dist_ema.export.layouts import card_of, check_names
+from dist_ema.export.layouts import (
+    card_of,
+    differing_names,
+    refuse_differing_names,
+    tensors_beside,
+)
 from dist_ema.export.live import export
 from dist_ema.gather import Gatherer, one_by_one, whole_tensors, write_into
-from dist_ema.hints import no_attribute, no_module
+from dist_ema.hints import (
+    PICKLES,
+    Count,
+    no_attribute,
+    no_call,
+    no_keyword,
+    no_module,
+    no_name,
+    no_safetensors,
+)
 from dist_ema.lerp import MultiAvgFn, squared_norms
 from dist_ema.names import slots, unwrap
 from dist_ema.options import DEFAULT_NAME, Options, schedules_of
 from dist_ema.ranks import Ranks
-from dist_ema.schedule import Schedule, decay_at
+from dist_ema.schedule import Constant, HalfLife, Schedule, decay_at, highest, same_rule
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,7 +71,9 @@ class ShardedEMA:
         start_step: the first calls that copy the weights. 1 makes the first update copy.
         params: "trainable", "all", or a predicate (fqn, parameter) -> bool. What is not averaged
             costs nothing, and is read live when gathering.
-        buffers: "copy" uses live buffers; "average" averages the persistent floating ones too.
+        buffers: "copy" uses live buffers; "average" averages the persistent floating-point ones
+            too; a predicate (fqn, buffer) -> bool averages those that it chooses, and copies the
+            rest (an expert bias yes, the vectors of spectral norm no).
         replicas: "split" lets ranks that hold equal weights average a slice each; "whole" keeps
             all that a rank holds.
         dtype: of the average. The live weights' own is no good if it is narrower than fp32: at a
@@ -66,7 +85,8 @@ class ShardedEMA:
             any `torch.optim` optimizer waits for it, and so does whatever reads the average; what
             writes to the weights otherwise must not be called between `update()` and that. Of no
             effect without an accelerator.
-        into: a second module, wrapped as the model is, whose weights become the average (a teacher,
+        into: a second module, cut as the model is (beside a DDP model, a plain one), whose weights
+            become the average (a teacher,
             as in DINO, BYOL, mean teacher). It starts as a copy of the model and is ready for a
             forward pass after each update. Its own dtype counts; replicas keep it whole.
         process_group: the ranks that together hold the model; the default group if None.
@@ -85,16 +105,19 @@ class ShardedEMA:
         update_every: int = 1,
         start_step: int = 0,
         params: str | Callable[[str, nn.Parameter], bool] = "trainable",
-        buffers: str = "copy",
+        buffers: str | Callable[[str, torch.Tensor], bool] = "copy",
         replicas: str = "split",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         overlap: bool = False,
         into: nn.Module | None = None,
         process_group: dist.ProcessGroup | None = None,
+        **unknown: Never,
     ) -> None:
         self._ranks = Ranks(process_group)
         with self._ranks.together():
+            if unknown:
+                raise no_keyword(unknown)
             if not isinstance(model, nn.Module):
                 raise no_module(model)
             self._options = Options(
@@ -121,8 +144,14 @@ class ShardedEMA:
         self._mixed: set[str] = set()  # averages that not their schedule alone has made
         self._shown: str | None = None  # name of the average that the model shows just now
         self._warn_of_low_precision(dtype)
+        self._warn_of_standstill(dtype)
 
     # What the average is at.
+
+    @property
+    def model(self) -> nn.Module:
+        """What was passed to the constructor."""
+        return self._bound.model
 
     @property
     def names(self) -> list[str]:
@@ -132,7 +161,7 @@ class ShardedEMA:
     @property
     def step(self) -> int:
         """Optimizer steps seen: calls of `update()` that counted, or the last `step` given."""
-        return self._step
+        return Count(self._step)
 
     @property
     def num_updates(self) -> int:
@@ -172,6 +201,9 @@ class ShardedEMA:
 
         def __getattr__(self, name: str) -> NoReturn:
             raise no_attribute(self, name)
+
+        def __call__(self, *arguments: object, **named: object) -> NoReturn:
+            raise no_call("average")
 
     # Averaging.
 
@@ -325,7 +357,8 @@ class ShardedEMA:
         """The whole averaged state dict on rank 0, on the CPU; {} on the other ranks.
 
         Keys and shapes are those of the unwrapped model's `state_dict()`: tied weights under each
-        of their names (one tensor), frozen weights and persistent buffers as they live.
+        of their names (one tensor), frozen weights and persistent buffers as they live. What
+        `state_dict()` adds to frozen weights (the state of a quantization) is in, as it is.
 
         Args:
             dtype: of floating tensors. None: the average's (fp32), half-precision tensors that are
@@ -334,12 +367,14 @@ class ShardedEMA:
         Collective: every rank calls it. Each byte is sent to rank 0 once, in bounded buckets.
         """
         state: dict[str, torch.Tensor] = {}
+        beside = self._beside("gather_state_dict()")
         gatherer, values = self._gathered("gather_state_dict()", name, dtype)
         for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
             for fqn in (entry.fqn, *entry.aliases):
                 state[fqn] = tensor
         if self._ranks.rank != 0:
             return {}
+        state |= beside
         order = {slot.fqn: i for i, slot in enumerate(slots(self._bound.model))}
         return dict(sorted(state.items(), key=lambda item: order.get(item[0], len(order))))
 
@@ -350,6 +385,7 @@ class ShardedEMA:
 
         Collective: every rank calls it and exhausts the iterator, which is empty off rank 0.
         """
+        beside = self._beside("gather_tensors()")
         gatherer, values = self._gathered("gather_tensors()", name, dtype)
         num_updates = self._num_updates
 
@@ -363,6 +399,8 @@ class ShardedEMA:
                     )
                 for fqn in (entry.fqn, *entry.aliases):
                     yield fqn, tensor
+            if self._ranks.rank == 0:
+                yield from beside.items()
 
         return tensors()
 
@@ -383,12 +421,21 @@ class ShardedEMA:
         `config.json` (diffusers), `adapter_model.safetensors` and `adapter_config.json` (the active
         adapter of a PEFT model), or `model.safetensors` alone, which
         `safetensors.torch.load_model` reads; with several files, their index. Averaged and frozen
-        weights and persistent buffers are in it, tied weights once. It is written aside and
-        renamed: whoever reads `path` sees the old export or the new one, whole.
+        weights and persistent buffers are in it, tied weights once.
+
+        Only these files are replaced; no other file in the directory is touched, whoever writes
+        there meanwhile. New files are written to a hidden directory inside `path` and take their
+        places by one rename: of the weights file alone, or of a symbolic link through which all
+        files are read until each is renamed. So `from_pretrained` finds the old export or the new
+        one, complete, also if the export is killed at any moment. Two exceptions: a load that is
+        under way at that rename may read files of both; and on a file system without symbolic or
+        hard links, an export that is killed while it renames several files leaves a directory that
+        does not load, which the next export mends.
 
         Args:
-            path: directory; made, or replaced, as a whole. Files in it that are not of an export
-                of this name (a tokenizer, say) are kept.
+            path: directory, the same on every rank; made if it does not exist. Weights files and
+                an index of an earlier export of this name are removed if this one has no such
+                files.
             dtype: of floating tensors, and of `config.json`; None as in `gather_state_dict`.
             max_shard_size: of a file, in bytes or as "5GB"; a larger tensor gets its own file.
             weights_name: name of the weights file; None for the library's own.
@@ -400,8 +447,9 @@ class ShardedEMA:
 
         Raises:
             ValueError: the average holds NaN or Inf (the tensors are named), an argument is out of
-                range, or the model's `state_dict()` has other names than its tensors. On every
-                rank; an earlier export is left as it was.
+                range, the model's `state_dict()` has other names than its tensors, or `path` has
+                weights that `export` did not write and that loaders might prefer. On every rank;
+                an earlier export is left as it was.
 
         Collective: every rank calls it. Direct, nothing is sent but tensors that are cut into runs
         of less than 4 KB; memory a few MB a rank. Else each byte is sent to rank 0 once, in buckets
@@ -411,15 +459,16 @@ class ShardedEMA:
             "export()",
             name,
             dtype,
+            path=os.path.abspath(str(path)),
             max_shard_size=max_shard_size,
             weights_name=weights_name,
             method=method,
         )
         with self._ranks.together():
-            check_names(unwrap(self._bound.model))
+            differing = differing_names(self._bound.model)
         export(
             Path(path),
-            lambda: card_of(unwrap(self._bound.model)),
+            lambda: self._card(*differing),
             gatherer,
             values,
             self._ranks,
@@ -455,22 +504,27 @@ class ShardedEMA:
         """
         self._meet("save()", {"asynchronous": asynchronous})
         state = self._state()
-        with self._ranks.together():
-            if self._ranks.rank == 0:  # who writes the manifest
-                state["model"] = self._model()
+        model = self._model()
+        if self._ranks.rank == 0:  # which writes the manifest
+            state["model"] = model
         return api.save(
             path, self._parts(), self._tensors(), state, self._ranks, asynchronous=asynchronous
         )
 
-    def load(self, path: str | Path, *, strict: bool = True) -> None:
+    def load(self, path: str | Path, *, strict: bool = True, step: int | None = None) -> None:
         """Take averages and counters from a checkpoint, under whatever engine and world it was.
 
-        A consolidated safetensors file or directory, of any model with these names, is taken too;
-        counting then starts at 0. A schedule that differs from the constructor's is warned of, and
-        the constructor's goes on.
+        A consolidated safetensors file or directory, of any model with these names, is taken too.
+        A schedule, `start_step` or `update_every` that differs from the constructor's is warned of,
+        and the constructor's goes on. A custom callable is compared by its name and code, and the
+        plain values that it closes over.
 
         Args:
             strict: refuse missing and unexpected tensors, instead of warning of them.
+            step: the optimizer steps behind an average that was saved without counters;
+                `num_updates` becomes what it would be had all of them been counted here. None:
+                diffusers' `optimization_step`, if `config.json` has it, else 0. If the next update
+                would then discard most of what was loaded, a warning says so.
 
         Raises:
             CheckpointError: the checkpoint is cut short, altered or none; an average or a tensor is
@@ -479,11 +533,29 @@ class ShardedEMA:
 
         Collective: every rank calls it, and reads what it holds.
         """
-        self._meet("load()", {"strict": strict}, counters=False)
-        names = {n for w in self._bound.plan.weights for n in (w.fqn, *w.aliases)}
+        self._meet("load()", {"strict": strict, "step": step}, counters=False)
+        with self._ranks.together():
+            if step is not None and (isinstance(step, bool) or not _is_count(step)):
+                raise ValueError(f"step is {step!r}, wanted a number of optimizer steps >= 0")
+            if Path(path).suffix in PICKLES and not Path(path).is_dir():
+                raise CheckpointError(no_safetensors(Path(path)))
+        weights = [*self._bound.plan.weights, *self._bound.others()]
+        names = {n for w in weights for n in (w.fqn, *w.aliases)}
         state = api.load(
             path, self._parts(), self._tensors(), self._ranks, strict=strict, others=names
         )
+        if not state:
+            if step is None:
+                step = self._ranks.broadcast(_diffusers_step(Path(path)))
+            self._resume(self._uncounted(step or 0))
+            self._warn_of_discarding()
+            return
+        if step is not None and step != state["step"]:
+            warnings.warn(
+                f"step={step} is left aside: the checkpoint says that it stands at step "
+                f"{state['step']}",
+                stacklevel=2,
+            )
         self._resume(state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -528,6 +600,8 @@ class ShardedEMA:
             counters: whether `step` and `num_updates` must be equal.
         """
         values = {f"argument {label}": str(value) for label, value in arguments.items()}
+        if not isinstance(name := arguments.get("name"), str | None):
+            values["argument name"] = type(name).__name__  # what is printed may hold an address
         if counters:
             values["(step, num_updates)"] = str((self.step, self.num_updates))
         with (ranks or self._ranks).together(call, values):
@@ -565,7 +639,7 @@ class ShardedEMA:
         options = self._options
         decays: Sequence[float | None] = self._decays or [None] * len(self.names)
         return {
-            "step": self.step,
+            "step": self._step,
             "num_updates": self.num_updates,
             "update_every": options.update_every,
             "start_step": options.start_step,
@@ -579,14 +653,26 @@ class ShardedEMA:
     def _resume(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that was saved; from the start if it is empty."""
         own = self._state()
-        for told in api.differing_schedules(state, own) if state else ():
-            warnings.warn(told, stacklevel=3)
+        told = api.differing_schedules(state, own) if state.get("averages") else []
+        told += [
+            f"the average was saved with {label}={state[label]}, and goes on with "
+            f"{label}={own[label]}, as ShardedEMA was built"
+            for label in ("update_every", "start_step")
+            if state.get(label, own[label]) != own[label]
+        ]
+        for text in told:
+            warnings.warn(text, stacklevel=3)
         self._mixed = {
             name
             for name, average in state.get("averages", {}).items()
             if name in self.names
-            and (average.get("mixed") or average["schedule"] != own["averages"][name]["schedule"])
+            and (
+                average.get("mixed")
+                or not same_rule(average["schedule"], own["averages"][name]["schedule"])
+            )
         }
+        if not state.get("averages") and state.get("step"):
+            self._mixed = set(self.names)  # made by a rule that nothing tells of
         self._step, self._num_updates = state.get("step", 0), state.get("num_updates", 0)
         averages: Mapping[str, Any] = state.get("averages", {})
         saved: list[Any] = [averages[name]["decay"] for name in self.names] if averages else [None]
@@ -594,18 +680,82 @@ class ShardedEMA:
         self._applied_steps = self._bound.engine.applied_steps()
         self._bound.refresh_teacher(loaded=True)
 
+    def _uncounted(self, step: int) -> dict[str, int]:
+        """The state of an average that was saved without counters, after so many steps."""
+        start, every = self._options.start_step, self._options.update_every
+        applied = min(step, start) + max(0, step - start) // every
+        # Not 0 once there were steps: the first update of a `multi_avg_fn` copies.
+        return {"step": step, "num_updates": max(applied, min(step, 1))}
+
+    def _warn_of_discarding(self) -> None:
+        """Warn if the next update that is applied will discard most of the average. Local."""
+        options = self._options
+        since = self._step + 1 - options.start_step
+        t = -(-since // options.update_every) * options.update_every  # the next that is applied
+        if options.multi_avg_fn is not None:
+            kept = {DEFAULT_NAME: 0.0} if since <= 0 or self._num_updates == 0 else {}
+        else:
+            kept = {
+                name: decay_at(rule, t, options.update_every) if since > 0 else 0.0
+                for name, rule in options.schedules.items()
+                # A constant decay is what the user wants at every step.
+                if since <= 0 or not isinstance(rule, Constant | HalfLife)
+            }
+        for name, decay in kept.items():
+            if decay < 0.5:
+                warnings.warn(
+                    f"the checkpoint has no counters, so the average {name!r} stands at step "
+                    f"{self._step}, and its next update will keep only {decay:.3g} of what was "
+                    "loaded: pass load(path, step=n) with the number of optimizer steps that are "
+                    "behind it, or build it with a constant decay and start_step=0",
+                    stacklevel=3,
+                )
+
     def _gathered(
         self, what: str, name: str | None, dtype: torch.dtype | None, **others: object
     ) -> tuple[Gatherer, list[torch.Tensor]]:
         """Who owns what of an average, and its values. Collective: every rank calls it."""
         self._meet(what, {"name": name, "dtype": dtype, **others})
         values = self._values(name)
-        return self._bound.gatherer(values), self._bound.with_rest(values)
+        gatherer = self._bound.gatherer(values)
+        return gatherer, [*values, *(piece.fragment.view for piece in gatherer.rest)]
+
+    def _beside(self, call: str) -> dict[str, torch.Tensor]:
+        """What `state_dict()` has and no module holds, on the CPU. Collective: every rank calls it.
+
+        Raises:
+            ValueError: one of them may depend on averaged weights.
+            RuntimeError: ranks have different ones.
+        """
+        found: dict[str, torch.Tensor] = {}
+        problem: Exception | None = None
+        try:
+            self._refuse_while_shown(call)
+            module = unwrap(self._bound.model)
+            extra = differing_names(self._bound.model)[0]
+            found = tensors_beside(module, extra, self._bound.plan.averaged)
+        except Exception as error:
+            problem = error
+        found = {fqn: tensor.to("cpu", copy=True) for fqn, tensor in found.items()}
+        values = {f"state_dict()[{fqn!r}]": _hash_of(tensor) for fqn, tensor in found.items()}
+        with self._ranks.together(call, values):
+            if problem is not None:
+                raise problem
+        return found
+
+    def _card(self, extra: Mapping[str, Any], missing: Sequence[str]) -> dict[str, Any]:
+        """The layout of the model's library, if names of `state_dict()` differ as told. Local."""
+        card = card_of(unwrap(self._bound.model), extra)
+        refuse_differing_names(card, extra, missing)
+        return card
 
     def _model(self) -> dict[str, Any]:
-        """What an export from a checkpoint must know of the model, as JSON."""
+        """What an export from a checkpoint must know of the model, as JSON; {} off rank 0."""
         try:
-            return {"card": card_of(unwrap(self._bound.model)), "others": self._others()}
+            differing = differing_names(self._bound.model)
+            if self._ranks.rank != 0:
+                return {}
+            return {"card": self._card(*differing), "others": self._others()}
         except Exception as problem:  # of a library: no reason not to save
             return {"problem": f"{type(problem).__name__}: {problem}"}
 
@@ -617,8 +767,8 @@ class ShardedEMA:
                 "dtype": DTYPES.get(w.tensor.dtype, str(w.tensor.dtype)),
                 "aliases": list(w.aliases),
             }
-            for w in self._bound.plan.weights
-            if w.persistent and w.fqn not in self._bound.plan.averaged
+            for w in self._bound.others()
+            if w.persistent
         }
 
     def _refuse_while_shown(self, what: str) -> None:
@@ -635,8 +785,30 @@ class ShardedEMA:
     def _check_name(self, name: object) -> None:
         if name is None and len(self.names) > 1:
             raise ValueError(f"there are several averages, {self.names}; say which by name=")
-        if name is not None and name not in self.names:
-            raise ValueError(f"no average is named {name!r}; there is {self.names}")
+        if name is not None and (not isinstance(name, str) or name not in self.names):
+            raise no_name(name, self.names)
+
+    def _warn_of_standstill(self, dtype: torch.dtype) -> None:
+        """Warn if a decay is so near to 1 that an update is lost in rounding.
+
+        An average comes to rest where (1 - decay) times its distance from the weights is half the
+        spacing of its numbers: at a relative distance of eps / 4 to eps / 2 over (1 - decay).
+        """
+        every = self._options.update_every
+        if self._options.multi_avg_fn is not None or dtype.itemsize < 4:
+            return  # not known, or warned of already
+        for name, rule in self._options.schedules.items():
+            decay = highest(rule, every)
+            if decay is None or decay == 1:
+                continue
+            distance = torch.finfo(dtype).eps / 2 / (1 - decay)
+            if distance > 0.02:
+                warnings.warn(
+                    f"the average {name!r} reaches a decay of {decay:.10g} an update, too near to "
+                    f"1 for {dtype}: it may come to rest {min(distance, 1):.0%} away from constant "
+                    "weights; pass dtype=torch.float64, or a larger update_every",
+                    stacklevel=3,
+                )
 
     def _warn_of_low_precision(self, dtype: torch.dtype) -> None:
         if dtype.itemsize < 4:
@@ -654,6 +826,22 @@ class ShardedEMA:
                 "use mixed precision (MixedPrecisionPolicy, autocast) if that matters",
                 stacklevel=3,
             )
+
+
+def _hash_of(tensor: torch.Tensor) -> str:
+    """A hash of a CPU tensor's dtype, shape and bytes."""
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_64_hexdigest(data)}"
+
+
+def _diffusers_step(path: Path) -> int | None:
+    """The `optimization_step` that diffusers' `EMAModel.save_pretrained` wrote; None if none."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        step = json.loads(config.read_text(encoding="utf-8"))["optimization_step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return step if type(step) is int and step >= 0 else None
 
 
 def _is_count(step: object) -> bool:

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from pathlib import Path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # renameat2(2), Linux 3.15
+
+SEEN_WITHIN_S = 30.0  # a network file system may show a new name that late on another host
 
 
 @contextmanager
@@ -158,6 +161,16 @@ def find(path: Path) -> Path:
     if path.exists():
         return path
     return _latest_old(path) or path
+
+
+def becomes_visible(is_visible: Callable[[], bool]) -> bool:
+    """Wait until another host's files are visible here; False if they are not after a while."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not is_visible():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def sync(path: Path) -> None:

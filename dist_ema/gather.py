@@ -8,6 +8,7 @@ buckets of bands beside what its caller keeps.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -18,11 +19,13 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema.engines import select
+from dist_ema.engines.engine import Weight
 from dist_ema.engines.plain import PlainEngine
 from dist_ema.export.format import gathered_dtype
-from dist_ema.layout import Box, Place, Shape, flat_boxes, flat_ends, overlap, whole
+from dist_ema.holders import find_holders
+from dist_ema.layout import Box, Fragment, Place, Shape, flat_boxes, flat_ends, overlap, whole
 from dist_ema.names import slots
-from dist_ema.plan import Plan
+from dist_ema.plan import Piece, Plan
 from dist_ema.ranks import Ranks
 
 _BUCKET_BYTES = 16 << 20  # of what is put together at a time
@@ -38,6 +41,7 @@ class Entry:
     shape: Shape
     dtype: torch.dtype  # of the average, or of the live tensor where nothing is averaged
     averaged: bool
+    problem: str | None = None  # why its values cannot be read
 
     @property
     def numel(self) -> int:
@@ -107,17 +111,39 @@ _ByFqn = dict[str, list[Owned]]
 class Gatherer:
     """What there is to gather, and who owns it. Its construction is collective."""
 
-    def __init__(self, plan: Plan, values: Sequence[torch.Tensor], ranks: Ranks) -> None:
-        """`values` are the averaged tensors of `plan.pieces`, for their dtypes."""
+    def __init__(
+        self,
+        plan: Plan,
+        values: Sequence[torch.Tensor],
+        buffers: Sequence[Weight],
+        ranks: Ranks,
+    ) -> None:
+        """
+        Args:
+            values: the averaged tensors of `plan.pieces`, for their dtypes.
+            buffers: those of the state dict that are not averaged.
+        """
         self._ranks = ranks
-        pieces = [*plan.pieces, *plan.rest]
+        buffers, sent = _owned_buffers(buffers, ranks)
+        self.rest = [*plan.rest, *(Piece(fragment, True) for fragment in sent)]  # read live
+        pieces = [*plan.pieces, *self.rest]
         dtype_of = {p.fragment.place.fqn: v.dtype for p, v in zip(plan.pieces, values, strict=True)}
         places = [(i, p.fragment.place) for i, p in enumerate(pieces) if p.sends]
         mine = {place.fqn for _, place in places}
         told = [
-            Entry(w.fqn, w.aliases, w.shape, dtype_of.get(w.fqn, w.tensor.dtype), w.fqn in dtype_of)
+            Entry(
+                w.fqn,
+                w.aliases,
+                w.shape,
+                dtype_of.get(w.fqn, w.tensor.dtype),
+                w.fqn in dtype_of,
+                w.problem,
+            )
             for w in plan.weights
-            if w.persistent and (w.fqn in mine or math.prod(w.shape) == 0 or ranks.rank == 0)
+            if w.persistent and (w.fqn in mine or not w.numel or w.problem or ranks.rank == 0)
+        ]
+        told += [
+            Entry(w.fqn, w.aliases, w.shape, w.tensor.dtype, False, w.problem) for w in buffers
         ]
         catalogues = ranks.gather((told, places))
         entries: list[Entry] = []
@@ -164,6 +190,7 @@ class Gatherer:
             only: the fqns to gather; all if None.
             spread: let all ranks gather bands in turn, so that each has its share.
         """
+        self.refuse_unreadable(only)
         size = self._ranks.size if spread else 1
         owned = self._owned
         if spread:
@@ -180,6 +207,20 @@ class Gatherer:
             # The caller stopped half-way; the others are still sending.
             for turn in turns[done:]:
                 self._exchange(turn, owned, values, dtype, None)
+
+    def refuse_unreadable(self, only: frozenset[str] | None = None) -> None:
+        """Raise if the values of some entries cannot be read. On every rank, since all know them.
+
+        Raises:
+            ValueError: the tensors are named.
+        """
+        problems = [
+            f"{e.fqn}: {e.problem}"
+            for e in self.entries
+            if e.problem and (only is None or e.fqn in only)
+        ]
+        if problems:
+            raise ValueError(f"cannot be gathered: {'; '.join(problems)}")
 
     def _buckets(
         self, dtype: torch.dtype | None, only: frozenset[str] | None
@@ -361,6 +402,23 @@ def write_into(
                 targets[fqn].copy_(tensor)
 
 
+def _owned_buffers(buffers: Sequence[Weight], ranks: Ranks) -> tuple[list[Weight], list[Fragment]]:
+    """The buffers that this rank tells of, and what it sends of them. Collective.
+
+    Ranks need not agree on buffers: the first rank that has one tells and sends its own, whatever
+    its shape, unless the buffer is cut over ranks.
+    """
+    whole_ones = [w for w in buffers if sum(f.place.numel for f in w.fragments) == w.numel]
+    cut = [w for w in buffers if w not in whole_ones]
+    fragments = [f for w in cut for f in w.fragments]
+    places = [Place(w.fqn, (), whole(())) for w in whole_ones] + [f.place for f in fragments]
+    holders = find_holders(places, [False] * len(places), ranks)
+    is_first = [found[0] == ranks.rank for found in holders]
+    own = list(itertools.compress(whole_ones, is_first))
+    sent = [f for w in own for f in w.fragments]
+    return own + cut, sent + list(itertools.compress(fragments, is_first[len(whole_ones) :]))
+
+
 def _merged(told: Sequence[Sequence[Entry]]) -> list[Entry]:
     """What ranks tell of the entries, as one list in the order of the first."""
     entries: dict[str, Entry] = {}
@@ -382,7 +440,7 @@ def _check_covered(entries: Sequence[Entry], places: Sequence[list[tuple[int, Pl
         for _, place in theirs:
             found[place.fqn] = found.get(place.fqn, 0) + place.numel
     for entry in entries:
-        if found.get(entry.fqn, 0) != entry.numel:
+        if found.get(entry.fqn, 0) != entry.numel and not entry.problem:
             raise RuntimeError(
                 f"{entry.fqn}: ranks own {found.get(entry.fqn, 0)} of {entry.numel} elements; the "
                 "process group does not hold the whole model (pass process_group=)"

@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_ema.lerp import MultiAvgFn
 from dist_ema.ranks import Ranks
-from dist_ema.schedule import Schedule, as_schedule, to_json
+from dist_ema.schedule import Schedule, as_schedule, code_hash, to_json
 
 DEFAULT_NAME = "ema"
 
@@ -26,7 +26,7 @@ class Options:
     update_every: int
     start_step: int
     params: str | Callable[[str, nn.Parameter], bool]
-    buffers: str
+    buffers: str | Callable[[str, torch.Tensor], bool]
     replicas: str
     dtype: torch.dtype
     device: torch.device | None  # None: beside the weights
@@ -40,8 +40,10 @@ class Options:
                 raise ValueError(f"{label} is {number!r}, wanted a whole number >= {least}")
         if not callable(self.params) and self.params not in ("trainable", "all"):
             raise ValueError(f"params is {self.params!r}, wanted 'trainable', 'all' or a predicate")
-        if self.buffers not in ("copy", "average"):
-            raise ValueError(f"buffers is {self.buffers!r}, wanted 'copy' or 'average'")
+        if not callable(self.buffers) and self.buffers not in ("copy", "average"):
+            raise ValueError(
+                f"buffers is {self.buffers!r}, wanted 'copy', 'average' or a predicate"
+            )
         if self.replicas not in ("split", "whole"):
             raise ValueError(f"replicas is {self.replicas!r}, wanted 'split' or 'whole'")
         dtype = self.dtype
@@ -63,18 +65,19 @@ class Options:
 
     def rule(self, name: str) -> dict[str, Any]:
         """How an average is made, as JSON."""
-        if self.multi_avg_fn is not None:
-            return to_json(cast(Schedule, self.multi_avg_fn))  # by its name, as any callable
-        return to_json(self.schedules[name])
+        rule = cast(Schedule, self.multi_avg_fn or self.schedules[name])
+        told = to_json(rule)  # a callable by its name
+        return told | {"code": code_hash(rule)} if told["kind"] == "callable" else told
 
     def agree(self, ranks: Ranks) -> None:
         """Refuse averages that differ from rank to rank. Collective: every rank calls it."""
         mine = {
-            "decay": {name: self.rule(name) for name in self.schedules},
+            # A callable by its name: it may close over what differs between ranks.
+            "decay": {n: {**self.rule(n), "code": None} for n in self.schedules},
             "update_every": self.update_every,
             "start_step": self.start_step,
             "params": self.params if isinstance(self.params, str) else "a predicate",
-            "buffers": self.buffers,
+            "buffers": self.buffers if isinstance(self.buffers, str) else "a predicate",
             "replicas": self.replicas,
             "dtype": str(self.dtype),
             "device": str(self.device),

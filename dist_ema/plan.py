@@ -10,7 +10,7 @@ holder's are the ones that count, as they are for DDP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,7 @@ from dist_ema.ranks import Ranks
 from dist_ema.replicas import ReplicaSet, replica_sets
 
 Selects = str | Callable[[str, nn.Parameter], bool]
+SelectsBuffers = str | Callable[[str, torch.Tensor], bool]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,26 +38,22 @@ class Piece:
 class Plan:
     """The local part of a model's layout. Rebuilt from the same holders when storage moves."""
 
-    weights: tuple[Weight, ...]
+    weights: tuple[Weight, ...]  # parameters, and averaged buffers
     averaged: frozenset[str]  # fqns, parameters and buffers
     holders: tuple[Holders, ...]  # of every fragment of `weights`, in order
     sets: tuple[ReplicaSet, ...]  # averaged parameters, cut among their holders
     num_shared_sets: int  # of all ranks together
     parameters: tuple[Piece, ...]  # averaged here
     buffers: tuple[Piece, ...]  # averaged here
-    rest: tuple[Piece, ...]  # not averaged, part of the state dict
+    rest: tuple[Piece, ...]  # parameters that are not averaged
 
     @property
     def pieces(self) -> list[Piece]:
         """All that is averaged here."""
         return [*self.parameters, *self.buffers]
 
-    def buffer_views(self) -> list[torch.Tensor]:
-        """The storage of all buffers that this rank holds, averaged or not."""
-        return [f.view for w in self.weights if w.is_buffer for f in w.fragments]
 
-
-def chosen(weights: list[Weight], params: Selects, buffers: str) -> frozenset[str]:
+def chosen(weights: list[Weight], params: Selects, buffers: SelectsBuffers) -> frozenset[str]:
     """Names of the weights to average.
 
     Raises:
@@ -68,12 +65,16 @@ def chosen(weights: list[Weight], params: Selects, buffers: str) -> frozenset[st
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return False
         if weight.is_buffer:
-            return buffers == "average" and weight.persistent
+            chosen = buffers(weight.fqn, tensor) if callable(buffers) else buffers == "average"
+            return bool(chosen) and weight.persistent
         if callable(params):
             return bool(params(weight.fqn, tensor))  # type: ignore[arg-type]
         return params == "all" or tensor.requires_grad
 
     averaged = frozenset(w.fqn for w in weights if wanted(w))
+    problems = [f"{w.fqn}: {w.problem}" for w in weights if w.fqn in averaged and w.problem]
+    if problems:
+        raise ValueError("; ".join(problems))
     if not any(not w.is_buffer for w in weights if w.fqn in averaged):
         num_parameters = sum(not w.is_buffer for w in weights)
         raise ValueError(
@@ -87,6 +88,7 @@ def make_plan(
     weights: list[Weight], averaged: frozenset[str], engine: Engine, split: bool, ranks: Ranks
 ) -> Plan:
     """Find out who holds what, and share the work. Collective: every rank calls it."""
+    weights = _in_layout(weights, averaged)
     places = [f.place for w in weights for f in w.fragments]
     chosen_here = [w.fqn in averaged for w in weights for _ in w.fragments]
     holders = tuple(find_holders(places, chosen_here, ranks))
@@ -98,10 +100,26 @@ def make_plan(
     return _assemble(tuple(weights), averaged, holders, sets, num_shared, ranks)
 
 
-def rebind(plan: Plan, weights: list[Weight], ranks: Ranks) -> Plan | None:
-    """The same plan over storage that moved; None if the layout is another one. Local."""
-    if not _same_layout(plan.weights, weights):
-        return None
+def rebind(plan: Plan, weights: list[Weight], ranks: Ranks) -> Plan:
+    """The same plan over storage that moved. Local.
+
+    Raises:
+        RuntimeError: parameters or averaged buffers have other names, shapes or shards.
+    """
+    weights = _in_layout(weights, plan.averaged)
+    buffers = _differences(_buffers(plan.weights), _buffers(weights))
+    differences = _differences(plan.weights, weights)
+    if buffers and len(buffers) == len(differences):
+        raise RuntimeError(
+            f"averaged buffers have changed since this average was built: {'; '.join(buffers)}; "
+            "leave them out by buffers=, or build ShardedEMA when they have their final shape"
+        )
+    if differences:
+        raise RuntimeError(
+            "the model's parameters were replaced or changed since this average was built: "
+            f"{'; '.join(differences)}; build ShardedEMA when the model is as it will be trained, "
+            "with what fully_shard(), DDP or accelerator.prepare() return"
+        )
     held = iter(_held(weights, plan.averaged, plan.holders))
     fresh = {(f.place, h): f for f, h in held}
     sets = tuple(
@@ -155,11 +173,38 @@ def _assemble(
     )
 
 
-def _same_layout(old: tuple[Weight, ...], new: list[Weight]) -> bool:
-    def layout(weights: tuple[Weight, ...] | list[Weight]) -> list[object]:
-        return [
-            (w.fqn, w.aliases, w.shape, w.is_buffer, [f.place for f in w.fragments])
-            for w in weights
-        ]
+def _in_layout(weights: list[Weight], averaged: frozenset[str]) -> list[Weight]:
+    """What must not change: other buffers may come, go and change their shape at any time."""
+    return [w for w in weights if not w.is_buffer or w.fqn in averaged]
 
-    return layout(old) == layout(new)
+
+def _buffers(weights: Sequence[Weight]) -> list[Weight]:
+    return [w for w in weights if w.is_buffer]
+
+
+def _differences(old: Sequence[Weight], new: Sequence[Weight]) -> list[str]:
+    """How two layouts differ, one text for each tensor, at most eight."""
+
+    def described(weight: Weight | None) -> str:
+        if weight is None:
+            return "missing"
+        boxes = [f.place.box for f in weight.fragments]
+        held = [f"{box.offsets}+{box.sizes}" for box in boxes]
+        where = "whole" if [b.sizes for b in boxes] == [weight.shape] else f"boxes {held} here"
+        return f"shape {weight.shape}, {where}"
+
+    def layout(weight: Weight | None) -> object:
+        if weight is None:
+            return None
+        return weight.aliases, weight.shape, weight.is_buffer, [f.place for f in weight.fragments]
+
+    was, now = ({w.fqn: w for w in weights} for weights in (old, new))
+    texts = [
+        f"{fqn}: was {described(was.get(fqn))}, is {described(now.get(fqn))}"
+        for fqn in dict.fromkeys([*was, *now])
+        if layout(was.get(fqn)) != layout(now.get(fqn))
+    ]
+    if not texts and list(was) != list(now):
+        texts = ["its parameters are in another order"]
+    more = [f"and {len(texts) - 8} more"] if len(texts) > 8 else []
+    return texts[:8] + more

@@ -17,11 +17,15 @@ which weights are seen and nothing else. `Warmup` and `Cosine` raise the decay a
 it had held since t - delta: while they rise, that is a little more than the product.
 """
 
+import functools
+import hashlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, TypeAlias
 
 Schedule: TypeAlias = Callable[[int, int], float]
@@ -210,6 +214,27 @@ def to_json(schedule: Schedule) -> dict[str, Any]:
     return {"kind": kind} | {name: getattr(schedule, name) for name in _fields(type(schedule))}
 
 
+def same_rule(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Whether two schedules, as `to_json` describes them, are the same as far as is known.
+
+    Of callables the `code_hash`, under "code", is compared too, if one version of Python made both.
+    """
+    codes = [str(rule.get("code") or "") for rule in (saved, own)]
+    versions = [code.partition(":")[0] for code in codes]
+    if versions[0] == versions[1] and codes[0] != codes[1]:
+        return False
+    return {**saved, "code": None} == {**own, "code": None}
+
+
+def highest(schedule: Schedule, delta: int) -> float | None:
+    """The decay of an update that a schedule comes to and stays at; None where it has none."""
+    if isinstance(schedule, Constant | HalfLife):
+        return schedule(delta, delta)
+    if isinstance(schedule, Warmup):
+        return float(schedule.decay**delta)
+    return None
+
+
 def from_json(value: object) -> Schedule:
     """Rebuild what `to_json` wrote; ValueError on anything else."""
     kind = value.get("kind") if isinstance(value, Mapping) else None
@@ -244,6 +269,47 @@ def _name(value: object) -> str:
     """The qualified name of a function, or of the class of any other callable."""
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def code_hash(value: object) -> str:
+    """A hash of a callable's code and the plain values that it closes over or is given."""
+    told = repr(_told(value, 0)).encode()
+    version = f"{sys.implementation.cache_tag}"
+    return f"{version}:{hashlib.sha256(told).hexdigest()[:16]}"
+
+
+def _told(value: object, depth: int) -> object:
+    """What is compared of a callable: values whose repr is the same in every process."""
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return repr(value)
+    if depth > 8:
+        return type(value).__qualname__
+    if isinstance(value, tuple | list):
+        return [_told(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return [(repr(key), _told(item, depth + 1)) for key, item in value.items()]
+    if isinstance(value, CodeType):
+        return [value.co_code.hex(), value.co_names, _told(value.co_consts, depth + 1)]
+    if isinstance(value, FunctionType):
+        closed = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        parts = [value.__code__, value.__defaults__, value.__kwdefaults__, closed]
+        return [_told(part, depth + 1) for part in parts]
+    if isinstance(value, functools.partial):
+        return [_told(part, depth + 1) for part in (value.func, value.args, value.keywords)]
+    if isinstance(value, MethodType):
+        return _told(value.__func__, depth + 1)
+    call = vars(type(value)).get("__call__")
+    if isinstance(call, FunctionType):
+        return [type(value).__qualname__, _told(call, depth + 1)]
+    return type(value).__qualname__
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def _number(label: str, value: object) -> float:

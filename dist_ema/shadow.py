@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dist_ema.accelerator import is_accelerator
+from dist_ema.engines.engine import Weight
 from dist_ema.layout import Fragment
 from dist_ema.lerp import Lerp, MultiAvgFn, accumulation_dtype, gains_from_packing
 from dist_ema.names import ddp_modules, slots
@@ -210,10 +211,10 @@ class Buffers:
     `update_bn` recomputes them), and neither the live values nor the averaged ones may change.
     """
 
-    def __init__(self, model: nn.Module, views: Sequence[torch.Tensor]) -> None:
-        """`views` are the 1-D storage of all buffers that this rank holds."""
+    def __init__(self, model: nn.Module, buffers: Sequence[Weight]) -> None:
+        """`buffers` are all that the model has now."""
         self._registered = [(s.registry, s.name, s.tensor) for s in slots(model) if s.is_buffer]
-        self._kept = [(view, view.clone()) for view in views]
+        self._kept = [(f.view, f.view.clone()) for w in buffers for f in w.fragments]
         # A forward without gradients makes DDP skip the next broadcast of buffers: it takes them to
         # be equal on all ranks, which they are no more once they are restored.
         self._ddp = [(m, m.require_forward_param_sync) for m in ddp_modules(model)]

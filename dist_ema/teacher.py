@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import nn
 
 from dist_ema.engines import select
-from dist_ema.engines.engine import Engine, Weight
+from dist_ema.engines.engine import Engine, Weight, pointer
 from dist_ema.layout import Fragment, Place
+from dist_ema.names import named_modules
 from dist_ema.plan import Plan
 
 
@@ -32,6 +36,7 @@ class Teacher:
                 f"into is cut by {type(self._engine).__name__}, the model by "
                 f"{type(student).__name__}; wrap both in the same way"
             )
+        self._buffer_stamp: list[int] | None = None
         self._bind(plan)
         if any(
             self._fragments[fragment.place].view.data_ptr() == fragment.view.data_ptr()
@@ -57,17 +62,42 @@ class Teacher:
         self._engine = select(self._module)
         self._bind(plan)
 
-    def copy_rest(self, plan: Plan, what: str) -> None:
-        """Copy what is not averaged from the student.
-
-        "buffers" alone; "frozen": those, and weights that do not train; or "all".
-        """
+    def copy_parameters(self, plan: Plan, *, frozen_only: bool) -> None:
+        """Copy parameters that are not averaged from the student."""
         for weight in plan.weights:
-            copied = weight.is_buffer or what == "all"
-            copied |= what == "frozen" and not weight.tensor.requires_grad
-            if copied and weight.fqn not in plan.averaged:
+            if weight.fqn not in plan.averaged and not (
+                frozen_only and weight.tensor.requires_grad
+            ):
                 for fragment in weight.fragments:
                     self._fragments[fragment.place].view.copy_(fragment.view)
+
+    def copy_buffers(self, student: Engine, averaged: frozenset[str]) -> None:
+        """Copy buffers that are not averaged from the student, as they are registered now.
+
+        One that the teacher lacks, or has in another shape, becomes a copy of the student's.
+        """
+        registries = (student.buffer_registries(), self._engine.buffer_registries())
+        if self._buffer_stamp != _stamp_of(registries):
+            self._pair_buffers(student, averaged)
+            self._buffer_stamp = _stamp_of(registries)
+        for mine, theirs in self._buffer_pairs:
+            mine.copy_(theirs)
+
+    def _pair_buffers(self, student: Engine, averaged: frozenset[str]) -> None:
+        own = {w.fqn: w for w in self._engine.buffers()}
+        modules = dict(named_modules(self._module))
+        self._buffer_pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for weight in student.buffers():
+            mine = own.get(weight.fqn)
+            if weight.fqn in averaged or weight.problem:
+                continue
+            if mine is None or mine.shape != weight.shape:
+                owner, _, name = weight.fqn.rpartition(".")
+                if owner in modules:
+                    copied = weight.tensor.detach().clone()
+                    modules[owner].register_buffer(name, copied, persistent=weight.persistent)
+            else:
+                self._buffer_pairs += zip(mine.views, weight.views, strict=True)
 
     def refresh(self) -> None:
         """Let the teacher's next forward pass read what was averaged."""
@@ -88,6 +118,7 @@ class Teacher:
             f.place: f for w in theirs.values() for f in w.fragments
         }
         self._stamp = self._engine.stamp()
+        self._buffer_stamp = None
 
 
 def _difference(mine: Weight, theirs: Weight | None) -> str | None:
@@ -100,3 +131,9 @@ def _difference(mine: Weight, theirs: Weight | None) -> str | None:
     if any(not f.in_place for f in theirs.fragments):
         return f"{mine.fqn} is a copy that its engine overwrites from a master"
     return None
+
+
+def _stamp_of(registries: Iterable[Sequence[dict[str, torch.Tensor | None]]]) -> list[int]:
+    """What changes when a buffer is registered, replaced or moved."""
+    tensors = itertools.chain.from_iterable(d.values() for each in registries for d in each)
+    return [pointer(tensor) for tensor in tensors]

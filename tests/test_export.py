@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema import ShardedEMA, gather
+from dist_ema import ShardedEMA, files, gather
 from dist_ema.export import live, writing
 from tests.models import tiny_gpt2, tiny_llama, tiny_unet
 from tests.net import ALIASES
@@ -344,10 +345,10 @@ def test_rank0_writes_where_the_others_see_nothing(tmp_path):
     ema = averaged_somewhat(parallel(tiny_gpt2(), "fsdp2"))
     with (
         mock.patch.object(live.Writing, "is_seen", lambda self: rank() == 0),
-        mock.patch.object(live, "_SEEN_WITHIN_S", 0.2),
+        mock.patch.object(files, "SEEN_WITHIN_S", 0.2),
     ):
         ema.export(tmp_path / "auto")
-        with pytest.raises(RuntimeError, match="this rank does not see it"):
+        with pytest.raises(RuntimeError, match="these ranks do not see it: 1;"):
             ema.export(tmp_path / "direct", method="direct")
         ema.export(tmp_path / "rank0", method="rank0")
     if rank() == 0:
@@ -405,22 +406,63 @@ def test_a_killed_export_leaves_the_last_good_one():
 
 
 @pytest.mark.ranks(0)
-@pytest.mark.parametrize("path", ["..", "sub/..", "../here", "link/here"])
-def test_the_working_directory_is_never_replaced(path: str, tmp_path):
+@pytest.mark.parametrize("path", [".", "sub/..", "../here", "link/here"])
+def test_an_export_to_the_working_directory_leaves_all_else(path: str, tmp_path):
     here = tmp_path / "here"
     (here / "sub").mkdir(parents=True)
     (here / "link").symlink_to(tmp_path)
     (here / "precious").write_text("")
+    inode = here.stat().st_ino
     ema = ShardedEMA(nn.Linear(2, 2))
     before = Path.cwd()
     os.chdir(here)
     try:
-        with pytest.raises(ValueError, match="holds the working directory"):
-            ema.export(path)
+        for size in ("5GB", 1, "5GB"):
+            ema.export(path, max_shard_size=size)
     finally:
         os.chdir(before)
-    assert sorted(entry.name for entry in here.iterdir()) == ["link", "precious", "sub"]
+    assert sorted(entry.name for entry in here.iterdir()) == ["link", FILE, "precious", "sub"]
+    assert here.stat().st_ino == inode
     assert [entry.name for entry in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("size", ["5GB", 500])
+def test_files_that_others_write_during_exports_are_never_lost(size, tmp_path):
+    path, stop = tmp_path / "run", threading.Event()
+    (path / "logs").mkdir(parents=True)
+    (path / "runs.txt").write_text("")
+    written_there: list[Path] = []
+
+    def write_logs() -> None:
+        while not stop.is_set():
+            for directory in (path, path / "logs"):
+                file = directory / f"events.{len(written_there)}"
+                file.write_text("log")
+                written_there.append(file)
+                with (path / "runs.txt").open("a") as log:
+                    log.write("line\n")
+
+    writer = threading.Thread(target=write_logs)
+    writer.start()
+    try:
+        ema = ShardedEMA(nn.Linear(20, 20))
+        for i in range(10):
+            ema.export(path, max_shard_size=size if i % 2 else "5GB")
+    finally:
+        stop.set()
+        writer.join()
+    assert len(written_there) > 20
+    assert all(file.read_text() == "log" for file in written_there)
+    assert (path / "runs.txt").read_text() == "line\n" * len(written_there)
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_export_to_different_paths_are_refused(tmp_path):
+    ema = ShardedEMA(parallel(tiny_gpt2(), "ddp"))
+    with pytest.raises(ValueError, match=r"argument path is .*0 on rank 0 and .*1 on rank 1"):
+        ema.export(tmp_path / str(rank()))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.ranks(0)

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from dist_ema.checkpoint import api, collector, consolidated, manifest, parsing, verify, writer
+from dist_ema import files
+from dist_ema.checkpoint import api, collector, consolidated, manifest, parsing, verify
 from dist_ema.checkpoint.api import CheckpointError, load, save
 from dist_ema.ranks import Ranks
 from tests.cuts import (
@@ -241,7 +242,7 @@ def test_a_directory_that_not_all_ranks_see_is_refused(tmp_path: Path, asynchron
     own.mkdir()
     path = Path("/proc/self/cwd/a")
     os.chdir(own)
-    patience, writer._SEEN_WITHIN_S = writer._SEEN_WITHIN_S, 0.2
+    patience, files.SEEN_WITHIN_S = files.SEEN_WITHIN_S, 0.2
     try:
         with pytest.raises(CheckpointError, match=r"rank 1: .* does not see .*/\.a\.tmp-"):
             write(path, ranks, asynchronous=asynchronous)
@@ -254,7 +255,7 @@ def test_a_directory_that_not_all_ranks_see_is_refused(tmp_path: Path, asynchron
         refused(path, ranks, "ranks have different checkpoints")
     finally:
         os.chdir(before)
-        writer._SEEN_WITHIN_S = patience
+        files.SEEN_WITHIN_S = patience
 
 
 @pytest.fixture

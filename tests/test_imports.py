@@ -33,6 +33,7 @@ LAYERS = [
         "engines.engine",
         "export.card",
         "export.format",
+        "export.replace",
         "holders",
         "lerp",
     },
@@ -44,6 +45,7 @@ LAYERS = [
         "checkpoint.background",
         "checkpoint.parsing",
         "checkpoint.snapshot",
+        "checkpoint.visibility",
         "plan",
     },
     {"checkpoint.blocks", "checkpoint.shards", "checkpoint.stateful", "engines"},
@@ -150,3 +152,44 @@ def test_importing_the_package_imports_no_foreign_library():
         [sys.executable, "-c", program], cwd=ROOT.parent, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+NO_TORCH = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ImportError("torch is blocked")
+sys.meta_path.insert(0, Block())
+import runpy
+sys.argv = ["dist_ema", *sys.argv[1:]]
+runpy.run_module("dist_ema", run_name="__main__")
+"""
+
+
+@pytest.mark.ranks(0)
+def test_the_command_line_needs_no_torch(tmp_path: Path):
+    import torch
+
+    from dist_ema import ShardedEMA
+
+    ShardedEMA(torch.nn.Linear(2, 2)).save(tmp_path / "ema")
+    for arguments in (["--help"], ["inspect", tmp_path / "ema"], ["verify", tmp_path / "ema"]):
+        done = subprocess.run(
+            [sys.executable, "-c", NO_TORCH, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT.parent,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+@pytest.mark.ranks(0)
+def test_the_package_imports_nothing_before_it_is_used():
+    code = (
+        "import sys, dist_ema; assert 'torch' not in sys.modules; assert 'Warmup' in dir(dist_ema);"
+        "from dist_ema import *; assert set(dist_ema.__all__) <= set(globals())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)

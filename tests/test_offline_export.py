@@ -122,7 +122,6 @@ def test_the_command_writes_an_export(saved: Path, capsys):
         (["--name", "slow", "--dtype", "int8"], "dtype is 'int8'"),
         (["--name", "slow", "--max-shard-size", "lots"], "max_shard_size"),
         (["--name", "slow", "--weights-name", "../x.safetensors"], "weights_name"),
-        (["--name", "slow", "--config", "/nonexistent"], "no config.json"),
     ],
 )
 def test_a_bad_argument_is_refused(saved: Path, arguments, message: str, capsys):

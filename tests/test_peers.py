@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from dist_ema import EqualWeight, Warmup
+from dist_ema import EqualWeight, HalfLife, ShardedEMA, Warmup
 from tests.grid import named
 from tests.net import TRAINABLE
 from tests.oracle import worst_relative_error
@@ -218,3 +218,77 @@ def rank_0s_buffers(run: Run) -> dict[str, Tensor]:
     """Copies of this rank's persistent buffers, of which rank 0's are averaged."""
     net = run.training.net
     return {"running": net.running.clone(), "num_batches": net.num_batches.clone()}
+
+
+PAIRS = [(0, 3), (2, 3), (3, 2), (4, 3), (5, 7), (6, 3), (7, 5), (1, 1), (3, 1)]
+
+
+def walk(num_steps: int = 24) -> list[float]:
+    """A weight after each step, that no two averages of it agree on by chance."""
+    return [((7 * n) % 11) / 3 + n / 5 for n in range(1, num_steps + 1)]
+
+
+def followed(peer: Callable[[nn.Module], Follower], start: int, every: int, **options: Any) -> None:
+    """Compare both averages of one weight after each step from the end of the peer's copies on."""
+    net = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    ema = ShardedEMA(net, start_step=start, update_every=every, dtype=torch.float64, **options)
+    update, averaged = peer(net)
+    for step, value in enumerate(walk(), 1):
+        net.weight.data.fill_(value)
+        ema.update()
+        update()
+        if step >= start:
+            wanted = dict(averaged())["weight"]
+            torch.testing.assert_close(ema.gather_state_dict()["weight"], wanted.detach())
+    assert ema.num_updates > start
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize(("u", "k"), PAIRS)
+def test_ema_pytorchs_phase(u: int, k: int):
+    followed(
+        ema_pytorch(update_after_step=u, update_every=k, beta=0.8),
+        u - u % k + 1,
+        k,
+        decay=lambda t, delta: Warmup(0.8, 1.0)(t - u % k, 1),
+    )
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize(("s", "k"), PAIRS)
+def test_lightnings_phase(s: int, k: int):
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    theirs = callbacks.EMAWeightAveraging(
+        decay=0.8, update_every_n_steps=k, update_starting_at_step=s
+    )
+
+    def follow(net: nn.Module) -> Follower:
+        peer = AveragedModel(net, **theirs._kwargs)
+        step = iter(range(1000))
+
+        def update() -> None:
+            if theirs.should_update(step_idx=next(step)):
+                peer.update_parameters(net)
+
+        return update, lambda: named_tensors(peer.module)
+
+    followed(follow, -(-s // k) * k + 1, k, decay=0.8 ** (1 / k))
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 7])
+def test_composers_phase(k: int):
+    net = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    options = {"start_step": 0, "update_every": k, "dtype": torch.float64}
+    ema = ShardedEMA(net, HalfLife(steps=4), **options)
+    smoothing, average = 2 ** (-k / 4), 0.0
+    for step, value in enumerate(walk(), 1):
+        net.weight.data.fill_(value)
+        if step == 1:
+            ema.reset()
+            average = value
+        else:
+            ema.update(step=step)
+            if step % k == 0:
+                average = smoothing * average + (1 - smoothing) * value
+        torch.testing.assert_close(ema.gather_state_dict()["weight"].item(), average)

@@ -28,11 +28,13 @@ from dist_ema.checkpoint.manifest import CheckpointError, Manifest
 from dist_ema.checkpoint.matching import Match, match
 from dist_ema.checkpoint.regions import RegionReader
 from dist_ema.checkpoint.snapshot import copied, non_finite
+from dist_ema.checkpoint.visibility import retried_when_visible
 from dist_ema.checkpoint.writer import Report, Save
 from dist_ema.export.format import DTYPES
 from dist_ema.files import refuse_working_directory, target
 from dist_ema.layout import Box
 from dist_ema.ranks import Ranks, digest
+from dist_ema.schedule import same_rule
 
 __all__ = [
     "CheckpointError",
@@ -141,29 +143,14 @@ def load(
             missing or does not fit; ranks see different files. On every rank, and nothing has
             changed.
     """
-    files: Files | None = None
-    try:
-        with agreed(ranks):
-            background.settle()
-            files, about = open_any(Path(path))
-        assert files is not None
-        refuse_different(ranks, about.id or digest(about), what="checkpoints")
-        if not ranks.equal(digest(sorted(others))):
-            others = set().union(*ranks.all_gather(set(others)))
-        tensors = _of_all_ranks(tensors, ranks)
-        with agreed(ranks):
-            try:
-                found = match(about, list(averages), tensors, others, strict=strict)
-            except CheckpointError as error:
-                raise CheckpointError(f"{files.directory}: {error}") from None
-            _check_files(files, about, found, ranks)
-        _read(files, about, found, averages, tensors, ranks)
-    finally:
-        if files is not None:
-            files.close()
-    for note in found.notes:
-        warnings.warn(f"{files.directory}: {note}", stacklevel=3)
-    return dict(about.state)
+    with agreed(ranks):
+        background.settle()
+    if not ranks.equal(digest(sorted(others))):
+        others = set().union(*ranks.all_gather(set(others)))
+    every = _of_all_ranks(tensors, ranks)
+    return retried_when_visible(
+        Path(path), ranks, lambda: _load(Path(path), averages, every, ranks, strict, others)
+    )
 
 
 def differing_schedules(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
@@ -171,7 +158,7 @@ def differing_schedules(saved: Mapping[str, Any], own: Mapping[str, Any]) -> lis
     told = []
     for name, average in own["averages"].items():
         theirs = saved["averages"][name]["schedule"]
-        if theirs != average["schedule"]:
+        if not same_rule(theirs, average["schedule"]):
             told.append(
                 f"the average {name!r} was saved with {theirs}, and goes on with "
                 f"{average['schedule']}, as ShardedEMA was built"
@@ -288,6 +275,35 @@ def _write_apart(work: Save, rank: int, size: int) -> None:
 
 
 # Loading.
+
+
+def _load(
+    path: Path,
+    averages: Mapping[str, Sequence[Part]],
+    tensors: Sequence[TensorInfo],
+    ranks: Ranks,
+    strict: bool,
+    others: Collection[str],
+) -> dict[str, Any]:
+    files: Files | None = None
+    try:
+        with agreed(ranks):
+            files, about = open_any(path)
+        assert files is not None
+        refuse_different(ranks, about.id or digest(about), what="checkpoints")
+        with agreed(ranks):
+            try:
+                found = match(about, list(averages), tensors, others, strict=strict)
+            except CheckpointError as error:
+                raise CheckpointError(f"{files.directory}: {error}") from None
+            _check_files(files, about, found, ranks)
+        _read(files, about, found, averages, tensors, ranks)
+    finally:
+        if files is not None:
+            files.close()
+    for note in found.notes:
+        warnings.warn(f"{files.directory}: {note}", stacklevel=6)
+    return dict(about.state)
 
 
 def _check_files(files: Files, about: Manifest, found: Match, ranks: Ranks) -> None:

@@ -76,7 +76,7 @@ def open_any(path: Path) -> tuple[Files, Manifest]:
 
 
 def _names(files: Files) -> list[str]:
-    names = files.names()
+    names = [name for name in files.names() if files.has(name)]
     indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
     if len(indices) > 1:
         raise CheckpointError(f"{files.directory}: has several indices, {', '.join(indices)}")

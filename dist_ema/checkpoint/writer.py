@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,10 +35,15 @@ from dist_ema.checkpoint.manifest import (
 )
 from dist_ema.checkpoint.shards import SHARD, row_major
 from dist_ema.export.format import DTYPES, TensorSpec, safetensors_header
-from dist_ema.files import clear_stale, locked_sibling, put_in_place, release, sync
+from dist_ema.files import (
+    becomes_visible,
+    clear_stale,
+    locked_sibling,
+    put_in_place,
+    release,
+    sync,
+)
 from dist_ema.layout import Box, uncovered, whole
-
-_SEEN_WITHIN_S = 30.0  # a network file system may show a new directory that late elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +87,15 @@ class Save:
             self._directory(name).mkdir(exist_ok=True)
 
     def check_seen(self) -> None:
-        """Refuse a directory that this rank does not see."""
+        """Refuse directories that this rank does not see."""
         assert self.orders is not None
-        deadline = time.monotonic() + _SEEN_WITHIN_S
-        while not os.path.isdir(self.orders.directory):
-            if time.monotonic() > deadline:
-                raise CheckpointError(
-                    f"{self.path}: this rank does not see {self.orders.directory}, which rank 0 "
-                    "made; a checkpoint needs a directory that all ranks share"
-                )
-            time.sleep(0.05)
+        wanted = [str(self._directory(name)) for name in self.averages]
+        wanted += filter(None, [self.orders.letters])
+        if not becomes_visible(lambda: all([os.path.isdir(each) for each in wanted])):
+            raise CheckpointError(
+                f"{self.path}: this rank does not see {self.orders.directory}, which rank 0 made; "
+                "a checkpoint needs a directory that all ranks share"
+            )
 
     def write(self, rank: int) -> Report:
         """Write this rank's files and wait until they are on disk."""

@@ -31,7 +31,6 @@ from dist_ema.engines.engine import (
     Weight,
     cut_range,
     cut_whole,
-    list_weights,
     outdate_graphs,
     pointer,
 )
@@ -69,8 +68,11 @@ class ZeroEngine(Engine):
         self.source = "master" if masters and masters[0].dtype.itemsize >= 4 else "weights"
         moved = self._stage.moved_by_buffers
         self._others = Registered(
-            (s.registry, s.name) for s in slots(model) if id(s.tensor) not in moved
+            (s.registry, s.name)
+            for s in slots(model)
+            if not s.is_buffer and id(s.tensor) not in moved
         )
+        self._cuts: dict[int, Callable[[Slot], Cut]] = {}  # by the id of a parameter
 
     @staticmethod
     def claims(model: nn.Module) -> bool:
@@ -78,12 +80,12 @@ class ZeroEngine(Engine):
         return "deepspeed" in sys.modules and (_find_engine(model) is not None or any(managed))
 
     def weights(self) -> list[Weight]:
-        cuts = {id(parameter): cut for parameter, cut in self._stage.cuts()}
+        self._cuts = {id(parameter): cut for parameter, cut in self._stage.cuts()}
+        return super().weights()
 
-        def cut(slot: Slot, tensor: torch.Tensor) -> Cut:
-            return cuts[id(tensor)](slot) if id(tensor) in cuts else cut_whole(slot, tensor)
-
-        return list_weights(self._model, lambda slot: slot.tensor, cut)
+    def _cut(self, slot: Slot, tensor: torch.Tensor) -> Cut:
+        cut = self._cuts.get(id(tensor))
+        return cut_whole(slot, tensor) if cut is None else cut(slot)
 
     def stamp(self) -> list[int]:
         buffers = [pointer(buffer) for buffer in self._stage.buffers()]

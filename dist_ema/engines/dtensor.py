@@ -31,9 +31,8 @@ from dist_ema.engines.engine import (
     Cut,
     Engine,
     Registered,
-    Weight,
     cut_whole,
-    list_weights,
+    is_wrapper,
     outdate_graphs,
     pointer,
 )
@@ -56,14 +55,15 @@ class DTensorEngine(Engine):
             for info in _places(fsdp_param)
         }
         self._fsdp_params = list({id(p): p for p in self._managed.values()}.values())
+        self._watched = [p for p in self._fsdp_params if not is_wrapper(_SHARD(p))]
         self._warn_of_cut_ties()
         unmanaged = [
             slot
             for slot in slots(model)
-            if slot.is_buffer or (id(slot.owner), slot.name) not in self._managed
+            if not slot.is_buffer and (id(slot.owner), slot.name) not in self._managed
         ]
         cut = {id(slot) for slot in unmanaged if isinstance(slot.tensor, DTensor)}
-        self._cut = Registered((s.registry, s.name) for s in unmanaged if id(s) in cut)
+        self._distributed = Registered((s.registry, s.name) for s in unmanaged if id(s) in cut)
         self._whole = Registered((s.registry, s.name) for s in unmanaged if id(s) not in cut)
 
     @staticmethod
@@ -72,17 +72,17 @@ class DTensorEngine(Engine):
             isinstance(slot.tensor, DTensor) for slot in slots(model)
         )
 
-    def weights(self) -> list[Weight]:
-        return list_weights(self._model, self._locate, _cut)
+    def _cut(self, slot: Slot, tensor: torch.Tensor) -> Cut:
+        return _cut(slot, tensor)
 
     def stamp(self) -> list[int]:
-        sharded = list(map(torch.Tensor.data_ptr, map(_SHARD, self._fsdp_params)))
-        cut = [pointer(_local(tensor)) for tensor in self._cut.tensors()]
+        sharded = list(map(torch.Tensor.data_ptr, map(_SHARD, self._watched)))
+        cut = [pointer(_local(tensor)) for tensor in self._distributed.tensors()]
         return sharded + cut + self._whole.addresses()
 
     def process_groups(self) -> list[dist.ProcessGroup]:
         tensors = [p.sharded_param for p in self._fsdp_params]
-        tensors += self._cut.tensors()
+        tensors += self._distributed.tensors()
         meshes = {id(t.device_mesh): t.device_mesh for t in tensors if isinstance(t, DTensor)}
         return [
             mesh.get_group(axis)

@@ -9,6 +9,7 @@ gather and files are written once, against fragments.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,16 @@ class Weight:
     is_buffer: bool
     persistent: bool
     fragments: tuple[Fragment, ...]  # what this rank holds; empty is normal
+    problem: str | None = None  # why its storage cannot be read as fragments
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def views(self) -> list[torch.Tensor]:
+        """This rank's storage, a 1-D tensor for each fragment."""
+        return [fragment.view for fragment in self.fragments]
 
 
 class Engine(ABC):
@@ -49,13 +60,32 @@ class Engine(ABC):
     def claims(model: nn.Module) -> bool:
         """Whether a model is cut in this way. Local."""
 
-    @abstractmethod
     def weights(self) -> list[Weight]:
         """Every parameter and buffer, in the order of `state_dict()`. Local."""
+        return list_weights(slots(self._model), self._locate, self._cut)
+
+    def buffers(self) -> list[Weight]:
+        """The buffers that are registered now: any may come, change its shape or go. Local."""
+        found = [slot for slot in slots(self._model) if slot.is_buffer]
+        return list_weights(found, self._locate, self._cut)
+
+    def buffer_registries(self) -> list[dict[str, torch.Tensor | None]]:
+        """Where the model's modules register buffers. Local, without a walk over the tensors."""
+        return [module._buffers for module in self._model.modules()]
+
+    def _locate(self, slot: Slot) -> torch.Tensor:
+        """The tensor that a slot stands for between training steps."""
+        return slot.tensor
+
+    def _cut(self, slot: Slot, tensor: torch.Tensor) -> Cut:
+        """The global shape of a tensor, and what this rank holds of it."""
+        return cut_whole(slot, tensor)
 
     @abstractmethod
     def stamp(self) -> list[int]:
-        """Data pointers of all that `weights()` viewed; equal lists mean good views. Local.
+        """Data pointers of all parameters that `weights()` viewed. Local.
+
+        Equal lists mean that the views are still good.
 
         Called at every update: no allocation beyond the list, no communication, no host sync.
         """
@@ -84,52 +114,70 @@ Cut = tuple[Shape, Sequence[Fragment]]  # the shape of a whole tensor, what this
 
 
 def list_weights(
-    model: nn.Module,
+    found: Sequence[Slot],
     locate: Callable[[Slot], torch.Tensor],
     cut: Callable[[Slot, torch.Tensor], Cut],
 ) -> list[Weight]:
-    """Walk a model's slots and tell each distinct tensor once, under its first name.
+    """Each distinct tensor of some slots once, under its first name.
 
-    `locate` gives the tensor that a slot stands for in the engine's steady state, `cut` its global
-    shape and the fragments that this rank holds.
+    What cannot be cut says why in `problem`: it matters only if it is averaged or read.
+
+    Args:
+        locate: the tensor that a slot stands for between training steps.
+        cut: the global shape of a tensor, and the fragments that this rank holds.
     """
     places: dict[int, list[Slot]] = {}
     tensors: dict[int, torch.Tensor] = {}
-    for slot in slots(model):
+    for slot in found:
         tensor = locate(slot)
         tensors[id(tensor)] = tensor
         places.setdefault(id(tensor), []).append(slot)
-    first, names = [], {}
+    weights = []
     for key, tied in places.items():
         # A name that is not in the state dict is none, unless all are such.
         tied = [slot for slot in tied if slot.persistent] or tied
-        first.append((tied[0], tensors[key]))
-        names[key] = [slot.fqn for slot in tied]
-    empty = [slot.fqn for slot, t in first if t.is_meta or nn.parameter.is_lazy(t)]
-    if empty:
-        raise ValueError(
-            f"no storage yet: {', '.join(empty)}; materialise the model (to_empty, a first "
-            "forward of lazy modules, loading) before building the average"
-        )
-    weights = []
-    for slot, tensor in first:
-        try:
-            shape, fragments = cut(slot, tensor)
-        except ValueError as error:
-            raise ValueError(f"{slot.fqn}: {error}") from None
-        aliases = tuple(dict.fromkeys(n for n in names[id(tensor)] if n != slot.fqn))
+        slot, tensor = tied[0], tensors[key]
+        shape, problem = tuple(tensor.shape), _problem(tensor)
+        fragments: Sequence[Fragment] = ()
+        if problem is None:
+            try:
+                shape, fragments = cut(slot, tensor)
+            except ValueError as error:
+                problem = str(error)
         weights.append(
             Weight(
                 slot.fqn,
-                aliases,
+                tuple(dict.fromkeys(s.fqn for s in tied if s.fqn != slot.fqn)),
                 shape,
                 tensor,
                 slot.is_buffer,
                 slot.persistent,
                 tuple(f for f in fragments if f.place.numel),
+                problem,
             )
         )
     return weights
+
+
+def _problem(tensor: torch.Tensor) -> str | None:
+    """Why a tensor's storage cannot be viewed; None if it can."""
+    if tensor.is_meta or nn.parameter.is_lazy(tensor):
+        return (
+            "no storage yet; materialise the model (to_empty, a first forward of lazy modules, "
+            "loading) before building the average"
+        )
+    local = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
+    if is_wrapper(local):
+        return (
+            f"is a {type(local).__name__}, whose values are in other tensors (quantized or "
+            "scaled); leave it out by params=, or convert it to a plain parameter"
+        )
+    return None
+
+
+def is_wrapper(tensor: torch.Tensor | None) -> bool:
+    """Whether a tensor holds other tensors instead of storage; a DTensor is none here."""
+    return hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "_local_tensor")
 
 
 def cut_whole(slot: Slot, tensor: torch.Tensor) -> Cut:
@@ -166,7 +214,7 @@ class Registered:
     """Tensors by where they are registered, and their addresses with no Python work for each."""
 
     def __init__(self, places: Iterable[tuple[dict[str, torch.Tensor | None], str]]) -> None:
-        pairs = list(places)
+        pairs = [(r, name) for r, name in places if not is_wrapper(r.get(name))]
         self._registries = [registry for registry, _ in pairs]
         self._names = [name for _, name in pairs]
 

@@ -30,10 +30,8 @@ from dist_ema.engines.engine import (
     Cut,
     Engine,
     Registered,
-    Weight,
     cut_range,
     cut_whole,
-    list_weights,
     outdate_graphs,
     pointer,
 )
@@ -101,16 +99,13 @@ class Fsdp1Engine(Engine):
         self._others = Registered(
             (slot.registry, slot.name)
             for slot in slots(model)
-            if slot.is_buffer or (id(slot.owner), slot.name) not in self._originals
+            if not slot.is_buffer and (id(slot.owner), slot.name) not in self._originals
         )
         self._warn_of_cut_ties()
 
     @staticmethod
     def claims(model: nn.Module) -> bool:
         return any(_is_fsdp1(m) for m in model.modules())
-
-    def weights(self) -> list[Weight]:
-        return list_weights(self._model, self._locate, self._cut)
 
     def stamp(self) -> list[int]:
         shards = [pointer(_shard(handle)) for handle in self._handles]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dist_ema.engines.engine import Engine, Registered, Weight, cut_whole, list_weights
+from dist_ema.engines.engine import Engine, Registered
 from dist_ema.names import slots
 
 
@@ -14,14 +14,13 @@ class PlainEngine(Engine):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._parameters = [module._parameters for module in model.modules()]
-        self._registered = Registered((slot.registry, slot.name) for slot in slots(model))
+        self._registered = Registered(
+            (slot.registry, slot.name) for slot in slots(model) if not slot.is_buffer
+        )
 
     @staticmethod
     def claims(model: nn.Module) -> bool:
         return True
-
-    def weights(self) -> list[Weight]:
-        return list_weights(self._model, lambda slot: slot.tensor, cut_whole)
 
     def stamp(self) -> list[int]:
         # Parameters that came since are no part of the average: they make another layout.

@@ -9,9 +9,11 @@ import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from dist_ema.layout import Shape
 
@@ -28,6 +30,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }  # fmt: skip
 SUFFIX = ".safetensors"
+WRITTEN_BY = {"written_by": "dist_ema.export"}  # in the metadata of weights files and indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,10 @@ def index_text(files: dict[str, OutFile]) -> str:
     """The contents of an index: which tensor is in which file."""
     total = sum(file.nbytes - len(file.header) for file in files.values())
     where = {tensor: name for name, file in files.items() for tensor in file.starts}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    index = {
+        "metadata": {"total_size": total, **WRITTEN_BY},
+        "weight_map": dict(sorted(where.items())),
+    }
     return json.dumps(index, indent=2) + "\n"
 
 
@@ -151,10 +157,29 @@ def check_weights_name(name: str) -> None:
         raise ValueError(f"weights_name is {name!r}, wanted a file name that ends in {SUFFIX}")
 
 
-def stale_files(weights_name: str, index: str) -> re.Pattern[str]:
-    """Matches the files of any earlier export under this name, however many it had."""
+def own_names(weights_name: str, index: str) -> re.Pattern[str]:
+    """Matches the files of any export under this name, however many there are."""
     stem = re.escape(weights_name.removesuffix(SUFFIX))
     return re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(index)}")
+
+
+def is_marked(file: Path) -> bool:
+    """Whether an export wrote a weights file or an index.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        if file.name.endswith(SUFFIX):
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata()
+        else:
+            metadata = json.loads(file.read_text())["metadata"]
+        return bool(metadata.items() >= WRITTEN_BY.items())
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError, ValueError, LookupError, AttributeError, TypeError):
+        return False
 
 
 def max_bytes(size: int | str) -> int:

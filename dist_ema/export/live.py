@@ -9,9 +9,7 @@ put together on rank 0, which alone needs to see the directory. The files are th
 
 from __future__ import annotations
 
-import re
 import socket
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import torch
 
 from dist_ema.export.card import Card
+from dist_ema.export.replace import replaced_files
 from dist_ema.export.writing import (
     Draft,
     Output,
@@ -26,14 +25,13 @@ from dist_ema.export.writing import (
     draft,
     is_scattered,
     refuse_broken,
-    refuse_other_config,
+    stale_files,
 )
-from dist_ema.files import replaced_directory
+from dist_ema.files import becomes_visible
 from dist_ema.gather import Entry, Gatherer
 from dist_ema.ranks import Ranks
 
 METHODS = ("auto", "direct", "rank0")
-_SEEN_WITHIN_S = 30.0  # a network file system may show a new directory that late elsewhere
 
 
 def export(
@@ -77,16 +75,15 @@ def export(
                 max_shard_size=max_shard_size,
                 weights_name=weights_name,
             )
-            refuse_other_config(path, plan)
+            stale_files(path, plan)  # raises early
     plan = ranks.broadcast(plan)
     assert plan is not None
     with ExitStack() as on_rank_0:
         directory = path
         with ranks.together():
             if ranks.rank == 0:
-                stale = re.compile(plan.stale)
                 directory = on_rank_0.enter_context(
-                    replaced_directory(path, keep=lambda entry: not stale.fullmatch(entry))
+                    replaced_files(path, lambda: stale_files(path, plan))
                 )
         writing = Writing(Path(ranks.broadcast(str(directory))), plan)
         with closing(writing):
@@ -112,21 +109,16 @@ def _is_direct(method: str, writing: Writing, ranks: Ranks) -> bool:
         return False
     if method == "auto" and not ranks.equal(socket.gethostname()):
         return False
-    patience = _SEEN_WITHIN_S if method == "direct" else 0.0
-    until = time.monotonic() + patience
-    while not (seen := writing.is_seen()) and time.monotonic() < until:
-        time.sleep(0.05)
-    if not ranks.any(not seen):
-        return True
     if method == "auto":
-        return False
-    with ranks.together():
-        if not seen:
-            raise RuntimeError(
-                f"{writing.directory}: rank 0 made it and this rank does not see it; export to a "
-                "file system that all ranks share, or with method='rank0'"
-            )
-    raise AssertionError("unreachable")
+        return not ranks.any(not writing.is_seen())
+    seen = ranks.all_gather(becomes_visible(writing.is_seen))
+    if not all(seen):
+        unseen = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+        raise RuntimeError(
+            f"{writing.directory}: rank 0 made it, and these ranks do not see it: {unseen}; export "
+            "to a file system that all ranks share, or with method='rank0'"
+        )
+    return True
 
 
 def _write_own(

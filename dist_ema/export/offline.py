@@ -7,7 +7,6 @@ directory that the library wrote.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
@@ -23,8 +22,14 @@ from dist_ema.checkpoint.reader import TORCH_DTYPES, Source
 from dist_ema.checkpoint.regions import RegionReader
 from dist_ema.export.card import Card, checked_card, guessed_card, name_in, with_config
 from dist_ema.export.format import gathered_dtype
-from dist_ema.export.writing import Output, Writing, draft, refuse_broken, refuse_other_config
-from dist_ema.files import replaced_directory
+from dist_ema.export.replace import replaced_files
+from dist_ema.export.writing import (
+    Output,
+    Writing,
+    draft,
+    refuse_broken,
+    stale_files,
+)
 
 _BAND_BYTES = 32 << 20  # read, put together and written at a time
 _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -48,7 +53,6 @@ def export(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     weights_name: str | None = None,
-    config: Path | None = None,
     base: Path | None = None,
     progress: Callable[[int], Any] = lambda total: nullcontext(lambda nbytes: None),
 ) -> dict[str, Any]:
@@ -60,7 +64,6 @@ def export(
         name: the average, where the checkpoint has several.
         dtype: of floating tensors; None for the average's, half-precision tensors that are not
             averaged being widened to fp32.
-        config: a directory whose config.json is written in place of the model's at the save.
         base: a directory of safetensors with what is not averaged; config.json too where the
             checkpoint does not know the model's.
         progress: given the bytes to be read, a context manager of a function that is told how many
@@ -85,7 +88,7 @@ def export(
             raise CheckpointError(f"{files.directory}: tells of the model what makes no sense")
         if "problem" in told:
             raise CheckpointError(f"{files.directory}: when it was saved, {told['problem']}")
-        card = _card(told, config, base)
+        card = _card(told, base)
         reader = RegionReader(files, about)
         items = [
             _Item(_output(fqn, source, dtype, averaged=True), source, reader)
@@ -119,11 +122,10 @@ def _write(
         max_shard_size=max_shard_size,
         weights_name=weights_name,
     )
-    refuse_other_config(out, plan)
+    stale_files(out, plan)  # raises early
     written = [item for item in items if item.output.fqn in plan.where]
     written.sort(key=lambda item: plan.start(item.output.fqn))
-    stale = re.compile(plan.stale)
-    with replaced_directory(out, keep=lambda entry: not stale.fullmatch(entry)) as directory:
+    with replaced_files(out, lambda: stale_files(out, plan)) as directory:
         with (
             closing(Writing(directory, plan)) as writing,
             progress(sum(item.source.tensor.nbytes for item in written)) as advance,
@@ -158,10 +160,11 @@ def _average(about: Manifest, name: str | None, where: Path) -> SavedAverage:
     return about.averages[names[0] if name is None else name]
 
 
-def _card(told: Mapping[str, Any], config: Path | None, base: Path | None) -> Card:
-    card = checked_card(told["card"]) if "card" in told else guessed_card(config or base)
-    directory = config or (None if card["texts"] or card["library"] == "plain" else base)
-    return card if directory is None else with_config(card, directory)
+def _card(told: Mapping[str, Any], base: Path | None) -> Card:
+    card = checked_card(told["card"]) if "card" in told else guessed_card(base)
+    if base is None or card["texts"] or card["library"] == "plain":
+        return card
+    return with_config(card, base)
 
 
 def _sources(average: SavedAverage) -> dict[str, Source]:

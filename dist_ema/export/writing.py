@@ -6,9 +6,11 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +18,16 @@ import torch
 
 from dist_ema.export.card import Card, name_in, texts_of
 from dist_ema.export.format import (
+    WRITTEN_BY,
     OutFile,
     TensorSpec,
     check_weights_name,
     index_name,
     index_text,
+    is_marked,
     max_bytes,
     out_files,
-    stale_files,
+    own_names,
 )
 from dist_ema.files import sync
 from dist_ema.layout import Box, Place, Shape
@@ -52,7 +56,7 @@ class Draft:
     files: dict[str, OutFile]
     texts: dict[str, str]  # further files, index included
     where: dict[str, tuple[str, str]]  # fqn -> file, name of the tensor in it
-    stale: str  # pattern of the files of an earlier export
+    own: str  # pattern of the names that weights and index of an export of this name can have
     is_variant: bool  # whether the library's own weights may lie beside it
 
     def start(self, fqn: str) -> tuple[str, int]:
@@ -87,7 +91,7 @@ def draft(
             "averaged; with adapters, average the active one only (params=) and name other layers "
             "in modules_to_save, or use gather_state_dict()"
         )
-    metadata = {"format": "pt"}
+    metadata = {"format": "pt", **WRITTEN_BY}
     if card["library"] == "plain":
         metadata |= dict(sorted((alias, o.fqn) for o in outputs for alias in o.aliases))
     specs = [TensorSpec(name, o.shape, o.dtype) for o in outputs if (name := names[o.fqn])]
@@ -100,12 +104,32 @@ def draft(
         texts[index] = index_text(files)
     file_of = {name: file for file, told in files.items() for name in told.starts}
     where = {fqn: (file_of[name], name) for fqn, name in names.items() if name is not None}
-    stale = stale_files(weights_name, index).pattern
-    return Draft(files, texts, where, stale, weights_name != card["weights_name"])
+    own = own_names(weights_name, index).pattern
+    return Draft(files, texts, where, own, weights_name != card["weights_name"])
 
 
-def refuse_other_config(path: Path, plan: Draft) -> None:
-    """Raise if a variant would change how the weights that lie beside it are read."""
+def stale_files(path: Path, plan: Draft) -> set[str]:
+    """The files of an earlier export that have no new version.
+
+    Raises:
+        ValueError: weights that no export wrote would stay and might be read in place of the new
+            ones (transformers prefers a single file to an index, diffusers an index to a single
+            file); or a variant has another dtype than the weights beside it, whose configuration
+            it shares.
+    """
+    stale = set()
+    for entry in list(path.iterdir()) if path.is_dir() else []:
+        if not re.fullmatch(plan.own, entry.name) or entry.name in (*plan.files, *plan.texts):
+            continue
+        with suppress(FileNotFoundError):  # another export may end just now
+            if is_marked(entry):
+                stale.add(entry.name)
+            elif "-of-" not in entry.name:  # which is read through an index only
+                raise ValueError(
+                    f"{entry} was not written by export(), and some loaders would read it in place "
+                    f"of {next(iter(plan.files))}; remove it, export to another directory, or "
+                    "change max_shard_size"
+                )
     for name, text in plan.texts.items():
         beside = path / name
         if not plan.is_variant or not name.endswith("config.json") or not beside.is_file():
@@ -116,6 +140,7 @@ def refuse_other_config(path: Path, plan: Draft) -> None:
                 f"{beside} says {found}, and loaders cast what they read to that; this export is "
                 f"{ours}: export with dtype=torch.{found}, or to another directory"
             )
+    return stale
 
 
 def _dtype_in(config: str) -> str | None:

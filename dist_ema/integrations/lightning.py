@@ -112,7 +112,7 @@ class EMACallback(Callback):
         update_every: int = 1,
         start_step: int = 0,
         params: str | Callable[[str, nn.Parameter], bool] = "trainable",
-        buffers: str = "copy",
+        buffers: str | Callable[[str, torch.Tensor], bool] = "copy",
         replicas: str = "split",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,

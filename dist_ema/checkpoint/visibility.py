@@ -1,0 +1,45 @@
+"""Files that a network file system shows to some hosts later than to others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from dist_ema.checkpoint.manifest import CheckpointError
+from dist_ema.files import becomes_visible, find
+from dist_ema.ranks import Ranks
+
+T = TypeVar("T")
+
+
+def retried_when_visible(path: Path, ranks: Ranks, read: Callable[[], T]) -> T:
+    """Read a checkpoint, again where it fails and only some ranks see all of it. Collective.
+
+    Costs nothing where reading succeeds or all ranks see the same names.
+
+    Args:
+        read: collective; raises `CheckpointError` on every rank or on none.
+    """
+    while True:
+        try:
+            return read()
+        except CheckpointError:
+            if not _becomes_visible_to_all(path, ranks):
+                raise
+
+
+def _becomes_visible_to_all(path: Path, ranks: Ranks) -> bool:
+    """Whether a rank did not see what another one saw, and all see it now. Collective."""
+    own = _names(path)
+    names: list[str] = ranks.broadcast(sorted(set[str]().union(*ranks.gather(own))))
+    if not ranks.any(not own.issuperset(names)):
+        return False
+    is_visible = becomes_visible(lambda: _names(path).issuperset(names))
+    return not ranks.any(not is_visible)
+
+
+def _names(path: Path) -> set[str]:
+    place = find(path)
+    return {str(each) for each in (place, *place.rglob("*")) if os.path.lexists(each)}

@@ -1,0 +1,134 @@
+"""Buffers may come, grow, shrink and go at any time; parameters and what is averaged may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_ema import ShardedEMA
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "plain": lambda net: net,
+    "ddp": DistributedDataParallel,
+    "fsdp1": lambda net: FullyShardedDataParallel(net, device_id=torch.device("cpu")),
+    "fsdp2": fully_shard,
+}
+
+
+class Net(nn.Module):
+    """A cache that grows, a buffer that the first forward fills, one that goes, one of no name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+        self.register_buffer("scale", None)
+        self.register_buffer("mask", torch.ones(3))
+        self.register_buffer("empty", torch.zeros(0))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = len(x)
+        if len(self.cache) < length:
+            self.cache = torch.ones(length)
+            self.empty = torch.full((length,), 3.0)
+        if self.scale is None:
+            self.scale = torch.tensor(2.0)
+            self.register_buffer("late", torch.arange(5))
+        self.mask = None
+        return self.linear(x) * self.scale
+
+
+def build(wrapper: str, **options: object) -> tuple[Net, nn.Module, ShardedEMA]:
+    net = Net()
+    model = WRAPPERS[wrapper](net)
+    return net, model, ShardedEMA(model, decay=0.5, **options)
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("ranks_that_forward", ["all", "first", "last"])
+def test_buffers_are_read_as_they_are(wrapper: str, ranks_that_forward: str, tmp_path: Path):
+    if wrapper != "plain" and ranks_that_forward != "all":
+        ranks_that_forward = "all"  # a forward of these is collective
+    _, model, ema = build(wrapper)
+    before = ema.gather_state_dict()
+    last = dist.get_world_size() - 1
+    mine = {"all": True, "first": not dist.get_rank(), "last": dist.get_rank() == last}
+    if mine[ranks_that_forward]:
+        with torch.no_grad():
+            model(torch.ones(6, 8))
+    assert ema.update()
+    with ema.average_parameters():
+        pass
+    state = ema.gather_state_dict()
+    ema.export(tmp_path / "out")
+    ema.save(tmp_path / "saved")
+    ema.load(tmp_path / "saved")
+    if dist.get_rank() == 0:
+        assert before.keys() == {"linear.weight", "linear.bias", "mask", "empty", "mean"}
+        # Of a buffer that several ranks have, the first one's is taken.
+        forwarded = ranks_that_forward != "last" or last == 0
+        wanted = {"linear.weight", "linear.bias", "empty", "mean", "scale", "late"}
+        if ranks_that_forward != "all" and last:
+            wanted.add("mask")  # of the rank that did not forward
+        assert state.keys() == wanted
+        assert state["late"].tolist() == list(range(5)) and state["scale"] == 2
+        assert len(state["empty"]) == (6 if forwarded else 0)
+        exported = load_file(tmp_path / "out/model.safetensors")
+        assert exported.keys() == state.keys()
+        assert all(torch.equal(exported[name], state[name]) for name in state)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("wrapper", ["plain", "ddp", "fsdp2"])
+def test_an_averaged_buffer_that_changes_its_shape_is_refused_on_every_rank(wrapper: str):
+    net, _, ema = build(wrapper, buffers="average")
+    if dist.get_rank() == 1:
+        net.mean = torch.zeros(7)
+        with pytest.raises(RuntimeError, match=r"mean: was shape \(4,\).* is shape \(7,\)"):
+            ema.update()
+    with pytest.raises(RuntimeError, match=r"mean: was shape \(4,\).* is shape \(7,\)"):
+        ema.gather_state_dict()
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("wrapper", ["plain", "ddp", "fsdp2"])
+def test_a_predicate_chooses_the_averaged_buffers(wrapper: str):
+    net, _, ema = build(wrapper, buffers=lambda fqn, buffer: fqn == "mean")
+    net.mean.fill_(4.0)
+    net.mask.fill_(8.0)
+    ema.update()
+    state = ema.gather_state_dict()
+    if dist.get_rank() == 0:
+        assert torch.equal(state["mean"], torch.full((4,), 2.0))
+        assert torch.equal(state["mask"], torch.full((3,), 8.0))
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("buffers", ["copy", "some"])
+def test_a_teacher_has_the_buffers_of_the_student(buffers: str):
+    class Counting(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.tensor(0))
+
+    student, teacher = Counting(), Counting()
+    chosen = "copy" if buffers == "copy" else lambda fqn, buffer: fqn == "mean"
+    ema = ShardedEMA(student, decay=0.5, buffers=chosen, into=teacher)
+    for length in (4, 6):
+        student(torch.ones(length, 8))
+        student.count += 1
+        ema.update()
+        assert teacher.count == student.count
+        assert torch.equal(teacher.late, student.late) and teacher.scale == 2
+        assert torch.equal(teacher.empty, student.empty)
