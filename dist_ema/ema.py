@@ -480,7 +480,9 @@ class ShardedEMA:
 
     # Resuming.
 
-    def save(self, path: str | Path, *, asynchronous: bool = False) -> Handle | None:
+    def save(
+        self, path: str | Path, *, asynchronous: bool = False, timeout: float = 300.0
+    ) -> Handle | None:
         """Write all averages, cut as they are, with their counters and schedules.
 
         A directory of safetensors files, one or a few of each rank, and a manifest with checksums;
@@ -494,21 +496,32 @@ class ShardedEMA:
                 follows waits for it first, and so does the end of the process. A signal that ends
                 the process at once, as SIGTERM does by default, loses this save; what was at
                 `path` stays.
+            timeout: seconds without progress after which an asynchronous save gives up the ranks
+                that have not written; `result()` raises on the others and names them, and the end
+                of the process waits no longer (for rank 0, up to 30 s more). A process that died
+                is usually noticed within seconds.
 
         Raises:
+            ValueError: `timeout` is not a positive number.
             CheckpointError: an average holds NaN or Inf (the tensors are named), a rank cannot
                 write, or `path` holds files of others or the working directory. On every rank; what
                 was at `path` is as it was.
 
         Collective: every rank calls it. Each rank writes what it owns; four small exchanges.
         """
-        self._meet("save()", {"asynchronous": asynchronous})
+        self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
         state = self._state()
         model = self._model()
         if self._ranks.rank == 0:  # which writes the manifest
             state["model"] = model
         return api.save(
-            path, self._parts(), self._tensors(), state, self._ranks, asynchronous=asynchronous
+            path,
+            self._parts(),
+            self._tensors(),
+            state,
+            self._ranks,
+            asynchronous=asynchronous,
+            timeout=timeout,
         )
 
     def load(self, path: str | Path, *, strict: bool = True, step: int | None = None) -> None:
@@ -613,6 +626,9 @@ class ShardedEMA:
                 isinstance(dtype, torch.dtype) and dtype.is_floating_point
             ):
                 raise ValueError(f"dtype is {dtype!r}, wanted a floating torch.dtype or None")
+            timeout = arguments.get("timeout", 1)
+            if not isinstance(timeout, int | float) or not timeout > 0:
+                raise ValueError(f"timeout is {timeout!r}, wanted a positive number of seconds")
             self._bound.follow()
 
     def _parts(self) -> dict[str, list[Part]]:

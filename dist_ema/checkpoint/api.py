@@ -20,7 +20,7 @@ import torch
 
 from dist_ema.checkpoint import background, checksums, consolidated, manifest, parsing
 from dist_ema.checkpoint.agreement import agreed, described, merged, refuse_different
-from dist_ema.checkpoint.background import Handle, Letters
+from dist_ema.checkpoint.background import TIMEOUT_S, Handle, Letters
 from dist_ema.checkpoint.blocks import Files, check_file
 from dist_ema.checkpoint.boxed import Part, TensorInfo
 from dist_ema.checkpoint.consolidated import open_any
@@ -56,6 +56,7 @@ def save(
     ranks: Ranks,
     *,
     asynchronous: bool = False,
+    timeout: float = TIMEOUT_S,
 ) -> Handle | None:
     """Write averages to a directory that all ranks share. Collective: every rank calls it.
 
@@ -71,6 +72,7 @@ def save(
         averages: what this rank holds of each, by name. Names in the same order on every rank.
         tensors: all that this rank knows to be averaged. Ranks that hold different parts of a model
             (pipeline stages) may know different tensors: one checkpoint holds all of them.
+        timeout: seconds without progress until an asynchronous save gives a rank up.
         state: JSON; see `dist_ema.checkpoint.parsing.check_state` for what it must have.
 
     Raises:
@@ -96,11 +98,17 @@ def save(
             broken = non_finite(averages)
     refuse_non_finite(broken, ranks)
     work = Save(place, averages, tensors, state)
+    letters: Letters | None = None
     try:
         _begin(work, ranks, asynchronous)
         if asynchronous:
-            rank, size = ranks.rank, ranks.size
-            return background.start(place, lambda: _write_apart(work, rank, size))
+            if ranks.size > 1:
+                with agreed(ranks):
+                    letters = work.letters(ranks.rank, ranks.size, timeout)
+                with agreed(ranks):
+                    letters.meet()
+            rank = ranks.rank
+            return background.start(place, lambda: _write_apart(work, rank, letters))
         with agreed(ranks):
             report = work.write(ranks.rank)
         reports = ranks.gather(report)
@@ -108,6 +116,8 @@ def save(
             if ranks.rank == 0:
                 work.finish(reports)
     except BaseException:
+        if letters is not None:
+            letters.close()
         if ranks.rank == 0:
             work.abandon()
         raise
@@ -241,10 +251,8 @@ def _begin(work: Save, ranks: Ranks, asynchronous: bool) -> None:
         work.check_seen()
 
 
-def _write_apart(work: Save, rank: int, size: int) -> None:
+def _write_apart(work: Save, rank: int, letters: Letters | None) -> None:
     """Write on a thread: what ranks tell one another goes through files."""
-    assert work.orders is not None
-    letters = Letters(Path(work.orders.letters), Path(work.orders.directory), rank, size)
     report: Report | None = None
     problem: Exception | None = None
     try:
@@ -253,25 +261,37 @@ def _write_apart(work: Save, rank: int, size: int) -> None:
         problem = error
         work.remove_own()
     own = {"problem": None if problem is None else described(problem), "report": report}
-    if rank > 0:
-        letters.report(own)
-        lost = letters.outcome(work.is_in_place)
-    else:
-        try:
-            told = [own, *(letters.reports() if size > 1 else [])]
-            problems = [each["problem"] if each else "could not write" for each in told]
-            if any(problems):
-                raise CheckpointError(merged(problems))
-            work.finish([each["report"] for each in told])
-            lost = None
-        except Exception as error:
-            problem, lost = problem or error, described(error)
-        if size > 1:
-            letters.conclude(lost)
-        if lost is not None:
-            work.abandon()
+    try:
+        if letters is not None and rank > 0:
+            letters.report(own)
+            lost = letters.outcome(work.is_in_place)
+        else:
+            lost = _finish_apart(work, own, letters)
+    except Exception as error:
+        problem, lost = problem or error, described(error)
+    finally:
+        if letters is not None:
+            letters.close()
     if lost is not None:
         raise CheckpointError(lost) from problem
+
+
+def _finish_apart(work: Save, own: dict[str, Any], letters: Letters | None) -> str | None:
+    """On rank 0: finish if all ranks have written, and tell them. Returns what went wrong."""
+    lost: str | None = None
+    try:
+        told = [own, *(letters.reports() if letters is not None else [])]
+        problems = [each["problem"] if each else "could not write" for each in told]
+        if any(problems):
+            raise CheckpointError(merged(problems))
+        work.finish([each["report"] for each in told])
+    except Exception as error:
+        lost = described(error)
+    if letters is not None:
+        letters.conclude(lost)
+    if lost is not None:
+        work.abandon()
+    return lost
 
 
 # Loading.

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from dist_ema.checkpoint import checksums, collector, manifest
+from dist_ema.checkpoint.background import Letters
 from dist_ema.checkpoint.boxed import Part, TensorInfo
 from dist_ema.checkpoint.manifest import (
     BLOCK_BYTES,
@@ -96,6 +97,12 @@ class Save:
                 f"{self.path}: this rank does not see {self.orders.directory}, which rank 0 made; "
                 "a checkpoint needs a directory that all ranks share"
             )
+
+    def letters(self, rank: int, size: int, timeout: float) -> Letters:
+        """Create what this rank needs to tell the others how it fared."""
+        assert self.orders is not None
+        box, written = Path(self.orders.letters), Path(self.orders.directory)
+        return Letters(box, written, rank, size, timeout)
 
     def write(self, rank: int) -> Report:
         """Write this rank's files and wait until they are on disk."""
