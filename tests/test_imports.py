@@ -194,3 +194,15 @@ def test_the_package_imports_nothing_before_it_is_used():
         "from dist_ema import *; assert set(dist_ema.__all__) <= set(globals())"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+def test_an_average_in_one_process_imports_no_sharded_tensors():
+    """They take a second to import."""
+    program = (
+        "import sys, torch; from dist_ema import ShardedEMA;"
+        "ShardedEMA(torch.nn.Linear(2, 2)).update();"
+        "print([name for name in sys.modules if name in"
+        " ('torch.distributed.tensor', 'torch.distributed.checkpoint', 'torch.distributed.fsdp')])"
+    )
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"

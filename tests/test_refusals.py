@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,3 +287,54 @@ def test_the_number_of_a_step_may_be_of_any_kind_of_integer():
     for step in (True, -1, 1.0, "1"):
         with pytest.raises(ValueError, match="wanted the number of an optimizer step"):
             ema.update(step=step)
+
+
+class Quantized(torch.Tensor):
+    """As torchao's weights: a floating-point tensor whose values are in other tensors."""
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor) -> Quantized:
+        made = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+        made.scale = values.abs().amax() / 127
+        made.integers = (values / made.scale).round().to(torch.int8)
+        return made
+
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+
+    def __tensor_flatten__(self):
+        return ["integers", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("wrapper", ["plain", "ddp", "fsdp2"])
+def test_a_quantized_frozen_weight_costs_nothing_and_is_refused_where_it_is_read(
+    wrapper: str, tmp_path: Path
+):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"base": nn.Linear(4, 4), "adapter": nn.Linear(4, 4)})
+    frozen = nn.Parameter(Quantized(model["base"].weight.detach()), requires_grad=False)
+    if wrapper == "fsdp2":
+        fully_shard(model["adapter"])
+    model["base"].weight = frozen
+    model["base"].bias.requires_grad_(False)
+    if wrapper == "ddp":
+        model["adapter"] = nn.parallel.DistributedDataParallel(model["adapter"])
+    ema = ShardedEMA(model, 0.5)
+    assert ema.update()
+    with ema.average_parameters():
+        pass
+    ema.save(tmp_path / "saved")
+    ema.load(tmp_path / "saved")
+    for call in (ema.gather_state_dict, lambda: ema.export(tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"base\.weight.*Quantized"):
+            call()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"base\.weight.*Quantized.*params="):
+        ShardedEMA(model, 0.5, params="all")

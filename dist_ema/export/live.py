@@ -78,6 +78,7 @@ def export(
             stale_files(path, plan)  # raises early
     plan = ranks.broadcast(plan)
     assert plan is not None
+    gatherer.refuse_unreadable(frozenset(plan.where))
     with ExitStack() as on_rank_0:
         directory = path
         with ranks.together():
