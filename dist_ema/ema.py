@@ -32,7 +32,6 @@ from dist_ema.export.live import export
 from dist_ema.gather import Gatherer, one_by_one, whole_tensors, write_into
 from dist_ema.hints import (
     PICKLES,
-    Count,
     no_attribute,
     no_call,
     no_keyword,
@@ -160,7 +159,7 @@ class ShardedEMA:
     @property
     def step(self) -> int:
         """Optimizer steps seen: calls of `update()` that counted, or the last `step` given."""
-        return Count(self._step)
+        return self._step
 
     @property
     def num_updates(self) -> int:
@@ -202,7 +201,7 @@ class ShardedEMA:
             raise no_attribute(self, name)
 
         def __call__(self, *arguments: object, **named: object) -> NoReturn:
-            raise no_call("average")
+            raise no_call()
 
     # Averaging.
 

@@ -38,7 +38,7 @@ environment() {  # TORCH: makes or mends its environment, and sets `python`
     # A constraint of this machine on torch must not stand against ours.
     local pip=(env PIP_CONSTRAINT="$VERSIONS/torch-$1/constraints.txt" DS_BUILD_OPS=0
         "$python" -m pip install -qq --disable-pip-version-check)
-    "${pip[@]}" torch numpy "setuptools>=77" wheel ninja py-cpuinfo
+    "${pip[@]}" torch numpy "setuptools>=77,<82" wheel ninja py-cpuinfo
     "${pip[@]}" --no-build-isolation deepspeed  # its build imports torch
     "${pip[@]}" --no-build-isolation -e ".[$extras]"
     echo "$(pwd) $pins" > "$VERSIONS/torch-$1/pins"

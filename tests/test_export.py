@@ -240,7 +240,9 @@ def test_transformers_loads_an_export(build, engine: str, tmp_path):
         ema.export(path, dtype=dtype, max_shard_size="2KB")
         if rank() == 0:
             assert len(list(path.glob("model-*.safetensors"))) > 1
-            loaded, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                path, torch_dtype="auto", output_loading_info=True
+            )
             assert type(loaded).__name__ == build().__class__.__name__
             assert not any(info.values()), info
             assert loaded.dtype == (dtype or torch.float32)

@@ -28,7 +28,13 @@ COUNTS = ("passed", "failed", "skipped")
 TIMEOUT_S = 5400
 
 # Failures that are not ours: versions of torch or DeepSpeed, a pattern of test names, the cause.
-KNOWN: tuple[tuple[str, str, str], ...] = ()
+KNOWN: tuple[tuple[str, str, str], ...] = (
+    (
+        r"deepspeed 0\.1[67]\.",
+        r"test_short_examples::test_deepspeed$",
+        "DeepSpeed's own: stage 3 with overlap_comm trains to NaN on the CPU, with no average too",
+    ),
+)
 
 
 def main(command: str, *arguments: str) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
 import logging
 import sys
 from collections.abc import Mapping
@@ -67,7 +70,7 @@ class Zero(Engine):
         trained = {n: p for n, p in training.net.named_parameters() if p.requires_grad}
         if self.zero.get("round_robin_gradients"):  # safe_get_full_fp32_param is wrong there
             masters = masters_by_address(training.optimizer, trained)
-        elif self.stage == 0 and self.bf16 is not None:  # and returns None there
+        elif hasattr(training.optimizer, "fp32_groups"):  # and returns None there
             masters = masters_of_unfused(training.optimizer, trained)
         elif self.stage == 0:
             masters = trained
@@ -102,6 +105,16 @@ def library() -> Any:
     if autocast := sys.modules.get("deepspeed.runtime.torch_autocast"):  # since DeepSpeed 0.17
         autocast.TORCH_AUTOCAST_INITIALIZED = False  # an engine sets it for all that follow
     return deepspeed
+
+
+def skip_without_overflow_checks(stage: int) -> None:
+    """In bf16 DeepSpeed looks for overflows since 0.17, at stages 0 and 3 after 0.18."""
+    known = importlib.util.find_spec("deepspeed.runtime.precision_config") is not None
+    if stage in (0, 3):
+        module = importlib.import_module("deepspeed.runtime.zero.stage3")
+        known = known and "update_scale=True" in inspect.getsource(module)
+    if not known:
+        pytest.skip("this DeepSpeed applies a step in bf16 that overflows")
 
 
 def _put_into(net: Net, built: Net) -> None:

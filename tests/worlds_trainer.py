@@ -93,6 +93,7 @@ def trainer_of(
                 stack.enter_context(several_devices_named_cpu())
                 # accelerate reads these; transformers before 5 reads no "version".
                 os.environ["FSDP_VERSION"] = "2"
+                os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
                 os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
                 os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer"
                 config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
