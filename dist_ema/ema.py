@@ -487,7 +487,9 @@ class ShardedEMA:
 
     # Resuming.
 
-    def save(self, path: str | Path, *, asynchronous: bool = False) -> Handle | None:
+    def save(
+        self, path: str | Path, *, asynchronous: bool = False, timeout: float = 300.0
+    ) -> Handle | None:
         """Write all averages, cut as they are, with their counters and schedules.
 
         A directory of safetensors files, one or a few of each rank, and a manifest with checksums;
@@ -498,21 +500,35 @@ class ShardedEMA:
             path: directory on a file system that all ranks share.
             asynchronous: return after one copy of this rank's bytes and write in the background.
                 The handle's `result()` waits, and raises what went wrong. A save or load that
-                follows waits for it first, and so does the end of the process.
+                follows waits for it first, and so does the end of the process. A signal that ends
+                the process at once, as SIGTERM does by default, loses this save; what was at
+                `path` stays.
+            timeout: seconds without progress after which an asynchronous save gives up the ranks
+                that have not written; `result()` raises on the others and names them, and the end
+                of the process waits no longer (for rank 0, up to 30 s more). A process that died
+                is usually noticed within seconds.
 
         Raises:
-            CheckpointError: an average holds NaN or Inf (the tensors are named), or a rank cannot
-                write. On every rank; what was at `path` is as it was.
+            ValueError: `timeout` is not a positive number.
+            CheckpointError: an average holds NaN or Inf (the tensors are named), a rank cannot
+                write, or `path` holds files of others or the working directory. On every rank; what
+                was at `path` is as it was.
 
         Collective: every rank calls it. Each rank writes what it owns; four small exchanges.
         """
-        self._meet("save()", {"asynchronous": asynchronous})
+        self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
         state = self._state()
         model = self._model()
         if self._ranks.rank == 0:  # which writes the manifest
             state["model"] = model
         return api.save(
-            path, self._parts(), self._tensors(), state, self._ranks, asynchronous=asynchronous
+            path,
+            self._parts(),
+            self._tensors(),
+            state,
+            self._ranks,
+            asynchronous=asynchronous,
+            timeout=timeout,
         )
 
     def load(self, path: str | Path, *, strict: bool = True, step: int | None = None) -> None:
@@ -565,18 +581,21 @@ class ShardedEMA:
     def state_dict(self) -> dict[str, Any]:
         """For `torch.distributed.checkpoint`: `dcp.save({"model": ..., "ema": ema})`. Local.
 
-        Values are tensors that it cuts and reshards, and share the average's storage. On one rank
-        alone they are no full state dict; `gather_state_dict()` is.
+        Values are tensors that it cuts and reshards, and share the average's storage. One process
+        without others has plain tensors, which `torch.save` and `torch.load(weights_only=True)`
+        take. A rank among others has a part only; `gather_state_dict()` gives whole tensors.
         """
         self._bound.marks.refuse("state_dict()")
         self._bound.follow()
-        return stateful.state_dict(self._parts(), self._tensors(), self._state())
+        return stateful.state_dict(
+            self._parts(), self._tensors(), self._state(), alone=self._ranks.size == 1
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take what `torch.distributed.checkpoint` filled in. Local.
 
         Raises:
-            CheckpointError: it is of other averages or tensors. Nothing has changed.
+            CheckpointError: it lacks an average, or is of other tensors. Nothing has changed.
         """
         self._bound.marks.refuse("load_state_dict()", mends=True)
         self._bound.follow()
@@ -614,6 +633,9 @@ class ShardedEMA:
                 isinstance(dtype, torch.dtype) and dtype.is_floating_point
             ):
                 raise ValueError(f"dtype is {dtype!r}, wanted a floating torch.dtype or None")
+            timeout = arguments.get("timeout", 1)
+            if not isinstance(timeout, int | float) or not timeout > 0:
+                raise ValueError(f"timeout is {timeout!r}, wanted a positive number of seconds")
             self._bound.follow()
 
     def _parts(self) -> dict[str, list[Part]]:
@@ -666,8 +688,11 @@ class ShardedEMA:
         self._mixed = {
             name
             for name, average in state.get("averages", {}).items()
-            if average.get("mixed")
-            or not same_rule(average["schedule"], own["averages"][name]["schedule"])
+            if name in self.names
+            and (
+                average.get("mixed")
+                or not same_rule(average["schedule"], own["averages"][name]["schedule"])
+            )
         }
         if not state.get("averages") and state.get("step"):
             self._mixed = set(self.names)  # made by a rule that nothing tells of

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -42,8 +43,7 @@ def replaced_directory(path: Path, keep: Callable[[str], bool] | None = None) ->
     path = target(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} exists and is no directory")
-    if Path.cwd().is_relative_to(path.resolve()):
-        raise ValueError(f"{path} holds the working directory and cannot be replaced under it")
+    refuse_working_directory(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_stale(path)
     new = sibling(path, "tmp")
@@ -66,6 +66,22 @@ def target(path: Path) -> Path:
     return path.resolve() if path.is_symlink() or ".." in path.parts else path.absolute()
 
 
+def refuse_working_directory(path: Path) -> None:
+    """Refuse to replace a directory that holds the working directory of this process.
+
+    Raises:
+        ValueError: relative paths would lead into the directory that was removed.
+    """
+    try:
+        inside = Path.cwd().is_relative_to(path.resolve())
+    except FileNotFoundError:  # the working directory was removed
+        inside = False
+    if inside:
+        raise ValueError(
+            f"{path} holds the working directory and cannot be replaced; give a directory below it"
+        )
+
+
 def sibling(path: Path, kind: str) -> Path:
     """A fresh hidden name beside a path; `kind` is one of those of `clear_stale`."""
     return path.parent / f".{path.name}.{kind}-{uuid.uuid4().hex[:8]}"
@@ -74,12 +90,69 @@ def sibling(path: Path, kind: str) -> Path:
 def clear_stale(path: Path) -> None:
     """Remove what killed writers of this path left beside it; put the old one back if it is all.
 
-    Only for the one process that writes `path` next: what another one writes just now would go too.
+    What another process is writing is left alone if it holds the lock of `locked_sibling`. A
+    directory is renamed before it is emptied, so that its writer, if there is one that holds no
+    lock, fails instead of putting an empty directory in the place of a checkpoint.
     """
     if not path.exists() and (old := _latest_old(path)) is not None:
         os.rename(old, path)
-    for entry in _siblings(path, "tmp|old|mail"):
-        shutil.rmtree(entry, ignore_errors=True)
+    for entry in _siblings(path, "tmp|old|mail|trash"):
+        if _is_locked(entry):
+            continue
+        trash = sibling(path, "trash")
+        try:
+            os.rename(entry, trash)
+        except OSError:  # another process has renamed it
+            continue
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def locked_sibling(path: Path, kind: str) -> tuple[Path, int]:
+    """Make a sibling that `clear_stale` of other processes leaves alone.
+
+    Returns:
+        The directory, and the file descriptor that holds its lock. The kernel releases the lock
+        when this process ends; `release` does it earlier.
+    """
+    while True:
+        directory = sibling(path, kind)
+        directory.mkdir()
+        try:
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:  # removed by another process before it was locked
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # being removed, or a file system without locks
+            pass
+        if directory.exists():
+            return directory, fd
+        os.close(fd)
+
+
+def release(fd: int) -> None:
+    """Release a lock, also where a forked child has inherited the descriptor."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    except OSError:  # a file system without locks
+        pass
+    os.close(fd)
+
+
+def _is_locked(directory: Path) -> bool:
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return False
 
 
 def find(path: Path) -> Path:
@@ -136,11 +209,14 @@ def put_in_place(new: Path, path: Path, keep: Callable[[str], bool] | None = Non
             except OSError:
                 os.rename(old, path)
                 raise
-        late = [] if keep is None else [e for e in old.iterdir() if e.name not in seen]
-        for entry in late:
-            # What somebody else wrote there while the others were carried over.
-            if not (path / entry.name).exists():
-                os.rename(entry, path / entry.name)
+        try:
+            late = [] if keep is None else [e for e in old.iterdir() if e.name not in seen]
+            for entry in late:
+                # What somebody else wrote there while the others were carried over.
+                if not (path / entry.name).exists():
+                    os.rename(entry, path / entry.name)
+        except FileNotFoundError:  # another process that saves to this path has cleared it away
+            pass
         sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     sync(path.parent)

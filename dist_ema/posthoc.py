@@ -25,7 +25,7 @@ import torch
 from dist_ema.checkpoint.combine import Result, Term, combine
 from dist_ema.checkpoint.manifest import CheckpointError
 from dist_ema.checkpoint.reader import Source
-from dist_ema.checkpoint.writer import is_ours, refuse_foreign, written_by
+from dist_ema.checkpoint.writer import refuse_foreign, written_by
 from dist_ema.files import replaced_directory, target
 from dist_ema.profiles import Fit, Profile, fit
 from dist_ema.schedule import PowerFunction, decay_at, to_json
@@ -210,7 +210,7 @@ def _write(
             refuse_foreign(one.path)
             try:
                 directory = replacing.enter_context(
-                    replaced_directory(one.path, keep=_foreign_to(one.path))
+                    replaced_directory(one.path, keep=lambda entry: False)
                 )
             except OSError as error:
                 raise CheckpointError(f"{one.path}: {error.strerror or error}") from error
@@ -294,8 +294,3 @@ def _account(made: Synthesis) -> dict[str, object]:
             for (path, name), x in made.coefficients.items()
         ],
     }
-
-
-def _foreign_to(path: Path) -> Callable[[str], bool]:
-    """Which entries of a checkpoint are not its own, and stay when it is replaced."""
-    return lambda entry: not is_ours(path / entry)

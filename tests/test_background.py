@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -41,13 +42,13 @@ def test_a_save_in_the_background_has_the_values_of_the_call(tmp_path: Path):
 @pytest.mark.ranks(2)
 def test_what_follows_waits_for_the_save_before(tmp_path: Path):
     ranks, path = Ranks(), tmp_path / "a"
-    write_data = writer.ShardWriter.write_data
+    write_data = writer.Save.write
 
     def slow(self, *args):
         time.sleep(0.3)
         return write_data(self, *args)
 
-    writer.ShardWriter.write_data = slow
+    writer.Save.write = slow
     try:
         first = write(path, ranks, seed=1, asynchronous=True)
         second = write(path, ranks, seed=2, asynchronous=True)
@@ -62,7 +63,7 @@ def test_what_follows_waits_for_the_save_before(tmp_path: Path):
         assert third.done()
         assert seed_at(path, ranks) == 4
     finally:
-        writer.ShardWriter.write_data = write_data
+        writer.Save.write = write_data
     dist.barrier()
     assert beside(path) == []
 
@@ -99,27 +100,164 @@ def test_a_failure_in_the_background_is_raised_on_every_rank(tmp_path: Path, fai
 
 
 @pytest.mark.ranks(2)
-def test_a_rank_that_is_not_heard_of_is_given_up(tmp_path: Path):
+@pytest.mark.parametrize("stuck", [0, 1])
+def test_a_rank_without_progress_is_given_up_after_the_timeout(tmp_path: Path, stuck: int):
     ranks, path = Ranks(), tmp_path / "a"
     write(path, ranks, seed=1)
-    report, limit = background.Letters.report, background.STALL_S
+    write_data = writer.Save.write
 
-    def late(self, content):
-        while self._box.exists():
-            time.sleep(0.05)
-        report(self, content)
+    def late(self, rank):
+        report = write_data(self, rank)
+        if rank == stuck:
+            time.sleep(3)
+        return report
 
-    background.Letters.report, background.STALL_S = late, 0.5
-    told = (r"ranks \[1\] were not heard of for 0", "gave the save up before this rank")
+    told = [
+        [r"rank 0: has made no progress", "rank 1: gave the save up, having waited"],
+        [r"rank 1: has made no progress for 0.5 s", "rank 0 gave the save up before this rank"],
+    ][stuck][ranks.rank == stuck]
+    writer.Save.write, begun = late, time.monotonic()
     try:
-        handle = write(path, ranks, seed=2, asynchronous=True)
-        with pytest.raises(CheckpointError, match=told[ranks.rank]):
+        handle = write(path, ranks, seed=2, asynchronous=True, timeout=0.5)
+        with pytest.raises(CheckpointError, match=told):
             handle.result()
+        if ranks.rank != stuck:
+            assert time.monotonic() - begun < 2.5
     finally:
-        background.Letters.report, background.STALL_S = report, limit
+        writer.Save.write = write_data
     dist.barrier()
     assert seed_at(path, ranks) == 1
     assert beside(path) == []
+
+
+DYING = """
+import os, signal, sys, time, torch, torch.distributed as dist
+from pathlib import Path
+from dist_ema.checkpoint import writer
+from dist_ema.checkpoint.api import CheckpointError
+from dist_ema.ranks import Ranks
+from tests.cuts import write
+
+torch.set_num_threads(1)
+directory, victim = Path(sys.argv[1]), int(sys.argv[2])
+rank = 0
+while rank < 2 and os.fork():
+    rank += 1
+if rank == 2:
+    print(sorted(os.wait()[1] for _ in range(2)))
+    sys.exit()
+store = f"file://{directory}/store"
+dist.init_process_group("gloo", rank=rank, world_size=2, init_method=store)
+write(directory / "a", Ranks(), seed=1)
+write_data = writer.Save.write
+def dying(self, rank):
+    report = write_data(self, rank)
+    if rank == victim:
+        if os.fork() == 0:  # a child, as a data loader's worker, that lives on
+            while not (directory / "end").exists():
+                time.sleep(0.05)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return report
+writer.Save.write = dying
+handle, begun = write(directory / "a", Ranks(), seed=2, asynchronous=True), time.monotonic()
+try:
+    handle.result()
+except CheckpointError as error:
+    assert f"rank {victim}: " in str(error) and " ended before " in str(error), error
+    assert time.monotonic() - begun < 10
+    os._exit(0)
+os._exit(1)
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_noticed_and_named(tmp_path: Path, victim: int):
+    command = [sys.executable, "-c", DYING, tmp_path, str(victim)]
+    with open(tmp_path / "out", "w+") as out:
+        subprocess.run(command, cwd=ROOT, stdout=out, check=True, timeout=100)
+        out.seek(0)
+        assert out.read().strip() == "[0, 9]"
+    assert seed_at(tmp_path / "a", Ranks.alone()) == 1
+    (tmp_path / "end").touch()
+    time.sleep(0.5)  # for the child to end, which holds the lock of rank 0's directories
+    write(tmp_path / "a", Ranks.alone(), seed=3)
+    assert seed_at(tmp_path / "a", Ranks.alone()) == 3
+    assert beside(tmp_path / "a") == ["end", "out", "store"]
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_that_cannot_create_its_file_is_told_of_on_every_rank(tmp_path: Path):
+    ranks, path = Ranks(), tmp_path / "a"
+    write(path, ranks, seed=1)
+    reserve = background._reserve
+
+    def refuse(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    if ranks.rank == 1:
+        background._reserve = refuse
+    try:
+        with pytest.raises(CheckpointError, match=r"rank 1: .*\.rank-1: Permission denied"):
+            write(path, ranks, seed=2, asynchronous=True)
+    finally:
+        background._reserve = reserve
+    dist.barrier()
+    assert seed_at(path, ranks) == 1
+    assert beside(path) == []
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("filling", [0, 1])
+def test_a_full_disk_is_told_of_on_every_rank(tmp_path: Path, filling: int):
+    """Full to the last byte while the data are written, and still full when the end is told."""
+    ranks, disk = Ranks(), tmp_path / "disk"
+    path = disk / "a"
+    if ranks.rank == 0:
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+        subprocess.run(command, check=False, capture_output=True)
+    dist.barrier()
+    if not os.path.ismount(disk):
+        pytest.skip("mounting a tmpfs is not allowed")
+    write_data, remove_own = writer.Save.write, writer.Save.remove_own
+
+    def fill_disk():
+        with open(disk / "filler", "ab", buffering=0) as file, pytest.raises(OSError):
+            while True:
+                file.write(bytes(1000))
+
+    def fill(self, rank):
+        if rank == filling:
+            fill_disk()
+            return write_data(self, rank)
+        while not (disk / "filler").exists():
+            time.sleep(0.01)
+        return []
+
+    try:
+        write(path, ranks, seed=1)
+        writer.Save.write, writer.Save.remove_own = fill, lambda self: None
+        begun = time.monotonic()
+        handle = write(path, ranks, seed=2, asynchronous=True)
+        with pytest.raises(CheckpointError, match=r"shard-.*No space left on device"):
+            handle.result()
+        assert time.monotonic() - begun < 5
+        writer.Save.write, writer.Save.remove_own = write_data, remove_own
+        assert seed_at(path, ranks) == 1
+        dist.barrier()
+        assert beside(path) == ["filler"]
+        if ranks.rank == 0:
+            fill_disk()
+        dist.barrier()
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            write(path, ranks, seed=2, asynchronous=True)  # refused while ranks meet
+        assert seed_at(path, ranks) == 1
+    finally:
+        writer.Save.write, writer.Save.remove_own = write_data, remove_own
+        dist.barrier()
+        if ranks.rank == 0:
+            subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
 @pytest.mark.ranks(2)
@@ -127,19 +265,19 @@ def test_a_rank_that_is_not_heard_of_is_given_up(tmp_path: Path):
 def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ending: str):
     ranks, path = Ranks(), tmp_path / "a"
     outcome, limit = background.Letters.outcome, background._ACKNOWLEDGE_S
-    finish = writer.ShardWriter.finish
+    finish = writer.Save.finish
 
     def late(self, is_in_place):
         while self._box.exists():
             time.sleep(0.01)
         return outcome(self, is_in_place)
 
-    def fail(self, metadata, results):
+    def fail(self, reports):
         raise OSError(5, "Input/output error", "manifest.json")
 
     background.Letters.outcome, background._ACKNOWLEDGE_S = late, 0.05
     if ending == "badly":
-        writer.ShardWriter.finish = fail
+        writer.Save.finish = fail
     try:
         handle = write(path, ranks, seed=2, asynchronous=True)
         if ending == "well":
@@ -149,7 +287,7 @@ def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ending: 
                 handle.result()
     finally:
         background.Letters.outcome, background._ACKNOWLEDGE_S = outcome, limit
-        writer.ShardWriter.finish = finish
+        writer.Save.finish = finish
     dist.barrier()
     assert path.exists() == (ending == "well")
     assert beside(path) == []
@@ -178,13 +316,13 @@ else:
 os.dup2(os.open(directory / f"{ending}-{rank}.txt", os.O_CREAT | os.O_WRONLY), 2)
 store = f"file://{directory}/{ending}.store"
 dist.init_process_group("gloo", rank=rank, world_size=2, init_method=store)
-write_data = writer.ShardWriter.write_data
+write_data = writer.Save.write
 def slow(self, *args):
     time.sleep(0.5)
     if ending == "badly" and rank == 1:
         raise OSError(28, "No space left on device", "shard")
     return write_data(self, *args)
-writer.ShardWriter.write_data = slow
+writer.Save.write = slow
 write(directory / ending / "a", Ranks(), seed=3, asynchronous=True)
 dist.destroy_process_group()
 """

@@ -318,8 +318,10 @@ def test_what_is_no_checkpoint_is_not_replaced_and_files_of_others_stay(tmp_path
     with pytest.raises(CheckpointError, match=r"no checkpoint \(it holds thesis.tex\)"):
         write(tmp_path / "full", ranks)
     write(tmp_path / "empty", ranks)
-    write(path, ranks, seed=1, cut="last")
-    assert seed_at(path, ranks) == 1
+    for asynchronous in (False, True):
+        with pytest.raises(CheckpointError, match=r"not part of the checkpoint \(config, notes"):
+            write(path, ranks, seed=1, cut="last", asynchronous=asynchronous)
+    assert seed_at(path, ranks) == 0
     assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
     assert (path / "notes.txt").read_text() == "mine"
     assert (path / "config" / "x.json").read_text() == "mine"
@@ -328,7 +330,6 @@ def test_what_is_no_checkpoint_is_not_replaced_and_files_of_others_stay(tmp_path
         "manifest.json",
         "notes.txt",
     ]
-    assert len(list(path.glob("shard-*"))) == 2
     assert beside(path) == ["empty", "file", "full"]
 
 
@@ -342,9 +343,100 @@ def test_a_link_is_followed(tmp_path: Path):
     assert seed_at(tmp_path / "a", ranks) == 1
 
 
+@pytest.mark.ranks(2)
+def test_a_file_that_appears_during_a_save_stays(tmp_path: Path):
+    ranks, path = Ranks(), tmp_path / "a"
+    write(path, ranks)
+    exchange = files._exchange
+
+    def disturbed(a, b):
+        (path / "notes.txt").write_text("mine")
+        return exchange(a, b)
+
+    files._exchange = disturbed
+    try:
+        write(path, ranks, seed=1)
+    finally:
+        files._exchange = exchange
+    assert seed_at(path, ranks) == 1
+    assert (path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.ranks(2)
+def test_the_working_directory_is_not_replaced(tmp_path: Path):
+    ranks, before = Ranks(), Path.cwd()
+    inside = tmp_path / "run" / "now"
+    inside.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    os.chdir(inside)
+    try:
+        for path in (".", "..", inside):
+            with pytest.raises(CheckpointError, match="holds the working directory"):
+                write(Path(path), ranks)
+        assert list(inside.iterdir()) == []
+        dist.barrier()
+        write(Path("below"), ranks, seed=1)
+        assert seed_at(Path("below"), ranks) == 1
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.ranks(2)
+def test_two_jobs_that_save_to_one_path_lose_no_checkpoint(tmp_path: Path):
+    """Each rank is a job of its own."""
+    ranks, path = Ranks(), tmp_path / "a"
+    if ranks.rank == 0:
+        write(path, Ranks.alone())
+    dist.barrier()
+    for seed in range(20):
+        write(path, Ranks.alone(), seed=seed)
+        assert (path / "manifest.json").exists()
+    dist.barrier()
+    assert seed_at(path, ranks) == 19
+    assert beside(path) == []
+
+
+@pytest.mark.ranks(2)
+def test_what_another_job_writes_is_not_cleared_away(tmp_path: Path):
+    path = tmp_path / "a"
+    if Ranks().rank == 0:
+        directory, lock = files.locked_sibling(path, "tmp")
+        stale = files.sibling(path, "tmp")
+        stale.mkdir()
+        files.clear_stale(path)
+        assert directory.exists() and not stale.exists()
+        files.release(lock)
+        files.clear_stale(path)
+        assert not directory.exists()
+
+
+@pytest.mark.ranks(2, 4)
+def test_ranks_may_hold_different_parts_of_one_model(tmp_path: Path):
+    """As pipeline stages do: one checkpoint holds all of them."""
+    ranks = Ranks()
+    mine = [t for i, t in enumerate(TENSORS) if i % ranks.size == ranks.rank]
+    parts = parts_of("rows", mine, full(TENSORS), Ranks.alone())
+    for asynchronous in (False, True):
+        path = tmp_path / str(asynchronous)
+        options = {"asynchronous": asynchronous}
+        handle = save(path, {"ema": parts}, mine, state_of(step=0), ranks, **options)
+        if handle is not None:
+            handle.result()
+        back = blank("rows", mine, Ranks.alone())
+        load(path, {"ema": back}, mine, ranks)
+        assert not differing(back, parts_of("rows", mine, full(TENSORS), Ranks.alone()))
+        assert seed_at(path, ranks) == 0  # all of it, in another cut
+    other = infos({"x": (2, 1 + ranks.rank)})
+    parts = parts_of("rows", other, full(other), Ranks.alone())
+    with pytest.raises(CheckpointError, match=r"x is .*\(2, 1\) on rank 0 and .*\(2, 2\)"):
+        save(tmp_path / "b", {"ema": parts}, other, state_of(step=0), ranks)
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.ranks(0)
 def test_debris_of_killed_saves_is_cleared_by_the_next(tmp_path: Path):
     ranks, path = Ranks(), tmp_path / "a"
+    write(path, ranks)
     for name in (".a.tmp-0123abcd", ".a.old-0123abcd", ".a.mail-0123abcd"):
         (tmp_path / name / "below").mkdir(parents=True)
     others = [".a.tmp-0123abcd.txt", ".b.tmp-0123abcd", "a.tmp-0123abcd", ".a.tmp-notes"]

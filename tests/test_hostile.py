@@ -23,9 +23,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from dist_ema import files
-from dist_ema.checkpoint import collector, consolidated, manifest, parsing, verify
+from dist_ema.checkpoint import api, collector, consolidated, manifest, parsing, verify
 from dist_ema.checkpoint.api import CheckpointError, load, save
-from dist_ema.checkpoint.reader import ShardReader
 from dist_ema.ranks import Ranks
 from tests.cuts import (
     SEVERAL_BLOCKS,
@@ -193,24 +192,28 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
 def test_what_changes_under_a_load_is_noticed(tmp_path: Path):
     ranks, path = Ranks(), tmp_path / "a"
     write(path, ranks, seed=1)
-    check = ShardReader.check
+    fill = api._fill
 
-    def replaced(self, plan):
-        check(self, plan)
+    def replaced(*args, copying):
+        fill(*args, copying=copying)
+        if copying:
+            return
         dist.barrier()
         if ranks.rank == 0:
             write(path, Ranks.alone(), seed=2)
         dist.barrier()
 
-    ShardReader.check = replaced
+    api._fill = replaced
     try:  # the files that were open are those of the checkpoint that was opened
         assert seed_at(path, ranks) == 1
     finally:
-        ShardReader.check = check
+        api._fill = fill
     assert seed_at(path, ranks) == 2
 
-    def altered(self, plan):
-        check(self, plan)
+    def altered(*args, copying):
+        fill(*args, copying=copying)
+        if copying:
+            return
         dist.barrier()
         if ranks.rank == 0:
             for file in path.glob("shard-*"):
@@ -219,12 +222,12 @@ def test_what_changes_under_a_load_is_noticed(tmp_path: Path):
                     opened.write(b"\x55")
         dist.barrier()
 
-    ShardReader.check = altered
+    api._fill = altered
     try:
         with pytest.raises(CheckpointError, match=r"is altered .* in part: load again"):
             load(path, {"ema": blank("rows", TENSORS, ranks)}, TENSORS, ranks)
     finally:
-        ShardReader.check = check
+        api._fill = fill
 
 
 # Disks that ranks do not share, or that are full.
@@ -536,6 +539,11 @@ def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path):
         file.truncate(1 << 40)  # sparse
     with PeakMemory() as peak:
         refused(path, Ranks(), "is 1099511627776 bytes long, which no manifest is")
+    assert peak() < 16e6
+    write(path.with_name("b"), Ranks())
+    os.truncate(path.with_name("b") / "manifest.json", 900 << 20)
+    with PeakMemory() as peak:
+        refused(path.with_name("b"), Ranks(), r"has 943718400 bytes, \d+ were written")
     assert peak() < 16e6
 
 

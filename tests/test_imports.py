@@ -45,7 +45,6 @@ LAYERS = [
         "checkpoint.agreement",
         "checkpoint.background",
         "checkpoint.parsing",
-        "checkpoint.planners",
         "checkpoint.snapshot",
         "checkpoint.visibility",
         "plan",

@@ -633,10 +633,12 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path):
         synthesize(paths, sigma_rel=0.07, out=tmp_path / "file")
     (tmp_path / "out" / "thesis.tex").unlink()
     synthesize(paths, sigma_rel=0.07, out=tmp_path / "out")
-    (tmp_path / "out" / "notes.txt").write_text("kept")
-    made = synthesize(paths, sigma_rel=0.09, out=tmp_path / "out")
-    assert (tmp_path / "out" / "notes.txt").read_text() == "kept"
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="not part of the checkpoint"):
+        synthesize(paths, sigma_rel=0.09, out=tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     (tmp_path / "out" / "notes.txt").unlink()
+    made = synthesize(paths, sigma_rel=0.09, out=tmp_path / "out")
     check_sum(made)
 
 
@@ -796,6 +798,9 @@ def test_a_result_in_the_place_of_several_averages_leaves_none_of_them(tmp_path:
     for path in ("kept", "place"):
         ema.save(tmp_path / path)
     (tmp_path / "place" / "notes").mkdir()
+    with pytest.raises(CheckpointError, match=r"not part of the checkpoint \(notes\)"):
+        synthesize([tmp_path / "kept"], sigma_rel=0.05, out=tmp_path / "place")
+    (tmp_path / "place" / "notes").rmdir()
     synthesize([tmp_path / "kept"], sigma_rel=0.05, out=tmp_path / "place")
     names = {entry.name for entry in (tmp_path / "place").iterdir()}
-    assert {"narrow", "wide"} & names == set() and "notes" in names
+    assert {"narrow", "wide"} & names == set()

@@ -161,3 +161,59 @@ def test_an_average_that_is_broken_on_one_rank_is_not_saved(world: World, tmp_pa
     with pytest.raises(CheckpointError, match="NaN or Inf in"):
         ema.save(tmp_path / "ema")
     assert not (tmp_path / "ema").exists()
+
+
+@pytest.mark.ranks(0, 2)
+@pytest.mark.parametrize("by", ["load", "dcp"])
+def test_fewer_averages_than_were_saved_are_loaded(tmp_path: Path, by: str):
+    net = torch.nn.Linear(3, 2)
+    torch.nn.init.zeros_(net.weight)
+    saved = ShardedEMA(net, {"short": 0.5, "long": 0.75})
+    with torch.no_grad():
+        net.weight.fill_(1.0)
+    saved.update()
+    if by == "load":
+        saved.save(tmp_path / "a")
+    else:
+        dcp.save({"ema": saved}, checkpoint_id=tmp_path / "a")
+
+    def back(name: str) -> ShardedEMA:
+        ema = ShardedEMA(net, {name: 0.75})
+        if by == "load":
+            with pytest.warns(UserWarning, match="'short' are not loaded"):
+                ema.load(tmp_path / "a")
+        else:
+            dcp.load({"ema": ema}, checkpoint_id=tmp_path / "a")
+        return ema
+
+    ema = back("long")
+    assert (ema.step, ema.num_updates) == (1, 1)
+    whole = ema.gather_state_dict("long")
+    assert not whole or torch.equal(whole["weight"], torch.full((2, 3), 0.25))
+
+
+def test_a_state_dict_with_another_average_changes_nothing():
+    net = torch.nn.Linear(3, 2)
+    ema = ShardedEMA(net, {"other": 0.5})
+    before = ema.gather_state_dict("other")
+    with torch.no_grad():
+        net.weight.add_(1.0)
+    state = ShardedEMA(net, {"short": 0.5}).state_dict()
+    with pytest.raises(CheckpointError, match="no average named 'other'; it has 'short'"):
+        ema.load_state_dict(state)
+    assert torch.equal(before["weight"], ema.gather_state_dict("other")["weight"])
+
+
+def test_one_process_has_plain_tensors_in_its_state_dict(tmp_path: Path):
+    net = torch.nn.Linear(3, 2)
+    net.register_parameter("scale", torch.nn.Parameter(torch.tensor(2.0)))
+    saved = ShardedEMA(net, 0.5)
+    torch.save(saved.state_dict(), tmp_path / "ema.pt")
+    expected = saved.gather_state_dict()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(1.0)
+    ema = ShardedEMA(net, 0.5)
+    ema.load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True))
+    found = ema.gather_state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

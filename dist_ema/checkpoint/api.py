@@ -10,7 +10,6 @@ the same error is raised on every rank.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -18,26 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.checkpoint.storage import WriteResult
 
-from dist_ema.checkpoint import background, collector, consolidated, manifest, parsing
+from dist_ema.checkpoint import background, checksums, consolidated, manifest, parsing
 from dist_ema.checkpoint.agreement import agreed, described, merged, refuse_different
-from dist_ema.checkpoint.background import Handle, Letters
+from dist_ema.checkpoint.background import TIMEOUT_S, Handle, Letters
 from dist_ema.checkpoint.blocks import Files, check_file
-from dist_ema.checkpoint.boxed import Part, TensorInfo, boxed
+from dist_ema.checkpoint.boxed import Part, TensorInfo
 from dist_ema.checkpoint.consolidated import open_any
 from dist_ema.checkpoint.manifest import CheckpointError, Manifest
 from dist_ema.checkpoint.matching import Match, match
-from dist_ema.checkpoint.planners import EmaLoadPlanner, EmaSavePlanner, key_of
-from dist_ema.checkpoint.reader import ShardReader
-from dist_ema.checkpoint.shards import nbytes_of
+from dist_ema.checkpoint.regions import RegionReader
 from dist_ema.checkpoint.snapshot import copied, non_finite
 from dist_ema.checkpoint.visibility import retried_when_visible
-from dist_ema.checkpoint.writer import Orders, ShardWriter
+from dist_ema.checkpoint.writer import Report, Save
 from dist_ema.export.format import DTYPES
-from dist_ema.files import target
+from dist_ema.files import refuse_working_directory, target
+from dist_ema.layout import Box
 from dist_ema.ranks import Ranks, digest
 from dist_ema.schedule import same_rule
 
@@ -61,11 +56,12 @@ def save(
     ranks: Ranks,
     *,
     asynchronous: bool = False,
+    timeout: float = TIMEOUT_S,
 ) -> Handle | None:
     """Write averages to a directory that all ranks share. Collective: every rank calls it.
 
-    What is at `path` is replaced, if it is a checkpoint, at one instant; files in it that are of no
-    checkpoint are kept. Memory: one block; on rank 0, the manifest. Four small exchanges and one
+    A checkpoint at `path` is replaced at one instant. A directory that holds files of others is
+    refused. Memory: one block; on rank 0, the manifest. Four small exchanges and one
     gather of the plan.
 
     With `asynchronous`, returns after one copy of the local bytes, and the rest happens on a thread
@@ -74,7 +70,9 @@ def save(
 
     Args:
         averages: what this rank holds of each, by name. Names in the same order on every rank.
-        tensors: all that is averaged, on every rank in the same order.
+        tensors: all that this rank knows to be averaged. Ranks that hold different parts of a model
+            (pipeline stages) may know different tensors: one checkpoint holds all of them.
+        timeout: seconds without progress until an asynchronous save gives a rank up.
         state: JSON; see `dist_ema.checkpoint.parsing.check_state` for what it must have.
 
     Raises:
@@ -87,26 +85,41 @@ def save(
         _check(averages, tensors, state)
         state = json.loads(json.dumps(state))  # the caller's may change before it is written
         place = target(Path(path))
-    refuse_different(ranks, (str(place), list(averages), digest(tensors)))
+        try:
+            refuse_working_directory(place)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+    refuse_different(ranks, (str(place), list(averages)))
+    tensors = _of_all_ranks(tensors, ranks)
     with agreed(ranks):
         if asynchronous:
             averages, broken = copied(averages)
         else:
             broken = non_finite(averages)
     refuse_non_finite(broken, ranks)
-    planner = EmaSavePlanner()
-    writer = ShardWriter(place, list(averages), tensors, state, asynchronous=asynchronous)
+    work = Save(place, averages, tensors, state)
+    letters: Letters | None = None
     try:
-        plan, metadata = _plan_save(planner, writer, averages, tensors, ranks)
+        _begin(work, ranks, asynchronous)
         if asynchronous:
-            rank, size = ranks.rank, ranks.size
-            return background.start(
-                place, lambda: _write_apart(planner, writer, plan, metadata, rank, size)
-            )
-        _write_together(planner, writer, plan, metadata, ranks)
+            if ranks.size > 1:
+                with agreed(ranks):
+                    letters = work.letters(ranks.rank, ranks.size, timeout)
+                with agreed(ranks):
+                    letters.meet()
+            rank = ranks.rank
+            return background.start(place, lambda: _write_apart(work, rank, letters))
+        with agreed(ranks):
+            report = work.write(ranks.rank)
+        reports = ranks.gather(report)
+        with agreed(ranks):
+            if ranks.rank == 0:
+                work.finish(reports)
     except BaseException:
+        if letters is not None:
+            letters.close()
         if ranks.rank == 0:
-            writer.abandon()
+            work.abandon()
         raise
     return None
 
@@ -142,8 +155,11 @@ def load(
     """
     with agreed(ranks):
         background.settle()
+    if not ranks.equal(digest(sorted(others))):
+        others = set().union(*ranks.all_gather(set(others)))
+    every = _of_all_ranks(tensors, ranks)
     return retried_when_visible(
-        Path(path), ranks, lambda: _load(Path(path), averages, tensors, ranks, strict, others)
+        Path(path), ranks, lambda: _load(Path(path), averages, every, ranks, strict, others)
     )
 
 
@@ -158,6 +174,41 @@ def differing_schedules(saved: Mapping[str, Any], own: Mapping[str, Any]) -> lis
                 f"{average['schedule']}, as ShardedEMA was built"
             )
     return told
+
+
+def _of_all_ranks(tensors: Sequence[TensorInfo], ranks: Ranks) -> Sequence[TensorInfo]:
+    """The tensors of all ranks, which differ where ranks hold different parts of one model.
+
+    Collective: every rank calls it. An all-reduce of two integers if all ranks have the same.
+
+    Raises:
+        CheckpointError: ranks have a name in common, and its shape, dtype or aliases differ.
+    """
+    if ranks.equal(digest(tensors)):
+        return tensors
+    first: dict[str, tuple[int, TensorInfo]] = {}
+    problems: dict[str, str] = {}
+    for rank, theirs in enumerate(ranks.all_gather(list(tensors))):
+        for info in theirs:
+            other, known = first.setdefault(info.fqn, (rank, info))
+            if info != known:
+                problems.setdefault(
+                    info.fqn,
+                    f"{info.fqn} is {_described(known)} on rank {other} and {_described(info)} on "
+                    f"rank {rank}",
+                )
+    if problems:
+        raise CheckpointError(
+            f"ranks have different tensors of one name: {'; '.join(list(problems.values())[:8])}; "
+            "parts of one model need distinct names, and ranks that hold different models a "
+            "process group each (process_group=)"
+        )
+    return [info for _, info in first.values()]
+
+
+def _described(info: TensorInfo) -> str:
+    aliases = f" with the aliases {', '.join(info.aliases)}" if info.aliases else ""
+    return f"{info.dtype} of shape {info.shape}{aliases}"
 
 
 # Saving.
@@ -188,113 +239,59 @@ def _check(
         manifest.directory_of(name, list(averages))
 
 
-def _keyed(averages: Mapping[str, Sequence[Part]], tensors: Sequence[TensorInfo]) -> dict[str, Any]:
-    return {
-        key_of(number, fqn): value
-        for number, parts in enumerate(averages.values())
-        for fqn, value in boxed(parts, tensors).items()
-    }
-
-
-@collector.paused()
-def _plan_save(
-    planner: EmaSavePlanner,
-    writer: ShardWriter,
-    averages: Mapping[str, Sequence[Part]],
-    tensors: Sequence[TensorInfo],
-    ranks: Ranks,
-) -> tuple[SavePlan, Metadata | None]:
-    """What this rank writes, and on rank 0 what there will be; the directory is made. Collective.
-
-    As `torch.distributed.checkpoint.save` does it, without raising what `except Exception` misses
-    on the way, and apart from the writing.
-    """
-    coordinates = ranks.rank == 0
+def _begin(work: Save, ranks: Ranks, asynchronous: bool) -> None:
+    """Make the directory that every rank writes to. Collective."""
+    slow = ranks.any(not checksums.is_available(checksums.FAST))
     with agreed(ranks):
-        planner.set_up_planner(_keyed(averages, tensors), None, coordinates)
-        writer.set_up_storage_writer(coordinates)
-        plan = writer.prepare_local_plan(planner.create_local_plan())
-    plans: list[SavePlan] = ranks.gather(plan)
-    metadata = None
+        if ranks.rank == 0:
+            algorithm = checksums.ALWAYS if slow else checksums.FAST
+            work.begin(algorithm, with_letters=asynchronous and ranks.size > 1)
+    work.orders = ranks.broadcast(work.orders)
     with agreed(ranks):
-        if coordinates:
-            plans, metadata = planner.create_global_plan(plans)
-            plans = writer.prepare_global_plan(plans)
-    orders: Orders = ranks.scatter([p.storage_data for p in plans])
-    with agreed(ranks):
-        writer.check_seen(orders)
-    return planner.finish_plan(dataclasses.replace(plan, storage_data=orders)), metadata
+        work.check_seen()
 
 
-def _write_together(
-    planner: EmaSavePlanner,
-    writer: ShardWriter,
-    plan: SavePlan,
-    metadata: Metadata | None,
-    ranks: Ranks,
-) -> None:
-    with agreed(ranks):
-        sums = _write(planner, writer, plan)
-    every = ranks.gather(sums)
-    with agreed(ranks):
-        if metadata is not None:
-            writer.finish(metadata, _results(planner.global_plan, every))
-
-
-def _write_apart(
-    planner: EmaSavePlanner,
-    writer: ShardWriter,
-    plan: SavePlan,
-    metadata: Metadata | None,
-    rank: int,
-    size: int,
-) -> None:
-    """The same on a thread: what ranks tell one another goes through files."""
-    orders: Orders = plan.storage_data
-    letters = Letters(Path(orders.letters), Path(orders.directory), rank, size)
-    sums: list[list[str]] = []
+def _write_apart(work: Save, rank: int, letters: Letters | None) -> None:
+    """Write on a thread: what ranks tell one another goes through files."""
+    report: Report | None = None
     problem: Exception | None = None
     try:
-        sums = _write(planner, writer, plan)
+        report = work.write(rank)
     except Exception as error:
         problem = error
-        writer.remove_own()
-    report = {"problem": None if problem is None else described(problem), "sums": sums}
-    if metadata is None:
-        letters.report(report)
-        lost = letters.outcome(lambda: writer.is_in_place(orders))
-    else:
-        try:
-            told = [report, *(letters.reports() if size > 1 else [])]
-            problems = [each["problem"] if each else "could not write" for each in told]
-            if any(problems):
-                raise CheckpointError(merged(problems))
-            writer.finish(metadata, _results(planner.global_plan, [each["sums"] for each in told]))
-            lost = None
-        except Exception as error:
-            problem, lost = problem or error, described(error)
-        if size > 1:
-            letters.conclude(lost)
-        if lost is not None:
-            writer.abandon()
+        work.remove_own()
+    own = {"problem": None if problem is None else described(problem), "report": report}
+    try:
+        if letters is not None and rank > 0:
+            letters.report(own)
+            lost = letters.outcome(work.is_in_place)
+        else:
+            lost = _finish_apart(work, own, letters)
+    except Exception as error:
+        problem, lost = problem or error, described(error)
+    finally:
+        if letters is not None:
+            letters.close()
     if lost is not None:
         raise CheckpointError(lost) from problem
 
 
-def _write(planner: EmaSavePlanner, writer: ShardWriter, plan: SavePlan) -> list[list[str]]:
-    """Write this rank's files. Returns the checksums of each item's blocks."""
-    return [list(result.storage_data) for result in writer.write_data(plan, planner).wait()]
-
-
-@collector.paused()
-def _results(plans: Sequence[SavePlan], sums: Sequence[list[list[str]]]) -> list[list[WriteResult]]:
-    return [
-        [
-            WriteResult(item.index, nbytes_of(item), tuple(found))
-            for item, found in zip(plan.items, theirs, strict=True)
-        ]
-        for plan, theirs in zip(plans, sums, strict=True)
-    ]
+def _finish_apart(work: Save, own: dict[str, Any], letters: Letters | None) -> str | None:
+    """On rank 0: finish if all ranks have written, and tell them. Returns what went wrong."""
+    lost: str | None = None
+    try:
+        told = [own, *(letters.reports() if letters is not None else [])]
+        problems = [each["problem"] if each else "could not write" for each in told]
+        if any(problems):
+            raise CheckpointError(merged(problems))
+        work.finish([each["report"] for each in told])
+    except Exception as error:
+        lost = described(error)
+    if letters is not None:
+        letters.conclude(lost)
+    if lost is not None:
+        work.abandon()
+    return lost
 
 
 # Loading.
@@ -347,26 +344,35 @@ def _read(
     ranks: Ranks,
 ) -> None:
     """Check all that is needed, agree, and only then copy. Collective."""
-    planner = EmaLoadPlanner()
-    with agreed(ranks), collector.paused():
-        values = _keyed(averages, tensors)
-        sources = {
-            key_of(number, fqn): source
-            for number, name in enumerate(averages)
-            for fqn, source in found.sources[name].items()
-        }
-        reader = ShardReader(files, about, sources)
-        metadata = reader.read_metadata()
-        wanted = {key: values[key] for key in sources if values[key].numel()}
-        planner.set_up_planner(wanted, metadata, ranks.rank == 0)
-        reader.set_up_storage_reader(metadata, ranks.rank == 0)
-        plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
-        reader.check(plan)
-    with agreed(ranks), torch.no_grad():
+    reader = RegionReader(files, about)
+    with agreed(ranks):
+        _fill(reader, found, averages, copying=False)
+    with agreed(ranks):
         try:
-            reader.read_data(plan, planner).wait()
+            _fill(reader, found, averages, copying=True)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error}; it was good a moment before, and the average is overwritten in part: "
-                "load again"
+                f"{error}; the checkpoint changed while it was read, and the average is "
+                "overwritten in part: load again"
             ) from error
+
+
+@torch.no_grad()
+def _fill(
+    reader: RegionReader,
+    found: Match,
+    averages: Mapping[str, Sequence[Part]],
+    *,
+    copying: bool,
+) -> None:
+    """Read and check every block that this rank needs; copy the values if `copying`. Local."""
+    for name, parts in averages.items():
+        targets: dict[str, list[tuple[Box, torch.Tensor]]] = {}
+        for part in parts:
+            if part.place.numel:
+                targets.setdefault(part.place.fqn, []).append((part.place.box, part.view))
+        for fqn, source in found.sources[name].items():
+            if copying:
+                reader.fill(source, targets.get(fqn, ()))
+            else:
+                reader.check(source, targets.get(fqn, ()))

@@ -106,7 +106,8 @@ def read_manifest(files: Files) -> Manifest:
     """Read and check the manifest. What it says of the files is not checked."""
     where = str(files.directory / manifest.FILE)
     nbytes = files.size(manifest.FILE)
-    parsing.check_size(nbytes, where)
+    start = files.read_bytes(manifest.FILE, 0, min(nbytes, parsing.MAX_HEAD))
+    parsing.check_size(start, nbytes, where)
     return parsing.parse(files.read_bytes(manifest.FILE, 0, nbytes), where)
 
 

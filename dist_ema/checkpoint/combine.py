@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from dist_ema.checkpoint import checksums, manifest
-from dist_ema.checkpoint.blocks import Checker, Files, check_names, path_in
+from dist_ema.checkpoint.blocks import Files, check_names, path_in
 from dist_ema.checkpoint.manifest import (
     CheckpointError,
     Manifest,
@@ -28,9 +28,9 @@ from dist_ema.checkpoint.manifest import (
     SavedTensor,
 )
 from dist_ema.checkpoint.reader import Source
-from dist_ema.checkpoint.regions import Boxes, placed
+from dist_ema.checkpoint.regions import RegionReader, placed
 from dist_ema.files import sync
-from dist_ema.layout import Box, flat_ends, overlap
+from dist_ema.layout import Box
 
 _SUMS_BYTES = 128 << 20  # of the sums being made, over all results
 _MIN_BLOCK_BYTES = 4096
@@ -95,13 +95,11 @@ class _Combination:
         self._advance = advance
         # One buffer for all: a block of each of a hundred checkpoints would be half a GB.
         buffer = bytearray(max(term.about.block_bytes for term in terms))
-        self._raw = torch.frombuffer(buffer, dtype=torch.uint8)
-        self._checkers = []
-        for term in terms:
-            checker = Checker(term.files, term.about)
-            checker.buffer = buffer  # and its own is free before the next is made
-            self._checkers.append(checker)
-        self._boxes: list[dict[str, Boxes]] = [{} for _ in terms]
+        self._readers = [RegionReader(term.files, term.about, buffer) for term in terms]
+        self._sources = [
+            {n: Source(t.average, n, tensor) for n, tensor in t.average.tensors.items()}
+            for t in terms
+        ]
         dtypes = {Source(like.average, n, t).dtype for n, t in like.average.tensors.items()}
         widest = max((_sum_dtype(d).itemsize / d.itemsize for d in dtypes), default=1)
         limit = int(_SUMS_BYTES / len(results) / widest) // 16 * 16
@@ -185,40 +183,21 @@ class _Combination:
         sums: torch.Tensor,
     ) -> None:
         """Add a term's part of elements [start, stop) of a box to the sums."""
-        term, checker = self._terms[number], self._checkers[number]
+        term = self._terms[number]
         factors = [result.coefficients[number] for result in self._results]
-        own = term.names[fqn]
-        boxes = self._boxes[number].get(own)
-        if boxes is None:
-            boxes = self._boxes[number][own] = Boxes(term.average.tensors[own].boxes)
-        block = term.about.block_bytes // dtype.itemsize
-        region = list(placed(box, start, stop))
-        for saved in boxes.meeting(box):
-            numbers: set[int] = set()
-            for _, piece in region:
-                common = overlap(piece, saved.box)
-                if common is not None:
-                    first, last = flat_ends(common, saved.box)
-                    numbers.update(range(first // block, last // block + 1))
-            for at in sorted(numbers):
-                begin, end = at * block, min((at + 1) * block, saved.box.numel)
-                moves = [
-                    (here, piece, there, held, common)
-                    for there, held in placed(saved.box, begin, end)
-                    for here, piece in region
-                    if (common := overlap(held, piece)) is not None
-                ]
-                if not moves:
-                    continue
-                read = checker.block(term.average, own, saved, at)
-                values = self._raw[: len(read)].view(dtype)
-                for here, piece, there, held, common in moves:
-                    part = values[there : there + held.numel].view(held.sizes)
-                    part = part[common.within(held)].to(sums.dtype)
-                    for total, factor in zip(sums, factors, strict=True):
-                        if factor:
-                            aim = total[here : here + piece.numel].view(piece.sizes)
-                            aim[common.within(piece)].add_(part, alpha=factor)
+        source = self._sources[number][term.names[fqn]]
+
+        def add(out: torch.Tensor, values: torch.Tensor) -> None:
+            wide = values.to(out.dtype)
+            for total, factor in zip(out, factors, strict=True):
+                if factor:
+                    total.add_(wide, alpha=factor)
+
+        targets = [
+            (piece, sums[:, at : at + piece.numel].view(len(factors), *piece.sizes))
+            for at, piece in placed(box, start, stop)
+        ]
+        self._readers[number].fill(source, targets, add)
         self._advance((stop - start) * dtype.itemsize)
 
     def _write_manifest(

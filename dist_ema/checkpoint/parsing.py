@@ -27,16 +27,35 @@ from dist_ema.layout import Box, Shape, uncovered
 
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the library that reads them has this limit
 _MAX_BYTES = 1 << 30  # of a manifest; 2000 tensors on 1000 ranks need a tenth of it
-_MAX_HEAD = 4096
+MAX_HEAD = 4096
 _MAX_DIMS = 64  # of a tensor; torch has no more
 _MAX_NUMEL = 1 << 62
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
-def check_size(nbytes: int, where: str) -> None:
-    """Refuse a manifest that is too large to be read at all."""
+def check_size(start: bytes, nbytes: int, where: str) -> None:
+    """Refuse a manifest of another length than its first line says, before it is read.
+
+    Args:
+        start: its first bytes, at most `MAX_HEAD`.
+        nbytes: the length of the file.
+    """
     if nbytes > _MAX_BYTES:
         raise CheckpointError(f"{where}: is {nbytes} bytes long, which no manifest is")
+    line, newline, _ = start.partition(b"\n")
+    try:
+        body_bytes = json.loads(line)["bytes"]
+    except (ValueError, RecursionError, LookupError, TypeError):
+        body_bytes = None
+    if not newline or type(body_bytes) is not int:
+        raise CheckpointError(
+            f"{where}: is no manifest of a dist_ema checkpoint, or its start is altered"
+        )
+    wanted = len(line) + 1 + body_bytes
+    if nbytes != wanted:
+        raise CheckpointError(
+            f"{where}: is altered or cut short: it has {nbytes} bytes, {wanted} were written"
+        )
 
 
 def parse(data: bytes, where: str) -> Manifest:
@@ -58,7 +77,7 @@ def parse(data: bytes, where: str) -> Manifest:
 
 @collector.paused()
 def _parse(data: bytes) -> Manifest:
-    line, newline, body = data[:_MAX_HEAD].partition(b"\n")
+    line, newline, body = data[:MAX_HEAD].partition(b"\n")
     try:
         told = json.loads(line)
     except (ValueError, RecursionError):

@@ -19,17 +19,27 @@ def state_dict(
     averages: Mapping[str, Sequence[Part]],
     tensors: Sequence[TensorInfo],
     state: Mapping[str, Any],
+    *,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """Values that `torch.distributed.checkpoint` saves, reshards and fills in place. Local.
 
     Tensors share the average's storage. The state is a text in a tensor of bytes, so that nothing
     has to be pickled; a 0-d tensor has shape (1,), since not every stager can copy what a rank does
     not hold otherwise.
+
+    Args:
+        alone: this process holds all of each tensor: values are plain tensors.
     """
     text = json.dumps(state, allow_nan=False).encode()
     if len(text) > _STATE_BYTES:
         raise ValueError(f"the state takes {len(text)} bytes, more than {_STATE_BYTES}: too many")
     values = {name: at_least_1d(boxed(parts, tensors)) for name, parts in averages.items()}
+    if alone:
+        values = {
+            name: {fqn: _plain(value) for fqn, value in tensors_of.items()}
+            for name, tensors_of in values.items()
+        }
     padded = bytearray(text.ljust(_STATE_BYTES))
     return {"averages": values, "state": torch.frombuffer(padded, dtype=torch.uint8)}
 
@@ -48,7 +58,14 @@ def load_state_dict(
     wanted = {name: at_least_1d(boxed(parts, tensors)) for name, parts in averages.items()}
     try:
         state = json.loads(bytes(given["state"].cpu().tolist()))
-        check_state(state, averages)
+        saved = state["averages"]
+        check_state(state, saved)
+        absent = [name for name in averages if name not in saved]
+        if absent:
+            raise CheckpointError(
+                f"has no average named {', '.join(map(repr, absent))}; it has "
+                f"{', '.join(map(repr, saved))}"
+            )
         pairs = [
             (f"{name}, {fqn}", value, given["averages"][name][fqn])
             for name, values in wanted.items()
@@ -65,6 +82,14 @@ def load_state_dict(
             fill(own, other)
     assert isinstance(state, dict)
     return state
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    """The one part of a tensor that is held whole, as a plain tensor on the same storage."""
+    if isinstance(value, BoxedTensor) and len(value.parts) == 1:
+        view = value.parts[0].view
+        return view if view.shape == value.shape else value
+    return value
 
 
 def _unlike(own: torch.Tensor, other: object) -> str | None:

@@ -3,30 +3,28 @@
 [Note: why not torch's own storage]
 torch 2.13's `FileSystemWriter` pickles, and writes over the last checkpoint in place; its
 `HuggingFaceStorageWriter` keeps one box of a tensor a rank, the last, and loses the others in
-silence; neither checks what it reads. `ShardWriter` keeps their interface, so that the planning is
-torch's, and the layout of the second, so that its reader reads these files.
+silence; neither checks what it reads. The files have the layout of the second, so that its reader
+reads them.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
-from torch.futures import Future
 
 from dist_ema.checkpoint import checksums, collector, manifest
-from dist_ema.checkpoint.boxed import TensorInfo
+from dist_ema.checkpoint.background import Letters
+from dist_ema.checkpoint.boxed import Part, TensorInfo
 from dist_ema.checkpoint.manifest import (
     BLOCK_BYTES,
     CheckpointError,
@@ -36,143 +34,120 @@ from dist_ema.checkpoint.manifest import (
     SavedFile,
     SavedTensor,
 )
-from dist_ema.checkpoint.planners import box_of, key_of, split_key
-from dist_ema.checkpoint.shards import SHARD, Shard, lay_out, nbytes_of, row_major
-from dist_ema.export.format import DTYPES
-from dist_ema.files import becomes_visible, clear_stale, put_in_place, sibling, sync
+from dist_ema.checkpoint.shards import SHARD, row_major
+from dist_ema.export.format import DTYPES, TensorSpec, safetensors_header
+from dist_ema.files import (
+    becomes_visible,
+    clear_stale,
+    locked_sibling,
+    put_in_place,
+    release,
+    sync,
+)
+from dist_ema.layout import Box, uncovered, whole
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Orders:
-    """What rank 0 tells a rank about a save."""
+    """What rank 0 tells every rank about a save."""
 
     directory: str
     letters: str  # a directory for letters between the ranks of a save in the background
     save_id: str
     algorithm: str
-    rank: int
 
 
-class ShardWriter(StorageWriter):
-    """Writes a checkpoint beside its path and puts it there when all ranks have written.
+Report = list[dict[str, Any]]  # JSON: of each average, the files and boxes that a rank wrote
+
+
+@dataclass(slots=True)
+class Save:
+    """A checkpoint on its way: begun and finished by rank 0, written by every rank.
 
     Memory: one block, and on rank 0 the manifest. Data on the CPU, row-major, is written from where
     it is.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        names: Sequence[str],
-        tensors: Sequence[TensorInfo],
-        state: Mapping[str, Any],
-        *,
-        asynchronous: bool,
-    ) -> None:
-        self.path = path
-        self.directory: Path | None = None  # being written
-        self._names = list(names)
-        self._tensors = tensors
-        self._state = state
-        self._asynchronous = asynchronous
-        self._letters: Path | None = None
-        self._plans: list[SavePlan] = []
-        self._written: list[Path] = []
+    path: Path
+    averages: Mapping[str, Sequence[Part]]  # of this rank
+    tensors: Sequence[TensorInfo]
+    state: Mapping[str, Any]
+    orders: Orders | None = None
+    _written: list[Path] = field(default_factory=list)
+    _locks: list[int] = field(default_factory=list)  # on rank 0, of the directories it made
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        if checkpoint_id is not None:
-            self.path = Path(checkpoint_id)
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        fast = checksums.is_available(checksums.FAST)
-        return dataclasses.replace(plan, storage_data=fast)
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+    def begin(self, algorithm: str, *, with_letters: bool) -> None:
         """Make the directory to write to, and clear away what killed saves left. On rank 0."""
-        fast = all(plan.storage_data for plan in plans)
-        algorithm = checksums.FAST if fast else checksums.ALWAYS
         refuse_foreign(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         clear_stale(self.path)
-        self.directory = sibling(self.path, "tmp")
-        self.directory.mkdir()
-        for name in self._names:
-            (self.directory / self._subdirectory(name)).mkdir(exist_ok=True)
-        letters = ""
-        if self._asynchronous and len(plans) > 1:
-            self._letters = sibling(self.path, "mail")
-            self._letters.mkdir()
-            letters = str(self._letters)
-        directory, save_id = str(self.directory), uuid.uuid4().hex
-        self._plans = [
-            dataclasses.replace(
-                plan, storage_data=Orders(directory, letters, save_id, algorithm, rank)
-            )
-            for rank, plan in enumerate(plans)
-        ]
-        return self._plans
+        directory = self._make("tmp")
+        letters = self._make("mail") if with_letters else None
+        self.orders = Orders(str(directory), str(letters or ""), uuid.uuid4().hex, algorithm)
+        for name in self.averages:
+            self._directory(name).mkdir(exist_ok=True)
 
-    def check_seen(self, orders: Orders) -> None:
+    def check_seen(self) -> None:
         """Refuse directories that this rank does not see."""
-        wanted = [os.path.join(orders.directory, self._subdirectory(name)) for name in self._names]
-        wanted += [orders.letters] * bool(orders.letters)
+        assert self.orders is not None
+        wanted = [str(self._directory(name)) for name in self.averages]
+        wanted += filter(None, [self.orders.letters])
         if not becomes_visible(lambda: all([os.path.isdir(each) for each in wanted])):
             raise CheckpointError(
-                f"{self.path}: this rank does not see {orders.directory}, which rank 0 made; "
+                f"{self.path}: this rank does not see {self.orders.directory}, which rank 0 made; "
                 "a checkpoint needs a directory that all ranks share"
             )
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's files and wait until they are on disk."""
-        orders: Orders = plan.storage_data
-        self.directory = Path(orders.directory)
-        sums: list[tuple[str, ...]] = [()] * len(plan.items)
-        for shard in lay_out(plan, orders.rank):
-            self._write(shard, planner, orders, sums)
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(
-            [
-                WriteResult(item.index, nbytes_of(item), found)
-                for item, found in zip(plan.items, sums, strict=True)
-            ]
-        )
-        return done
+    def letters(self, rank: int, size: int, timeout: float) -> Letters:
+        """Create what this rank needs to tell the others how it fared."""
+        assert self.orders is not None
+        box, written = Path(self.orders.letters), Path(self.orders.directory)
+        return Letters(box, written, rank, size, timeout)
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+    def write(self, rank: int) -> Report:
+        """Write this rank's files and wait until they are on disk."""
+        return [self._write_average(name, parts, rank) for name, parts in self.averages.items()]
+
+    def finish(self, reports: Sequence[Report]) -> None:
         """Write the manifest and let the checkpoint take its place. On rank 0."""
-        assert self.directory is not None
-        orders: Orders = self._plans[0].storage_data
-        data = manifest.dump(self._manifest(orders, results))
-        path = self.directory / manifest.FILE
+        assert self.orders is not None
+        data = manifest.dump(self._manifest(reports))
+        directory = Path(self.orders.directory)
+        path = directory / manifest.FILE
         try:
             path.write_bytes(data)
             sync(path)
-            for name in self._names:
-                sync(self.directory / self._subdirectory(name))
-            put_in_place(
-                self.directory, self.path, keep=lambda entry: not is_ours(self.path / entry)
-            )
+            for name in self.averages:
+                sync(self._directory(name))
+            refuse_foreign(self.path)
+            # Nothing is carried over; files that appear meanwhile are moved to the new directory.
+            put_in_place(directory, self.path, keep=lambda entry: False)
         except OSError as error:
             raise CheckpointError(f"{error.filename or path}: {error.strerror}") from error
+        self._unlock()
 
     def abandon(self) -> None:
         """Remove what was written. On rank 0, when no rank writes any more."""
-        for directory in (self.directory, self._letters):
-            if directory is not None:
+        if self.orders is not None:
+            for directory in filter(None, (self.orders.directory, self.orders.letters)):
                 shutil.rmtree(directory, ignore_errors=True)
+        self._unlock()
 
-    def is_in_place(self, orders: Orders) -> bool:
+    def _unlock(self) -> None:
+        while self._locks:
+            release(self._locks.pop())
+
+    def _make(self, kind: str) -> Path:
+        directory, lock = locked_sibling(self.path, kind)
+        self._locks.append(lock)
+        return directory
+
+    def is_in_place(self) -> bool:
         """Whether the checkpoint at the path is that of this save."""
+        assert self.orders is not None
         try:
             with open(self.path / manifest.FILE, "rb") as file:
-                return manifest.read_id(file.read(4096)) == orders.save_id
+                return manifest.read_id(file.read(4096)) == self.orders.save_id
         except OSError:
             return False
 
@@ -181,79 +156,114 @@ class ShardWriter(StorageWriter):
         for path in self._written:
             path.unlink(missing_ok=True)
 
-    def _subdirectory(self, name: str) -> str:
-        return manifest.directory_of(name, self._names)
+    def _directory(self, name: str) -> Path:
+        assert self.orders is not None
+        return Path(self.orders.directory) / manifest.directory_of(name, list(self.averages))
 
-    def _write(
-        self, shard: Shard, planner: SavePlanner, orders: Orders, sums: list[tuple[str, ...]]
-    ) -> None:
-        assert self.directory is not None
-        path = self.directory / self._subdirectory(self._names[shard.number]) / shard.name
-        digest = checksums.checksum(orders.algorithm)
+    def _write_average(self, name: str, parts: Sequence[Part], rank: int) -> dict[str, Any]:
+        number = {info.fqn: i for i, info in enumerate(self.tensors)}
+        boxes = [(number[p.place.fqn], p.place.box, p.view) for p in parts if p.sends]
+        boxes = [entry for entry in boxes if entry[1].numel]
+        if rank == 0:  # every rank holds all of a tensor without elements
+            empty = [(i, t) for i, t in enumerate(self.tensors) if 0 in t.shape]
+            boxes += [(i, whole(t.shape), torch.empty(t.shape, dtype=t.dtype)) for i, t in empty]
+        boxes.sort(key=lambda entry: entry[0])
+        files: list[list[tuple[int, Box, torch.Tensor]]] = []
+        nth = 0
+        for at, entry in enumerate(boxes):  # a name is unique in a file
+            nth = nth + 1 if at and boxes[at - 1][0] == entry[0] else 0
+            if nth == len(files):
+                files.append([])
+            files[nth].append(entry)
+        told: dict[str, Any] = {"files": [], "boxes": []}
+        for nth, entries in enumerate(files):
+            shard = f"shard-{rank + 1:05d}-model-{nth + 1:05d}-of-{len(files):05d}.safetensors"
+            path = self._directory(name) / shard
+            specs = [
+                TensorSpec(self.tensors[i].fqn, box.sizes, tensor.dtype)
+                for i, box, tensor in entries
+            ]
+            offsets = {
+                self.tensors[i].fqn: {"saved_offsets": list(box.offsets)} for i, box, _ in entries
+            }
+            metadata = {"format": "pt", "DCP_VERSION": "1.0"}
+            header = safetensors_header(
+                specs, metadata | {"DCP_SHARDING_INFO": json.dumps(offsets)}
+            )
+            sums, digest = self._write_file(
+                path, header, [(s.name, e[2]) for s, e in zip(specs, entries, strict=True)]
+            )
+            start = len(header)
+            for (i, box, _), spec, found in zip(entries, specs, sums, strict=True):
+                told["boxes"].append([i, box.offsets, box.sizes, nth, start, found])
+                start += spec.nbytes
+            told["files"].append([shard, start, len(header), digest])
+        return told
+
+    def _write_file(
+        self, path: Path, header: bytes, tensors: Sequence[tuple[str, torch.Tensor]]
+    ) -> tuple[list[list[str]], str]:
+        """Write a file. Returns the checksums of each tensor's blocks, and that of the header."""
+        assert self.orders is not None
+        digest = checksums.checksum(self.orders.algorithm)
+        sums: list[list[str]] = []
         doing = "its header"
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             self._written.append(path)
             try:
-                _write_all(fd, memoryview(shard.header))
-                for position, item in shard.items:
-                    doing = f"tensor {split_key(item.index.fqn)[1]}"
-                    tensor = planner.resolve_data(item)
-                    assert isinstance(tensor, torch.Tensor)
-                    found = []
+                _write_all(fd, memoryview(header))
+                for fqn, tensor in tensors:
+                    doing = f"tensor {fqn}"
+                    sums.append([])
                     for block in row_major(tensor.detach()):
-                        found.append(digest(block))
+                        sums[-1].append(digest(block))
                         _write_all(fd, block)
-                    sums[position] = tuple(found)
                 doing = "all of it to disk"
                 os.fsync(fd)
             finally:
                 os.close(fd)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror} (writing {doing})") from error
+        return sums, digest(header)
 
     @collector.paused()
-    def _manifest(self, orders: Orders, results: list[list[WriteResult]]) -> Manifest:
-        digest = checksums.checksum(orders.algorithm)
-        files: list[dict[str, SavedFile]] = [{} for _ in self._names]
-        boxes: dict[str, list[SavedBox]] = {}
-        for rank, (plan, written) in enumerate(zip(self._plans, results, strict=True)):
-            for shard in lay_out(plan, rank):
-                end = len(shard.header)
-                for position, item in shard.items:
-                    start, end = end, end + nbytes_of(item)
-                    assert item.tensor_data is not None
-                    boxes.setdefault(item.index.fqn, []).append(
-                        SavedBox(
-                            box_of(item.tensor_data.chunk),
-                            shard.name,
-                            start,
-                            end - start,
-                            written[position].storage_data,
-                        )
+    def _manifest(self, reports: Sequence[Report]) -> Manifest:
+        """Put together what all ranks report; refuse boxes that do not make up the tensors."""
+        assert self.orders is not None
+        averages = {}
+        for name, told in zip(self.averages, zip(*reports, strict=True), strict=True):
+            files: dict[str, SavedFile] = {}
+            boxes: list[list[SavedBox]] = [[] for _ in self.tensors]
+            for of_rank in told:
+                shards = [shard for shard, *_ in of_rank["files"]]
+                files |= {shard: SavedFile(*rest) for shard, *rest in of_rank["files"]}
+                for i, offsets, sizes, nth, start, found in of_rank["boxes"]:
+                    box = Box(tuple(offsets), tuple(sizes))
+                    nbytes = box.numel * self.tensors[i].dtype.itemsize
+                    boxes[i].append(SavedBox(box, shards[nth], start, nbytes, tuple(found)))
+            for info, saved in zip(self.tensors, boxes, strict=True):
+                problem = uncovered(info.shape, [s.box for s in saved])
+                if problem:
+                    raise CheckpointError(
+                        f"{info.fqn}: {problem}; the process group does not hold the whole model "
+                        "(pass process_group=)"
                     )
-                files[shard.number][shard.name] = SavedFile(
-                    end, len(shard.header), digest(shard.header)
-                )
-        averages = {
-            name: SavedAverage(
-                self._subdirectory(name),
-                files[number],
+            averages[name] = SavedAverage(
+                manifest.directory_of(name, list(self.averages)),
+                files,
                 {
-                    t.fqn: SavedTensor(
-                        t.shape, DTYPES[t.dtype], t.aliases, tuple(boxes[key_of(number, t.fqn)])
-                    )
-                    for t in self._tensors
+                    t.fqn: SavedTensor(t.shape, DTYPES[t.dtype], t.aliases, tuple(saved))
+                    for t, saved in zip(self.tensors, boxes, strict=True)
                 },
             )
-            for number, name in enumerate(self._names)
-        }
+        orders = self.orders
         return Manifest(
             orders.save_id,
             orders.algorithm,
             BLOCK_BYTES,
-            written_by(len(self._plans)),
-            self._state,
+            written_by(len(reports)),
+            self.state,
             averages,
         )
 
@@ -274,17 +284,45 @@ def _write_all(fd: int, data: memoryview) -> None:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Replace a checkpoint or an empty directory, nothing else."""
+    """Refuse to replace anything but an empty directory or a checkpoint without files of others."""
+    while True:
+        before = _inode(path)
+        try:
+            problem = _foreign(path)
+        except FileNotFoundError:  # another process is replacing it
+            continue
+        if problem is None:
+            return
+        if _inode(path) == before:  # it is not another job's that was replaced meanwhile
+            raise CheckpointError(f"{path}: {problem}")
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _foreign(path: Path) -> str | None:
+    """Why a path must not be replaced, or None."""
     if not path.exists():
-        return
+        return None
     if not path.is_dir():
-        raise CheckpointError(f"{path}: exists and is no directory")
+        return "exists and is no directory"
     entries = sorted(entry.name for entry in path.iterdir())
     if entries and manifest.FILE not in entries:
-        raise CheckpointError(
-            f"{path}: exists and is no checkpoint (it holds {', '.join(entries[:5])}); "
+        return (
+            f"exists and is no checkpoint (it holds {', '.join(entries[:5])}); "
             "remove it or save to another path"
         )
+    foreign = [entry for entry in entries if not is_ours(path / entry)]
+    if foreign:
+        return (
+            f"holds files that are not part of the checkpoint ({', '.join(foreign[:5])}); "
+            "move them away or save to another path"
+        )
+    return None
 
 
 def is_ours(path: Path) -> bool:

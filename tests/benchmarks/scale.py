@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,17 +22,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA
 from dist_ema import ema as ema_module
-from dist_ema.checkpoint import api, manifest, parsing
+from dist_ema.checkpoint import checksums, manifest, parsing
 from dist_ema.checkpoint.boxed import Part, TensorInfo
-from dist_ema.checkpoint.planners import EmaSavePlanner
-from dist_ema.checkpoint.shards import nbytes_of
-from dist_ema.checkpoint.writer import ShardWriter
+from dist_ema.checkpoint.writer import Orders, Report, Save
 from dist_ema.gather import Entry, Gatherer
 from dist_ema.layout import Place
 from dist_ema.names import slots
@@ -207,40 +204,44 @@ class Simulation:
 
     def _manifest(self, directory: Path) -> tuple[bytes, dict[str, Any]]:
         """The manifest as rank 0 writes it, and what it took. No data is written."""
-        ranks = SimulatedRanks(self.world)
-        ranks.given.append(self._save_plan)
-        tensors = self._tensors()
-        planner = EmaSavePlanner()
-        writer = ShardWriter(directory / "ema", ["ema"], tensors, STATE, asynchronous=False)
-        _, planning = clocked(
-            lambda: api._plan_save(planner, writer, self.ema._parts(), tensors, ranks)
-        )
-        sums = [
-            [["0" * 16] * -(-nbytes_of(item) // manifest.BLOCK_BYTES) for item in plan.items]
-            for plan in planner.global_plan
+        own, planning = clocked(lambda: self._report(directory, self.ema._parts()["ema"], 0))
+        others = [
+            self._report(directory, self._parts_of(rank), rank)
+            for rank in range(1, self.world.size)
         ]
-        results = api._results(planner.global_plan, sums)
-        data, making = clocked(
-            lambda: manifest.dump(writer._manifest(writer._plans[0].storage_data, results))
-        )
+        save = self._save(directory, [])
+        data, making = clocked(lambda: manifest.dump(save._manifest([own, *others])))
         return data, {
-            "seconds_to_plan": planning - ranks.seconds,
+            "seconds_to_plan": planning,
             "seconds_to_make_manifest": making,
-            "received_bytes_rank0": ranks.traffic.received
-            + sum(len(pickle.dumps(each)) for each in sums[1:]),
+            "received_bytes_rank0": sum(len(pickle.dumps(each)) for each in others),
         }
 
-    def _save_plan(self, rank: int) -> SavePlan:
-        parts = [
+    def _report(self, directory: Path, parts: Sequence[Part], rank: int) -> Report:
+        return self._save(directory, parts).write(rank)
+
+    def _save(self, directory: Path, parts: Sequence[Part]) -> UnwrittenSave:
+        orders = Orders(str(directory), "", "0" * 32, checksums.FAST)
+        return UnwrittenSave(directory / "ema", {"ema": parts}, self._tensors(), STATE, orders)
+
+    def _parts_of(self, rank: int) -> list[Part]:
+        return [
             Part(place, torch.empty(place.numel, device="meta"), True)
             for place in self.world.owned(rank)
         ]
-        planner = EmaSavePlanner()
-        planner.set_up_planner(api._keyed({"ema": parts}, self._tensors()), None, False)
-        return replace(planner.create_local_plan(), storage_data=True)
 
     def _tensors(self) -> list[TensorInfo]:
         return [TensorInfo(n, (), shape, torch.float32) for n, shape in self.world.parameters]
+
+
+class UnwrittenSave(Save):
+    """A save that reports what a rank would write, with made-up checksums."""
+
+    def _write_file(
+        self, path: Path, header: bytes, tensors: Sequence[tuple[str, torch.Tensor]]
+    ) -> tuple[list[list[str]], str]:
+        sums = [["0" * 16] * -(-t.nbytes // manifest.BLOCK_BYTES) for _, t in tensors]
+        return sums, "0" * 16
 
 
 def clocked(act: Callable[[], T]) -> tuple[T, float]:
