@@ -305,13 +305,20 @@ class ShardedEMA:
         """Within the block the model computes with the averaged weights.
 
         Afterwards, also on an exception, weights and buffers are what they were, bit for bit. Live
-        and averaged values change places in storage, so there is no second copy of either. Inside,
-        all that reads or writes the average raises; the block cannot be nested.
+        and averaged values change places in storage, so there is no second copy of either; signals
+        (Ctrl-C) wait meanwhile. Inside the block, every average of the model, or of a module around
+        or inside it, refuses to read or write; the block cannot be nested. Writes to weights inside
+        it (an optimizer step) are warned of.
+
+        Raises:
+            RuntimeError: replicas differ, or compiled code may hold copies of the weights (nothing
+                has changed); or the way back failed, since another rank died. Then the weights are
+                in part averaged ones, and every call of the average raises until the model's
+                weights are loaded again and `reset()`, `load()` or `load_state_dict()` is called.
 
         Collective under DeepSpeed, and where weights are replicated and the average is split (DDP,
         HSDP, FSDP2 with tensor parallelism): an all-gather of the averaged weights on entry, of the
-        live ones on exit, and on the first entry one all-reduce that checks that replicas are
-        equal. Else local.
+        live ones on exit, and a comparison of replicas before. Else local.
         """
         self._meet("average_parameters()", {"name": name}, ranks=self._bound.swap_ranks)
         with self._bound.showing(name or self.names[0], self._values(name)):

@@ -30,6 +30,10 @@ globals().update(
         test_swap.test_training_after_a_swap_is_bit_identical_to_training_without,
     )
     | over(
+        [*KINDS, *named(WORLDS, "z3_hpz", "z3_offload_all")],
+        test_swap.test_a_forward_that_fails_leaves_nothing_gathered,
+    )
+    | over(
         MASTERS,
         test_swap.test_the_forward_under_the_swap_is_that_of_a_plain_model,
         test_swap.test_weights_and_buffers_come_back_bit_for_bit,
@@ -44,7 +48,6 @@ globals().update(
         test_average.test_a_cut_does_not_change_a_bit_of_the_average,
         test_average.test_an_eval_forward_before_the_update_does_not_change_the_average,
         test_swap.test_weights_come_back_after_an_exception,
-        test_swap.test_a_forward_that_fails_leaves_nothing_gathered,
         test_swap.test_an_evaluation_is_not_taken_for_a_write,
         test_swap.test_an_optimizer_step_inside_the_block_is_told_and_undone_in_the_weights,
         test_cost.test_an_update_takes_a_few_operators_however_many_weights_there_are,

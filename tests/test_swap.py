@@ -8,6 +8,9 @@ import datetime
 import itertools
 import os
 import signal
+import sys
+import threading
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -725,3 +728,86 @@ def _one_dies_inside(rank: int, port: int) -> None:
     ema.reset()
     assert ema.update()
     os._exit(0)  # destroying the group would wait for the peer
+
+
+@pytest.mark.ranks(0)
+def test_a_signal_at_any_line_of_a_swap_leaves_everything_as_it_was():
+    model, ema = small_average()
+
+    def parts() -> list[Tensor]:
+        return [t.detach().clone() for t in (*model.parameters(), *ema._values(None))]
+
+    before = parts()
+    for at in itertools.count():
+        lines = itertools.count()
+        raised = False
+
+        def trace(frame: types.FrameType, event: str, _: object, /, at: int = at) -> Any:
+            nonlocal raised
+            if not frame.f_code.co_filename.endswith(("/binding.py", "/swap.py", "/contextlib.py")):
+                return None
+            if event == "line" and next(lines) == at:
+                raised = True
+                signal.raise_signal(signal.SIGINT)
+            return trace
+
+        outer, interrupted = sys.gettrace(), False
+        sys.settrace(trace)
+        try:
+            with ema.average_parameters():
+                pass
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(outer)
+        assert interrupted == raised
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        torch.testing.assert_close(parts(), before, **EXACT)
+        if not raised:
+            break
+    assert at > 200
+    assert ema.update()
+
+
+@pytest.mark.ranks(0)
+def test_an_update_in_another_thread_never_meets_a_swap():
+    model, ema = small_average()
+    live = [p.clone() for p in model.parameters()]
+    stop = threading.Event()
+
+    def updates() -> int:
+        refused = 0
+        while not stop.is_set():
+            try:
+                ema.update()
+            except RuntimeError as error:
+                assert "inside average_parameters()" in str(error)
+                refused += 1
+        return refused
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(updates)
+        try:
+            for _ in range(200):
+                with ema.average_parameters():
+                    pass
+        finally:
+            stop.set()
+        assert future.result()
+    torch.testing.assert_close(list(model.parameters()), live, **EXACT)
+    for _ in range(60):
+        ema.update()
+    assert ema.drift() < 1e-6
+
+
+@pytest.mark.ranks(0)
+def test_a_swap_of_a_compiled_model_compiles_nothing_again():
+    model, ema = small_average()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(2, 5)
+    with torch.no_grad():
+        live = compiled(x)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            with ema.average_parameters():
+                assert not torch.equal(compiled(x), live)
+            assert torch.equal(compiled(x), live)
