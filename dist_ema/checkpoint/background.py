@@ -24,7 +24,6 @@ import atexit
 import fcntl
 import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -35,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ema.checkpoint.manifest import CheckpointError
-from dist_ema.files import becomes_visible
+from dist_ema.files import becomes_visible, remove
 
 TIMEOUT_S = 300.0  # without progress, until a rank is given up
 _LONGER_FOR_RANK_0_S = 30.0  # which tells the others when it has given a rank up
@@ -206,7 +205,7 @@ class Letters:
         try:
             self._send("outcome", {"problem": problem})
         except OSError:  # the others see that the letters are gone, and look for the checkpoint
-            shutil.rmtree(self._box, ignore_errors=True)
+            remove(self._box)
         wait, now = _SHORTEST_WAIT_S, time.monotonic()
         deadline, probe_at = now + min(_ACKNOWLEDGE_S, self._timeout), now + _PROBE_EVERY_S
         ended: set[int] = set()
@@ -217,7 +216,7 @@ class Letters:
                 probe_at = time.monotonic() + _PROBE_EVERY_S
             time.sleep(wait)
             wait = min(1.5 * wait, _LONGEST_WAIT_S)
-        shutil.rmtree(self._box, ignore_errors=True)
+        remove(self._box)
         self.close()
 
     def outcome(self, is_in_place: Callable[[], bool]) -> str | None:
