@@ -287,6 +287,18 @@ def test_tied_weights_are_found_under_any_of_their_names(tmp_path: Path):
         load(tmp_path / "b", {"ema": blank("rows", TENSORS, ranks)}, TENSORS, ranks)
 
 
+@pytest.mark.ranks(0)
+def test_a_manifest_that_was_grown_is_refused_in_little_memory(tmp_path: Path):
+    path = tmp_path / "a"
+    write(path, Ranks())
+    os.truncate(path / "manifest.json", 900_000_000)
+    with PeakMemory() as peak, pytest.raises(CheckpointError, match=r"manifest\.json.* bytes"):
+        seed_at(path, Ranks())
+    assert peak() < 50e6
+    write(path, Ranks(), seed=1)
+    assert seed_at(path, Ranks()) == 1
+
+
 # Replacing.
 
 

@@ -162,7 +162,7 @@ class Letters:
         if not becomes_visible(lambda: wanted.issubset(os.listdir(self._box))):
             absent = sorted(wanted.difference(os.listdir(self._box)))
             raise CheckpointError(f"{self._box}: this rank does not see {', '.join(absent[:5])}")
-        self._others = {rank for rank in others if self._is_locked(rank)}
+        self._others = {rank for rank in others if self._is_locked(rank) is True}
 
     def close(self) -> None:
         """Take part no more: release the lock."""
@@ -268,20 +268,21 @@ class Letters:
 
     def _has_ended(self, rank: int) -> bool:
         """Whether a process is gone; False if its lock cannot tell."""
-        return rank in self._others and not self._is_locked(rank)
+        return rank in self._others and self._is_locked(rank) is False
 
-    def _is_locked(self, rank: int) -> bool:
+    def _is_locked(self, rank: int) -> bool | None:
+        """Whether another process holds the lock of a rank's file; None if that cannot be seen."""
         for name in (f".rank-{rank}", f"rank-{rank}"):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 fd = os.open(self._box / name, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except OSError:  # another process holds it
+                except (BlockingIOError, PermissionError):
                     return True
                 finally:
                     os.close(fd)
                 return False
-        return True  # its file is not seen: nothing is known
+        return None
 
     def _send(self, name: str, content: dict[str, Any]) -> None:
         try:
