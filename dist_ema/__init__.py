@@ -28,6 +28,8 @@ def __getattr__(name: str) -> object:
     """Import a public name when it is first used: the command line works without torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES:
+        import_module(f"{__name__}.requirements").require("torch")
     module = import_module(f"{__name__}.{_MODULES.get(name, 'schedule')}")
     globals()[name] = value = getattr(module, name)
     return value

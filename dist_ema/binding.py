@@ -5,20 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import RLock
+from typing import NoReturn
 
 import torch
 from torch import nn
 
 from dist_ema.accelerator import synchronize_if_initialized
 from dist_ema.engines import select
-from dist_ema.engines.engine import Registered, Weight, pointer
+from dist_ema.engines.engine import Registered, Weight, drop_caches, pointer, refuse_freezing
 from dist_ema.gather import Gatherer
 from dist_ema.names import slots
 from dist_ema.options import Options
 from dist_ema.plan import Plan, Selects, chosen, make_plan, rebind
 from dist_ema.ranks import Ranks
 from dist_ema.replicas import differing, source
-from dist_ema.shadow import Buffers, Shadow, Swap, allocate, shadow_dtype
+from dist_ema.shadow import Shadow, allocate, shadow_dtype
+from dist_ema.swap import Buffers, DeferredSignals, Marks, Swap, WrittenWeights
 from dist_ema.teacher import Teacher
 
 
@@ -33,8 +36,13 @@ class Binding:
         ranks: Ranks,
     ) -> None:
         self.model, self.ranks = model, ranks
+        self.lock = RLock()  # held while values are updated or exchanged
         self._options = options
         with ranks.together():
+            self._into = into if isinstance(into, nn.Module) else None
+            self.marks = Marks()
+            self._watch_modules()
+            self.marks.refuse("ShardedEMA()")
             self.engine = select(model)
             weights = self.engine.weights()
             averaged = chosen(weights, options.params, options.buffers)
@@ -134,6 +142,7 @@ class Binding:
         """Take what `follow` compares with, from the engine and plan of now."""
         self._held = list(self.model.modules())  # or else ids could be given to new modules
         children = [module._modules for module in self._held]
+        self._watch_modules()
         self._parents = [c for c in children if c]
         self._leaves = [c for c in children if not c]
         self._structure = self._children()
@@ -146,6 +155,11 @@ class Binding:
     def _storage(self) -> list[int]:
         """Data pointers of all that is averaged or not to change."""
         return self.engine.stamp() + self._averaged_buffers.addresses()
+
+    def _watch_modules(self) -> None:
+        """Learn of swaps of the modules that are read or written: the model's and the teacher's."""
+        into = () if self._into is None else self._into.modules()
+        self.marks.watch([*self.model.modules(), *into])
 
     def _children(self) -> list[int]:
         """What changes when a submodule is replaced or added."""
@@ -195,41 +209,84 @@ class Binding:
                 for fragment in weight.fragments:
                     if not fragment.in_place:
                         fragment.shown.copy_(fragment.view)
-        self.engine.publish()
+        self._publish()
 
     @contextmanager
-    def showing(self, values: list[torch.Tensor]) -> Iterator[None]:
+    def showing(self, name: str, values: list[torch.Tensor]) -> Iterator[None]:
         """Within the block the forward pass reads an average. Collective where replicas share."""
-        self._refuse_differing_replicas()
         num_parameters = len(self.plan.parameters)
         swap = Swap([p.fragment for p in self.plan.parameters], values[:num_parameters])
-        with torch.no_grad():
-            with self.swap_ranks.together():
-                buffers = Buffers(self.model, self.engine.buffers())
+        with torch.no_grad(), self.swap_ranks.together():
+            refuse_freezing()
+            buffers = Buffers(self.model, self.engine.buffers())
             self.engine.release()
             self._await_copies()
-        shown = False
+        self._refuse_differing_replicas()
+        signals = DeferredSignals()
+        armed = shared = False  # whether the way back has something to do, and replicas to share
+        written: WrittenWeights | None = None
+
+        def share_back() -> None:
+            try:
+                self._share() if shared else self._publish()
+                if swap.is_shown:
+                    raise RuntimeError("live weights were not written back")
+            except BaseException as error:
+                self.marks.set("torn", name)
+                if isinstance(error, Exception):
+                    self._raise_torn(error)
+                raise
+
+        def leave() -> None:
+            # The last callback first, and each of them also if one before it raised.
+            with self.lock, torch.no_grad(), ExitStack() as steps:
+                steps.callback(self.marks.clear, "shown")
+                steps.callback(share_back)
+                steps.callback(self._carry_over_if_moved)
+                steps.callback(buffers.restore)
+                steps.callback(swap.leave)
+                steps.callback(self._await_copies)
+                steps.callback(self.engine.release)
+                if written is not None:
+                    steps.callback(written.warn)
+
         try:
-            with torch.no_grad():
-                with self.swap_ranks.together():
-                    swap.enter()
-                    averaged = zip(self.plan.buffers, values[num_parameters:], strict=True)
-                    for piece, value in averaged:
-                        piece.fragment.view.copy_(value)
-                shown = True
-                self._share()
-            yield
-        finally:
-            with torch.no_grad():
-                if shown:
-                    self.engine.release()
-                    self._await_copies()
-                # The last first, and each of them even if an interrupt ends the one before.
-                with ExitStack() as steps:
-                    steps.callback(self._share if shown else self.engine.publish)
-                    steps.callback(self._carry_over_if_moved)
-                    steps.callback(buffers.restore)
-                    steps.callback(swap.leave)
+            try:
+                signals.hold()
+                with self.lock, torch.no_grad():
+                    armed = True
+                    self.marks.set("shown", name)
+                    with self.swap_ranks.together():
+                        swap.enter()
+                        averaged = zip(self.plan.buffers, values[num_parameters:], strict=True)
+                        for piece, value in averaged:
+                            piece.fragment.view.copy_(value)
+                    shared = True
+                    self._share()
+                    written = WrittenWeights(
+                        (weight.fqn, tensor)
+                        for weight in self.plan.weights
+                        if weight.fqn in self.plan.averaged and not weight.is_buffer
+                        for tensor in self.engine.versioned(weight)
+                    )
+                signals.release()
+                yield
+            finally:
+                signals.hold()
+        finally:  # also if a signal came just before they were held
+            try:
+                if armed:
+                    leave()
+            finally:
+                signals.release()
+
+    @staticmethod
+    def _raise_torn(error: Exception) -> NoReturn:
+        raise RuntimeError(
+            "the way back from average_parameters() has failed: the model's weights are in part "
+            "live ones and in part averaged ones. Load the model's weights again, then call "
+            f"reset() or load() of the average. {type(error).__name__}: {error}"
+        ) from error
 
     def _await_copies(self) -> None:
         """Wait for forward passes that may still copy weights from host memory to the device."""
@@ -260,7 +317,12 @@ class Binding:
         """Let replicas have each other's slices, and the forward pass what stands in storage."""
         for replica_set in self.plan.sets:
             replica_set.share()
+        self._publish()
+
+    def _publish(self) -> None:
+        """Let the next forward pass read what stands in storage."""
         self.engine.publish()
+        drop_caches()
 
     def _refuse_differing_replicas(self) -> None:
         """Raise if ranks that hold the same weights do not hold the same bits. Collective."""

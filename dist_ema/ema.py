@@ -32,7 +32,6 @@ from dist_ema.export.live import export
 from dist_ema.gather import Gatherer, one_by_one, whole_tensors, write_into
 from dist_ema.hints import (
     PICKLES,
-    Count,
     no_attribute,
     no_call,
     no_keyword,
@@ -142,7 +141,6 @@ class ShardedEMA:
         # framework knows and the engine does not. Local and cheap: every update() asks.
         self._gate: Callable[[], bool] | None = None
         self._mixed: set[str] = set()  # averages that not their schedule alone has made
-        self._shown: str | None = None  # name of the average that the model shows just now
         self._warn_of_low_precision(dtype)
         self._warn_of_standstill(dtype)
 
@@ -161,7 +159,7 @@ class ShardedEMA:
     @property
     def step(self) -> int:
         """Optimizer steps seen: calls of `update()` that counted, or the last `step` given."""
-        return Count(self._step)
+        return self._step
 
     @property
     def num_updates(self) -> int:
@@ -203,7 +201,7 @@ class ShardedEMA:
             raise no_attribute(self, name)
 
         def __call__(self, *arguments: object, **named: object) -> NoReturn:
-            raise no_call("average")
+            raise no_call()
 
     # Averaging.
 
@@ -225,7 +223,11 @@ class ShardedEMA:
                 were replaced by ones of another shape or layout, or a frozen one trains now. The
                 average is unchanged.
         """
-        self._refuse_while_shown("update()")
+        with self._bound.lock:  # not while another thread exchanges values
+            self._bound.marks.refuse("update()")
+            return self._update(step)
+
+    def _update(self, step: int | None) -> bool:
         self._bound.follow()
         self._bound.refuse_thawed()
         if isinstance(step, bool) or (step is not None and not _is_count(step)):
@@ -268,9 +270,10 @@ class ShardedEMA:
     @torch.no_grad()
     def reset(self) -> None:
         """Start again: the average is the live weights, `step` and `num_updates` are 0. Local."""
-        self._refuse_while_shown("reset()")
+        self._bound.marks.refuse("reset()", mends=True)
         self._bound.follow()
         self._bound.start_again()
+        self._bound.marks.mend()
         self._step = self._num_updates = 0
         self._decays = None
         self._mixed = set()
@@ -311,8 +314,7 @@ class ShardedEMA:
         equal. Else local.
         """
         self._meet("average_parameters()", {"name": name}, ranks=self._bound.swap_ranks)
-        with self._bound.showing(self._values(name)):
-            self._shown = name or self.names[0]
+        with self._bound.showing(name or self.names[0], self._values(name)):
             try:
                 yield
             except BaseException as error:
@@ -320,8 +322,6 @@ class ShardedEMA:
                     # The other ranks may not get there, and this one would only tell of a timeout.
                     _LOG.error("average_parameters(): left by %r; restoring weights", error)
                 raise
-            finally:
-                self._shown = None
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module | None = None, *, name: str | None = None) -> None:
@@ -391,7 +391,7 @@ class ShardedEMA:
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
-                self._refuse_while_shown("gather_tensors()")
+                self._bound.marks.refuse("gather_tensors()")
                 if self._num_updates != num_updates:
                     raise RuntimeError(
                         "the average was updated while gather_tensors() was under way; exhaust it "
@@ -578,7 +578,7 @@ class ShardedEMA:
         without others has plain tensors, which `torch.save` and `torch.load(weights_only=True)`
         take. A rank among others has a part only; `gather_state_dict()` gives whole tensors.
         """
-        self._refuse_while_shown("state_dict()")
+        self._bound.marks.refuse("state_dict()")
         self._bound.follow()
         return stateful.state_dict(
             self._parts(), self._tensors(), self._state(), alone=self._ranks.size == 1
@@ -590,7 +590,7 @@ class ShardedEMA:
         Raises:
             CheckpointError: it lacks an average, or is of other tensors. Nothing has changed.
         """
-        self._refuse_while_shown("load_state_dict()")
+        self._bound.marks.refuse("load_state_dict()", mends=True)
         self._bound.follow()
         self._resume(stateful.load_state_dict(state_dict, self._parts(), self._tensors()))
 
@@ -618,7 +618,7 @@ class ShardedEMA:
         if counters:
             values["(step, num_updates)"] = str((self.step, self.num_updates))
         with (ranks or self._ranks).together(call, values):
-            self._refuse_while_shown(call)
+            self._bound.marks.refuse(call, mends=call == "load()")
             if "name" in arguments:
                 self._check_name(arguments["name"])
             dtype = arguments.get("dtype")
@@ -695,6 +695,7 @@ class ShardedEMA:
         self._decays = None if None in saved else [float(decay) for decay in saved]
         self._applied_steps = self._bound.engine.applied_steps()
         self._bound.refresh_teacher(loaded=True)
+        self._bound.marks.mend()
 
     def _uncounted(self, step: int) -> dict[str, int]:
         """The state of an average that was saved without counters, after so many steps."""
@@ -746,7 +747,7 @@ class ShardedEMA:
         found: dict[str, torch.Tensor] = {}
         problem: Exception | None = None
         try:
-            self._refuse_while_shown(call)
+            self._bound.marks.refuse(call)
             module = unwrap(self._bound.model)
             extra = differing_names(self._bound.model)[0]
             found = tensors_beside(module, extra, self._bound.plan.averaged)
@@ -786,13 +787,6 @@ class ShardedEMA:
             for w in self._bound.others()
             if w.persistent
         }
-
-    def _refuse_while_shown(self, what: str) -> None:
-        if self._shown is not None:
-            raise RuntimeError(
-                f"{what} inside average_parameters(): the model shows the average {self._shown!r} "
-                "and its storage holds the live weights; leave the block first"
-            )
 
     def _values(self, name: str | None) -> list[torch.Tensor]:
         """One average, a tensor for each of the plan's pieces."""

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema.engines import select
-from dist_ema.engines.engine import Weight
+from dist_ema.engines.engine import Weight, drop_caches
 from dist_ema.engines.plain import PlainEngine
 from dist_ema.export.format import gathered_dtype
 from dist_ema.holders import find_holders
@@ -27,6 +27,7 @@ from dist_ema.layout import Box, Fragment, Place, Shape, flat_boxes, flat_ends, 
 from dist_ema.names import slots
 from dist_ema.plan import Piece, Plan
 from dist_ema.ranks import Ranks
+from dist_ema.swap import Marks
 
 _BUCKET_BYTES = 16 << 20  # of what is put together at a time
 _ALIGNMENT = 16  # of a part in a message, so that any dtype may view it
@@ -383,6 +384,9 @@ def write_into(
                 f"module is a {type(module).__name__}, wanted a plain torch.nn.Module whose "
                 "weights every rank holds whole; copy_to() without it writes the live weights"
             )
+        marks = Marks()
+        marks.watch(module.modules())
+        marks.refuse("copy_to() into a module")
         targets = {slot.fqn: slot.tensor for slot in slots(module) if slot.persistent}
         shapes = {fqn: e.shape for e in entries for fqn in (e.fqn, *e.aliases)}
         wrong = [
@@ -400,6 +404,7 @@ def write_into(
             ranks.broadcast_tensor(tensor)
             for fqn in (entry.fqn, *entry.aliases):
                 targets[fqn].copy_(tensor)
+    drop_caches()
 
 
 def _owned_buffers(buffers: Sequence[Weight], ranks: Ranks) -> tuple[list[Weight], list[Fragment]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 
@@ -98,10 +98,8 @@ def no_keyword(names: Iterable[str]) -> TypeError:
     return TypeError(f"ShardedEMA() got unexpected keyword arguments: {', '.join(told)}")
 
 
-def no_call(what: str) -> TypeError:
-    """The error of calling what other averages let be called: the average, or its `step`."""
-    if what == "step":
-        return TypeError("`ema.step` is a count, not a method: call `ema.update()` after each step")
+def no_call() -> TypeError:
+    """The error of calling the average as a module."""
     return TypeError(f"an average is not called: {_HINTS['forward']}")
 
 
@@ -124,13 +122,6 @@ def no_safetensors(path: Path) -> str:
         "safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, "
         "'ema.safetensors'); then ema.load('ema.safetensors', step=...)"
     )
-
-
-class Count(int):
-    """A number that says what to call instead, where it is called as a method."""
-
-    def __call__(self, *arguments: object, **named: object) -> NoReturn:
-        raise no_call("step")
 
 
 def no_module(model: Any) -> TypeError:

@@ -112,6 +112,7 @@ class Ranks:
             if problem is not None:
                 raise problem
             return
+        self._refuse_destroyed_group()
         mine = {"the call": call} | dict(values or {})
         bits = digest(mine)[0] >> 1
         with self._watching(call):
@@ -127,6 +128,15 @@ class Ranks:
                 kind, text = their_error
                 raise _ERRORS.get(kind, RuntimeError)(f"rank {rank}: {text}")
         self._raise_difference(call, [labels for _, labels in reports])
+
+    def _refuse_destroyed_group(self) -> None:
+        try:
+            dist.get_backend(self.group)
+        except ValueError as error:
+            raise RuntimeError(
+                "the process group that this average was built with has been destroyed; build "
+                "ShardedEMA again after init_process_group(), and load() the average's checkpoint"
+            ) from error
 
     def _raise_difference(self, call: str, reports: Sequence[Mapping[str, str]]) -> NoReturn:
         """Name the first label in which ranks differ."""

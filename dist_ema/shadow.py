@@ -1,4 +1,4 @@
-"""The averaged values of this rank's fragments: one flat buffer a device, and the swap.
+"""The averaged values of this rank's fragments: one flat buffer a device.
 
 [Note: gaps]
 Engines that keep many weights in one flat buffer leave small gaps between them (alignment, padding
@@ -8,23 +8,18 @@ and one operation updates a whole buffer. What lies in a gap is never read as a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from dist_ema.accelerator import is_accelerator
-from dist_ema.engines.engine import Weight
 from dist_ema.layout import Fragment
 from dist_ema.lerp import Lerp, MultiAvgFn, accumulation_dtype, gains_from_packing
-from dist_ema.names import ddp_modules, slots
 
 _PACK_ELEMENTS = 1 << 19  # 2 MB in fp32, a part of a common L3 cache
 _MAX_GAP = 64  # elements of a flat buffer that belong to no weight
 _ALIGNMENT_BYTES = 16  # what vectorised kernels want of the start of a tensor
 _ALIGNED_FROM = 256  # elements: smaller tensors are packed, so that padding stays below 2 %
-_SWAP_BYTES = 4 << 20  # staging of the exchange of live and averaged values
 
 
 class Shadow:
@@ -129,164 +124,6 @@ def allocate(
             for i, start in zip(members, starts, strict=True):
                 values[i] = buffer[start : start + views[i].numel()]
     return averages
-
-
-@dataclass(slots=True, eq=False)
-class _Item:
-    """One fragment in a swap: exchanged, set aside, or written over a copy of its master."""
-
-    fragment: Fragment
-    value: torch.Tensor
-    aside: torch.Tensor | None = None
-    done: bool = False
-    # Chunks that changed places, and both sides of the one that is just doing so: an interrupt may
-    # come between any two statements.
-    progress: tuple[int, _Chunk | None] = (0, None)
-
-
-_Chunk = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]  # two parts, and their values
-
-
-class _Staging:
-    """Two buffers for chunks of a dtype: fresh memory costs more than the copy to it.
-
-    Both are on the weights' device, so that what crosses to or from a pinned average is a copy
-    between it and the device, and never passes through pageable memory.
-    """
-
-    def __init__(self) -> None:
-        self._pairs: dict[object, list[torch.Tensor]] = {}
-
-    def copies(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of two chunks of one dtype, until the next call."""
-        key = (a.dtype, a.device)
-        if key not in self._pairs:
-            size = _SWAP_BYTES // a.element_size()
-            self._pairs[key] = [a.new_empty(size) for _ in range(2)]
-        first, second = (
-            buffer[: t.numel()].copy_(t) for buffer, t in zip(self._pairs[key], (a, b), strict=True)
-        )
-        return first, second
-
-
-class Swap:
-    """Averaged values in the shown storage of some fragments, and the way back. Local.
-
-    - one dtype on both sides: live and averaged values change places, through a small buffer;
-    - the forward pass reads a copy of a master: the copy is overwritten, and cast again to restore;
-    - dtypes differ and there is no master: the live values are set aside for the while.
-    """
-
-    def __init__(self, fragments: Sequence[Fragment], values: Sequence[torch.Tensor]) -> None:
-        self._items = [_Item(f, v) for f, v in zip(fragments, values, strict=True)]
-
-    def enter(self) -> None:
-        """Show the average. If it fails half-way, what was done is undone."""
-        staging = _Staging()
-        try:
-            for item in self._items:
-                _show(item, staging)
-        except BaseException:
-            self.leave()
-            raise
-
-    def leave(self) -> None:
-        """Show the live weights again, bit for bit, and only then raise what interrupted it."""
-        _through(self._leave)
-
-    def _leave(self) -> None:
-        """Backwards, so that two weights over one storage come back as well."""
-        staging = _Staging()
-        for item in reversed(self._items):
-            if item.done or item.progress != (0, None):
-                _hide(item, staging)
-
-
-class Buffers:
-    """A model's buffers set aside while the average is shown. Local.
-
-    They are copied, not exchanged: an evaluation may write to them (DDP sends rank 0's to all,
-    `update_bn` recomputes them), and neither the live values nor the averaged ones may change.
-    """
-
-    def __init__(self, model: nn.Module, buffers: Sequence[Weight]) -> None:
-        """`buffers` are all that the model has now."""
-        self._registered = [(s.registry, s.name, s.tensor) for s in slots(model) if s.is_buffer]
-        self._kept = [(f.view, f.view.clone()) for w in buffers for f in w.fragments]
-        # A forward without gradients makes DDP skip the next broadcast of buffers: it takes them to
-        # be equal on all ranks, which they are no more once they are restored.
-        self._ddp = [(m, m.require_forward_param_sync) for m in ddp_modules(model)]
-
-    def restore(self) -> None:
-        """Put back what was set aside, and only then raise what interrupted it."""
-        _through(self._restore)
-
-    def _restore(self) -> None:
-        for registry, name, tensor in self._registered:
-            if registry.get(name) is not tensor:
-                registry[name] = tensor
-        for view, kept in self._kept:
-            # A needless write would tell autograd that a saved buffer has changed.
-            if not torch.equal(view, kept):
-                view.copy_(kept)
-        for module, must_sync in self._ddp:
-            module.require_forward_param_sync = must_sync
-
-
-def _through(act: Callable[[], None]) -> None:
-    """Do what can be done again from where it stopped: twice, if Ctrl-C or an error ends it."""
-    try:
-        act()
-    except BaseException:
-        act()
-        raise
-
-
-def _show(item: _Item, staging: _Staging) -> None:
-    fragment, value = item.fragment, item.value
-    if fragment.in_place and value.dtype == fragment.view.dtype:
-        _exchange(item, staging, back=False)
-        item.done = True
-        return
-    if fragment.in_place:
-        item.aside = fragment.view.clone()
-    item.done = True  # before the first value changes: from here on there is something to undo
-    fragment.shown.copy_(value)
-
-
-def _hide(item: _Item, staging: _Staging) -> None:
-    fragment = item.fragment
-    if not fragment.in_place:
-        fragment.shown.copy_(fragment.view)
-    elif item.aside is not None:
-        fragment.view.copy_(item.aside)
-        item.aside = None
-    else:
-        _exchange(item, staging, back=True)
-    item.done = False
-
-
-def _exchange(item: _Item, staging: _Staging, *, back: bool) -> None:
-    """Let live and averaged values change places, chunk by chunk, or undo what was done of it."""
-    a, b = item.fragment.view, item.value
-    step = _SWAP_BYTES // a.element_size()
-    chunks = list(zip(a.split(step), b.split(step), strict=True))
-    done, open_chunk = item.progress
-    if open_chunk is not None:
-        part_a, part_b, was_a, was_b = open_chunk
-        part_a.copy_(was_a)
-        part_b.copy_(was_b)
-        item.progress = (done, None)
-    while (done > 0) if back else (done < len(chunks)):
-        part_a, part_b = chunks[done - 1 if back else done]
-        was_a, was_b = staging.copies(part_a, part_b)
-        item.progress = (done, (part_a, part_b, was_a, was_b))
-        part_a.copy_(was_b)
-        part_b.copy_(was_a)
-        done += -1 if back else 1
-        item.progress = (done, None)
 
 
 def _address(view: torch.Tensor) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dist_ema.engines import select
-from dist_ema.engines.engine import Engine, Weight, pointer
+from dist_ema.engines.engine import Engine, Weight, drop_caches, pointer
 from dist_ema.layout import Fragment, Place
 from dist_ema.names import named_modules
 from dist_ema.plan import Plan
@@ -103,6 +103,7 @@ class Teacher:
         """Let the teacher's next forward pass read what was averaged."""
         self._engine.release()
         self._engine.publish()
+        drop_caches()
 
     def _bind(self, plan: Plan) -> None:
         theirs = {w.fqn: w for w in self._engine.weights()}

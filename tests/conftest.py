@@ -5,15 +5,25 @@
 
 A test parametrized over `num_ranks` itself, as `tests.worlds.every_world` does, needs no mark. The
 body's fixtures are made here and pickled to the workers. All other tests run in this process.
+
+`--sample K` runs at most K cases of each test function, the same ones in every run.
 """
 
 from __future__ import annotations
+
+import zlib
 
 import pytest
 
 from tests.pool import NO_GROUP, TIMEOUT_S, PoolKeeper, RankFailure, Task
 
 POOLS = pytest.StashKey[PoolKeeper]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sample", type=int, metavar="K", help="run at most K cases of each test function"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,9 +53,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("num_ranks", mark.args, ids=_pool_id)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """One pool at a time: first what runs in this process, then by number of ranks."""
+    limit = config.getoption("sample")
+    if limit is not None:
+        kept = _sample(items, limit)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
     items.sort(key=lambda item: -1 if (ranks := _num_ranks(item)) is None else ranks)
+
+
+def _sample(items: list[pytest.Item], limit: int) -> list[pytest.Item]:
+    """At most `limit` cases of each function, evenly spaced from a case that its name determines.
+
+    So functions with the same parameters run in different worlds, and every run picks the same.
+    """
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.split("[")[0], []).append(item)
+    kept = []
+    for name, cases in functions.items():
+        first, count = zlib.crc32(name.encode()), min(limit, len(cases))
+        kept += [cases[(first + i * len(cases) // count) % len(cases)] for i in range(count)]
+    return kept
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -142,6 +142,7 @@ def load(name: str, path: str, dtype: torch.dtype) -> nn.Module:
         from transformers import AutoModel, AutoModelForCausalLM
 
         kind: Any = AutoModelForCausalLM if name == "gpt2" else AutoModel
+        options["torch_dtype"] = "auto"  # the default since transformers 5
     else:
         from diffusers import DiTTransformer2DModel, UNet2DModel
 

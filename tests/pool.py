@@ -28,6 +28,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -341,7 +342,7 @@ def leave_out_what_is_slow() -> None:
     gc.freeze()
     # It compiles shared memory collectives, which only inference calls: a minute in a new .venv.
     if importlib.util.find_spec("deepspeed") is not None:
-        importlib.import_module("deepspeed.ops").__compatible_ops__ = {}
+        importlib.import_module("deepspeed.ops").__compatible_ops__ = defaultdict(bool)
 
 
 def redirect_output(path: str) -> None:

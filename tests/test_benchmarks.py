@@ -200,7 +200,7 @@ def test_results_are_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFix
         report.write(tmp_path, suite, [table], report.environment("cpu"), "a command")
     read = json.loads((tmp_path / "peers.json").read_text())
     assert read["tables"][0]["rows"] == rows
-    assert read["environment"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(read["environment"]["torch"])
     assert read["environment"]["cores"] > 0 and len(read["environment"]["load"]) == 3
     assert "| a | x\\|y | 2 |" in (tmp_path / "peers.md").read_text()
     pytest.importorskip("matplotlib")

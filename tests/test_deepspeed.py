@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,7 +17,7 @@ from tests.net import FROZEN, TRAINABLE, Net, batch_of_tokens, loss_of
 from tests.oracle import worst_relative_error
 from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR, Run, start
 from tests.worlds import World, evaluate, from_rank_0, rank
-from tests.worlds_deepspeed import WORLDS, Zero, library
+from tests.worlds_deepspeed import WORLDS, Zero, library, skip_without_overflow_checks
 
 KINDS = named(WORLDS, "z0_bf16", "z1_bf16", "z2_bf16", "z3", "z3_bf16_cut")
 # One row of each way of keeping masters; the last takes seconds where the others take one.
@@ -42,6 +44,9 @@ globals().update(
         test_average.test_a_cut_does_not_change_a_bit_of_the_average,
         test_average.test_an_eval_forward_before_the_update_does_not_change_the_average,
         test_swap.test_weights_come_back_after_an_exception,
+        test_swap.test_a_forward_that_fails_leaves_nothing_gathered,
+        test_swap.test_an_evaluation_is_not_taken_for_a_write,
+        test_swap.test_an_optimizer_step_inside_the_block_is_told_and_undone_in_the_weights,
         test_cost.test_an_update_takes_a_few_operators_however_many_weights_there_are,
         test_swap.test_a_swap_works_in_inference_mode,
         test_several.test_each_of_several_averages_is_what_it_would_be_alone,
@@ -121,6 +126,8 @@ def test_the_rows_are_of_the_classes_of_optimizers_that_they_are_there_for(world
         "z1_bf16": "DeepSpeedZeroOptimizer",
         "z1_bf16_optimizer": "BF16_Optimizer",
     }
+    if world.name == "z0_bf16" and found == "BF16_Optimizer":
+        pytest.skip("this DeepSpeed has one class for stages 0 and 1 in bf16")
     assert found == wanted[world.name]
 
 
@@ -147,6 +154,7 @@ def with_config(name: str, **config) -> World:
 
 def overflowing(name: str) -> World:
     (world,) = named(WORLDS, name)
+    skip_without_overflow_checks(world.engine.stage)
     engine = dataclasses.replace(world.engine, bf16={"check_grad_overflow": True})
     return dataclasses.replace(world, engine=engine)
 
@@ -192,6 +200,7 @@ def test_updates_are_the_optimizer_steps_under_accelerate(stage: int):
     from accelerate.state import AcceleratorState
 
     library()
+    skip_without_overflow_checks(stage)
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 4,
@@ -230,13 +239,20 @@ def test_updates_are_the_optimizer_steps_under_accelerate(stage: int):
 # Storage that moves.
 
 
+def offload_states(engine: Any, **options: Any) -> None:
+    try:
+        engine.offload_states(**options)
+    except AssertionError as refused:  # before DeepSpeed 0.17: stage 3 and its own Adam only
+        pytest.skip(str(refused))
+
+
 @rows("z1_bf16", "z2")
 def test_the_average_follows_states_that_are_offloaded_and_reloaded(world: World):
     run = start(world).train(1)
     engine = run.training.model
     flats = run.training.optimizer.single_partition_of_fp32_groups
     at = [flat.data_ptr() for flat in flats]
-    engine.offload_states()
+    offload_states(engine)
     assert all(flat.data_ptr() != before for flat, before in zip(flats, at, strict=True))
     state = run.ema.gather_state_dict()
     with pytest.raises(RuntimeError, match="reload_states"):
@@ -260,7 +276,7 @@ def test_stage_3_follows_copies_that_are_offloaded_and_reloaded(world: World):
     training = world.train(world.make_net().requires_grad_(True))
     run = Run(training, ShardedEMA(training.model, DECAY), [training.full_weights()]).train(1)
     live = run.training.evaluate()
-    run.training.model.offload_states(include=[OffloadStateTypeEnum.lp_params])
+    offload_states(run.training.model, include=[OffloadStateTypeEnum.lp_params])
     state = run.ema.gather_state_dict()
     with pytest.raises(RuntimeError, match="reload_states"):
         run.ema.average_parameters().__enter__()
@@ -364,6 +380,8 @@ def test_stage_3_in_fp32_may_have_one_storage_for_master_and_copy():
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
     create = DeepSpeedZeroOptimizer_Stage3._create_fp32_partitions
+    if ".device == self.device" not in inspect.getsource(create):
+        pytest.skip("this DeepSpeed makes masters of their own always")
 
     def aliasing(self) -> None:
         self.device = torch.device("cpu")
@@ -389,6 +407,8 @@ def test_stage_0_with_a_fused_optimizer_keeps_masters_in_flat_buffers():
     engine_module = pytest.importorskip("deepspeed.runtime.engine")
     (world,) = named(WORLDS, "z0_bf16")
     with mock.patch.object(engine_module, "FusedAdam", torch.optim.AdamW):
+        if type(world.train().optimizer).__name__ == "BF16_Optimizer":
+            pytest.skip("this DeepSpeed has one class for stages 0 and 1 in bf16")
         run = start_fused(world)
     assert type(run.training.optimizer).__name__ == "FP16_Optimizer"
     for i in range(2):

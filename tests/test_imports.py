@@ -24,6 +24,7 @@ LAYERS = [
         "names",
         "profiles",
         "ranks",
+        "requirements",
         "schedule",
     },
     {
@@ -38,7 +39,7 @@ LAYERS = [
         "lerp",
     },
     {"checkpoint", "export", "export.layouts", "export.writing", "options"},
-    {"replicas", "shadow"},
+    {"replicas", "shadow", "swap"},
     {"engines.plain", "engines.dtensor", "engines.fsdp1", "engines.deepspeed"},
     {
         "checkpoint.agreement",

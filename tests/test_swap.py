@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import datetime
 import itertools
+import os
+import signal
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from dist_ema import ShardedEMA
 from tests.net import FROZEN, TRAINABLE
+from tests.pool import fork_server
 from tests.runs import EXACT, Run, a_few_worlds, live_buffers, make_ema, start
 from tests.worlds import (
     Training,
@@ -378,7 +384,7 @@ def test_ctrl_c_leaves_weights_and_average_as_they_were(going: str):
                 block.__exit__(None, None, None)
         except KeyboardInterrupt:
             interrupted += 1
-        assert not ema._shown
+        ema._bound.marks.refuse("a test")
         torch.testing.assert_close(parts(), before, **EXACT)
         if not interrupts.came:
             break
@@ -399,3 +405,323 @@ class Interrupts(TorchFunctionMode):
                 self.came = True
                 raise KeyboardInterrupt
         return func(*args, **(kwargs or {}))
+
+
+def small_average(**options: Any) -> tuple[nn.Sequential, ShardedEMA]:
+    """A model in one process whose average is not its weights."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    ema = ShardedEMA(model, 0.5, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    ema.update()
+    return model, ema
+
+
+@a_few_worlds
+def test_one_autocast_around_a_swap_shows_each_side(world: World):
+    run = start(world).train(2)
+
+    def outputs() -> tuple[Tensor, Tensor, Tensor]:
+        live = run.training.evaluate()
+        with run.ema.average_parameters():
+            shown = run.training.evaluate()
+        return live, shown, run.training.evaluate()
+
+    def each_alone() -> tuple[Tensor, Tensor, Tensor]:
+        def once() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return run.training.evaluate()
+
+        live = once()
+        with run.ema.average_parameters():
+            shown = once()
+        return live, shown, once()
+
+    wanted = each_alone()
+    assert not torch.equal(wanted[0], wanted[1])
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        torch.testing.assert_close(outputs(), wanted, **EXACT)
+
+
+@pytest.mark.ranks(0)
+def test_caches_are_dropped_by_every_call_that_writes_weights():
+    x = torch.randn(2, 5)
+    teacher = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    for model, ema, read in (
+        (*small_average(), None),
+        (*small_average(into=teacher), teacher),
+    ):
+        with torch.autocast("cpu", torch.bfloat16), nn.utils.parametrize.cached():
+            shown = read or model
+            before = shown(x)
+            if read is None:
+                ema.copy_to()
+            else:
+                ema.update()
+            after = shown(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(after, shown(x))
+        assert not torch.equal(after, before)
+
+
+@pytest.mark.ranks(0)
+def test_a_parametrization_that_is_cached_is_computed_again():
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))
+    ema = ShardedEMA(model, 0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    ema.update()
+    live = model.weight.clone()
+    with nn.utils.parametrize.cached():
+        assert torch.equal(model.weight, live)
+        with ema.average_parameters():
+            assert not torch.equal(model.weight, live)
+        assert torch.equal(model.weight, live)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@every_world(not_compiled)
+def test_a_forward_that_fails_leaves_nothing_gathered(world: World, inside: bool):
+    run = start(world).train(2)
+    training = run.training
+    live = training.evaluate()
+    with run.ema.average_parameters():
+        shown = training.evaluate()
+
+    def fail() -> None:
+        def raises(*_: Any) -> None:
+            raise Interruption
+
+        handle = training.net.blocks[-1].l2.register_forward_pre_hook(raises)
+        try:
+            with pytest.raises(Interruption):
+                training.loss(3)
+        finally:
+            handle.remove()
+
+    if not inside:
+        fail()
+    with run.ema.average_parameters():
+        if inside:
+            fail()
+        else:
+            torch.testing.assert_close(training.evaluate(), shown, **EXACT)
+    torch.testing.assert_close(training.evaluate(), live, **EXACT)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@every_world(lambda world: world.name in ("fsdp2", "fsdp2_reshard", "hsdp"))
+def test_an_unshard_that_nobody_waited_for_is_dropped(world: World, inside: bool):
+    run = start(world).train(2)
+    training = run.training
+    live = training.evaluate()
+    with run.ema.average_parameters():
+        shown = training.evaluate()
+    if not inside:
+        training.net.unshard(async_op=True)
+    with run.ema.average_parameters():
+        torch.testing.assert_close(training.evaluate(), shown, **EXACT)
+        if inside:
+            training.net.unshard(async_op=True)
+    torch.testing.assert_close(training.evaluate(), live, **EXACT)
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_of_the_engine_on_the_way_out_leaves_live_weights(error: type[BaseException]):
+    model, ema = small_average()
+    live = [p.clone() for p in model.parameters()]
+    average = ema.gather_state_dict()
+
+    calls = itertools.count()
+
+    def fails() -> None:
+        if next(calls):  # on the way out
+            raise error("the engine")
+
+    ema._bound.engine.release = fails  # type: ignore[method-assign]
+    with pytest.raises(error, match="the engine"):
+        with ema.average_parameters():
+            pass
+    del ema._bound.engine.release
+    torch.testing.assert_close(list(model.parameters()), live, **EXACT)
+    torch.testing.assert_close(ema.gather_state_dict(), average, **EXACT)
+
+
+@a_few_worlds
+def test_another_average_of_a_shown_model_refuses(world: World):
+    run = start(world).train(2)
+    net = run.training.net
+    other = make_ema(run.training, decay=0.5)
+    before = other.gather_state_dict()
+    with run.ema.average_parameters():
+        for call in (
+            other.update,
+            other.reset,
+            other.drift,
+            other.copy_to,
+            other.state_dict,
+            other.gather_state_dict,
+            lambda: other.average_parameters().__enter__(),
+            lambda: other.save("never"),
+            lambda: other.load("never"),
+            lambda: other.export("never"),
+            lambda: ShardedEMA(net),
+        ):
+            with pytest.raises(RuntimeError, match=r"inside average_parameters\(\)"):
+                call()
+    torch.testing.assert_close(other.gather_state_dict(), before, **EXACT)
+    assert other.update()
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("shows", ["whole", "part"])
+def test_an_average_of_a_part_and_one_of_the_whole_refuse_each_other(shows: str):
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    averages = {"whole": ShardedEMA(model), "part": ShardedEMA(model[0])}
+    elsewhere = ShardedEMA(model[1])
+    shown = averages.pop(shows)
+    (other,) = averages.values()
+    with shown.average_parameters():
+        with ThreadPoolExecutor(1) as pool:
+            with pytest.raises(RuntimeError, match=r"inside average_parameters\(\)"):
+                pool.submit(other.update).result()
+        copied = copy.deepcopy(model)
+        if shows == "part":
+            assert elsewhere.update()
+    assert other.update()
+    assert ShardedEMA(copied).update()
+
+
+@every_world(not_compiled)
+def test_an_optimizer_step_inside_the_block_is_told_and_undone_in_the_weights(world: World):
+    run = start(world).train(2)
+    masters = run.ema.source == "master"  # which the swap does not touch
+    live = run.training.full_weights()
+    with pytest.warns(UserWarning, match="written to inside average_parameters"):
+        with run.ema.average_parameters():
+            run.training.train_step(2)
+    if not masters:
+        torch.testing.assert_close(run.training.full_weights(), live, **EXACT)
+
+
+@pytest.mark.ranks(0)
+def test_a_write_inside_the_block_is_told_by_name():
+    model, ema = small_average()
+    emb = nn.Embedding(3, 5, max_norm=0.1)
+    bounded = ShardedEMA(emb)
+    live = [p.clone() for p in (*model.parameters(), emb.weight)]
+    with pytest.warns(UserWarning, match=r"written to inside average_parameters.*: 1\.bias\."):
+        with ema.average_parameters(), torch.no_grad():
+            model[1].bias.add_(1)
+    with pytest.warns(UserWarning, match=r"written to inside average_parameters.*: weight\."):
+        with bounded.average_parameters():
+            emb(torch.tensor([1]))
+    torch.testing.assert_close([*model.parameters(), emb.weight], live, **EXACT)
+
+
+@every_world(not_compiled)
+def test_an_evaluation_is_not_taken_for_a_write(world: World):
+    run = start(world).train(2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "weights were written to")
+        with run.ema.average_parameters():
+            run.training.evaluate()
+            run.training.loss(3)
+
+
+@pytest.mark.ranks(0)
+def test_frozen_constants_of_compiled_code_are_refused():
+    import torch._inductor.config as config
+
+    model, ema = small_average()
+    live = [p.clone() for p in model.parameters()]
+    with config.patch(freezing=True), pytest.raises(RuntimeError, match="freezing"):
+        with ema.average_parameters():
+            pass
+    torch.testing.assert_close(list(model.parameters()), live, **EXACT)
+
+
+@every_world(lambda world: world.name in ("ddp", "fsdp2", "hsdp"))
+def test_a_swap_that_is_cut_short_is_marked_until_values_are_loaded(world: World):
+    run = start(world).train(2)
+    share = run.ema._bound._share
+
+    def lost() -> None:
+        raise RuntimeError("a peer is gone")
+
+    with pytest.raises(RuntimeError, match="a peer is gone"):
+        with run.ema.average_parameters():
+            run.ema._bound._share = lost  # type: ignore[method-assign]
+    run.ema._bound._share = share  # type: ignore[method-assign]
+    for call in (run.ema.update, run.ema.gather_state_dict, run.ema.copy_to):
+        with pytest.raises(RuntimeError, match=r"way back .* failed"):
+            call()
+    run.ema.reset()
+    assert run.ema.update()
+
+
+@every_world(lambda world: world.name == "fsdp2")
+def test_a_layer_that_was_replaced_under_fsdp2_is_told(world: World):
+    run = start(world).train(1)
+    run.training.net.blocks[0].l1 = nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match="parameters were replaced"):
+        run.ema.update()
+
+
+@pytest.mark.ranks(2)
+def test_a_process_group_that_was_destroyed_is_told():
+    group = dist.new_group([0, 1])
+    model = nn.Linear(5, 3)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, src=0)
+    ema = ShardedEMA(model, process_group=group)
+    dist.destroy_process_group(group)
+    assert ema.update()
+    live = [p.clone() for p in model.parameters()]
+    for call in (lambda: ema.average_parameters().__enter__(), ema.gather_state_dict, ema.copy_to):
+        with pytest.raises(RuntimeError, match=r"process group .* has been destroyed"):
+            call()
+    torch.testing.assert_close(list(model.parameters()), live, **EXACT)
+
+
+def test_a_peer_that_dies_inside_leaves_a_model_that_is_marked():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with fork_server() as context:
+        workers = [context.Process(target=_one_dies_inside, args=(r, store.port)) for r in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(120)
+            worker.kill()
+    assert [worker.exitcode for worker in workers] == [0, -signal.SIGKILL]
+
+
+def _one_dies_inside(rank: int, port: int) -> None:
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(50, 30))
+    ema = ShardedEMA(model, 0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    ema.update()
+    live = copy.deepcopy(model.module.state_dict())
+    average = [value.clone() for value in ema._values(None)]
+    with pytest.raises(RuntimeError, match=r"way back .* has failed.*Load the model's weights"):
+        with ema.average_parameters():
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+    torch.testing.assert_close(ema._values(None), average, **EXACT)
+    for call in (ema.update, ema.state_dict):
+        with pytest.raises(RuntimeError, match="Load the model's weights again"):
+            call()
+    assert any(not torch.equal(t, model.module.state_dict()[n]) for n, t in live.items())
+    model.module.load_state_dict(live)
+    ema.reset()
+    assert ema.update()
+    os._exit(0)  # destroying the group would wait for the peer

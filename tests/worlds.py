@@ -30,7 +30,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -134,9 +134,25 @@ class TensorParallel(Engine):
 
     def full_weights(self, training: Training) -> dict[str, Tensor]:
         return {
-            bare(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            bare(name): (whole(p) if isinstance(p, DTensor) else p).detach().clone()
             for name, p in training.net.named_parameters()
         }
+
+
+def whole(tensor: DTensor) -> Tensor:
+    """As full_tensor(), which in torch 2.8 joins uneven parts of tensor parallelism out of order.
+
+    FSDP, the first dimensions of the mesh, cut last: its parts are joined first.
+    """
+    if all(type(placement) in (Shard, Replicate) for placement in tensor.placements):
+        return tensor.full_tensor()
+    joined, groups = tensor.to_local().detach(), tensor.device_mesh.get_all_groups()
+    for group, placement in zip(groups, tensor.placements, strict=True):
+        if not placement.is_replicate():
+            parts: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(parts, joined, group=group)
+            joined = torch.cat(parts, placement.dim)
+    return joined
 
 
 @dataclass(frozen=True, kw_only=True)

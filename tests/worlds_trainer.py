@@ -82,6 +82,8 @@ def trainer_of(
     with mock.patch.dict(os.environ), ExitStack() as stack:
         for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
             del os.environ[name]  # what another test's engine may have left in this process
+        # Without an index, which torch.load refuses; older versions would number it.
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
             if kind.startswith("zero"):
@@ -89,6 +91,11 @@ def trainer_of(
                 arguments |= {"deepspeed": _zero_config(kind), "bf16": True}
             elif kind == "fsdp2":
                 stack.enter_context(several_devices_named_cpu())
+                # accelerate reads these; transformers before 5 reads no "version".
+                os.environ["FSDP_VERSION"] = "2"
+                os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+                os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+                os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer"
                 config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
                 arguments |= {"fsdp": True, "fsdp_config": config}
             args = TrainingArguments(

@@ -37,6 +37,7 @@ from dist_ema.engines.engine import (
 from dist_ema.layout import whole_fragment
 from dist_ema.names import Slot, is_instance, layers, slots
 from dist_ema.ranks import all_gather_single, gather_chunk
+from dist_ema.requirements import require
 
 # Attributes of an engine or its optimizer, or calls of them, that tell of what is not supported.
 _UNSUPPORTED = {
@@ -55,6 +56,7 @@ class ZeroEngine(Engine):
     communicates = True
 
     def __init__(self, model: nn.Module) -> None:
+        require("deepspeed")
         engine = _find_engine(model)
         if engine is None:
             raise ValueError(

@@ -8,8 +8,9 @@ what is listed here, whatever is gathered.
 
 Private names, checked in torch 2.8 to 2.15: `FSDPModule._get_fsdp_state`,
 `FSDPState._fsdp_param_groups` (`_fsdp_param_group` before 2.12), `FSDPParamGroup.fsdp_params`,
-`FSDPParam._module_info`, `._orig_param_uid` (since 2.12; without it a tie that was cut apart is not
-noticed), `.sharded_param` and `._unsharded_param`, `DTensor._local_tensor`, `_StridedShard`.
+`.wait_for_unshard`, `._to_sharded`, `FSDPParam._module_info`, `._orig_param_uid` (since 2.12;
+without it a tie that was cut apart is not noticed), `.sharded_param` and `._unsharded_param`,
+`DTensor._local_tensor`, `_StridedShard`.
 """
 
 from __future__ import annotations
@@ -93,9 +94,13 @@ class DTensorEngine(Engine):
 
     def release(self) -> None:
         # Gathered weights would survive a write to the shards and be read by the next forward,
-        # on the root at least: it does not reshard after forward by default.
+        # on the root at least: it does not reshard after forward by default. `module.reshard()` is
+        # not enough: it keeps an all-gather that nobody has waited for, and does nothing after an
+        # exception in a forward.
         for module in self._fsdp_modules:
-            module.reshard()
+            for group in _param_groups(module):
+                group.wait_for_unshard()
+                group._to_sharded()
 
     def publish(self) -> None:
         self.release()
@@ -108,7 +113,9 @@ class DTensorEngine(Engine):
         names: dict[int, list[str]] = {}
         for fsdp_param in self._fsdp_params:
             info = fsdp_param._module_info
-            fqn = fqns[id(info.module), info.param_name]
+            fqn = fqns.get((id(info.module), info.param_name))
+            if fqn is None:  # the module was replaced
+                continue
             uid = getattr(fsdp_param, "_orig_param_uid", id(fsdp_param))  # since torch 2.12
             names.setdefault(uid, []).append(fqn)
         cut = [tie for tie in names.values() if len(tie) > 1]

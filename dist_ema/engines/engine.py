@@ -10,6 +10,7 @@ gather and files are written once, against fragments.
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import parametrize
 
 from dist_ema.layout import Fragment, Place, Shape, range_fragments, whole, whole_fragment
 from dist_ema.names import Slot, slots
@@ -97,6 +99,13 @@ class Engine(ABC):
     def process_groups(self) -> list[dist.ProcessGroup]:
         """Groups that the engine made already, to be used for replicas before new ones. Local."""
         return []
+
+    def versioned(self, weight: Weight) -> Iterator[torch.Tensor]:
+        """Tensors that autograd counts writes to a weight by (`_version`). Local."""
+        yield weight.tensor
+        for fragment in weight.fragments:
+            yield fragment.view
+            yield fragment.shown
 
     def release(self) -> None:
         """Drop gathered copies, so that the shown storage may be written. May be collective."""
@@ -208,6 +217,25 @@ def outdate_graphs(weights: Iterable[torch.Tensor]) -> None:
     Engines that gather weights write to them in ways that autograd does not see.
     """
     torch.autograd.graph.increment_version(list(weights))
+
+
+def drop_caches() -> None:
+    """Drop what torch has computed from weights and keeps by their identity. Local.
+
+    Private, read in torch 2.8 to 2.15: `torch.nn.utils.parametrize._cache`.
+    """
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
+
+
+def refuse_freezing() -> None:
+    """Raise if the compiler may have copied weights into compiled code. Local."""
+    config = sys.modules.get("torch._inductor.config")
+    if config is not None and getattr(config, "freezing", False):
+        raise RuntimeError(
+            "torch._inductor.config.freezing is set: compiled code holds copies of the weights and "
+            "would not show the average; set it to False and compile the model again"
+        )
 
 
 class Registered:

@@ -30,6 +30,7 @@ from dist_ema.engines.engine import (
     Cut,
     Engine,
     Registered,
+    Weight,
     cut_range,
     cut_whole,
     outdate_graphs,
@@ -95,6 +96,7 @@ class Fsdp1Engine(Engine):
             for handle in self._handles
             for module, name, original in _originals(handle)
         }
+        self._flat_parameters: dict[int, torch.Tensor] = {}  # by ids of `Weight.tensor`
         self._taken = {id(p) for handle in self._handles for p in handle.flat_param._params or ()}
         self._others = Registered(
             (slot.registry, slot.name)
@@ -115,6 +117,11 @@ class Fsdp1Engine(Engine):
         groups = [handle.process_group for handle in self._handles]
         groups += [getattr(unit, "_inter_node_pg", None) for unit in self._units]
         return [group for group in dict.fromkeys(groups) if group is not None]
+
+    def versioned(self, weight: Weight) -> Iterator[torch.Tensor]:
+        yield from super().versioned(weight)
+        if id(weight.tensor) in self._flat_parameters:  # the optimizer may write to it
+            yield self._flat_parameters[id(weight.tensor)]
 
     def release(self) -> None:
         # A forward that does not reshard (SHARD_GRAD_OP, and the root under FULL_SHARD) leaves the
@@ -161,7 +168,11 @@ class Fsdp1Engine(Engine):
 
     def _locate(self, slot: Slot) -> torch.Tensor:
         original = self._original(slot)
-        return slot.tensor if original is None else original.tensor
+        if original is None:
+            return slot.tensor
+        tensor = original.tensor
+        self._flat_parameters[id(tensor)] = original.handle.flat_param
+        return tensor
 
     def _cut(self, slot: Slot, tensor: torch.Tensor) -> Cut:
         original = self._original(slot)

@@ -139,16 +139,18 @@ def _model_card(module: Any) -> dict[str, Any]:
     config = copy.deepcopy(module.config)
     config.architectures = [_own_class(module).__name__]
     parts = {"": config} | {key: getattr(config, key, None) for key in config.sub_configs}
+    dtype_key = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # before transformers 4.56
     for part in parts.values():
         if part is not None:
-            part.dtype = torch.float32
+            setattr(part, dtype_key, torch.float32)
     configs = {"config.json": json.loads(config.to_json_string())}
     if module.can_generate() and module.generation_config is not None:
         # Not by save_pretrained(), which refuses what warns at generation only.
-        text = module.generation_config.to_json_string(keys_to_pop=["compile_config"])
-        configs["generation_config.json"] = json.loads(text)
+        generation_config = copy.copy(module.generation_config)
+        generation_config.compile_config = None  # no JSON value, and not written
+        configs["generation_config.json"] = json.loads(generation_config.to_json_string())
     top = configs["config.json"]
-    paths = [["dtype"], *([key, "dtype"] for key in parts if isinstance(top.get(key), dict))]
+    paths = [[dtype_key], *([key, dtype_key] for key in parts if isinstance(top.get(key), dict))]
     return make_card(
         "transformers",
         configs,

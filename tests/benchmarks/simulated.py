@@ -23,7 +23,6 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import Shard
 
 from dist_ema import holders, replicas
 from dist_ema.layout import Box, Place, Shape, whole
@@ -79,9 +78,10 @@ class World:
             if is_buffer:
                 found.append((Place(fqn, shape, whole(shape)), False))
                 continue
-            size, start = Shard.local_shard_size_and_offset(shape[0], self.num_shards, shard)
-            if size:
-                box = Box((int(start),) + (0,) * (len(shape) - 1), (int(size), *shape[1:]))
+            step = -(-shape[0] // self.num_shards)  # as torch.chunk cuts
+            start, size = step * shard, min(step, shape[0] - step * shard)
+            if size > 0:
+                box = Box((start,) + (0,) * (len(shape) - 1), (size, *shape[1:]))
                 found.append((Place(fqn, shape, box), True))
         return found
 
