@@ -20,7 +20,7 @@ from torch import nn
 
 from dist_ema.binding import Binding
 from dist_ema.checkpoint import api, stateful
-from dist_ema.checkpoint.api import CheckpointError, Handle, Part, TensorInfo
+from dist_ema.checkpoint.api import TIMEOUT_S, CheckpointError, Handle, Part, TensorInfo
 from dist_ema.export.format import DTYPES
 from dist_ema.export.layouts import (
     card_of,
@@ -488,7 +488,7 @@ class ShardedEMA:
     # Resuming.
 
     def save(
-        self, path: str | Path, *, asynchronous: bool = False, timeout: float = 300.0
+        self, path: str | Path, *, asynchronous: bool = False, timeout: float = TIMEOUT_S
     ) -> Handle | None:
         """Write all averages, cut as they are, with their counters and schedules.
 
@@ -506,7 +506,7 @@ class ShardedEMA:
             timeout: seconds without progress after which an asynchronous save gives up the ranks
                 that have not written; `result()` raises on the others and names them, and the end
                 of the process waits no longer (for rank 0, up to 30 s more). A process that died
-                is usually noticed within seconds.
+                is noticed within seconds where the file system has locks.
 
         Raises:
             ValueError: `timeout` is not a positive number.

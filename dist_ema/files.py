@@ -1,10 +1,13 @@
-"""Directories that appear whole or not at all.
+"""Directories of checkpoints that appear whole or not at all.
 
 [Note: siblings]
 A directory `NAME` is written as `.NAME.tmp-xxxxxxxx` beside it and exchanged with what stands
 there; what stood there is then removed under that name. Where the file system cannot exchange two
 names, the old directory is `.NAME.old-xxxxxxxx` for the moment between two renames. Whatever a
 killed process left of these is put right by `clear_stale`, and read by `find`.
+
+Only files that a save writes are ever removed, by their names; see `is_ours`. Files of others that
+appear in a directory while it is replaced keep their path: they are moved to the new directory.
 """
 
 from __future__ import annotations
@@ -14,23 +17,26 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _AT_FDCWD = -100
-_RENAME_EXCHANGE = 2  # renameat2(2), Linux 3.15
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # renameat2(2), Linux 3.15
+
+MANIFEST = "manifest.json"  # a directory without it is no checkpoint
+SHARD = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
+_LETTER = re.compile(r"\.?(rank-\d+|left-\d+|outcome)")  # of ranks that save in the background
 
 SEEN_WITHIN_S = 30.0  # a network file system may show a new name that late on another host
 
 
 @contextmanager
-def replaced_directory(path: Path, keep: Callable[[str], bool] | None = None) -> Iterator[Path]:
-    """Give an empty sibling to write to, and put it in the place of `path` if the block succeeds.
+def replaced_directory(path: Path) -> Iterator[Path]:
+    """Give an empty sibling to write a checkpoint to; it takes the place of `path` if all is well.
 
     At any instant `path` is the old directory or the new one (on file systems that cannot exchange
     two names there is a moment when it is neither, and the old one stands beside it). If the block
@@ -38,7 +44,6 @@ def replaced_directory(path: Path, keep: Callable[[str], bool] | None = None) ->
 
     Args:
         path: directory; its parents are made.
-        keep: which entries of the old directory, by name, go over to the new one as they are.
     """
     path = target(path)
     if path.exists() and not path.is_dir():
@@ -46,8 +51,7 @@ def replaced_directory(path: Path, keep: Callable[[str], bool] | None = None) ->
     refuse_working_directory(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_stale(path)
-    new = sibling(path, "tmp")
-    new.mkdir()
+    new, lock = locked_sibling(path, "tmp")
     try:
         if path.exists():
             new.chmod(stat.S_IMODE(path.stat().st_mode))
@@ -55,10 +59,12 @@ def replaced_directory(path: Path, keep: Callable[[str], bool] | None = None) ->
         for entry in new.iterdir():
             if entry.is_file():
                 sync(entry)
-        put_in_place(new, path, keep)
+        put_in_place(new, path)
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        remove(new)
         raise
+    finally:
+        release(lock)
 
 
 def target(path: Path) -> Path:
@@ -88,23 +94,70 @@ def sibling(path: Path, kind: str) -> Path:
 
 
 def clear_stale(path: Path) -> None:
-    """Remove what killed writers of this path left beside it; put the old one back if it is all.
+    """Remove what killed writers of this path left beside it.
 
-    What another process is writing is left alone if it holds the lock of `locked_sibling`. A
-    directory is renamed before it is emptied, so that its writer, if there is one that holds no
-    lock, fails instead of putting an empty directory in the place of a checkpoint.
+    If there is nothing at the path, a checkpoint that a writer had put aside is put back.
+
+    What holds files of others is left alone, and so is what another process is writing, if it holds
+    the lock of `locked_sibling`. A directory is renamed before it is emptied, so that its writer,
+    if there is one that holds no lock, fails instead of putting an empty directory in the place of
+    a checkpoint.
     """
     if not path.exists() and (old := _latest_old(path)) is not None:
-        os.rename(old, path)
+        with suppress(OSError):  # another process has put it back or replaced it
+            os.rename(old, path)
     for entry in _siblings(path, "tmp|old|mail|trash"):
-        if _is_locked(entry):
-            continue
         trash = sibling(path, "trash")
         try:
+            if _is_locked(entry) or any(map(_is_of_others, _foreign(entry))):
+                continue
             os.rename(entry, trash)
         except OSError:  # another process has renamed it
             continue
-        shutil.rmtree(trash, ignore_errors=True)
+        remove(trash)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a save may have written an entry of a directory, all of it. By names alone."""
+    if path.is_dir() and not path.is_symlink():
+        names = os.listdir(path)
+        return bool(names) and all(map(SHARD.fullmatch, names))
+    return path.name == MANIFEST or SHARD.fullmatch(path.name) is not None
+
+
+def _foreign(directory: Path) -> list[Path]:
+    """What is no part of a checkpoint in its directory, and in those of its averages."""
+    foreign = []
+    with suppress(OSError):
+        for entry in directory.iterdir():
+            inside = list(entry.iterdir()) if entry.is_dir() and not entry.is_symlink() else []
+            if any(SHARD.fullmatch(each.name) for each in inside):
+                foreign += [each for each in inside if not SHARD.fullmatch(each.name)]
+            elif not is_ours(entry):
+                foreign.append(entry)
+    return foreign
+
+
+def _is_of_others(path: Path) -> bool:
+    """Whether what is no part of a checkpoint is neither a letter nor a directory to write to."""
+    if path.is_dir() and not path.is_symlink():
+        return any(path.iterdir())
+    return _LETTER.fullmatch(path.name) is None
+
+
+def remove(directory: Path) -> None:
+    """Remove what a save writes to a directory, and what is empty then. Files of others stay."""
+    with suppress(OSError):
+        for entry in list(directory.iterdir()):
+            with suppress(OSError):
+                if entry.is_dir() and not entry.is_symlink():
+                    for each in list(entry.iterdir()):
+                        if SHARD.fullmatch(each.name):
+                            each.unlink()
+                    entry.rmdir()
+                elif is_ours(entry) or _LETTER.fullmatch(entry.name):
+                    entry.unlink()
+        directory.rmdir()
 
 
 def locked_sibling(path: Path, kind: str) -> tuple[Path, int]:
@@ -117,17 +170,23 @@ def locked_sibling(path: Path, kind: str) -> tuple[Path, int]:
     while True:
         directory = sibling(path, kind)
         directory.mkdir()
-        try:
-            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:  # removed by another process before it was locked
+        fd = _lock(directory)
+        if fd is None:  # removed by another process before it was locked
             continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # being removed, or a file system without locks
-            pass
         if directory.exists():
             return directory, fd
         os.close(fd)
+
+
+def _lock(directory: Path) -> int | None:
+    """Let `clear_stale` leave a directory alone; None if it does not exist."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    with suppress(OSError):  # another writer has locked it, or the file system has no locks
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return fd
 
 
 def release(fd: int) -> None:
@@ -182,44 +241,51 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def put_in_place(new: Path, path: Path, keep: Callable[[str], bool] | None = None) -> None:
+def put_in_place(new: Path, path: Path) -> None:
     """Let a sibling take the place of a path, in one step where the system can; durable after.
 
-    What is in it must be on disk already. `keep` is as for `replaced_directory`.
+    What is in it must be on disk already. Files of others that are at the path by now go over.
+
+    Raises:
+        OSError: the system refuses, or `new` is no checkpoint (any more). `path` is as it was.
     """
-    seen: set[str] = set()
-    if keep is not None and path.exists():
-        for entry in path.iterdir():
-            seen.add(entry.name)
-            if keep(entry.name) and not (new / entry.name).exists():
-                _carry(entry, new / entry.name)
+    (new / MANIFEST).stat()
     sync(new)
+    old, lock = None, _lock(path) if path.exists() else None
     try:
-        os.rename(new, path)  # replaces an empty directory as well
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        if _exchange(new, path):
-            old = new
-        else:
-            old = sibling(path, "old")
-            os.rename(path, old)
+        while True:
             try:
-                os.rename(new, path)
-            except OSError:
-                os.rename(old, path)
-                raise
-        try:
-            late = [] if keep is None else [e for e in old.iterdir() if e.name not in seen]
-            for entry in late:
-                # What somebody else wrote there while the others were carried over.
-                if not (path / entry.name).exists():
-                    os.rename(entry, path / entry.name)
-        except FileNotFoundError:  # another process that saves to this path has cleared it away
-            pass
+                os.rename(new, path)  # replaces an empty directory as well
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    if old is not None and not path.exists():
+                        os.rename(old, path)
+                    raise
+            if _exchange(new, path):
+                old = new
+                break
+            aside = sibling(path, "old")
+            with suppress(FileNotFoundError):  # another process is replacing it
+                os.rename(path, aside)
+                old = aside
         sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    sync(path.parent)
+        if old is not None:
+            _clear_replaced(old, path)
+            sync(path.parent)
+    finally:
+        if lock is not None:
+            release(lock)
+
+
+def _clear_replaced(old: Path, path: Path) -> None:
+    """Remove what was replaced, and move what others wrote there to the same names below `path`."""
+    with suppress(OSError):  # another process has cleared it away
+        for each in _foreign(old):
+            to = path / each.relative_to(old)
+            to.parent.mkdir(exist_ok=True)
+            _rename_to_free_name(each, to)
+    remove(old)
 
 
 def _siblings(path: Path, kinds: str) -> list[Path]:
@@ -228,35 +294,35 @@ def _siblings(path: Path, kinds: str) -> list[Path]:
         entries = list(path.parent.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return [entry for entry in entries if pattern.fullmatch(entry.name)]
+    return [
+        entry
+        for entry in entries
+        if pattern.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink()
+    ]
 
 
 def _latest_old(path: Path) -> Path | None:
-    return max(_siblings(path, "old"), key=lambda entry: entry.stat().st_ctime, default=None)
-
-
-def _carry(source: Path, target: Path) -> None:
-    if source.is_symlink():
-        target.symlink_to(os.readlink(source))
-    elif source.is_dir():
-        shutil.copytree(source, target, symlinks=True, copy_function=_link)
-    else:
-        _link(str(source), str(target))
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
-        sync(Path(target))
+    whole = [entry for entry in _siblings(path, "old") if (entry / MANIFEST).exists()]
+    return max(whole, key=lambda entry: entry.stat().st_ctime, default=None)
 
 
 def _exchange(a: Path, b: Path) -> bool:
     """Let two directories change names in one step; False where the system cannot."""
+    return _renameat2(a, b, _RENAME_EXCHANGE) == 0
+
+
+def _rename_to_free_name(source: Path, to: Path) -> None:
+    """Rename, unless there is something of the new name: then nothing happens."""
+    code = _renameat2(source, to, _RENAME_NOREPLACE)
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP) and not os.path.lexists(to):
+        os.rename(source, to)
+
+
+def _renameat2(a: Path, b: Path, flags: int) -> int:
+    """An error number; 0 if all is well."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
-        return False
-    result = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
-    return int(result) == 0
+        return errno.ENOSYS
+    failed = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), flags)
+    return ctypes.get_errno() if failed else 0

@@ -209,9 +209,7 @@ def _write(
         for one, found in zip(made, fits, strict=True):
             refuse_foreign(one.path)
             try:
-                directory = replacing.enter_context(
-                    replaced_directory(one.path, keep=lambda entry: False)
-                )
+                directory = replacing.enter_context(replaced_directory(one.path))
             except OSError as error:
                 raise CheckpointError(f"{one.path}: {error.strerror or error}") from error
             results.append(

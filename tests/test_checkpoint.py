@@ -287,6 +287,18 @@ def test_tied_weights_are_found_under_any_of_their_names(tmp_path: Path):
         load(tmp_path / "b", {"ema": blank("rows", TENSORS, ranks)}, TENSORS, ranks)
 
 
+@pytest.mark.ranks(0)
+def test_a_manifest_that_was_grown_is_refused_in_little_memory(tmp_path: Path):
+    path = tmp_path / "a"
+    write(path, Ranks())
+    os.truncate(path / "manifest.json", 900_000_000)
+    with PeakMemory() as peak, pytest.raises(CheckpointError, match=r"manifest\.json.* bytes"):
+        seed_at(path, Ranks())
+    assert peak() < 50e6
+    write(path, Ranks(), seed=1)
+    assert seed_at(path, Ranks()) == 1
+
+
 # Replacing.
 
 
@@ -344,22 +356,55 @@ def test_a_link_is_followed(tmp_path: Path):
 
 
 @pytest.mark.ranks(2)
-def test_a_file_that_appears_during_a_save_stays(tmp_path: Path):
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_file_that_appears_during_a_save_stays(tmp_path: Path, can_exchange: bool):
+    """Also one that is being written, in a directory of an average as well."""
     ranks, path = Ranks(), tmp_path / "a"
-    write(path, ranks)
+    parts = parts_of("flat", TENSORS, full(TENSORS), ranks)
+    both = {"fast": parts, "slow": parts}
+    save(path, both, TENSORS, state_of(["fast", "slow"]), ranks)
     exchange = files._exchange
+    names = ("notes.txt", "slow/notes.txt", "below/manifest.json")
+    opened = []
 
     def disturbed(a, b):
-        (path / "notes.txt").write_text("mine")
-        return exchange(a, b)
+        (path / "below").mkdir()
+        for name in names:
+            opened.append(open(path / name, "w"))
+            opened[-1].write("mi")
+        return can_exchange and exchange(a, b)
 
     files._exchange = disturbed
     try:
-        write(path, ranks, seed=1)
+        save(path, both, TENSORS, state_of(["fast", "slow"], step=1), ranks)
     finally:
         files._exchange = exchange
-    assert seed_at(path, ranks) == 1
-    assert (path / "notes.txt").read_text() == "mine"
+    for file in opened:
+        file.write("ne")
+        file.close()
+    dist.barrier()
+    assert [(path / name).read_text() for name in names] == ["mine"] * 3
+    assert load(path, both, TENSORS, ranks)["step"] == 1
+    assert beside(path) == []
+
+
+@pytest.mark.ranks(0)
+def test_what_is_no_checkpoint_is_never_put_in_the_place_of_one(tmp_path: Path):
+    path = tmp_path / "a"
+    (tmp_path / ".a.old-0123abcd").mkdir()
+    (tmp_path / ".a.old-0123abcd" / "notes.txt").write_text("mine")
+    assert files.find(path) == path
+    with pytest.raises(CheckpointError, match="No such file"):
+        load(path, {"ema": blank("rows", TENSORS, Ranks())}, TENSORS, Ranks())
+    write(path, Ranks(), seed=1)
+    assert (tmp_path / ".a.old-0123abcd" / "notes.txt").read_text() == "mine"
+    (tmp_path / ".a.tmp-0123abcd").mkdir()
+    with pytest.raises(FileNotFoundError):
+        files.put_in_place(tmp_path / ".a.tmp-0123abcd", path)
+    assert seed_at(path, Ranks()) == 1
+    (path / "manifest.json").write_text('{"name": "a web app"}')
+    with pytest.raises(CheckpointError, match=r"no checkpoint of dist_ema \(manifest.json is"):
+        write(path, Ranks(), seed=2)
 
 
 @pytest.mark.ranks(2)
@@ -442,6 +487,8 @@ def test_debris_of_killed_saves_is_cleared_by_the_next(tmp_path: Path):
     others = [".a.tmp-0123abcd.txt", ".b.tmp-0123abcd", "a.tmp-0123abcd", ".a.tmp-notes"]
     for name in others:
         (tmp_path / name).mkdir()
+    others.append(".a.tmp-01234567")
+    (tmp_path / others[-1]).write_text("a file")
     write(path, ranks)
     assert beside(path) == sorted(others)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 
 from dist_ema import HalfLife, ShardedEMA
 from dist_ema.checkpoint.api import CheckpointError, load, save
@@ -190,6 +191,33 @@ def test_fewer_averages_than_were_saved_are_loaded(tmp_path: Path, by: str):
     assert (ema.step, ema.num_updates) == (1, 1)
     whole = ema.gather_state_dict("long")
     assert not whole or torch.equal(whole["weight"], torch.full((2, 3), 0.25))
+
+
+@pytest.mark.ranks(2)
+def test_pipeline_stages_are_saved_as_one_checkpoint(tmp_path: Path):
+    """Each rank holds some layers of one model and no part of the others."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(3, 2 + i) for i in range(4)]
+    whole = torch.nn.ModuleDict({f"layer{i}": layer for i, layer in enumerate(layers)})
+    names = [n for n in whole if int(n[-1]) // 2 == rank()]
+    stage = torch.nn.ModuleDict({name: whole[name] for name in names})
+    ema = ShardedEMA(stage, 0.5)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(1.0)
+    ema.update()
+    ema.save(tmp_path / "a")
+    ema.save(tmp_path / "b", asynchronous=True).result()
+    for path in (tmp_path / "a", tmp_path / "b"):
+        back = ShardedEMA(stage, 0.5)
+        back.load(path)
+        assert (back.step, back.num_updates) == (1, 1)
+        values = zip(ema._bound.shadow.values[0], back._bound.shadow.values[0], strict=True)
+        assert all(torch.equal(mine, theirs) for mine, theirs in values)
+        files = [load_file(file) for file in path.glob("*.safetensors")]
+        averaged = {name: tensor for file in files for name, tensor in file.items()}
+        assert averaged.keys() == whole.state_dict().keys()
+        assert all(torch.allclose(t, whole.state_dict()[n] - 0.5) for n, t in averaged.items())
 
 
 def test_a_state_dict_with_another_average_changes_nothing():

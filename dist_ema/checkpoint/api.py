@@ -37,6 +37,7 @@ from dist_ema.ranks import Ranks, digest
 from dist_ema.schedule import same_rule
 
 __all__ = [
+    "TIMEOUT_S",
     "CheckpointError",
     "Handle",
     "Part",

@@ -24,7 +24,6 @@ import atexit
 import fcntl
 import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -35,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ema.checkpoint.manifest import CheckpointError
-from dist_ema.files import becomes_visible
+from dist_ema.files import becomes_visible, remove
 
 TIMEOUT_S = 300.0  # without progress, until a rank is given up
 _LONGER_FOR_RANK_0_S = 30.0  # which tells the others when it has given a rank up
@@ -163,7 +162,7 @@ class Letters:
         if not becomes_visible(lambda: wanted.issubset(os.listdir(self._box))):
             absent = sorted(wanted.difference(os.listdir(self._box)))
             raise CheckpointError(f"{self._box}: this rank does not see {', '.join(absent[:5])}")
-        self._others = {rank for rank in others if self._is_locked(rank)}
+        self._others = {rank for rank in others if self._is_locked(rank) is True}
 
     def close(self) -> None:
         """Take part no more: release the lock."""
@@ -206,7 +205,7 @@ class Letters:
         try:
             self._send("outcome", {"problem": problem})
         except OSError:  # the others see that the letters are gone, and look for the checkpoint
-            shutil.rmtree(self._box, ignore_errors=True)
+            remove(self._box)
         wait, now = _SHORTEST_WAIT_S, time.monotonic()
         deadline, probe_at = now + min(_ACKNOWLEDGE_S, self._timeout), now + _PROBE_EVERY_S
         ended: set[int] = set()
@@ -217,7 +216,7 @@ class Letters:
                 probe_at = time.monotonic() + _PROBE_EVERY_S
             time.sleep(wait)
             wait = min(1.5 * wait, _LONGEST_WAIT_S)
-        shutil.rmtree(self._box, ignore_errors=True)
+        remove(self._box)
         self.close()
 
     def outcome(self, is_in_place: Callable[[], bool]) -> str | None:
@@ -269,20 +268,21 @@ class Letters:
 
     def _has_ended(self, rank: int) -> bool:
         """Whether a process is gone; False if its lock cannot tell."""
-        return rank in self._others and not self._is_locked(rank)
+        return rank in self._others and self._is_locked(rank) is False
 
-    def _is_locked(self, rank: int) -> bool:
+    def _is_locked(self, rank: int) -> bool | None:
+        """Whether another process holds the lock of a rank's file; None if that cannot be seen."""
         for name in (f".rank-{rank}", f"rank-{rank}"):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 fd = os.open(self._box / name, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except OSError:  # another process holds it
+                except (BlockingIOError, PermissionError):
                     return True
                 finally:
                     os.close(fd)
                 return False
-        return True  # its file is not seen: nothing is known
+        return None
 
     def _send(self, name: str, content: dict[str, Any]) -> None:
         try:

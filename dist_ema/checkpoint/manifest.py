@@ -28,14 +28,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from dist_ema.checkpoint.checksums import checksum
+from dist_ema.files import MANIFEST
 from dist_ema.layout import Box, Shape
 
 FORMAT, VERSION = "dist_ema", 2
-FILE = "manifest.json"
+FILE = MANIFEST
 BLOCK_BYTES = 4 << 20  # of data under one checksum: stays in cache between reading and hashing
 ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "BOOL": 1,
@@ -189,3 +191,10 @@ def read_id(start: bytes) -> str | None:
         return str(head["id"])
     except (ValueError, LookupError, TypeError):
         return None
+
+
+def is_head(path: Path) -> bool:
+    """Whether a file begins as a manifest does."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    return start.startswith(f'{{"format":{_json(FORMAT)}'.encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import torch
@@ -10,8 +9,6 @@ import torch
 from dist_ema.accelerator import is_accelerator
 from dist_ema.checkpoint.manifest import BLOCK_BYTES
 from dist_ema.layout import Box, flat_boxes
-
-SHARD = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
 
 
 def row_major(tensor: torch.Tensor) -> Iterator[memoryview]:

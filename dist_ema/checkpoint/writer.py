@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,14 +33,16 @@ from dist_ema.checkpoint.manifest import (
     SavedFile,
     SavedTensor,
 )
-from dist_ema.checkpoint.shards import SHARD, row_major
+from dist_ema.checkpoint.shards import row_major
 from dist_ema.export.format import DTYPES, TensorSpec, safetensors_header
 from dist_ema.files import (
     becomes_visible,
     clear_stale,
+    is_ours,
     locked_sibling,
     put_in_place,
     release,
+    remove,
     sync,
 )
 from dist_ema.layout import Box, uncovered, whole
@@ -120,8 +121,7 @@ class Save:
             for name in self.averages:
                 sync(self._directory(name))
             refuse_foreign(self.path)
-            # Nothing is carried over; files that appear meanwhile are moved to the new directory.
-            put_in_place(directory, self.path, keep=lambda entry: False)
+            put_in_place(directory, self.path)
         except OSError as error:
             raise CheckpointError(f"{error.filename or path}: {error.strerror}") from error
         self._unlock()
@@ -130,7 +130,7 @@ class Save:
         """Remove what was written. On rank 0, when no rank writes any more."""
         if self.orders is not None:
             for directory in filter(None, (self.orders.directory, self.orders.letters)):
-                shutil.rmtree(directory, ignore_errors=True)
+                remove(Path(directory))
         self._unlock()
 
     def _unlock(self) -> None:
@@ -316,6 +316,11 @@ def _foreign(path: Path) -> str | None:
             f"exists and is no checkpoint (it holds {', '.join(entries[:5])}); "
             "remove it or save to another path"
         )
+    if entries and not manifest.is_head(path / manifest.FILE):
+        return (
+            f"exists and is no checkpoint of dist_ema ({manifest.FILE} is of another kind or "
+            "damaged); remove it or save to another path"
+        )
     foreign = [entry for entry in entries if not is_ours(path / entry)]
     if foreign:
         return (
@@ -323,14 +328,6 @@ def _foreign(path: Path) -> str | None:
             "move them away or save to another path"
         )
     return None
-
-
-def is_ours(path: Path) -> bool:
-    """Whether an entry of a checkpoint goes with it when it is replaced."""
-    if path.is_dir() and not path.is_symlink():
-        names = [entry.name for entry in path.iterdir()]
-        return bool(names) and all(map(SHARD.fullmatch, names))
-    return path.name == manifest.FILE or SHARD.fullmatch(path.name) is not None
 
 
 def _version() -> str:
