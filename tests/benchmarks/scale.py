@@ -171,7 +171,7 @@ class Simulation:
         ranks = SimulatedRanks(self.world)
         ranks.given.append(self._catalogue)
         before = peak_memory(reset=True)
-        _, seconds = clocked(lambda: Gatherer(self.ema._bound.plan, values, ranks))
+        _, seconds = clocked(lambda: Gatherer(self.ema._bound.plan, values, [], ranks))
         return {
             "seconds": seconds - ranks.seconds,
             "peak_bytes": peak_memory() - before,
