@@ -159,7 +159,7 @@ class Simulation:
     def check(self) -> None:
         """The simulated world holds on this rank what the model does."""
         plan = self.ema._bound.plan
-        told = [place for place, _ in self.world.places(self.rank)]
+        told = [place for place, averaged in self.world.places(self.rank) if averaged]
         assert sorted(map(repr, told)) == sorted(
             repr(f.place) for w in plan.weights for f in w.fragments
         )

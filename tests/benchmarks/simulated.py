@@ -88,8 +88,8 @@ class World:
     @functools.cache  # noqa: B019
     def labels(self, shard: int) -> np.ndarray:
         """What a rank with this shard tells the others of what it holds."""
-        places, averaged = zip(*self._places_of_shard(shard), strict=True)
-        return holders.labels_of(places, averaged)
+        places = [place for place, averaged in self._places_of_shard(shard) if averaged]
+        return holders.labels_of(places, [True] * len(places))
 
 
 @dataclass
