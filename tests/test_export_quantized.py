@@ -188,6 +188,8 @@ def test_an_adapter_on_a_base_of_bitsandbytes_is_exported(tmp_path: Path):
 @pytest.mark.ranks(0)
 @pytest.mark.parametrize("resized", [False, True])
 def test_neither_save_nor_export_asks_the_network(resized: bool, tmp_path: Path, monkeypatch):
+    if resized:  # older ones look for the base's configuration in a cache that this test cannot set
+        pytest.importorskip("peft", minversion="0.21")
     from peft import LoraConfig, get_peft_model
 
     asked: list[object] = []
