@@ -47,7 +47,9 @@ class Training:
         for block in self.net.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(self.net, mesh=mesh)
-        self.optimizer = torch.optim.SGD((p for p in self.net.parameters() if p.requires_grad), 0.1)
+        # Small steps: on the CPU, torch 2.8 adds up the gradients of ranks instead of averaging.
+        trained = [p for p in self.net.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, 1e-4)
         self.ema = ShardedEMA(self.net, decay=DECAY)
         self.keep_weights()
 

@@ -40,11 +40,15 @@ class Oracle:
 
 
 def worst_relative_error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """The largest difference in any tensor, relative to the largest element of that tensor."""
-    return max(
-        float((found[name].to(torch.float64) - want).abs().max() / want.abs().max().clamp_min(TINY))
+    """The largest difference in any tensor, relative to the largest element of that tensor.
+
+    NaN if any is NaN, which `max` of floats would not give.
+    """
+    errors = [
+        (found[name].to(torch.float64) - want).abs().max() / want.abs().max().clamp_min(TINY)
         for name, want in wanted.items()
-    )
+    ]
+    return float(torch.stack(errors).max())
 
 
 def relative_distance(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
