@@ -141,7 +141,10 @@ def test_every_evaluation_sees_an_average_of_zeros_and_training_sees_none_of_it(
     assert len(found) == 3 * 2 + 2 + 1 + 1
     expected = losses_of_plain(kind, state, tmp_path)["eval_first_loss"]
     assert found == [expected] * len(found)
-    assert abs(expected - math.log(VOCABULARY)) < (0.01 if kind.startswith("zero") else 1e-6)
+    # Under DDP, Trainers before transformers 5.18 divide by the token without a label as well.
+    uniform = [math.log(VOCABULARY) * share for share in (1, 5 / 6)]
+    limit = 0.01 if kind.startswith("zero") else 1e-6
+    assert min(abs(expected - loss) for loss in uniform) < limit
 
 
 @every_kind

@@ -46,6 +46,11 @@ KNOWN: tuple[tuple[str, str, str], ...] = (
         "DeepSpeed's own: hpZ on 4 ranks cannot cut a small parameter in initialize()",
     ),
     (
+        r"deepspeed 0\.17\.",
+        r"z3_autocast[^\0]*p\.ds_id for p in params_in_bucket",
+        "DeepSpeed's own: stage 3 with torch_autocast fails in training, with no swap too",
+    ),
+    (
         r"deepspeed 0\.1[78]\.",
         r"has no attribute 'ds_grads_remaining'",
         "DeepSpeed's own: stage 3 in a forward pass that uses a module out of turn",
