@@ -24,7 +24,7 @@ from dist_ema.layout import Fragment
 from dist_ema.ranks import Ranks, all_gather_single, device_for, digest, gather_chunk
 
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
-_HASHED_ELEMENTS = 1 << 22  # at a time on an accelerator
+_HASHED_ELEMENTS = 1 << 20  # at a time on an accelerator: 16 MB of scratch
 _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
