@@ -13,7 +13,14 @@ from torch import nn
 
 from dist_ema.accelerator import synchronize_if_initialized
 from dist_ema.engines import select
-from dist_ema.engines.engine import Registered, Weight, drop_caches, pointer, refuse_freezing
+from dist_ema.engines.engine import (
+    Registered,
+    Weight,
+    drop_caches,
+    pointer,
+    refuse_freezing,
+    without_gaps,
+)
 from dist_ema.gather import Gatherer
 from dist_ema.names import slots
 from dist_ema.options import Options
@@ -184,9 +191,16 @@ class Binding:
         buffers = [w for w in self.engine.buffers() if w.persistent]
         buffers = [w for w in buffers if w.fqn not in self.plan.averaged]
         stamp: list[object] = [
-            (w.fqn, w.shape, [pointer(f.view) for f in w.fragments]) for w in buffers
+            (
+                (w.fqn, w.aliases, w.shape, w.tensor.dtype, w.problem),
+                [(f.place, pointer(f.view)) for f in w.fragments],
+            )
+            for w in buffers
         ]
-        gatherer = self._gatherer if stamp == self._gathered_buffers else None
+        gapless = [without_gaps(w) for w in buffers]
+        is_copied = gapless != buffers  # then it must be copied again each time
+        buffers = gapless
+        gatherer = self._gatherer if stamp == self._gathered_buffers and not is_copied else None
         # A rank that holds nothing does not notice that storage moved: all do it if one must.
         if self.ranks.any(gatherer is None) or gatherer is None:
             gatherer = Gatherer(self.plan, values, buffers, self.ranks)

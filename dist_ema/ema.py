@@ -114,7 +114,7 @@ class ShardedEMA:
         **unknown: Never,
     ) -> None:
         self._ranks = Ranks(process_group)
-        with self._ranks.together():
+        with self._ranks.together("ShardedEMA()"):
             if unknown:
                 raise no_keyword(unknown)
             if not isinstance(model, nn.Module):
@@ -135,6 +135,7 @@ class ShardedEMA:
         self._options.agree(self._ranks)
         self._bound = Binding(model, self._options, into, self._ranks)
         self._step = self._num_updates = 0
+        self._num_resets = 0  # since the build or a load: ranks must agree
         self._decays: list[float] | None = None
         self._applied_steps = self._bound.engine.applied_steps()
         # Whether an optimizer step has just happened; the glue to a framework sets it where the
@@ -275,6 +276,7 @@ class ShardedEMA:
         self._bound.start_again()
         self._bound.marks.mend()
         self._step = self._num_updates = 0
+        self._num_resets += 1
         self._decays = None
         self._mixed = set()
         self._applied_steps = self._bound.engine.applied_steps()
@@ -349,11 +351,11 @@ class ShardedEMA:
         with one, each byte is sent to rank 0 once and broadcast, in bounded buckets.
         """
         if module is not None:
-            gatherer, values = self._gathered("copy_to()", name, None)
+            gatherer, values = self._gathered("copy_to()", name, None, module="a module")
             buckets = whole_tensors(gatherer, values, None)
             write_into(module, gatherer.entries, buckets, self._ranks)
             return
-        self._meet("copy_to()", {"name": name})
+        self._meet("copy_to()", {"name": name, "dtype": None, "module": None})
         self._bound.make_permanent(self._values(name))
 
     # Gathering.
@@ -553,10 +555,13 @@ class ShardedEMA:
 
         Collective: every rank calls it, and reads what it holds.
         """
-        self._meet("load()", {"strict": strict, "step": step}, counters=False)
+        place = os.path.abspath(str(path))
+        arguments = {"path": place, "strict": strict, "step": step}
+        self._meet("load()", arguments, counters=False)
         with self._ranks.together():
             if step is not None and (isinstance(step, bool) or not _is_count(step)):
                 raise ValueError(f"step is {step!r}, wanted a number of optimizer steps >= 0")
+            step = None if step is None else operator.index(step)  # JSON knows no other integers
             if Path(path).suffix in PICKLES and not Path(path).is_dir():
                 raise CheckpointError(no_safetensors(Path(path)))
         weights = [*self._bound.plan.weights, *self._bound.others()]
@@ -624,6 +629,7 @@ class ShardedEMA:
             values["argument name"] = type(name).__name__  # what is printed may hold an address
         if counters:
             values["(step, num_updates)"] = str((self.step, self.num_updates))
+            values["the number of reset() calls"] = str(self._num_resets)
         with (ranks or self._ranks).together(call, values):
             self._bound.marks.refuse(call, mends=call == "load()")
             if "name" in arguments:
@@ -697,6 +703,7 @@ class ShardedEMA:
         if not state.get("averages") and state.get("step"):
             self._mixed = set(self.names)  # made by a rule that nothing tells of
         self._step, self._num_updates = state.get("step", 0), state.get("num_updates", 0)
+        self._num_resets = 0
         averages: Mapping[str, Any] = state.get("averages", {})
         saved: list[Any] = [averages[name]["decay"] for name in self.names] if averages else [None]
         self._decays = None if None in saved else [float(decay) for decay in saved]

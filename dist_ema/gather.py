@@ -397,6 +397,17 @@ def write_into(
         ]
         if wrong:
             raise ValueError(f"module has another layout: {'; '.join(wrong)}")
+        unwritable = [
+            fqn
+            for fqn, t in targets.items()
+            if t.is_meta
+            or any(n > 1 and not step for n, step in zip(t.shape, t.stride(), strict=True))
+        ]
+        if unwritable:
+            raise ValueError(
+                f"module has no storage of its own for {', '.join(unwritable)}; materialise it "
+                "(to_empty(device='cpu'), or clone() what was expanded)"
+            )
     for bucket in buckets:
         told = ranks.broadcast([(entry, tensor.dtype) for entry, tensor in bucket])
         for number, (entry, dtype) in enumerate(told):

@@ -89,7 +89,9 @@ class Options:
         told = ranks.all_gather(mine)
         for rank, theirs in enumerate(told):
             for label, value in theirs.items():
-                if value != told[0][label]:
+                if repr(value) != repr(
+                    told[0][label]
+                ):  # names of averages in another order as well
                     raise ValueError(
                         f"ranks build different averages: {label} is {told[0][label]!r} on rank 0, "
                         f"{value!r} on rank {rank}"

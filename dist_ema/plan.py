@@ -88,6 +88,7 @@ def make_plan(
     weights: list[Weight], averaged: frozenset[str], engine: Engine, split: bool, ranks: Ranks
 ) -> Plan:
     """Find out who holds what, and share the work. Collective: every rank calls it."""
+    _refuse_differing_choice(weights, averaged, ranks)
     weights = _in_layout(weights, averaged)
     places = [f.place for w in weights for f in w.fragments]
     chosen_here = [w.fqn in averaged for w in weights for _ in w.fragments]
@@ -98,6 +99,28 @@ def make_plan(
     if split:
         sets, num_shared = replica_sets(held, ranks, engine.process_groups())
     return _assemble(tuple(weights), averaged, holders, sets, num_shared, ranks)
+
+
+def _refuse_differing_choice(weights: list[Weight], averaged: frozenset[str], ranks: Ranks) -> None:
+    """Refuse a weight or buffer that is averaged on some ranks only. Collective.
+
+    Shards of a weight are in different places, so that holders cannot tell.
+    """
+    mine = {w.fqn: w.fqn in averaged for w in weights}
+    if ranks.equal(mine):
+        return
+    first: dict[str, bool] = {}
+    differing = {
+        fqn
+        for theirs in ranks.all_gather(mine)  # parts of a model have names of their own
+        for fqn, is_averaged in theirs.items()
+        if first.setdefault(fqn, is_averaged) != is_averaged
+    }
+    if differing:
+        raise ValueError(
+            f"averaged on some ranks and not on others: {', '.join(sorted(differing))}; "
+            "requires_grad, params= and buffers= must choose the same weights on every rank"
+        )
 
 
 def rebind(plan: Plan, weights: list[Weight], ranks: Ranks) -> Plan:

@@ -159,6 +159,9 @@ class Buffers:
         """`buffers` are all that the model has now."""
         self._registered = [(s.registry, s.name, s.tensor) for s in slots(model) if s.is_buffer]
         self._kept = [(f.view, f.view.clone()) for w in buffers for f in w.fragments]
+        # Slices of larger tensors have no fragments.
+        gaps = [w.tensor for w in buffers if w.problem and type(w.tensor) is torch.Tensor]
+        self._kept += [(t, t.clone()) for t in gaps if t.layout == torch.strided and not t.is_meta]
         # A forward without gradients makes DDP skip the next broadcast of buffers: it takes them to
         # be equal on all ranks, which they are no more once they are restored.
         self._ddp = [(m, m.require_forward_param_sync) for m in ddp_modules(model)]

@@ -37,6 +37,7 @@ class Teacher:
                 f"{type(student).__name__}; wrap both in the same way"
             )
         self._buffer_stamp: list[int] | None = None
+        self._buffer_pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._bind(plan)
         if any(
             self._fragments[fragment.place].view.data_ptr() == fragment.view.data_ptr()
@@ -84,20 +85,29 @@ class Teacher:
             mine.copy_(theirs)
 
     def _pair_buffers(self, student: Engine, averaged: frozenset[str]) -> None:
-        own = {w.fqn: w for w in self._engine.buffers()}
+        self._adopt_buffers(student, averaged)
+        own = {name: w for w in self._engine.buffers() for name in (w.fqn, *w.aliases)}
+        self._buffer_pairs = [
+            pair
+            for weight in student.buffers()
+            if weight.fqn in own and weight.fqn not in averaged and not weight.problem
+            for pair in zip(own[weight.fqn].views, weight.views, strict=True)
+        ]
+
+    def _adopt_buffers(self, student: Engine, averaged: frozenset[str]) -> None:
+        """Register copies of the student's buffers that this module lacks, or has as others."""
+        own = {name: w for w in self._engine.buffers() for name in (w.fqn, *w.aliases)}
         modules = dict(named_modules(self._module))
-        self._buffer_pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for weight in student.buffers():
             mine = own.get(weight.fqn)
             if weight.fqn in averaged or weight.problem:
                 continue
-            if mine is None or mine.shape != weight.shape:
-                owner, _, name = weight.fqn.rpartition(".")
-                if owner in modules:
-                    copied = weight.tensor.detach().clone()
-                    modules[owner].register_buffer(name, copied, persistent=weight.persistent)
-            else:
-                self._buffer_pairs += zip(mine.views, weight.views, strict=True)
+            if mine is None or _kind(mine) != _kind(weight):
+                copied = weight.tensor.detach().clone()
+                for fqn in (weight.fqn, *weight.aliases):
+                    owner, _, name = fqn.rpartition(".")
+                    if owner in modules:
+                        modules[owner].register_buffer(name, copied, persistent=weight.persistent)
 
     def refresh(self) -> None:
         """Let the teacher's next forward pass read what was averaged."""
@@ -120,6 +130,13 @@ class Teacher:
         }
         self._stamp = self._engine.stamp()
         self._buffer_stamp = None
+
+
+def _kind(buffer: Weight) -> object:
+    """What a teacher's buffer and the student's must have in common to be copied in place."""
+    dtype = buffer.tensor.dtype
+    kind = None if dtype.is_floating_point else dtype  # a teacher may have a precision of its own
+    return {buffer.fqn, *buffer.aliases}, buffer.shape, kind
 
 
 def _difference(mine: Weight, theirs: Weight | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,3 +133,54 @@ def test_a_teacher_has_the_buffers_of_the_student(buffers: str):
         assert teacher.count == student.count
         assert torch.equal(teacher.late, student.late) and teacher.scale == 2
         assert torch.equal(teacher.empty, student.empty)
+
+
+@pytest.mark.ranks(0)
+def test_a_teacher_follows_buffers_that_came_late_grew_or_have_two_names():
+    student = Net()
+    student.register_buffer("twin", student.mean)
+    teacher = copy.deepcopy(student)
+    ema = ShardedEMA(student, decay=0.5, into=teacher)
+    for step in range(1, 4):
+        student(torch.ones(2 * step, 8))
+        student.late.add_(step)
+        student.mean = student.twin = torch.full((step + 4,), float(step))
+        ema.update()
+        for name in ("late", "scale", "empty", "mean", "twin"):
+            assert torch.equal(getattr(teacher, name), getattr(student, name)), (step, name)
+
+
+@pytest.mark.ranks(0)
+def test_a_parameter_that_is_registered_as_a_buffer_too_is_a_parameter():
+    for first in (True, False):
+        model = nn.Module()
+        holder, linear = nn.Module(), nn.Linear(2, 2, bias=False)
+        holder.register_buffer("w", linear.weight)
+        for name in ("holder", "linear") if first else ("linear", "holder"):
+            setattr(model, name, holder if name == "holder" else linear)
+        ema = ShardedEMA(model, decay=0.5)
+        before = linear.weight.detach().clone()
+        with torch.no_grad():
+            linear.weight.add_(1)
+        ema.update()
+        state = ema.gather_state_dict()
+        for name in ("linear.weight", "holder.w"):
+            torch.testing.assert_close(state[name], before + 0.5)
+
+
+@pytest.mark.ranks(0)
+def test_a_buffer_that_is_a_slice_of_another_tensor_is_read_and_restored():
+    net = Net()
+    net.register_buffer("slice", torch.arange(12.0).view(4, 3)[:, :2])
+    ema = ShardedEMA(net, decay=0.5)
+    wanted = net.slice.clone()
+    with ema.average_parameters():
+        net.slice.add_(1)
+    assert torch.equal(net.slice, wanted)
+    for change in (1.0, 2.0):
+        net.slice.add_(change)
+        assert torch.equal(ema.gather_state_dict()["slice"], net.slice)
+    net.mean = torch.arange(4.0).view(2, 2)
+    assert torch.equal(ema.gather_state_dict()["mean"], net.mean)
+    net.mean = net.mean.t()
+    assert torch.equal(ema.gather_state_dict()["mean"], net.mean)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import shutil
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,6 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA
+from dist_ema.checkpoint.api import CheckpointError
 from dist_ema.engines.plain import PlainEngine
 from dist_ema.plan import chosen, make_plan
 from dist_ema.ranks import Ranks, device_for
@@ -234,3 +237,42 @@ def test_the_error_at_the_time_out_names_who_has_not_arrived():
         with pytest.raises(RuntimeError, match=r"drift\(\): ranks that have not arrived: 1"):
             ema.drift()
     dist.barrier()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_ranks_that_choose_different_weights_are_refused_by_name(sharded: bool):
+    model = nn.Sequential(linear(), linear(1))
+    if sharded:
+        fully_shard(model)
+    chosen = (lambda name, p: True) if dist.get_rank() else (lambda name, p: "0" in name)
+    with pytest.raises(ValueError, match=r"others: 1\.bias, 1\.weight"):
+        ShardedEMA(model, params=chosen)
+
+
+@pytest.mark.ranks(2)
+def test_a_reset_on_one_rank_alone_is_noticed():
+    ema = ShardedEMA(linear(), decay=0.5)
+    if dist.get_rank() == 0:
+        ema.reset()
+    with pytest.raises(RuntimeError, match=r"reset\(\)"):
+        ema.drift()
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_load_different_files_are_refused(tmp_path):
+    for seed in (1, 2):
+        ShardedEMA(linear(seed)).export(tmp_path / str(seed))
+    ema = ShardedEMA(linear(), decay=0.5)
+    before = ema.gather_state_dict()
+    with pytest.raises(ValueError, match="path is"):
+        ema.load(tmp_path / str(1 + dist.get_rank()))
+    link = tmp_path / f"link-{dist.get_rank()}"
+    link.mkdir()
+    shutil.copy(tmp_path / str(1 + dist.get_rank()) / "model.safetensors", link)
+    os.chdir(link)
+    with pytest.raises(CheckpointError, match="different"):
+        ema.load("/proc/self/cwd/model.safetensors")
+    os.chdir(tmp_path)
+    after = ema.gather_state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)

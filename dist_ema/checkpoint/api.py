@@ -311,7 +311,10 @@ def _load(
         with agreed(ranks):
             files, about = open_any(path)
         assert files is not None
-        refuse_different(ranks, about.id or digest(about), what="checkpoints")
+        with agreed(ranks):
+            # Plain files have no id, and other weights of the same model the same header.
+            identity = about.id or digest(about, consolidated.sample(files, about))
+        refuse_different(ranks, identity, what="checkpoints")
         with agreed(ranks):
             try:
                 found = match(about, list(averages), tensors, others, strict=strict)

@@ -28,6 +28,7 @@ from dist_ema.layout import whole
 NAME = ""  # of the one average that such files hold
 _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 _MAX_INDEX_BYTES = 100_000_000
+_SAMPLED_BYTES = 64  # of each tensor
 
 
 def describe(files: Files, only: str | None = None) -> Manifest:
@@ -73,6 +74,12 @@ def open_any(path: Path) -> tuple[Files, Manifest]:
     except BaseException:
         files.close()
         raise
+
+
+def sample(files: Files, about: Manifest) -> list[bytes]:
+    """The first bytes of each tensor, by which files with equal headers are told apart."""
+    boxes = [box for tensor in about.averages[NAME].tensors.values() for box in tensor.boxes]
+    return [files.read_bytes(b.file, b.start, min(b.nbytes, _SAMPLED_BYTES)) for b in boxes]
 
 
 def _names(files: Files) -> list[str]:

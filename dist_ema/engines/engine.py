@@ -13,7 +13,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -68,7 +68,10 @@ class Engine(ABC):
 
     def buffers(self) -> list[Weight]:
         """The buffers that are registered now: any may come, change its shape or go. Local."""
-        found = [slot for slot in slots(self._model) if slot.is_buffer]
+        every = slots(self._model)
+        parameters = {id(self._locate(slot)) for slot in every if not slot.is_buffer}
+        # A parameter that is registered as a buffer too is that parameter's further name.
+        found = [s for s in every if s.is_buffer and id(self._locate(s)) not in parameters]
         return list_weights(found, self._locate, self._cut)
 
     def buffer_registries(self) -> list[dict[str, torch.Tensor | None]]:
@@ -145,6 +148,7 @@ def list_weights(
     for key, tied in places.items():
         # A name that is not in the state dict is none, unless all are such.
         tied = [slot for slot in tied if slot.persistent] or tied
+        tied = sorted(tied, key=lambda slot: slot.is_buffer)  # a parameter, if it is one as well
         slot, tensor = tied[0], tensors[key]
         shape, problem = tuple(tensor.shape), _problem(tensor)
         fragments: Sequence[Fragment] = ()
@@ -182,6 +186,17 @@ def _problem(tensor: torch.Tensor) -> str | None:
             "scaled); leave it out by params=, or convert it to a plain parameter"
         )
     return None
+
+
+def without_gaps(buffer: Weight) -> Weight:
+    """A buffer to be read: a copy in place of a slice of a larger tensor, or of an expanded one."""
+    tensor = buffer.tensor
+    strided = type(tensor) is torch.Tensor and tensor.layout == torch.strided
+    if buffer.problem is None or tensor.is_meta or not strided:
+        return buffer
+    fragment = whole_fragment(buffer.fqn, tensor.contiguous())
+    fragments = (fragment,) if tensor.numel() else ()
+    return replace(buffer, fragments=fragments, problem=None)
 
 
 def is_wrapper(tensor: torch.Tensor | None) -> bool:
