@@ -26,7 +26,7 @@ from dist_ema.names import slots
 from dist_ema.options import Options
 from dist_ema.plan import Plan, Selects, chosen, make_plan, rebind
 from dist_ema.ranks import Ranks
-from dist_ema.replicas import differing, source
+from dist_ema.replicas import differing, refuse_destroyed, source
 from dist_ema.shadow import Shadow, allocate, shadow_dtype
 from dist_ema.swap import Buffers, DeferredSignals, Marks, Swap, WrittenWeights
 from dist_ema.teacher import Teacher
@@ -212,6 +212,8 @@ class Binding:
 
         Collective where weights are replicated or the engine keeps copies.
         """
+        with self.ranks.together():
+            refuse_destroyed(self.plan.sets)
         self._await_copies()
         self.engine.release()
         for piece, value in zip(self.plan.pieces, values, strict=True):
@@ -232,6 +234,7 @@ class Binding:
         swap = Swap([p.fragment for p in self.plan.parameters], values[:num_parameters])
         with torch.no_grad(), self.swap_ranks.together():
             refuse_freezing()
+            refuse_destroyed(self.plan.sets)
             buffers = Buffers(self.model, self.engine.buffers())
             self.engine.release()
             self._await_copies()

@@ -114,7 +114,7 @@ class Ranks:
             return
         self._refuse_destroyed_group()
         mine = {"the call": call} | dict(values or {})
-        bits = digest(mine)[0] >> 1
+        bits = digest(sorted(mine.items()))[0] >> 1  # ranks may list them in other orders
         with self._watching(call):
             failed, highest, lowest = self.maxima([int(problem is not None), bits, -bits])
         if not failed and highest == -lowest:
@@ -201,6 +201,21 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         largest: list[int] = tensor.tolist()
         return largest
+
+    def connect(self) -> None:
+        """Let the group's backend for the accelerator, if it has one, be ready for point to point.
+
+        Collective: every rank calls it. NCCL joins all ranks at the first call on a device, so that
+        a first call among some of them would wait for the others; where the group has gloo for the
+        CPU too, nothing here has come to the accelerator before.
+        """
+        assert self.group is not None
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is None or not torch.accelerator.is_available():
+            return
+        device = torch.device(accelerator.type, torch.accelerator.current_device_index())
+        if device_for(self.group, device, point_to_point=True) == device != self.device:
+            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
 
     def groups_by_members(
         self, known: Sequence[dist.ProcessGroup]

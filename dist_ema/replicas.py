@@ -173,7 +173,7 @@ def replica_sets(
     groups = ranks.groups_by_members(known)
     # A group is used if all members know it by one name, or else they would wait for each other.
     labels = {k: digest(k, [f.place for f in together[k]]) for k in keys if len(k[0]) > 1}
-    names = {labels[k]: groups[k[0]].group_name if k[0] in groups else "" for k in labels}
+    names = {labels[k]: (groups[k[0]].group_name if k[0] in groups else "", k[2]) for k in labels}
     reports = ranks.all_gather(names)
     with ranks.together():
         for key, label in labels.items():
@@ -182,6 +182,10 @@ def replica_sets(
                     f"ranks {list(key[0])} list the weights that they share in different orders; "
                     "build the model in the same way on every rank"
                 )
+    told = {label: {r[label] for r in reports if label in r} for label in set().union(*reports)}
+    lacking = [every for every in told.values() if len(every) > 1 or not min(every)[0]]
+    if any(kind != "cpu" for every in lacking for _, kind in every):
+        ranks.connect()
     numbers = {label: i for i, label in enumerate(sorted(set().union(*reports)))}
     sets = []
     for key in keys:
@@ -194,6 +198,19 @@ def replica_sets(
         cuts = even_cuts(sum(f.place.numel for f in fragments), len(holders))
         sets.append(ReplicaSet(holders, ranks, group, number, tuple(fragments), cuts))
     return tuple(sets), len(numbers)
+
+
+def refuse_destroyed(sets: Sequence[ReplicaSet]) -> None:
+    """Raise if a group that replicas share in has been destroyed since. Local."""
+    for replica_set in sets:
+        if replica_set.group is not None:
+            try:
+                dist.get_backend(replica_set.group)
+            except ValueError as error:
+                raise RuntimeError(
+                    f"the process group of ranks {list(replica_set.ranks)}, which hold the same "
+                    "weights, has been destroyed; build ShardedEMA again, without that group"
+                ) from error
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import re
 
 # As in pyproject.toml, which pip reads; an environment may have been changed since.
 MINIMUM = {"torch": "2.8", "deepspeed": "0.16.4"}
+CHECKED = {"torch": "2.8 to 2.15", "deepspeed": "0.16.4 to 0.19.8"}  # private names that are read
 
 
 def require(package: str) -> None:
@@ -16,6 +17,23 @@ def require(package: str) -> None:
         raise ImportError(
             f"dist_ema needs {package} {wanted} or newer, and this environment has {package} "
             f"{found}: upgrade it, with pip install '{package}>={wanted}' say"
+        )
+
+
+def require_names(owner: object, names: str, package: str) -> None:
+    """Raise RuntimeError if an object lacks attributes that are private to its library. Local.
+
+    Args:
+        names: the attributes, separated by spaces.
+        package: the library, "torch" or "deepspeed".
+    """
+    missing = [name for name in names.split() if not hasattr(owner, name)]
+    if missing:
+        found = importlib.import_module(package).__version__
+        where = getattr(owner, "__name__", type(owner).__name__)
+        raise RuntimeError(
+            f"dist_ema reads {', '.join(missing)} of {where}, which {package} {found} does not "
+            f"have; install {package} {CHECKED[package]}, or a newer dist_ema"
         )
 
 

@@ -11,8 +11,11 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize
 
 from dist_ema import ShardedEMA
+from dist_ema.engines.dtensor import _param_groups
 from dist_ema.requirements import MINIMUM, require
 from tests.grid import named
 from tests.worlds import World
@@ -53,3 +56,19 @@ def test_an_older_deepspeed_is_refused_when_the_average_is_built(world: World):
 def test_versions_are_compared_as_numbers(monkeypatch: pytest.MonkeyPatch, version: str):
     monkeypatch.setattr(torch, "__version__", version)
     require("torch")
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", ["wait_for_unshard", "_to_sharded", "_module_info", "_cache"])
+def test_a_private_name_that_is_missing_is_told_when_the_average_is_built(name: str):
+    model = fully_shard(torch.nn.Linear(4, 4))
+    [group] = _param_groups(model)
+    owner: object = type(group)
+    if name in ("_cache", "_module_info"):
+        owner = parametrize if name == "_cache" else group.fsdp_params[0]
+    with mock.patch.object(owner, name):
+        delattr(owner, name)
+        found = re.escape(torch.__version__)
+        with pytest.raises(RuntimeError, match=rf"{name} .*torch {found} .*install torch 2\.8 to"):
+            ShardedEMA(model)
+    ShardedEMA(model)

@@ -8,8 +8,9 @@ over this rank's part of the copies, and the masters are never touched. A rank h
 end to end in flat buffers (3). The copies are whole on every rank, put together after each step (1
 and 2), or cut as the masters are and gathered when a module needs them (3).
 
-Attributes of its optimizers and parameters were read in deepspeed 0.19.8. `_hp_mapping`, and
-`safe_get_full_fp32_param` with it, take one parameter for another under `round_robin_gradients`.
+Attributes of its optimizers and parameters were checked in deepspeed 0.16.4 to 0.19.8.
+`_hp_mapping`, and `safe_get_full_fp32_param` with it, take one parameter for another under
+`round_robin_gradients`.
 """
 
 from __future__ import annotations
@@ -37,8 +38,12 @@ from dist_ema.engines.engine import (
 from dist_ema.layout import whole_fragment
 from dist_ema.names import Slot, is_instance, layers, slots
 from dist_ema.ranks import all_gather_single, gather_chunk
-from dist_ema.requirements import require
+from dist_ema.requirements import require, require_names
 
+_OF_STAGE_3 = (
+    "module fp16_groups fp16_partitioned_groups_flat persistent_parameters "
+    "_partition_all_parameters invalidate_secondary_tensor"
+)
 # Attributes of an engine or its optimizer, or calls of them, that tell of what is not supported.
 _UNSUPPORTED = {
     "has_moe_layers": "expert parallelism",
@@ -185,6 +190,7 @@ class _Stage3(_Whole):
     """An even part of each parameter; the parts of those that train are in flat buffers."""
 
     def __init__(self, optimizer: Any) -> None:
+        require_names(optimizer, _OF_STAGE_3, "deepspeed")
         masters = optimizer.fp32_partitioned_groups_flat
         super().__init__(list(optimizer.module.parameters()), masters)
         self._optimizer = optimizer

@@ -39,6 +39,7 @@ from dist_ema.engines.engine import (
 )
 from dist_ema.layout import Box, Fragment, Place, Shape, dense_order
 from dist_ema.names import Slot, is_instance, slots
+from dist_ema.requirements import require_names
 
 _SHARD = attrgetter("sharded_param._local_tensor")  # of an `FSDPParam`
 Run = tuple[int, int, int]  # start in the global dim, start in the local dim, length
@@ -142,10 +143,18 @@ def _is_fsdp2(module: nn.Module) -> bool:
 
 def _param_groups(fsdp_module: Any) -> list[Any]:
     """The groups of parameters that one `fully_shard` call made; before torch 2.12, one or none."""
+    require_names(fsdp_module, "_get_fsdp_state", "torch")
     state = fsdp_module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [group for group in (state._fsdp_param_group,) if group is not None]
+        groups = list(state._fsdp_param_groups)
+    else:
+        require_names(state, "_fsdp_param_group", "torch")
+        groups = [group for group in (state._fsdp_param_group,) if group is not None]
+    for group in groups:
+        require_names(group, "fsdp_params wait_for_unshard _to_sharded", "torch")
+        for fsdp_param in group.fsdp_params[:1]:
+            require_names(fsdp_param, "_module_info sharded_param", "torch")
+    return groups
 
 
 def _fsdp_params(fsdp_modules: Sequence[Any]) -> Iterator[Any]:

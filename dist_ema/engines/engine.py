@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from dist_ema.layout import Fragment, Place, Shape, range_fragments, whole, whole_fragment
 from dist_ema.names import Slot, slots
+from dist_ema.requirements import require, require_names
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +56,8 @@ class Engine(ABC):
 
     def __init__(self, model: nn.Module) -> None:
         """`model` is as the user holds it, wrapped or not; nothing is changed."""
+        require("torch")
+        require_names(parametrize, "_cache", "torch")
         self._model = model
 
     @staticmethod

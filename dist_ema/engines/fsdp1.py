@@ -7,7 +7,7 @@ thing only, the local shard of the flat parameter, and that is what is listed he
 parameter the unit knows which range of it lies where in the shard. Between them lies padding, which
 is part of no weight.
 
-Private names read here, all in torch 2.13: `FullyShardedDataParallel._handle`, `._inter_node_pg`;
+Private names, checked in torch 2.8 to 2.15: `FullyShardedDataParallel._handle`, `._inter_node_pg`;
 of the handle `flat_param`, `process_group`, `uses_sharded_strategy`; of the flat parameter
 `_local_shard`, `_full_param_padded`, `_full_prec_full_param_padded`, `_params`, `_param_infos`,
 `_shared_param_infos`, `_shard_param_infos`, `_shapes`, `_strides`, `_param_extensions`;
@@ -17,6 +17,7 @@ of the handle `flat_param`, `process_group`, `uses_sharded_strategy`; of the fla
 from __future__ import annotations
 
 import itertools
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +39,12 @@ from dist_ema.engines.engine import (
 )
 from dist_ema.layout import Shape, dense_order
 from dist_ema.names import Slot, is_instance, slots
+from dist_ema.requirements import require_names
 
+_RUNTIME = "torch.distributed.fsdp._runtime_utils"
+_OF_FLAT_PARAMETERS = (
+    "_params _param_infos _shared_param_infos _shard_param_infos _shapes _strides _param_extensions"
+)
 _RARE = 4  # weights of one shape, at most, that may be one weight cut apart
 
 
@@ -91,6 +97,10 @@ class Fsdp1Engine(Engine):
         super().__init__(model)
         self._units: list[Any] = [m for m in model.modules() if _is_fsdp1(m) and m._handle]
         self._handles = [unit._handle for unit in self._units]
+        require_names(sys.modules[_RUNTIME], "_reshard", "torch")
+        for handle in self._handles:
+            require_names(handle, "flat_param process_group uses_sharded_strategy", "torch")
+            require_names(handle.flat_param, _OF_FLAT_PARAMETERS, "torch")
         self._originals = {
             (id(module), name): original
             for handle in self._handles
