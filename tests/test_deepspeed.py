@@ -454,3 +454,16 @@ def check_swap(world: World, run: Run) -> None:
     torch.testing.assert_close(shown, world.parallel_twin(state).evaluate(), **EXACT)
     torch.testing.assert_close(run.training.evaluate(), live, **EXACT)
     assert not torch.equal(shown, live)
+
+
+@pytest.mark.ranks(3)
+def test_many_swaps_show_the_same_average_and_the_same_weights():
+    """DeepSpeed before 0.19 reads persistent parameters before they are gathered, on the CPU."""
+    run = start(named(WORLDS, "z3")[0]).train(2)
+    live, shown = run.training.evaluate(), None
+    for _ in range(10):
+        with run.ema.average_parameters():
+            logits = run.training.evaluate()
+        shown = logits if shown is None else shown
+        assert torch.equal(logits, shown)
+        assert torch.equal(run.training.evaluate(), live)

@@ -214,9 +214,10 @@ class _Stage3(_Whole):
         self._optimizer._partition_all_parameters()
 
     def publish(self) -> None:
-        persistent = self._optimizer.persistent_parameters  # they stay gathered between steps
-        if persistent:
-            persistent[0].all_gather(persistent)
+        # They stay gathered between steps. One by one: of several at once, DeepSpeed before 0.19
+        # waits for the last only, and on the CPU reads the others too early.
+        for parameter in self._optimizer.persistent_parameters:
+            parameter.all_gather([parameter])
         self._optimizer.invalidate_secondary_tensor()
 
     def _cut(self, p: Any, master: torch.Tensor) -> Callable[[Slot], Cut]:
