@@ -178,7 +178,11 @@ def is_marked(file: Path) -> bool:
         return bool(metadata.items() >= WRITTEN_BY.items())
     except FileNotFoundError:
         raise
-    except (OSError, SafetensorError, ValueError, LookupError, AttributeError, TypeError):
+    except (
+        OSError, RuntimeError, SafetensorError, ValueError, LookupError, AttributeError, TypeError
+    ):  # fmt: skip
+        if not file.exists():  # gone while it was opened, which torch tells by a RuntimeError
+            raise FileNotFoundError(file) from None
         return False
 
 

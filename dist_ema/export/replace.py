@@ -162,12 +162,20 @@ def _link_text(stage: Path, name: str) -> str:
 def _settle(directory: Path, stage: Path) -> None:
     """Put the file that each link into a stage leads to in the place of the link."""
     for entry in list(directory.iterdir()):
-        if entry.is_symlink() and os.readlink(entry) == _link_text(stage, entry.name):
+        if _leads_to(entry, _link_text(stage, entry.name)):
             try:
                 os.rename(stage / "now" / entry.name, entry)
             except FileNotFoundError:
                 entry.unlink()
     sync(directory)
+
+
+def _leads_to(entry: Path, text: str) -> bool:
+    """Whether a name is a link of this text; another export may change its own names meanwhile."""
+    try:
+        return os.readlink(entry) == text
+    except OSError:  # no link, or no longer there
+        return False
 
 
 def _replace_in_turn(directory: Path, stage: Path, names: Sequence[str]) -> None:
