@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dist_ema.batchnorm import update_bn
     from dist_ema.ema import ShardedEMA
-    from dist_ema.posthoc import synthesize
+    from dist_ema.posthoc.synthesize import synthesize
     from dist_ema.schedule import Constant, Cosine, EqualWeight, HalfLife, PowerFunction, Warmup
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "update_bn",
 ]
 
-_MODULES = {"ShardedEMA": "ema", "synthesize": "posthoc", "update_bn": "batchnorm"}
+_MODULES = {"ShardedEMA": "ema", "synthesize": "posthoc.synthesize", "update_bn": "batchnorm"}
 
 
 def __getattr__(name: str) -> object:
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _MODULES:
-        import_module(f"{__name__}.requirements").require("torch")
+        import_module(f"{__name__}.core.requirements").require("torch")
     module = import_module(f"{__name__}.{_MODULES.get(name, 'schedule')}")
     globals()[name] = value = getattr(module, name)
     return value

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # the base that torch's own update_bn looks for
 
-from dist_ema.names import ddp_modules
-from dist_ema.ranks import Ranks
+from dist_ema.core.group import Group
+from dist_ema.core.names import ddp_modules
 
 
 def update_bn(
@@ -47,15 +47,15 @@ def update_bn(
     ]
     if not layers:
         return
-    ranks = Ranks(process_group)
+    group = Group(process_group)
     before = [{name: b.clone() for name, b in layer.named_buffers()} for layer in layers]
     try:
-        with ranks.together(), torch.no_grad(), _cumulative(model, layers):
+        with group.together(), torch.no_grad(), _cumulative(model, layers):
             for batch in loader:
                 inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
                 model(inputs if device is None else inputs.to(device))
         with torch.no_grad():
-            _combine(layers, ranks)
+            _combine(layers, group)
     except BaseException:
         with torch.no_grad():
             for layer, buffers in zip(layers, before, strict=True):
@@ -88,15 +88,15 @@ def _cumulative(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
             module.require_forward_param_sync = must_sync
 
 
-def _combine(layers: list[_BatchNorm], ranks: Ranks) -> None:
+def _combine(layers: list[_BatchNorm], group: Group) -> None:
     """Average the statistics of all ranks, weighted by the batches that each saw."""
     rows = []
     for layer in layers:
         mean, variance, count = (x.double().view(-1) for x in _statistics(layer))
         rows += [mean * count, variance * count, count]
-    sums = torch.cat(rows).to(ranks.device)
-    if ranks.size > 1:
-        dist.all_reduce(sums, group=ranks.group)
+    sums = torch.cat(rows).to(group.device)
+    if group.size > 1:
+        dist.all_reduce(sums, group=group.process_group)
     if not sums.any():
         raise ValueError("update_bn: no rank passed a batch through a batch-norm layer")
     for layer in layers:

@@ -248,7 +248,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _synthesize(options: argparse.Namespace) -> int:
-    from dist_ema import posthoc  # here, for it takes torch
+    from dist_ema.posthoc import synthesize as posthoc  # here, for it takes torch
 
     try:
         wanted = posthoc.asked(options.out, options.gamma, options.sigma_rel, options.sweep)

@@ -18,9 +18,14 @@ import torch.distributed as dist
 import xxhash
 from torch import nn
 
-from dist_ema.binding import Binding
 from dist_ema.checkpoint import api, stateful
-from dist_ema.checkpoint.api import TIMEOUT_S, CheckpointError, Handle, Part, TensorInfo
+from dist_ema.checkpoint.api import TIMEOUT_S, CheckpointError, Handle
+from dist_ema.core.average import Average
+from dist_ema.core.gather import Gatherer, one_by_one, whole_tensors, write_into
+from dist_ema.core.group import Group
+from dist_ema.core.layout import Fragment, TensorMeta
+from dist_ema.core.lerp import MultiAvgFn, squared_norms
+from dist_ema.core.names import registrations, unwrap
 from dist_ema.export.format import DTYPES
 from dist_ema.export.layouts import (
     card_of,
@@ -29,7 +34,6 @@ from dist_ema.export.layouts import (
     tensors_beside,
 )
 from dist_ema.export.live import export
-from dist_ema.gather import Gatherer, one_by_one, whole_tensors, write_into
 from dist_ema.hints import (
     PICKLES,
     no_attribute,
@@ -39,10 +43,7 @@ from dist_ema.hints import (
     no_name,
     no_safetensors,
 )
-from dist_ema.lerp import MultiAvgFn, squared_norms
-from dist_ema.names import slots, unwrap
 from dist_ema.options import DEFAULT_NAME, Options, schedules_of
-from dist_ema.ranks import Ranks
 from dist_ema.schedule import Constant, HalfLife, Schedule, decay_at, highest, same_rule
 
 _LOG = logging.getLogger(__name__)
@@ -113,8 +114,8 @@ class ShardedEMA:
         process_group: dist.ProcessGroup | None = None,
         **unknown: Never,
     ) -> None:
-        self._ranks = Ranks(process_group)
-        with self._ranks.together("ShardedEMA()"):
+        self._group = Group(process_group)
+        with self._group.together("ShardedEMA()"):
             if unknown:
                 raise no_keyword(unknown)
             if not isinstance(model, nn.Module):
@@ -132,12 +133,12 @@ class ShardedEMA:
                 overlap,
                 into is not None,
             )
-        self._options.agree(self._ranks)
-        self._bound = Binding(model, self._options, into, self._ranks)
+        self._options.agree(self._group)
+        self._average = Average(model, self._options, into, self._group)
         self._step = self._num_updates = 0
         self._num_resets = 0  # since the build or a load: ranks must agree
         self._decays: list[float] | None = None
-        self._applied_steps = self._bound.engine.applied_steps()
+        self._applied_steps = self._average.engine.applied_steps()
         # Whether an optimizer step has just happened; the glue to a framework sets it where the
         # framework knows and the engine does not. Local and cheap: every update() asks.
         self._gate: Callable[[], bool] | None = None
@@ -150,7 +151,7 @@ class ShardedEMA:
     @property
     def model(self) -> nn.Module:
         """What was passed to the constructor."""
-        return self._bound.model
+        return self._average.model
 
     @property
     def names(self) -> list[str]:
@@ -182,18 +183,18 @@ class ShardedEMA:
     @property
     def nbytes(self) -> int:
         """Bytes that this rank holds for its averages."""
-        return self._bound.shadow.nbytes
+        return self._average.storage.nbytes
 
     @property
     def source(self) -> str:
         """What is averaged: "master" (the engine's fp32 copy) or "weights"."""
-        return self._bound.engine.source
+        return self._average.engine.source
 
     def __repr__(self) -> str:
         rule = self._options.multi_avg_fn or self._options.schedules
         return (
             f"ShardedEMA({rule!r}, step={self.step}, num_updates={self.num_updates}, "
-            f"{type(self._bound.engine).__name__}, source={self.source!r}, nbytes={self.nbytes})"
+            f"{type(self._average.engine).__name__}, source={self.source!r}, nbytes={self.nbytes})"
         )
 
     if not TYPE_CHECKING:  # a type checker would take any name
@@ -224,19 +225,19 @@ class ShardedEMA:
                 were replaced by ones of another shape or layout, or a frozen one trains now. The
                 average is unchanged.
         """
-        with self._bound.lock:  # not while another thread exchanges values
-            self._bound.marks.refuse("update()")
+        with self._average.lock:  # not while another thread exchanges values
+            self._average.marks.refuse("update()")
             return self._update(step)
 
     def _update(self, step: int | None) -> bool:
-        self._bound.follow()
-        self._bound.refuse_thawed()
+        self._average.follow()
+        self._average.refuse_thawed()
         if isinstance(step, bool) or (step is not None and not _is_count(step)):
             what = type(step).__name__ if isinstance(step, nn.Module) else repr(step)
             raise ValueError(
                 f"step is {what}, wanted the number of an optimizer step >= 0, not a model"
             )
-        applied_steps = self._bound.engine.applied_steps()
+        applied_steps = self._average.engine.applied_steps()
         if applied_steps is not None:
             if self._applied_steps is not None and applied_steps <= self._applied_steps:
                 self._applied_steps = applied_steps  # fewer: the engine has gone back
@@ -251,7 +252,7 @@ class ShardedEMA:
 
     def _fold(self, since: int) -> bool:
         """Fold the live weights in, `since` steps after the copies of the start."""
-        options, shadow = self._options, self._bound.shadow
+        options, storage = self._options, self._average.storage
         if since > 0 and since % options.update_every:
             return False
         if options.multi_avg_fn is None:
@@ -259,27 +260,27 @@ class ShardedEMA:
                 decay_at(schedule, since, options.update_every) if since > 0 else 0.0
                 for schedule in options.schedules.values()
             ]
-            shadow.fold(decays)
+            storage.fold(decays)
             self._decays = decays
         elif since <= 0 or self._num_updates == 0:
-            shadow.copy()
+            storage.copy()
         else:
-            shadow.apply(options.multi_avg_fn, self._num_updates)
-        self._bound.refresh_teacher()
+            storage.apply(options.multi_avg_fn, self._num_updates)
+        self._average.refresh_teacher()
         return True
 
     @torch.no_grad()
     def reset(self) -> None:
         """Start again: the average is the live weights, `step` and `num_updates` are 0. Local."""
-        self._bound.marks.refuse("reset()", mends=True)
-        self._bound.follow()
-        self._bound.start_again()
-        self._bound.marks.mend()
+        self._average.marks.refuse("reset()", mends=True)
+        self._average.follow()
+        self._average.start_again()
+        self._average.marks.mend()
         self._step = self._num_updates = 0
         self._num_resets += 1
         self._decays = None
         self._mixed = set()
-        self._applied_steps = self._bound.engine.applied_steps()
+        self._applied_steps = self._average.engine.applied_steps()
 
     @torch.no_grad()
     def drift(self, name: str | None = None) -> float:
@@ -289,12 +290,12 @@ class ShardedEMA:
         """
         self._meet("drift()", {"name": name})
         sums = torch.zeros(2, dtype=torch.float64)
-        for piece, value in zip(self._bound.plan.pieces, self._values(name), strict=True):
-            if piece.sends:
-                sums += squared_norms(value, piece.fragment.view).cpu()
-        if self._ranks.size > 1:
-            sums = sums.to(self._ranks.device)
-            dist.all_reduce(sums, group=self._ranks.group)
+        for fragment, value in zip(self._average.plan.fragments, self._values(name), strict=True):
+            if fragment.is_owner:
+                sums += squared_norms(value, fragment.view).cpu()
+        if self._group.size > 1:
+            sums = sums.to(self._group.device)
+            dist.all_reduce(sums, group=self._group.process_group)
         apart, length = sums.sqrt().tolist()
         if apart == 0:
             return 0.0
@@ -322,12 +323,12 @@ class ShardedEMA:
         HSDP, FSDP2 with tensor parallelism): an all-gather of the averaged weights on entry, of the
         live ones on exit, and a comparison of replicas before. Else local.
         """
-        self._meet("average_parameters()", {"name": name}, ranks=self._bound.swap_ranks)
-        with self._bound.showing(name or self.names[0], self._values(name)):
+        self._meet("average_parameters()", {"name": name}, group=self._average.swap_group)
+        with self._average.showing(name or self.names[0], self._values(name)):
             try:
                 yield
             except BaseException as error:
-                if self._bound.swap_ranks.size > 1:
+                if self._average.swap_group.size > 1:
                     # The other ranks may not get there, and this one would only tell of a timeout.
                     _LOG.error("average_parameters(): left by %r; restoring weights", error)
                 raise
@@ -353,10 +354,10 @@ class ShardedEMA:
         if module is not None:
             gatherer, values = self._gathered("copy_to()", name, None, module="a module")
             buckets = whole_tensors(gatherer, values, None)
-            write_into(module, gatherer.entries, buckets, self._ranks)
+            write_into(module, gatherer.entries, buckets, self._group)
             return
         self._meet("copy_to()", {"name": name, "dtype": None, "module": None})
-        self._bound.make_permanent(self._values(name))
+        self._average.make_permanent(self._values(name))
 
     # Gathering.
 
@@ -381,10 +382,12 @@ class ShardedEMA:
         for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
             for fqn in (entry.fqn, *entry.aliases):
                 state[fqn] = tensor
-        if self._ranks.rank != 0:
+        if self._group.rank != 0:
             return {}
         state |= beside
-        order = {slot.fqn: i for i, slot in enumerate(slots(self._bound.model))}
+        order = {
+            registration.fqn: i for i, registration in enumerate(registrations(self._average.model))
+        }
         return dict(sorted(state.items(), key=lambda item: order.get(item[0], len(order))))
 
     def gather_tensors(
@@ -400,7 +403,7 @@ class ShardedEMA:
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
-                self._bound.marks.refuse("gather_tensors()")
+                self._average.marks.refuse("gather_tensors()")
                 if self._num_updates != num_updates:
                     raise RuntimeError(
                         "the average was updated while gather_tensors() was under way; exhaust it "
@@ -408,7 +411,7 @@ class ShardedEMA:
                     )
                 for fqn in (entry.fqn, *entry.aliases):
                     yield fqn, tensor
-            if self._ranks.rank == 0:
+            if self._group.rank == 0:
                 yield from beside.items()
 
         return tensors()
@@ -473,14 +476,14 @@ class ShardedEMA:
             weights_name=weights_name,
             method=method,
         )
-        with self._ranks.together():
-            differing = differing_names(self._bound.model)
+        with self._group.together():
+            differing = differing_names(self._average.model)
         export(
             Path(path),
             lambda: self._card(*differing),
             gatherer,
             values,
-            self._ranks,
+            self._group,
             dtype=dtype,
             max_shard_size=max_shard_size,
             weights_name=weights_name,
@@ -521,14 +524,14 @@ class ShardedEMA:
         self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
         state = self._state()
         model = self._model()
-        if self._ranks.rank == 0:  # which writes the manifest
+        if self._group.rank == 0:  # which writes the manifest
             state["model"] = model
         return api.save(
             path,
             self._parts(),
             self._tensors(),
             state,
-            self._ranks,
+            self._group,
             asynchronous=asynchronous,
             timeout=timeout,
         )
@@ -558,20 +561,20 @@ class ShardedEMA:
         place = os.path.abspath(str(path))
         arguments = {"path": place, "strict": strict, "step": step}
         self._meet("load()", arguments, counters=False)
-        with self._ranks.together():
+        with self._group.together():
             if step is not None and (isinstance(step, bool) or not _is_count(step)):
                 raise ValueError(f"step is {step!r}, wanted a number of optimizer steps >= 0")
             step = None if step is None else operator.index(step)  # JSON knows no other integers
             if Path(path).suffix in PICKLES and not Path(path).is_dir():
                 raise CheckpointError(no_safetensors(Path(path)))
-        weights = [*self._bound.plan.weights, *self._bound.others()]
+        weights = [*self._average.plan.weights, *self._average.others()]
         names = {n for w in weights for n in (w.fqn, *w.aliases)}
         state = api.load(
-            path, self._parts(), self._tensors(), self._ranks, strict=strict, others=names
+            path, self._parts(), self._tensors(), self._group, strict=strict, others=names
         )
         if not state:
             if step is None:
-                step = self._ranks.broadcast(_diffusers_step(Path(path)))
+                step = self._group.broadcast(_diffusers_step(Path(path)))
             self._resume(self._uncounted(step or 0))
             self._warn_of_discarding()
             return
@@ -590,10 +593,10 @@ class ShardedEMA:
         without others has plain tensors, which `torch.save` and `torch.load(weights_only=True)`
         take. A rank among others has a part only; `gather_state_dict()` gives whole tensors.
         """
-        self._bound.marks.refuse("state_dict()")
-        self._bound.follow()
+        self._average.marks.refuse("state_dict()")
+        self._average.follow()
         return stateful.state_dict(
-            self._parts(), self._tensors(), self._state(), alone=self._ranks.size == 1
+            self._parts(), self._tensors(), self._state(), alone=self._group.size == 1
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -602,8 +605,8 @@ class ShardedEMA:
         Raises:
             CheckpointError: it lacks an average, or is of other tensors. Nothing has changed.
         """
-        self._bound.marks.refuse("load_state_dict()", mends=True)
-        self._bound.follow()
+        self._average.marks.refuse("load_state_dict()", mends=True)
+        self._average.follow()
         self._resume(stateful.load_state_dict(state_dict, self._parts(), self._tensors()))
 
     # Inside.
@@ -613,7 +616,7 @@ class ShardedEMA:
         call: str,
         arguments: Mapping[str, object],
         *,
-        ranks: Ranks | None = None,
+        group: Group | None = None,
         counters: bool = True,
     ) -> None:
         """Begin a public call in which ranks meet: check its arguments and compare between ranks.
@@ -630,8 +633,8 @@ class ShardedEMA:
         if counters:
             values["(step, num_updates)"] = str((self.step, self.num_updates))
             values["the number of reset() calls"] = str(self._num_resets)
-        with (ranks or self._ranks).together(call, values):
-            self._bound.marks.refuse(call, mends=call == "load()")
+        with (group or self._group).together(call, values):
+            self._average.marks.refuse(call, mends=call == "load()")
             if "name" in arguments:
                 self._check_name(arguments["name"])
             dtype = arguments.get("dtype")
@@ -642,25 +645,25 @@ class ShardedEMA:
             timeout = arguments.get("timeout", 1)
             if not isinstance(timeout, int | float) or not timeout > 0:
                 raise ValueError(f"timeout is {timeout!r}, wanted a positive number of seconds")
-            self._bound.follow()
+            self._average.follow()
 
-    def _parts(self) -> dict[str, list[Part]]:
+    def _parts(self) -> dict[str, list[Fragment]]:
         """What this rank holds of each average."""
-        pieces = self._bound.plan.pieces
+        fragments = self._average.plan.fragments
         return {
             name: [
-                Part(piece.fragment.place, value, piece.sends)
-                for piece, value in zip(pieces, values, strict=True)
+                Fragment(fragment.meta, value, is_owner=fragment.is_owner)
+                for fragment, value in zip(fragments, values, strict=True)
             ]
-            for name, values in zip(self.names, self._bound.shadow.values, strict=True)
+            for name, values in zip(self.names, self._average.storage.values, strict=True)
         }
 
-    def _tensors(self) -> list[TensorInfo]:
+    def _tensors(self) -> list[TensorMeta]:
         """What is averaged, on any rank."""
         return [
-            TensorInfo(w.fqn, w.aliases, w.shape, self._bound.average_dtype(w))
-            for w in self._bound.plan.weights
-            if w.fqn in self._bound.plan.averaged
+            TensorMeta(w.fqn, w.aliases, w.shape, self._average.average_dtype(w))
+            for w in self._average.plan.weights
+            if w.fqn in self._average.plan.averaged
         ]
 
     def _state(self) -> dict[str, Any]:
@@ -707,9 +710,9 @@ class ShardedEMA:
         averages: Mapping[str, Any] = state.get("averages", {})
         saved: list[Any] = [averages[name]["decay"] for name in self.names] if averages else [None]
         self._decays = None if None in saved else [float(decay) for decay in saved]
-        self._applied_steps = self._bound.engine.applied_steps()
-        self._bound.refresh_teacher(loaded=True)
-        self._bound.marks.mend()
+        self._applied_steps = self._average.engine.applied_steps()
+        self._average.refresh_teacher(loaded=True)
+        self._average.marks.mend()
 
     def _uncounted(self, step: int) -> dict[str, int]:
         """The state of an average that was saved without counters, after so many steps."""
@@ -748,8 +751,8 @@ class ShardedEMA:
         """Who owns what of an average, and its values. Collective: every rank calls it."""
         self._meet(what, {"name": name, "dtype": dtype, **others})
         values = self._values(name)
-        gatherer = self._bound.gatherer(values)
-        return gatherer, [*values, *(piece.fragment.view for piece in gatherer.rest)]
+        gatherer = self._average.gatherer(values)
+        return gatherer, [*values, *(fragment.view for fragment in gatherer.rest)]
 
     def _beside(self, call: str) -> dict[str, torch.Tensor]:
         """What `state_dict()` has and no module holds, on the CPU. Collective: every rank calls it.
@@ -761,30 +764,30 @@ class ShardedEMA:
         found: dict[str, torch.Tensor] = {}
         problem: Exception | None = None
         try:
-            self._bound.marks.refuse(call)
-            module = unwrap(self._bound.model)
-            extra = differing_names(self._bound.model)[0]
-            found = tensors_beside(module, extra, self._bound.plan.averaged)
+            self._average.marks.refuse(call)
+            module = unwrap(self._average.model)
+            extra = differing_names(self._average.model)[0]
+            found = tensors_beside(module, extra, self._average.plan.averaged)
         except Exception as error:
             problem = error
         found = {fqn: tensor.to("cpu", copy=True) for fqn, tensor in found.items()}
         values = {f"state_dict()[{fqn!r}]": _hash_of(tensor) for fqn, tensor in found.items()}
-        with self._ranks.together(call, values):
+        with self._group.together(call, values):
             if problem is not None:
                 raise problem
         return found
 
     def _card(self, extra: Mapping[str, Any], missing: Sequence[str]) -> dict[str, Any]:
         """The layout of the model's library, if names of `state_dict()` differ as told. Local."""
-        card = card_of(unwrap(self._bound.model), extra)
+        card = card_of(unwrap(self._average.model), extra)
         refuse_differing_names(card, extra, missing)
         return card
 
     def _model(self) -> dict[str, Any]:
         """What an export from a checkpoint must know of the model, as JSON; {} off rank 0."""
         try:
-            differing = differing_names(self._bound.model)
-            if self._ranks.rank != 0:
+            differing = differing_names(self._average.model)
+            if self._group.rank != 0:
                 return {}
             return {"card": self._card(*differing), "others": self._others()}
         except Exception as problem:  # of a library: no reason not to save
@@ -798,13 +801,13 @@ class ShardedEMA:
                 "dtype": DTYPES.get(w.tensor.dtype, str(w.tensor.dtype)),
                 "aliases": list(w.aliases),
             }
-            for w in self._bound.others()
+            for w in self._average.others()
             if w.persistent
         }
 
     def _values(self, name: str | None) -> list[torch.Tensor]:
         """One average, a tensor for each of the plan's pieces."""
-        return self._bound.shadow.values[self.names.index(name) if name is not None else 0]
+        return self._average.storage.values[self.names.index(name) if name is not None else 0]
 
     def _check_name(self, name: object) -> None:
         if name is None and len(self.names) > 1:
@@ -841,7 +844,7 @@ class ShardedEMA:
                 "1 it stops moving; use dtype=torch.float32",
                 stacklevel=3,
             )
-        views = [p.fragment for p in self._bound.plan.parameters]
+        views = [p for p in self._average.plan.parameters]
         low = sorted({str(f.view.dtype) for f in views if f.view.element_size() < 4})
         if low and self.source == "weights":
             warnings.warn(

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dist_ema.lerp import MultiAvgFn
-from dist_ema.ranks import Ranks
+from dist_ema.core.group import Group
+from dist_ema.core.lerp import MultiAvgFn
 from dist_ema.schedule import Schedule, as_schedule, code_hash, to_json
 
 DEFAULT_NAME = "ema"
@@ -69,7 +69,7 @@ class Options:
         told = to_json(rule)  # a callable by its name
         return told | {"code": code_hash(rule)} if told["kind"] == "callable" else told
 
-    def agree(self, ranks: Ranks) -> None:
+    def agree(self, group: Group) -> None:
         """Refuse averages that differ from rank to rank. Collective: every rank calls it."""
         mine = {
             # A callable by its name: it may close over what differs between ranks.
@@ -84,9 +84,9 @@ class Options:
             "overlap": self.overlap,
             "into": "a module" if self.has_teacher else None,
         }
-        if ranks.equal(mine):
+        if group.equal(mine):
             return
-        told = ranks.all_gather(mine)
+        told = group.all_gather(mine)
         for rank, theirs in enumerate(told):
             for label, value in theirs.items():
                 if repr(value) != repr(

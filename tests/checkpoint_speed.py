@@ -25,9 +25,9 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 
 from dist_ema.checkpoint.api import load, save
-from dist_ema.checkpoint.boxed import Part, TensorInfo, boxed
-from dist_ema.layout import Box, Place
-from dist_ema.ranks import Ranks
+from dist_ema.checkpoint.boxed import boxed
+from dist_ema.core.group import Group
+from dist_ema.core.layout import Box, Fragment, FragmentMeta, TensorMeta
 from tests.cuts import state_of
 
 SIDE = 2048  # of each tensor: 16 MB
@@ -37,22 +37,22 @@ SIZE = 2
 class Bench:
     def __init__(self, rank: int, directory: Path, gigabytes: float, rounds: int) -> None:
         self.rank, self.directory, self.rounds = rank, directory, rounds
-        self.ranks = Ranks()
+        self.ranks = Group()
         count = round(gigabytes * 2**30 / (4 * SIDE * SIDE))
         self.nbytes = count * 4 * SIDE * SIDE
         shape = (SIDE, SIDE)
         self.tensors = [
-            TensorInfo(f"layers.{i}.weight", (), shape, torch.float32) for i in range(count)
+            TensorMeta(f"layers.{i}.weight", (), shape, torch.float32) for i in range(count)
         ]
         half = SIDE // SIZE
         rows, columns = Box((rank * half, 0), (half, SIDE)), Box((0, rank * half), (SIDE, half))
         self.rows, self.other_rows = self.parts(rows), self.parts(rows)
         self.columns = self.parts(columns)
 
-    def parts(self, box: Box) -> list[Part]:
+    def parts(self, box: Box) -> list[Fragment]:
         run = torch.randn(len(self.tensors) * box.numel).split(box.numel)
         return [
-            Part(Place(t.fqn, t.shape, box), values, True)
+            Fragment(FragmentMeta(t.fqn, t.shape, box), values)
             for t, values in zip(self.tensors, run, strict=True)
         ]
 
@@ -98,13 +98,13 @@ class Bench:
             command = f"cp {own}/{mine} {copy} && sync {copy}/{mine}"
             subprocess.run(command, shell=True, check=True)
 
-        def read(parts: list[Part]) -> None:
+        def read(parts: list[Fragment]) -> None:
             load(own, {"ema": parts}, self.tensors, ranks)
 
         def torch_write() -> None:
             dcp.save(boxed(self.rows, self.tensors), storage_writer=dcp.FileSystemWriter(theirs))
 
-        def torch_read(parts: list[Part]) -> None:
+        def torch_read(parts: list[Fragment]) -> None:
             dcp.load(boxed(parts, self.tensors), storage_reader=dcp.FileSystemReader(theirs))
 
         once = self.time("save", write, clear="own")

@@ -17,9 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema.checkpoint.api import Handle, load, save
-from dist_ema.checkpoint.boxed import Part, TensorInfo
-from dist_ema.layout import Box, Place, flat_boxes
-from dist_ema.ranks import Ranks
+from dist_ema.core.group import Group
+from dist_ema.core.layout import Box, Fragment, FragmentMeta, TensorMeta, flat_boxes
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "emb.weight": (13, 6),
@@ -36,14 +35,14 @@ CHANNELS_LAST = (0, 2, 3, 1)
 
 def infos(
     shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32
-) -> list[TensorInfo]:
-    return [TensorInfo(fqn, ALIASES.get(fqn, ()), shape, dtype) for fqn, shape in shapes.items()]
+) -> list[TensorMeta]:
+    return [TensorMeta(fqn, ALIASES.get(fqn, ()), shape, dtype) for fqn, shape in shapes.items()]
 
 
 TENSORS = infos()
 
 
-def full(tensors: Sequence[TensorInfo], seed: int = 0) -> dict[str, Tensor]:
+def full(tensors: Sequence[TensorMeta], seed: int = 0) -> dict[str, Tensor]:
     """Random tensors, the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -64,16 +63,16 @@ def state_of(names: Sequence[str] = ("ema",), step: int = 7) -> dict[str, Any]:
 Cut = list[tuple[str, Box, tuple[int, ...] | None]]
 
 
-def rows(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
+def rows(tensors: Sequence[TensorMeta], rank: int, size: int) -> Cut:
     """As `fully_shard` and torch's `chunk` cut: even but for the last ones, which may be empty."""
     return list(_along(tensors, rank, size, lambda shape: 0))
 
 
-def columns(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
+def columns(tensors: Sequence[TensorMeta], rank: int, size: int) -> Cut:
     return list(_along(tensors, rank, size, lambda shape: len(shape) - 1))
 
 
-def _along(tensors: Sequence[TensorInfo], rank: int, size: int, dim_of: Any) -> Iterator[Any]:
+def _along(tensors: Sequence[TensorMeta], rank: int, size: int, dim_of: Any) -> Iterator[Any]:
     for t in tensors:
         if not t.shape:
             if rank == 0:
@@ -87,7 +86,7 @@ def _along(tensors: Sequence[TensorInfo], rank: int, size: int, dim_of: Any) -> 
         yield t.fqn, Box(tuple(offsets), tuple(sizes)), None
 
 
-def grid(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
+def grid(tensors: Sequence[TensorMeta], rank: int, size: int) -> Cut:
     """Rows by columns where the number of ranks and the tensor's dims allow."""
     across = 2 if size % 2 == 0 else 1
     cut: Cut = []
@@ -103,7 +102,7 @@ def grid(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
     return cut
 
 
-def flat(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
+def flat(tensors: Sequence[TensorMeta], rank: int, size: int) -> Cut:
     """A range of all tensors laid end to end, as ZeRO and FSDP1 cut."""
     total = sum(math.prod(t.shape) for t in tensors)
     start, stop = total * rank // size, total * (rank + 1) // size
@@ -117,7 +116,7 @@ def flat(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
     return cut
 
 
-def last(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
+def last(tensors: Sequence[TensorMeta], rank: int, size: int) -> Cut:
     """All on the last rank, nothing on the others; images channels-last."""
     if rank != size - 1:
         return []
@@ -131,7 +130,7 @@ def last(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
     ]
 
 
-def crumbs(tensors: Sequence[TensorInfo], rank: int, size: int) -> Cut:
+def crumbs(tensors: Sequence[TensorMeta], rank: int, size: int) -> Cut:
     """Single elements, dealt out like cards."""
     cut: Cut = []
     for t in tensors:
@@ -147,8 +146,8 @@ CUTS = {f.__name__: f for f in (rows, columns, grid, flat, last, crumbs)}
 
 
 def parts_of(
-    cut: str, tensors: Sequence[TensorInfo], values: dict[str, Tensor], ranks: Ranks
-) -> list[Part]:
+    cut: str, tensors: Sequence[TensorMeta], values: dict[str, Tensor], ranks: Group
+) -> list[Fragment]:
     """What a rank holds of some full tensors."""
     shapes = {t.fqn: t.shape for t in tensors}
     parts = []
@@ -159,51 +158,51 @@ def parts_of(
             ]
             here = here if order is None else here.permute(order)
             run = here.reshape(-1).clone()
-            parts.append(Part(Place(fqn, shapes[fqn], box, order), run, True))
+            parts.append(Fragment(FragmentMeta(fqn, shapes[fqn], box, order), run))
     return parts
 
 
-def blank(cut: str, tensors: Sequence[TensorInfo], ranks: Ranks) -> list[Part]:
+def blank(cut: str, tensors: Sequence[TensorMeta], ranks: Group) -> list[Fragment]:
     """The same, holding numbers that no average has."""
     return parts_of(cut, tensors, {t.fqn: _filled(t) for t in tensors}, ranks)
 
 
-def _filled(info: TensorInfo) -> Tensor:
+def _filled(info: TensorMeta) -> Tensor:
     return torch.full(info.shape, -77.0, dtype=info.dtype)
 
 
-def differing(parts: Sequence[Part], expected: Sequence[Part]) -> list[str]:
+def differing(parts: Sequence[Fragment], expected: Sequence[Fragment]) -> list[str]:
     """Names of tensors in which two lists of parts are not the same bits."""
     return [
-        a.place.fqn
+        a.meta.fqn
         for a, b in zip(parts, expected, strict=True)
-        if not torch.equal(a.values.view(torch.uint8), b.values.view(torch.uint8))
+        if not torch.equal(a.view.view(torch.uint8), b.view.view(torch.uint8))
     ]
 
 
 @functools.cache
-def first_ranks(size: int) -> Ranks | None:
+def first_ranks(size: int) -> Group | None:
     """The first ranks of the world as a world of their own; None on the others. Collective."""
     if size == 1:
-        return Ranks.alone() if not dist.is_initialized() or dist.get_rank() == 0 else None
+        return Group.alone() if not dist.is_initialized() or dist.get_rank() == 0 else None
     if size == dist.get_world_size():
-        return Ranks()
+        return Group()
     group = dist.new_group(list(range(size)))
-    return Ranks(group) if dist.get_rank() < size else None
+    return Group(group) if dist.get_rank() < size else None
 
 
 SEVERAL_BLOCKS = {"wide": (1100, 2300), "tall": (2300, 1100), "small": (3,)}
 
 
 def write(
-    path: Path, ranks: Ranks, *, cut: str = "flat", seed: int = 0, **options: Any
+    path: Path, ranks: Group, *, cut: str = "flat", seed: int = 0, **options: Any
 ) -> Handle | None:
     """Save one average of made-up tensors."""
     parts = parts_of(cut, TENSORS, full(TENSORS, seed), ranks)
     return save(path, {"ema": parts}, TENSORS, state_of(step=seed), ranks, **options)
 
 
-def seed_at(path: Path, ranks: Ranks, *, cut: str = "rows") -> int:
+def seed_at(path: Path, ranks: Group, *, cut: str = "rows") -> int:
     """Load what `write` wrote, check every bit of it, and tell which it was."""
     parts = blank(cut, TENSORS, ranks)
     state = load(path, {"ema": parts}, TENSORS, ranks)
@@ -217,14 +216,14 @@ def beside(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.parent.iterdir() if entry.name != path.name)
 
 
-def broken_parts(ranks: Ranks) -> list[Part]:
+def broken_parts(ranks: Group) -> list[Fragment]:
     """Parts with NaN on the first rank that has some, Inf on the last."""
     parts = parts_of("flat", TENSORS, full(TENSORS), ranks)
     for part in parts:
-        if part.place.fqn == "emb.weight" and ranks.rank == 0:
-            part.values[-1] = torch.nan
-        if part.place.fqn == "cube" and ranks.rank == ranks.size - 1:
-            part.values[0] = -torch.inf
+        if part.meta.fqn == "emb.weight" and ranks.rank == 0:
+            part.view[-1] = torch.nan
+        if part.meta.fqn == "cube" and ranks.rank == ranks.size - 1:
+            part.view[0] = -torch.inf
     return parts
 
 

@@ -56,7 +56,7 @@ def test_an_average_of_zeros_makes_a_model_of_zeros(world: World):
     run = start(world, params="all").train(1)
     zeros = {name: torch.zeros_like(weight) for name, weight in run.weights[0].items()}
     wanted = evaluate(world.plain_twin({**state_of(zeros), **live_state_buffers(run)}))
-    for values in run.ema._bound.shadow.values:
+    for values in run.ema._average.storage.values:
         for value in values:
             value.zero_()
     before = run.training.evaluate()
@@ -70,7 +70,7 @@ def test_weights_that_do_not_train_are_averaged_with_all_and_shown(world: World)
     chosen = {*FROZEN, "blocks.0.l1.weight", "tiny"}
     run = start(world, params=lambda fqn, parameter: fqn in chosen)
     first = run.weights[0]
-    for values in run.ema._bound.shadow.values:
+    for values in run.ema._average.storage.values:
         for value in values:
             value.mul_(3)
     live = run.train(1).weights[-1]

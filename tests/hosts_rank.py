@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dist_ema import ShardedEMA, files
+from dist_ema import ShardedEMA
+from dist_ema.checkpoint import directory as files
 from tests.hosts import LATE_S, RANKS_PER_HOST
 from tests.net import TRAINABLE, Net, batch_of_tokens, loss_of
 

@@ -30,9 +30,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from dist_ema import ShardedEMA, files
+from dist_ema import ShardedEMA
+from dist_ema.checkpoint import directory as files
 from dist_ema.checkpoint.api import load, save
-from dist_ema.ranks import Ranks
+from dist_ema.core.group import Group
 from tests.cuts import blank, infos, parts_of, state_of
 
 TENSORS = infos({"a": (300, 700), "b": (1000,), "c": (64, 3, 3, 3), "d": ()})
@@ -41,7 +42,7 @@ EXPORTS = [("100KB", None), ("5GB", None), ("5GB", torch.float64), ("500KB", Non
 LONGEST_S = 0.25  # of a round after its first save: some ten saves
 
 
-def save_step(path: Path, step: int, ranks: Ranks, mode: str = "foreground") -> None:
+def save_step(path: Path, step: int, ranks: Group, mode: str = "foreground") -> None:
     values = {t.fqn: torch.full(t.shape, float(step)) for t in TENSORS}
     parts = parts_of("flat", TENSORS, values, ranks)
     asynchronous = mode == "background"
@@ -54,14 +55,14 @@ def save_step(path: Path, step: int, ranks: Ranks, mode: str = "foreground") -> 
 
 def read_save(path: Path) -> int:
     """The step of the average at a path, all of which must be of that step."""
-    parts = blank("rows", TENSORS, Ranks.alone())
-    step = load(path, {"ema": parts}, TENSORS, Ranks.alone())["step"]
+    parts = blank("rows", TENSORS, Group.alone())
+    step = load(path, {"ema": parts}, TENSORS, Group.alone())["step"]
     for part in parts:
-        assert bool((part.values == step).all()), f"{part.place.fqn}: not of step {step}"
+        assert bool((part.values == step).all()), f"{part.meta.fqn}: not of step {step}"
     return step
 
 
-def export_step(path: Path, step: int, ranks: Ranks, mode: str = "direct") -> None:
+def export_step(path: Path, step: int, ranks: Group, mode: str = "direct") -> None:
     model = nn.ParameterDict({t.fqn: torch.full(t.shape, float(step)) for t in TENSORS})
     size, dtype = EXPORTS[step % len(EXPORTS)]
     ShardedEMA(model).export(path, method=mode, max_shard_size=size, dtype=dtype)
@@ -100,12 +101,12 @@ def rank_main(
     writer: Writer, rank: int, size: int, path: Path, step: int, mode: str, told: int
 ) -> None:
     """Write until killed; rank 0 tells each step that is finished."""
-    ranks = Ranks()
+    ranks = Group()
     if size > 1:
         dist.init_process_group(
             "gloo", rank=rank, world_size=size, init_method=f"file://{path}.store-{step}"
         )
-        ranks = Ranks()
+        ranks = Group()
     while True:
         step += 1
         writer.write(path, step, ranks, mode)
@@ -171,7 +172,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         path, step = Path(directory) / "ema", 0
-        writer.write(path, step, Ranks.alone())
+        writer.write(path, step, Group.alone())
         for kill in range(options.kills):
             size, mode = 1 + kill % 2, writer.modes[kill // 2 % 2]
             victims = ("all", "one")[kill // 4 % 2] if size > 1 else "all"
@@ -189,7 +190,7 @@ def main() -> None:
             files._exchange, os.rename = exchange, rename
             if kill % 3 == 0:
                 step += 1
-                writer.write(path, step, Ranks.alone())
+                writer.write(path, step, Group.alone())
                 left = [p.name for p in path.parent.iterdir()]
                 assert left == [path.name] and not list(path.glob(".export-*")), left
                 assert writer.read(path) == step

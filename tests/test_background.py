@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from dist_ema.checkpoint import background, writer
 from dist_ema.checkpoint.api import CheckpointError, save
-from dist_ema.ranks import Ranks
+from dist_ema.core.group import Group
 from tests.cuts import TENSORS, beside, full, parts_of, seed_at, state_of, write
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.ranks(0, 2)
 def test_a_save_in_the_background_has_the_values_of_the_call(tmp_path: Path):
-    ranks, state = Ranks(), state_of(step=4)
+    ranks, state = Group(), state_of(step=4)
     parts = parts_of("flat", TENSORS, full(TENSORS, 4), ranks)
     handle = save(tmp_path / "a", {"ema": parts}, TENSORS, state, ranks, asynchronous=True)
     for part in parts:
@@ -41,7 +41,7 @@ def test_a_save_in_the_background_has_the_values_of_the_call(tmp_path: Path):
 
 @pytest.mark.ranks(2)
 def test_what_follows_waits_for_the_save_before(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write_data = writer.Save.write
 
     def slow(self, *args):
@@ -71,7 +71,7 @@ def test_what_follows_waits_for_the_save_before(tmp_path: Path):
 @pytest.mark.ranks(1, 3)
 @pytest.mark.parametrize("failing", [0, -1])
 def test_a_failure_in_the_background_is_raised_on_every_rank(tmp_path: Path, failing: int):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write(path, ranks, seed=1)
     write_all = writer._write_all
 
@@ -102,7 +102,7 @@ def test_a_failure_in_the_background_is_raised_on_every_rank(tmp_path: Path, fai
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("stuck", [0, 1])
 def test_a_rank_without_progress_is_given_up_after_the_timeout(tmp_path: Path, stuck: int):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write(path, ranks, seed=1)
     write_data = writer.Save.write
 
@@ -135,7 +135,7 @@ import os, signal, sys, time, torch, torch.distributed as dist
 from pathlib import Path
 from dist_ema.checkpoint import writer
 from dist_ema.checkpoint.api import CheckpointError
-from dist_ema.ranks import Ranks
+from dist_ema.core.group import Ranks
 from tests.cuts import write
 
 torch.set_num_threads(1)
@@ -178,17 +178,17 @@ def test_a_killed_rank_is_noticed_and_named(tmp_path: Path, victim: int):
         subprocess.run(command, cwd=ROOT, stdout=out, check=True, timeout=100)
         out.seek(0)
         assert out.read().splitlines()[-1] == "[0, 9]"  # gloo may write lines of its own before
-    assert seed_at(tmp_path / "a", Ranks.alone()) == 1
+    assert seed_at(tmp_path / "a", Group.alone()) == 1
     (tmp_path / "end").touch()
     time.sleep(0.5)  # for the child to end, which holds the lock of rank 0's directories
-    write(tmp_path / "a", Ranks.alone(), seed=3)
-    assert seed_at(tmp_path / "a", Ranks.alone()) == 3
+    write(tmp_path / "a", Group.alone(), seed=3)
+    assert seed_at(tmp_path / "a", Group.alone()) == 3
     assert beside(tmp_path / "a") == ["end", "out", "store"]
 
 
 @pytest.mark.ranks(2)
 def test_a_rank_that_cannot_create_its_file_is_told_of_on_every_rank(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write(path, ranks, seed=1)
     reserve = background._reserve
 
@@ -211,7 +211,7 @@ def test_a_rank_that_cannot_create_its_file_is_told_of_on_every_rank(tmp_path: P
 @pytest.mark.parametrize("filling", [0, 1])
 def test_a_full_disk_is_told_of_on_every_rank(tmp_path: Path, filling: int):
     """Full to the last byte while the data are written, and still full when the end is told."""
-    ranks, disk = Ranks(), tmp_path / "disk"
+    ranks, disk = Group(), tmp_path / "disk"
     path = disk / "a"
     if ranks.rank == 0:
         disk.mkdir()
@@ -263,7 +263,7 @@ def test_a_full_disk_is_told_of_on_every_rank(tmp_path: Path, filling: int):
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("ending", ["well", "badly"])
 def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ending: str):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     outcome, limit = background.Letters.outcome, background._ACKNOWLEDGE_S
     finish = writer.Save.finish
 
@@ -297,7 +297,7 @@ AT_EXIT = """
 import os, sys, time, torch, torch.distributed as dist
 from pathlib import Path
 from dist_ema.checkpoint import writer
-from dist_ema.ranks import Ranks
+from dist_ema.core.group import Ranks
 from tests.cuts import write
 
 torch.set_num_threads(1)
@@ -333,7 +333,7 @@ def test_the_interpreter_waits_for_the_save_or_says_what_is_lost(tmp_path: Path)
     assert done.returncode == 0
     said = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
     assert said["well-0"] == said["well-1"] == ""
-    assert seed_at(tmp_path / "well" / "a", Ranks.alone()) == 3
+    assert seed_at(tmp_path / "well" / "a", Group.alone()) == 3
     for rank in range(2):
         assert f"the save of {tmp_path}/badly/a is lost: " in said[f"badly-{rank}"]
         assert "No space left on device" in said[f"badly-{rank}"]

@@ -18,12 +18,11 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 
-from dist_ema import files
 from dist_ema.checkpoint import checksums
+from dist_ema.checkpoint import directory as files
 from dist_ema.checkpoint.api import CheckpointError, differing_schedules, load, save
-from dist_ema.checkpoint.boxed import Part
-from dist_ema.layout import Box, Place
-from dist_ema.ranks import Ranks
+from dist_ema.core.group import Group
+from dist_ema.core.layout import Box, Fragment, FragmentMeta
 from tests.cuts import (
     CUTS,
     SEVERAL_BLOCKS,
@@ -72,7 +71,7 @@ def test_every_cut_is_read_by_every_other_in_worlds_of_every_size(tmp_path: Path
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("algorithm", ["xxh3_64", "crc32"])
 def test_tensors_of_many_blocks_are_resharded(tmp_path: Path, algorithm: str):
-    tensors, ranks = infos(SEVERAL_BLOCKS), Ranks()
+    tensors, ranks = infos(SEVERAL_BLOCKS), Group()
     values = full(tensors)
     is_available = checksums.is_available
     if ranks.rank == 1:  # one rank that lacks a package is enough
@@ -95,7 +94,7 @@ def test_tensors_of_many_blocks_are_resharded(tmp_path: Path, algorithm: str):
     "dtype", [torch.bfloat16, torch.float16, torch.float64, torch.complex64], ids=str
 )
 def test_every_dtype_keeps_its_bits(tmp_path: Path, dtype: torch.dtype):
-    tensors, ranks = infos(dtype=dtype), Ranks()
+    tensors, ranks = infos(dtype=dtype), Group()
     values = full(tensors)
     save(
         tmp_path / "a",
@@ -111,7 +110,7 @@ def test_every_dtype_keeps_its_bits(tmp_path: Path, dtype: torch.dtype):
 
 @pytest.mark.ranks(0)
 def test_an_average_of_another_width_is_cast_and_a_loss_is_told(tmp_path: Path):
-    ranks = Ranks()
+    ranks = Group()
     write(tmp_path / "a", ranks)
     for dtype in (torch.float64, torch.bfloat16):
         tensors = infos(dtype=dtype)
@@ -126,7 +125,7 @@ def test_an_average_of_another_width_is_cast_and_a_loss_is_told(tmp_path: Path):
 
 @pytest.mark.ranks(2)
 def test_several_averages_share_a_manifest_and_have_a_directory_each(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     names = ["fast", "slow/0.999", ".hidden", "manifest.json"]
     averages = {n: parts_of("flat", TENSORS, full(TENSORS, i), ranks) for i, n in enumerate(names)}
     save(path, averages, TENSORS, state_of(names), ranks)
@@ -148,16 +147,16 @@ def test_several_averages_share_a_manifest_and_have_a_directory_each(tmp_path: P
 
 @pytest.mark.ranks(2)
 def test_parts_that_are_not_sent_are_filled_and_not_written(tmp_path: Path):
-    ranks = Ranks()
+    ranks = Group()
     values = full(TENSORS)
-    alone = Ranks.alone()
+    alone = Group.alone()
     whole = [
         dataclasses.replace(p, sends=ranks.rank == 0)
         for p in parts_of("last", TENSORS, values, alone)
     ]
     if ranks.rank == 1:
         for part in whole:
-            part.values.fill_(torch.nan)  # not this rank's to answer for
+            part.view.fill_(torch.nan)  # not this rank's to answer for
     save(tmp_path / "a", {"ema": whole}, TENSORS, state_of(), ranks)
     load(tmp_path / "a", {"ema": whole}, TENSORS, ranks)
     assert not differing(whole, parts_of("last", TENSORS, values, alone))
@@ -166,12 +165,12 @@ def test_parts_that_are_not_sent_are_filled_and_not_written(tmp_path: Path):
 
 @pytest.mark.ranks(2)
 def test_saving_and_loading_need_little_more_memory_than_the_average(tmp_path: Path):
-    tensors, ranks = infos({"large": (16_000, 4_000)}), Ranks()  # 128 MB on each of two ranks
+    tensors, ranks = infos({"large": (16_000, 4_000)}), Group()  # 128 MB on each of two ranks
     generator = torch.Generator().manual_seed(ranks.rank)
-    place = Place("large", (16_000, 4_000), Box((8_000 * ranks.rank, 0), (8_000, 4_000)))
-    parts = [Part(place, torch.randn(32_000_000, generator=generator), True)]
-    columns = Place("large", (16_000, 4_000), Box((0, 2_000 * ranks.rank), (16_000, 2_000)))
-    target = [Part(columns, torch.zeros(32_000_000), True)]
+    place = FragmentMeta("large", (16_000, 4_000), Box((8_000 * ranks.rank, 0), (8_000, 4_000)))
+    parts = [Fragment(place, torch.randn(32_000_000, generator=generator))]
+    columns = FragmentMeta("large", (16_000, 4_000), Box((0, 2_000 * ranks.rank), (16_000, 2_000)))
+    target = [Fragment(columns, torch.zeros(32_000_000))]
     write(tmp_path / "warm", ranks)
     with PeakMemory() as peak:
         save(tmp_path / "a", {"ema": parts}, tensors, state_of(), ranks)
@@ -186,7 +185,7 @@ def test_saving_and_loading_need_little_more_memory_than_the_average(tmp_path: P
 
 @pytest.mark.ranks(3)
 def test_torch_and_safetensors_read_the_files(tmp_path: Path):
-    ranks, values = Ranks(), full(TENSORS)
+    ranks, values = Group(), full(TENSORS)
     for cut in CUTS:
         write(tmp_path / cut, ranks, cut=cut)
         state = {t.fqn: torch.full(t.shape, -1.0) for t in TENSORS}
@@ -207,7 +206,7 @@ def test_torch_and_safetensors_read_the_files(tmp_path: Path):
 
 @pytest.mark.ranks(2)
 def test_nothing_on_disk_is_a_pickle(tmp_path: Path):
-    write(tmp_path / "a", Ranks())
+    write(tmp_path / "a", Group())
     names = {p.name.split("-")[0] for p in (tmp_path / "a").iterdir()}
     assert names == {"manifest.json", "shard"}
 
@@ -247,7 +246,7 @@ def plain_files(path: Path, layout: str) -> dict[str, torch.Tensor]:
     "layout", ["one file", "two files", "index", "alias", "both", "save_model", "the file"]
 )
 def test_a_consolidated_checkpoint_is_loaded_as_the_average(tmp_path: Path, layout: str):
-    ranks = Ranks()
+    ranks = Group()
     if ranks.rank == 0:
         plain_files(tmp_path, layout)
     dist.barrier()
@@ -267,7 +266,7 @@ def test_a_consolidated_checkpoint_is_loaded_as_the_average(tmp_path: Path, layo
 
 @pytest.mark.ranks(0)
 def test_tied_weights_are_found_under_any_of_their_names(tmp_path: Path):
-    ranks, values = Ranks(), full(TENSORS)
+    ranks, values = Group(), full(TENSORS)
     write(tmp_path / "a", ranks)
     renamed = [dataclasses.replace(t) for t in TENSORS]
     renamed[0] = dataclasses.replace(TENSORS[0], fqn="head.weight", aliases=("emb.weight",))
@@ -290,13 +289,13 @@ def test_tied_weights_are_found_under_any_of_their_names(tmp_path: Path):
 @pytest.mark.ranks(0)
 def test_a_manifest_that_was_grown_is_refused_in_little_memory(tmp_path: Path):
     path = tmp_path / "a"
-    write(path, Ranks())
+    write(path, Group())
     os.truncate(path / "manifest.json", 900_000_000)
     with PeakMemory() as peak, pytest.raises(CheckpointError, match=r"manifest\.json.* bytes"):
-        seed_at(path, Ranks())
+        seed_at(path, Group())
     assert peak() < 50e6
-    write(path, Ranks(), seed=1)
-    assert seed_at(path, Ranks()) == 1
+    write(path, Group(), seed=1)
+    assert seed_at(path, Group()) == 1
 
 
 # Replacing.
@@ -304,7 +303,7 @@ def test_a_manifest_that_was_grown_is_refused_in_little_memory(tmp_path: Path):
 
 @pytest.mark.ranks(2)
 def test_a_save_replaces_the_last_one_and_leaves_nothing_beside_it(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "new" / "a"
+    ranks, path = Group(), tmp_path / "new" / "a"
     for seed in range(3):
         write(path, ranks, seed=seed, cut=list(CUTS)[seed])
         assert seed_at(path, ranks) == seed
@@ -314,7 +313,7 @@ def test_a_save_replaces_the_last_one_and_leaves_nothing_beside_it(tmp_path: Pat
 
 @pytest.mark.ranks(2)
 def test_what_is_no_checkpoint_is_not_replaced_and_files_of_others_stay(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write(path, ranks)
     if ranks.rank == 0:
         (tmp_path / "file").write_text("mine")
@@ -347,7 +346,7 @@ def test_what_is_no_checkpoint_is_not_replaced_and_files_of_others_stay(tmp_path
 
 @pytest.mark.ranks(0)
 def test_a_link_is_followed(tmp_path: Path):
-    ranks = Ranks()
+    ranks = Group()
     write(tmp_path / "a", ranks)
     (tmp_path / "latest").symlink_to("a")
     write(tmp_path / "latest", ranks, seed=1)
@@ -359,7 +358,7 @@ def test_a_link_is_followed(tmp_path: Path):
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_a_file_that_appears_during_a_save_stays(tmp_path: Path, can_exchange: bool):
     """Also one that is being written, in a directory of an average as well."""
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     parts = parts_of("flat", TENSORS, full(TENSORS), ranks)
     both = {"fast": parts, "slow": parts}
     save(path, both, TENSORS, state_of(["fast", "slow"]), ranks)
@@ -395,21 +394,21 @@ def test_what_is_no_checkpoint_is_never_put_in_the_place_of_one(tmp_path: Path):
     (tmp_path / ".a.old-0123abcd" / "notes.txt").write_text("mine")
     assert files.find(path) == path
     with pytest.raises(CheckpointError, match="No such file"):
-        load(path, {"ema": blank("rows", TENSORS, Ranks())}, TENSORS, Ranks())
-    write(path, Ranks(), seed=1)
+        load(path, {"ema": blank("rows", TENSORS, Group())}, TENSORS, Group())
+    write(path, Group(), seed=1)
     assert (tmp_path / ".a.old-0123abcd" / "notes.txt").read_text() == "mine"
     (tmp_path / ".a.tmp-0123abcd").mkdir()
     with pytest.raises(FileNotFoundError):
         files.put_in_place(tmp_path / ".a.tmp-0123abcd", path)
-    assert seed_at(path, Ranks()) == 1
+    assert seed_at(path, Group()) == 1
     (path / "manifest.json").write_text('{"name": "a web app"}')
     with pytest.raises(CheckpointError, match=r"no checkpoint of dist_ema \(manifest.json is"):
-        write(path, Ranks(), seed=2)
+        write(path, Group(), seed=2)
 
 
 @pytest.mark.ranks(2)
 def test_the_working_directory_is_not_replaced(tmp_path: Path):
-    ranks, before = Ranks(), Path.cwd()
+    ranks, before = Group(), Path.cwd()
     inside = tmp_path / "run" / "now"
     inside.mkdir(parents=True, exist_ok=True)
     dist.barrier()
@@ -430,15 +429,15 @@ def test_the_working_directory_is_not_replaced(tmp_path: Path):
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_two_jobs_that_save_to_one_path_lose_no_checkpoint(tmp_path: Path, can_exchange: bool):
     """Each rank is a job of its own."""
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     if ranks.rank == 0:
-        write(path, Ranks.alone())
+        write(path, Group.alone())
     dist.barrier()
     exchange = files._exchange
     files._exchange = lambda a, b: can_exchange and exchange(a, b)
     try:
         for seed in range(20):
-            write(path, Ranks.alone(), seed=seed)
+            write(path, Group.alone(), seed=seed)
             assert (files.find(path) / "manifest.json").exists() or not can_exchange
     finally:
         files._exchange = exchange
@@ -450,7 +449,7 @@ def test_two_jobs_that_save_to_one_path_lose_no_checkpoint(tmp_path: Path, can_e
 @pytest.mark.ranks(2)
 def test_what_another_job_writes_is_not_cleared_away(tmp_path: Path):
     path = tmp_path / "a"
-    if Ranks().rank == 0:
+    if Group().rank == 0:
         directory, lock = files.locked_sibling(path, "tmp")
         stale = files.sibling(path, "tmp")
         stale.mkdir()
@@ -464,21 +463,21 @@ def test_what_another_job_writes_is_not_cleared_away(tmp_path: Path):
 @pytest.mark.ranks(2, 4)
 def test_ranks_may_hold_different_parts_of_one_model(tmp_path: Path):
     """As pipeline stages do: one checkpoint holds all of them."""
-    ranks = Ranks()
+    ranks = Group()
     mine = [t for i, t in enumerate(TENSORS) if i % ranks.size == ranks.rank]
-    parts = parts_of("rows", mine, full(TENSORS), Ranks.alone())
+    parts = parts_of("rows", mine, full(TENSORS), Group.alone())
     for asynchronous in (False, True):
         path = tmp_path / str(asynchronous)
         options = {"asynchronous": asynchronous}
         handle = save(path, {"ema": parts}, mine, state_of(step=0), ranks, **options)
         if handle is not None:
             handle.result()
-        back = blank("rows", mine, Ranks.alone())
+        back = blank("rows", mine, Group.alone())
         load(path, {"ema": back}, mine, ranks)
-        assert not differing(back, parts_of("rows", mine, full(TENSORS), Ranks.alone()))
+        assert not differing(back, parts_of("rows", mine, full(TENSORS), Group.alone()))
         assert seed_at(path, ranks) == 0  # all of it, in another cut
     other = infos({"x": (2, 1 + ranks.rank)})
-    parts = parts_of("rows", other, full(other), Ranks.alone())
+    parts = parts_of("rows", other, full(other), Group.alone())
     with pytest.raises(CheckpointError, match=r"x is .*\(2, 1\) on rank 0 and .*\(2, 2\)"):
         save(tmp_path / "b", {"ema": parts}, other, state_of(step=0), ranks)
     assert not (tmp_path / "b").exists()
@@ -486,7 +485,7 @@ def test_ranks_may_hold_different_parts_of_one_model(tmp_path: Path):
 
 @pytest.mark.ranks(0)
 def test_debris_of_killed_saves_is_cleared_by_the_next(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write(path, ranks)
     for name in (".a.tmp-0123abcd", ".a.old-0123abcd", ".a.mail-0123abcd"):
         (tmp_path / name / "below").mkdir(parents=True)
@@ -501,7 +500,7 @@ def test_debris_of_killed_saves_is_cleared_by_the_next(tmp_path: Path):
 
 @pytest.mark.ranks(0)
 def test_without_an_exchange_the_old_one_is_found_between_two_renames(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     exchange = files._exchange
     files._exchange = lambda a, b: False
     try:
@@ -529,7 +528,7 @@ def test_without_an_exchange_the_old_one_is_found_between_two_renames(tmp_path: 
 @pytest.mark.ranks(0, 3)
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_an_average_that_is_not_finite_is_not_written(tmp_path: Path, asynchronous: bool):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write(path, ranks, seed=1)
     with pytest.raises(
         CheckpointError, match=r"NaN or Inf in cube, emb\.weight; nothing is written"
@@ -548,7 +547,7 @@ def test_an_average_that_is_not_finite_is_not_written(tmp_path: Path, asynchrono
 
 @pytest.mark.ranks(0)
 def test_large_finite_numbers_are_written(tmp_path: Path):
-    ranks = Ranks()
+    ranks = Group()
     values = full(TENSORS)
     values["emb.weight"].fill_(3e38)
     parts = parts_of("rows", TENSORS, values, ranks)
@@ -557,13 +556,13 @@ def test_large_finite_numbers_are_written(tmp_path: Path):
 
 @pytest.mark.ranks(2)
 def test_ranks_that_do_not_hold_the_whole_model_are_told_so(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     parts = parts_of("rows", TENSORS, full(TENSORS), ranks)
-    lacking = [p for p in parts if ranks.rank == 0 or p.place.fqn != "norm.weight"]
+    lacking = [p for p in parts if ranks.rank == 0 or p.meta.fqn != "norm.weight"]
     with pytest.raises(CheckpointError, match=r"norm\.weight: boxes hold 4 of 7 elements"):
         save(path, {"ema": lacking}, TENSORS, state_of(), ranks)
     with pytest.raises(CheckpointError, match=r"emb\.weight: boxes at .* overlap"):
-        alone = parts_of("rows", TENSORS, full(TENSORS), Ranks.alone())
+        alone = parts_of("rows", TENSORS, full(TENSORS), Group.alone())
         save(path, {"ema": alone}, TENSORS, state_of(), ranks)
     with pytest.raises(CheckpointError, match="different averages or paths"):
         save(tmp_path / str(ranks.rank), {"ema": parts}, TENSORS, state_of(), ranks)
@@ -582,7 +581,7 @@ def test_ranks_that_do_not_hold_the_whole_model_are_told_so(tmp_path: Path):
     ],
 )
 def test_a_state_that_could_not_be_loaded_is_not_saved(tmp_path: Path, state: dict):
-    ranks = Ranks()
+    ranks = Group()
     parts = parts_of("rows", TENSORS, full(TENSORS), ranks)
     with pytest.raises(CheckpointError):
         save(tmp_path / "a", {"ema": parts}, TENSORS, state, ranks)
@@ -602,13 +601,13 @@ def test_another_schedule_is_told():
 
 @pytest.mark.ranks(2)
 def test_tensors_that_do_not_match_are_all_named(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write(path, ranks)
     shapes = {**SHAPES, "conv.weight": (4, 3, 3, 3), "new.weight": (2, 2)}
     del shapes["bias"], shapes["cube"]
     tensors = infos(shapes)
     parts = blank("rows", tensors, ranks)
-    before = [p.values.clone() for p in parts]
+    before = [p.view.clone() for p in parts]
     for strict in (True, False):
         with pytest.raises(CheckpointError) as caught:
             load(path, {"ema": parts}, tensors, ranks, strict=strict)
@@ -616,7 +615,7 @@ def test_tensors_that_do_not_match_are_all_named(tmp_path: Path):
             f"{path}: does not fit: conv.weight: the checkpoint has shape (4, 3, 3, 2), the model "
             "(4, 3, 3, 3); missing: new.weight; unexpected: bias, cube"
         )
-    assert all(torch.equal(p.values, b) for p, b in zip(parts, before, strict=True))
+    assert all(torch.equal(p.view, b) for p, b in zip(parts, before, strict=True))
 
     shapes["conv.weight"] = SHAPES["conv.weight"]
     tensors = infos(shapes)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from dist_ema import cli
 from dist_ema.checkpoint.api import save
-from dist_ema.ranks import Ranks
+from dist_ema.core.group import Group
 from tests.cuts import TENSORS, full, infos, parts_of, state_of, write
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """Two averages, as one process wrote them."""
-    ranks = Ranks.alone()
+    ranks = Group.alone()
     averages = {n: parts_of("flat", TENSORS, full(TENSORS, i), ranks) for i, n in enumerate("ab")}
     save(tmp_path / "a", averages, TENSORS, state_of("ab", step=1200), ranks)
     return tmp_path / "a"
@@ -120,7 +120,7 @@ def test_a_command_that_makes_no_sense_ends_with_2(capsys):
 
 def test_names_cannot_command_the_terminal(tmp_path: Path, capsys):
     tensors = infos({"a\x1b[2J\u202eb": (2,)})
-    ranks = Ranks.alone()
+    ranks = Group.alone()
     parts = parts_of("rows", tensors, full(tensors), ranks)
     save(tmp_path / "a", {"ema": parts}, tensors, state_of(), ranks)
     status, out, _ = run(capsys, "inspect", tmp_path / "a")
@@ -174,7 +174,7 @@ def test_the_commands_import_no_engine_and_no_torch(checkpoint: Path):
 
 
 def test_the_module_is_the_command(tmp_path: Path):
-    write(tmp_path / "a", Ranks.alone())
+    write(tmp_path / "a", Group.alone())
     (tmp_path / "a" / "manifest.json").write_text("{}")
     done = subprocess.run(
         [sys.executable, "-m", "dist_ema", "verify", tmp_path / "a"],

@@ -21,7 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema import ShardedEMA, files, gather
+from dist_ema import ShardedEMA
+from dist_ema.checkpoint import directory as files
+from dist_ema.core import gather
 from dist_ema.export import live, writing
 from tests.models import tiny_gpt2, tiny_llama, tiny_unet
 from tests.net import ALIASES

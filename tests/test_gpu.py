@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import ShardedEMA, update_bn
-from dist_ema.accelerator import SideStreams
+from dist_ema.core.accelerator import SideStreams
 from tests.oracle import Oracle, worst_relative_error
 from tests.runs import EXACT, MAX_RELATIVE_ERROR
 
@@ -296,7 +296,7 @@ def test_an_offloaded_average_holds_a_few_chunks_on_the_device(device: torch.dev
     ema = ShardedEMA(training.model, DECAY, device="cpu")
     for _ in range(3):
         ema.update()
-    values = [value for of_one in ema._bound.shadow.values for value in of_one]
+    values = [value for of_one in ema._average.storage.values for value in of_one]
     assert all(value.device.type == "cpu" for value in values)
     assert all(value.is_pinned() for value in values) != on_cpu(device)
     assert ema.nbytes >= model

@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from dist_ema import files
 from dist_ema.checkpoint import api, collector, consolidated, manifest, parsing, verify
+from dist_ema.checkpoint import directory as files
 from dist_ema.checkpoint.api import CheckpointError, load, save
-from dist_ema.ranks import Ranks
+from dist_ema.core.group import Group
 from tests.cuts import (
     SEVERAL_BLOCKS,
     TENSORS,
@@ -45,7 +45,7 @@ NUM_ALTERATIONS = int(os.environ.get("ALTERATIONS", "200"))
 NUM_FUZZED = int(os.environ.get("FUZZED", "200"))
 
 
-def refused(path: Path, ranks: Ranks, match: str | None = None, **options: Any) -> str:
+def refused(path: Path, ranks: Group, match: str | None = None, **options: Any) -> str:
     """Loading must raise, on every rank the same, and leave the average as it was."""
     parts = blank("columns", TENSORS, ranks)
     with pytest.raises(CheckpointError, match=match) as caught:
@@ -69,7 +69,7 @@ def found_by_verify(path: Path) -> list[str]:
 
 def test_every_altered_byte_is_found(tmp_path: Path):
     """The full number, 1000, is run by ALTERATIONS=1000."""
-    ranks, path = Ranks.alone(), tmp_path / "a"
+    ranks, path = Group.alone(), tmp_path / "a"
     parts = parts_of("flat", TENSORS, full(TENSORS), ranks)
     averages = {"a": parts, "b": parts_of("rows", TENSORS, full(TENSORS, 1), ranks)}
     save(path, averages, TENSORS, state_of("ab"), ranks)
@@ -94,7 +94,7 @@ def test_every_altered_byte_is_found(tmp_path: Path):
 
 @pytest.mark.ranks(2)
 def test_damage_names_the_file_and_the_tensor_on_every_rank(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write(path, ranks)
     file = "shard-00002-model-00001-of-00002.safetensors"
     about = json.loads((path / "manifest.json").read_text().split("\n", 1)[1])
@@ -134,7 +134,7 @@ def test_damage_names_the_file_and_the_tensor_on_every_rank(tmp_path: Path):
 
 @pytest.mark.ranks(2)
 def test_a_file_that_is_no_file_is_refused(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write(path, ranks)
     file = next(path.glob("shard-*"))
     for make in (os.mkfifo, os.mkdir, lambda name: os.symlink(name, name)):
@@ -153,7 +153,7 @@ def test_a_file_that_is_no_file_is_refused(tmp_path: Path):
 
 def test_a_file_that_the_manifest_does_not_know_is_found(tmp_path: Path):
     path = tmp_path / "a"
-    write(path, Ranks.alone())
+    write(path, Group.alone())
     shutil.copy(next(path.glob("shard-*")), path / "stray.safetensors")
     (path / "notes.txt").write_text("mine")
     assert [p for p in found_by_verify(path) if "stray.safetensors: is not in the manifest" in p]
@@ -162,7 +162,7 @@ def test_a_file_that_the_manifest_does_not_know_is_found(tmp_path: Path):
 
 @pytest.mark.ranks(2)
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
-    ranks = Ranks()
+    ranks = Group()
     if ranks.rank == 0:
         (tmp_path / "empty").mkdir()
         (tmp_path / "torch").mkdir()
@@ -190,7 +190,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
 
 @pytest.mark.ranks(2)
 def test_what_changes_under_a_load_is_noticed(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write(path, ranks, seed=1)
     fill = api._fill
 
@@ -200,7 +200,7 @@ def test_what_changes_under_a_load_is_noticed(tmp_path: Path):
             return
         dist.barrier()
         if ranks.rank == 0:
-            write(path, Ranks.alone(), seed=2)
+            write(path, Group.alone(), seed=2)
         dist.barrier()
 
     api._fill = replaced
@@ -237,7 +237,7 @@ def test_what_changes_under_a_load_is_noticed(tmp_path: Path):
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_directory_that_not_all_ranks_see_is_refused(tmp_path: Path, asynchronous: bool):
     """The same path leads each rank to a directory of its own, as local disks do."""
-    ranks, before = Ranks(), Path.cwd()
+    ranks, before = Group(), Path.cwd()
     own = tmp_path / str(ranks.rank)
     own.mkdir()
     path = Path("/proc/self/cwd/a")
@@ -248,10 +248,10 @@ def test_a_directory_that_not_all_ranks_see_is_refused(tmp_path: Path, asynchron
             write(path, ranks, asynchronous=asynchronous)
         assert list(own.iterdir()) == []
         if ranks.rank == 0:
-            write(path, Ranks.alone(), seed=1)
+            write(path, Group.alone(), seed=1)
         refused(path, ranks, r"rank 1: /proc/self/cwd/a: No such file")
         if ranks.rank == 1:
-            write(path, Ranks.alone(), seed=1)
+            write(path, Group.alone(), seed=1)
         refused(path, ranks, "ranks have different checkpoints")
     finally:
         os.chdir(before)
@@ -273,7 +273,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_full_disk_is_told_and_the_last_checkpoint_stays(small_disk: Path, asynchronous: bool):
-    ranks, path = Ranks(), small_disk / "a"
+    ranks, path = Group(), small_disk / "a"
     write(path, ranks, seed=1)
     large = infos(SEVERAL_BLOCKS)
     parts = parts_of("rows", large, full(large), ranks)
@@ -290,7 +290,7 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(small_disk: Path, asy
 
 @pytest.mark.ranks(2)
 def test_a_rank_that_cannot_write_stops_all(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write(path, ranks, seed=1)
     large = infos(SEVERAL_BLOCKS)
     parts = parts_of("rows", large, full(large), ranks)
@@ -368,7 +368,7 @@ def mutated(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 @pytest.mark.ranks(0)
 def test_forged_manifests_are_refused_or_harmless(tmp_path: Path):
     """Whatever a signed manifest says, it is refused, or what is loaded is what was saved."""
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write(path, ranks, seed=3)
     good = body_of(path)
     rng = random.Random(1)
@@ -468,7 +468,7 @@ EDITS = {
 
 @pytest.mark.ranks(0)
 def test_each_absurdity_is_named(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write(path, ranks)
     for edit, message in EDITS.items():
         body = body_of(path)
@@ -486,7 +486,7 @@ def test_each_absurdity_is_named(tmp_path: Path):
 
 @pytest.mark.ranks(2)
 def test_malice_is_refused_on_every_rank(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     write(path, ranks)
     dist.barrier()
     if ranks.rank == 0:
@@ -538,12 +538,12 @@ def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path):
     with open(path / "manifest.json", "wb") as file:
         file.truncate(1 << 40)  # sparse
     with PeakMemory() as peak:
-        refused(path, Ranks(), "is 1099511627776 bytes long, which no manifest is")
+        refused(path, Group(), "is 1099511627776 bytes long, which no manifest is")
     assert peak() < 16e6
-    write(path.with_name("b"), Ranks())
+    write(path.with_name("b"), Group())
     os.truncate(path.with_name("b") / "manifest.json", 900 << 20)
     with PeakMemory() as peak:
-        refused(path.with_name("b"), Ranks(), r"has 943718400 bytes, \d+ were written")
+        refused(path.with_name("b"), Group(), r"has 943718400 bytes, \d+ were written")
     assert peak() < 16e6
 
 
@@ -590,14 +590,14 @@ def test_plain_files_that_are_no_good_are_refused(tmp_path: Path):
     for name, data in HEADERS.items():
         (tmp_path / "x.safetensors").write_bytes(data)
         try:
-            refused(tmp_path / "x.safetensors", Ranks(), r"x\.safetensors")
+            refused(tmp_path / "x.safetensors", Group(), r"x\.safetensors")
         except BaseException as error:
             raise AssertionError(name) from error
 
 
 @pytest.mark.ranks(0)
 def test_forged_headers_are_refused_or_harmless(tmp_path: Path):
-    ranks, path = Ranks(), tmp_path / "x.safetensors"
+    ranks, path = Group(), tmp_path / "x.safetensors"
     values = full(TENSORS, 3)
     save_file(values, path)
     data = path.read_bytes()
@@ -617,12 +617,12 @@ def test_forged_headers_are_refused_or_harmless(tmp_path: Path):
             refusals += 1
             assert not differing(parts, blank("columns", TENSORS, ranks))
         else:
-            assert not {p.place.fqn for p in parts} - set(json.loads(header))
+            assert not {p.meta.fqn for p in parts} - set(json.loads(header))
 
 
 @pytest.mark.ranks(0)
 def test_plain_directories_that_are_ambiguous_are_refused(tmp_path: Path):
-    ranks, values = Ranks(), full(TENSORS)
+    ranks, values = Group(), full(TENSORS)
     save_file(values, tmp_path / "a.safetensors")
     save_file({"cube": values["cube"]}, tmp_path / "b.safetensors")
     refused(tmp_path, ranks, "'cube' is in a.safetensors and in b.safetensors")

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from dist_ema import HalfLife, ShardedEMA, lerp
-from dist_ema.accelerator import SideStreams, synchronize_if_initialized
+from dist_ema import HalfLife, ShardedEMA
+from dist_ema.core import lerp
+from dist_ema.core.accelerator import SideStreams, synchronize_if_initialized
 from tests.oracle import worst_relative_error
 from tests.runs import EXACT, MAX_RELATIVE_ERROR, start
 from tests.worlds import World, rank, worlds
@@ -30,15 +31,15 @@ some_worlds = pytest.mark.parametrize(
     ("world", "num_ranks"),
     [pytest.param(w, w.ranks[0], id=w.name) for w in ZERO_WORLDS if w.name in ("z2_bf16", "z3")],
 )
-CROSSING = {"target": lerp, "attribute": "_crosses", "new": lambda shadow, live: True}
+CROSSING = {"target": lerp, "attribute": "_crosses", "new": lambda average, live: True}
 
 
 def check_offloaded(world: World) -> None:
     with mock.patch.object(**CROSSING), mock.patch.object(lerp, "_CHUNK_ELEMENTS", 50):
         run = start(world, device="cpu", start_step=1, update_every=2).train(5)
-        batches = [b for track in run.ema._bound.shadow._lerp._tracks for b in track.batches]
+        batches = [b for track in run.ema._average.storage._lerp._tracks for b in track.batches]
         # Neighbours have staging of their own.
-        stagings = [b.staged_shadows[0].data_ptr() for b in batches]
+        stagings = [b.staged_averages[0].data_ptr() for b in batches]
         assert all(a != b for a, b in itertools.pairwise(stagings))
         state = run.ema.gather_state_dict()
         if rank() == 0:
@@ -123,7 +124,7 @@ def test_buffers_are_read_before_the_next_forward_writes_to_them():
         ema = ShardedEMA(model, 0.5, buffers=buffers, **options)
         for _ in range(3):
             model(torch.randn(5, 4)).sum().backward()
-            ema._bound.shadow._lerp.fence()  # as the hook before an optimizer's step does
+            ema._average.storage._lerp.fence()  # as the hook before an optimizer's step does
             optimizer.step()
             ema.update()
         return ema.gather_state_dict()

@@ -33,8 +33,8 @@ from dist_ema import HalfLife, PowerFunction, ShardedEMA, cli, synthesize
 from dist_ema.checkpoint import combine, consolidated, shards, verify, writer
 from dist_ema.checkpoint.api import CheckpointError, save
 from dist_ema.checkpoint.blocks import Files
-from dist_ema.posthoc import Synthesis, asked, sweep
-from dist_ema.ranks import Ranks
+from dist_ema.core.group import Group
+from dist_ema.posthoc.synthesize import Synthesis, asked, sweep
 from dist_ema.schedule import Schedule, to_json
 from tests.cuts import (
     CUTS,
@@ -210,12 +210,12 @@ def made_up(
     /,
     *,
     cut: str = "flat",
-    ranks: Ranks | None = None,
+    ranks: Group | None = None,
     schedules: dict[str, Schedule] | None = None,
     **changes: Any,
 ) -> Path:
     """A checkpoint of random numbers. `changes` go over its state."""
-    ranks = ranks or Ranks.alone()
+    ranks = ranks or Group.alone()
     names = KEPT if schedules is None else schedules
     averages = {
         name: parts_of(cut, tensors, values_at(step, i, tensors), ranks)
@@ -296,7 +296,7 @@ def test_cuts_of_worlds_of_every_size_are_combined(tmp_path: Path, room: int):
 @pytest.mark.ranks(2)
 def test_elements_dealt_out_like_cards_are_combined(tmp_path: Path):
     for step, cut in enumerate(("rows", "crumbs", "flat"), start=1):
-        made_up(tmp_path / f"a-{step}", step, cut=cut, ranks=Ranks())
+        made_up(tmp_path / f"a-{step}", step, cut=cut, ranks=Group())
     if dist.get_rank() == 0:
         for last in (2, 3):
             given = [tmp_path / f"a-{step}" for step in range(1, last + 1)]
@@ -339,8 +339,8 @@ def test_memory_does_not_grow_with_tensors_or_snapshots(tmp_path: Path, monkeypa
     tensors = infos({"large": (3_000_017,), "small": (3,)})
     values = {"large": torch.ones(3_000_017), "small": torch.ones(3)}
     for step in range(1, 5):
-        averages = {n: parts_of("flat", tensors, values, Ranks.alone()) for n in KEPT}
-        save(tmp_path / f"a-{step}", averages, tensors, state_at(step), Ranks.alone())
+        averages = {n: parts_of("flat", tensors, values, Group.alone()) for n in KEPT}
+        save(tmp_path / f"a-{step}", averages, tensors, state_at(step), Group.alone())
     del averages, values
     paths = [tmp_path / f"a-{step}" for step in range(1, 5)]
     synthesize(paths[:1], sigma_rel=0.2, out=tmp_path / "warm")
@@ -613,9 +613,9 @@ def test_a_sum_that_is_not_finite_is_refused_by_name(tmp_path: Path):
         for name, height in (("narrow", 60000), ("wide", -60000)):
             values = {t.fqn: torch.full(t.shape, 1.0, dtype=t.dtype) for t in tensors}
             values["cube"] *= height
-            averages[name] = parts_of("flat", tensors, values, Ranks.alone())
+            averages[name] = parts_of("flat", tensors, values, Group.alone())
         paths.append(tmp_path / f"a-{step}")
-        save(paths[-1], averages, tensors, state_at(step), Ranks.alone())
+        save(paths[-1], averages, tensors, state_at(step), Group.alone())
     synthesize(paths, sigma_rel=0.07, out=tmp_path / "between")
     with pytest.raises(CheckpointError, match="NaN or Inf in cube;"):
         synthesize(paths, sigma_rel=0.04, out=tmp_path / "out")
@@ -643,7 +643,7 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path):
 
 
 def test_more_files_than_may_be_open(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("dist_ema.stored._MAX_OPEN", 4)
+    monkeypatch.setattr("dist_ema.posthoc.snapshots._MAX_OPEN", 4)
     paths = [made_up(tmp_path / f"a-{step}", step, cut="crumbs") for step in (10, 11)]
     assert len(list((paths[0] / "wide").iterdir())) > 4
     check_sum(synthesize(paths, sigma_rel=0.07, out=tmp_path / "out"), rtol=1e-5, atol=1e-6)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dist_ema import PowerFunction
-from dist_ema.profiles import Fit, Profile, fit, weights
+from dist_ema.posthoc.profiles import Fit, Profile, fit, weights
 
 NARROW, WIDE = PowerFunction(sigma_rel=0.05), PowerFunction(sigma_rel=0.10)
 OTHERS = [PowerFunction(sigma_rel=s) for s in (0.04, 0.07, 0.15, 0.2)]

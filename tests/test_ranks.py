@@ -20,10 +20,10 @@ from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA
 from dist_ema.checkpoint.api import CheckpointError
+from dist_ema.core.group import Group, device_for
+from dist_ema.core.plan import chosen, make_plan
+from dist_ema.core.replicas import hash_on_device
 from dist_ema.engines.plain import PlainEngine
-from dist_ema.plan import chosen, make_plan
-from dist_ema.ranks import Ranks, device_for
-from dist_ema.replicas import hash_on_device
 
 
 def parameters_of_subsets(group: dist.ProcessGroup | None = None) -> nn.ParameterDict:
@@ -103,19 +103,21 @@ def test_no_group_is_made():
 @pytest.mark.ranks(2)
 def test_a_known_group_is_used_only_where_all_its_members_know_it():
     a, b = dist.new_group([0, 1]), dist.new_group([0, 1])
-    ranks, module = Ranks(dist.new_group([1, 0])), linear()
+    ranks, module = Group(dist.new_group([1, 0])), linear()
     for known, group in (([a, b], a), ([[a, b], [b, a]][dist.get_rank()], None)):
         engine = PlainEngine(module)
         engine.process_groups = lambda known=known: known  # type: ignore[method-assign]
         weights = engine.weights()
-        ranks_without_group = Ranks(ranks.group)
+        ranks_without_group = Group(ranks.process_group)
         ranks_without_group.groups_by_members = (  # type: ignore[method-assign]
             lambda known: {tuple(dist.get_process_group_ranks(g)): g for g in reversed(known)}
         )
         averaged = chosen(weights, "all", "copy")
-        [replica_set] = make_plan(weights, averaged, engine, True, ranks_without_group).sets
-        assert replica_set.group is group
-        replica_set.share()
+        [replica_group] = make_plan(
+            weights, averaged, engine, True, ranks_without_group
+        ).replica_groups
+        assert replica_group.group is group
+        replica_group.share()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_different_arguments_are_refused_by_name(tmp_path):
 @pytest.mark.ranks(2)
 def test_a_rank_that_waits_names_those_that_have_not_arrived():
     ema = ShardedEMA(linear(), decay=0.5)
-    ema._ranks.warn_after_s = 0.5
+    ema._group.warn_after_s = 0.5
     if dist.get_rank() == 1:
         time.sleep(1.5)
     records: list[str] = []

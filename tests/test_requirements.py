@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 from dist_ema import ShardedEMA
+from dist_ema.core.requirements import MINIMUM, require
 from dist_ema.engines.dtensor import _param_groups
-from dist_ema.requirements import MINIMUM, require
 from tests.grid import named
 from tests.worlds import World
 from tests.worlds_deepspeed import WORLDS

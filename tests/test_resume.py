@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from dist_ema import HalfLife, ShardedEMA
 from dist_ema.checkpoint.api import CheckpointError, load, save
-from dist_ema.checkpoint.boxed import TensorInfo
-from dist_ema.ranks import Ranks
+from dist_ema.core.group import Group
+from dist_ema.core.layout import TensorMeta
 from tests import worlds_deepspeed, worlds_fsdp1
 from tests.cuts import blank, parts_of, state_of
 from tests.net import ALIASES, TRAINABLE, Net
@@ -40,11 +40,11 @@ TABLE = [
 some_worlds = worlds("plain", "ddp-2", "fsdp2-3", "hsdp", "fsdp2_tp")
 
 
-def infos_of(net: Net) -> list[TensorInfo]:
+def infos_of(net: Net) -> list[TensorMeta]:
     aliases = {name: alias for alias, name in ALIASES.items()}
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
     return [
-        TensorInfo(n, (aliases[n],) if n in aliases else (), shapes[n], torch.float32)
+        TensorMeta(n, (aliases[n],) if n in aliases else (), shapes[n], torch.float32)
         for n in TRAINABLE
     ]
 
@@ -59,12 +59,12 @@ def test_what_a_world_saves_and_loads_are_the_full_tensors(world: World, tmp_pat
     generator = torch.Generator().manual_seed(9)
     other = {t.fqn: torch.randn(t.shape, generator=generator) for t in tensors}
     if rank() == 0:
-        alone = Ranks.alone()
+        alone = Group.alone()
         parts = blank("last", tensors, alone)
         state = load(tmp_path / "ema", {"ema": parts}, tensors, alone)
         assert (state["step"], state["num_updates"]) == (2, 2)
         for part in parts:
-            torch.testing.assert_close(part.view, saved[part.place.fqn], **EXACT)
+            torch.testing.assert_close(part.view, saved[part.meta.fqn], **EXACT)
         averages = {"ema": parts_of("crumbs", tensors, other, alone)}
         save(tmp_path / "other", averages, tensors, state_of(step=5), alone)
     from_rank_0(None)
@@ -118,7 +118,7 @@ def test_averaged_buffers_and_whole_replicas_are_saved(world: World, tmp_path: P
     options = {"buffers": "average", "replicas": "whole", "params": "all"}
     run = start(world, **options).train(3)
     before = run.ema.gather_state_dict()
-    nbytes = [v.clone() for v in run.ema._bound.shadow.values[0]]
+    nbytes = [v.clone() for v in run.ema._average.storage.values[0]]
     run.ema.save(tmp_path / "ema")
     run.train_unrecorded()
     run.ema.load(tmp_path / "ema")
@@ -126,8 +126,8 @@ def test_averaged_buffers_and_whole_replicas_are_saved(world: World, tmp_path: P
     averaged = set(before) - {"num_batches"}  # what is not averaged is read live
     for name in averaged:
         torch.testing.assert_close(after[name], before[name], **EXACT)
-    parameters = len(run.ema._bound.plan.parameters)
-    for value, kept in zip(run.ema._bound.shadow.values[0][:parameters], nbytes, strict=False):
+    parameters = len(run.ema._average.plan.parameters)
+    for value, kept in zip(run.ema._average.storage.values[0][:parameters], nbytes, strict=False):
         torch.testing.assert_close(value, kept, **EXACT)
 
 
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(world: World, tmp_path: 
 def test_an_average_that_is_broken_on_one_rank_is_not_saved(world: World, tmp_path: Path):
     ema: ShardedEMA = start(world).train(1).ema
     if rank() == 1:
-        ema._bound.shadow.values[0][0][0] = torch.nan
+        ema._average.storage.values[0][0][0] = torch.nan
     with pytest.raises(CheckpointError, match="NaN or Inf in"):
         ema.save(tmp_path / "ema")
     assert not (tmp_path / "ema").exists()
@@ -212,7 +212,7 @@ def test_pipeline_stages_are_saved_as_one_checkpoint(tmp_path: Path):
         back = ShardedEMA(stage, 0.5)
         back.load(path)
         assert (back.step, back.num_updates) == (1, 1)
-        values = zip(ema._bound.shadow.values[0], back._bound.shadow.values[0], strict=True)
+        values = zip(ema._average.storage.values[0], back._average.storage.values[0], strict=True)
         assert all(torch.equal(mine, theirs) for mine, theirs in values)
         files = [load_file(file) for file in path.glob("*.safetensors")]
         averaged = {name: tensor for file in files for name, tensor in file.items()}

@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 
 from dist_ema.checkpoint import stateful
 from dist_ema.checkpoint.api import CheckpointError
-from dist_ema.checkpoint.boxed import Part
-from dist_ema.ranks import Ranks
+from dist_ema.core.group import Group
+from dist_ema.core.layout import Fragment
 from tests.cuts import CUTS, TENSORS, blank, differing, full, parts_of, state_of
 
 
@@ -31,7 +31,7 @@ class Stateful:
         self.state = stateful.load_state_dict(given, self.averages, self.tensors)
 
 
-def averages_in(cut: str, ranks: Ranks) -> dict[str, list[Part]]:
+def averages_in(cut: str, ranks: Group) -> dict[str, list[Fragment]]:
     return {n: parts_of(cut, TENSORS, full(TENSORS, i), ranks) for i, n in enumerate("ab")}
 
 
@@ -39,7 +39,7 @@ def averages_in(cut: str, ranks: Ranks) -> dict[str, list[Part]]:
 @pytest.mark.parametrize("way", ["save", "async_save", "async_save with a writer"])
 @pytest.mark.parametrize("cut", CUTS)
 def test_torch_saves_and_reshards_the_state_dict(tmp_path: Path, way: str, cut: str):
-    ranks, path = Ranks(), tmp_path / "a"
+    ranks, path = Group(), tmp_path / "a"
     model = torch.nn.Linear(3, 3)
     saved = Stateful(averages_in(cut, ranks), state=state_of("ab", step=11))
     state = {"model": model.state_dict(), "ema": saved}
@@ -51,7 +51,7 @@ def test_torch_saves_and_reshards_the_state_dict(tmp_path: Path, way: str, cut: 
             target = {"storage_writer": dcp.FileSystemWriter(path)}
         future = dcp.async_save(state, **target)
         for part in itertools.chain(*saved.averages.values()):
-            part.values.fill_(-3)
+            part.view.fill_(-3)
         future.result()
     for other in ("columns", "flat", "last"):
         loaded = Stateful({n: blank(other, TENSORS, ranks) for n in "ab"})
@@ -63,12 +63,12 @@ def test_torch_saves_and_reshards_the_state_dict(tmp_path: Path, way: str, cut: 
 
 @pytest.mark.ranks(0)
 def test_a_state_dict_is_copied_and_taken_back(tmp_path: Path):
-    ranks = Ranks()
+    ranks = Group()
     own = Stateful(averages_in("last", ranks))
     for again in (copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))):
         kept = again(own.state_dict())
         for part in itertools.chain(*own.averages.values()):
-            part.values.fill_(0)
+            part.view.fill_(0)
         own.load_state_dict(kept)
         for name, parts in averages_in("last", ranks).items():
             assert not differing(own.averages[name], parts)
@@ -104,7 +104,7 @@ def test_a_state_dict_is_copied_and_taken_back(tmp_path: Path):
 
 @pytest.mark.ranks(0)
 def test_arithmetic_on_a_boxed_tensor_is_refused():
-    value = Stateful(averages_in("rows", Ranks())).state_dict()["averages"]["a"]["cube"]
+    value = Stateful(averages_in("rows", Group())).state_dict()["averages"]["a"]["cube"]
     with pytest.raises(NotImplementedError, match="gather_state_dict"):
         value + 1
     assert "boxes=[(0, 0, 0)+(3, 2, 5)]" in repr(value)

@@ -387,7 +387,7 @@ def test_ctrl_c_leaves_weights_and_average_as_they_were(going: str):
                 block.__exit__(None, None, None)
         except KeyboardInterrupt:
             interrupted += 1
-        ema._bound.marks.refuse("a test")
+        ema._average.marks.refuse("a test")
         torch.testing.assert_close(parts(), before, **EXACT)
         if not interrupts.came:
             break
@@ -544,11 +544,11 @@ def test_an_error_of_the_engine_on_the_way_out_leaves_live_weights(error: type[B
         if next(calls):  # on the way out
             raise error("the engine")
 
-    ema._bound.engine.release = fails  # type: ignore[method-assign]
+    ema._average.engine.release = fails  # type: ignore[method-assign]
     with pytest.raises(error, match="the engine"):
         with ema.average_parameters():
             pass
-    del ema._bound.engine.release
+    del ema._average.engine.release
     torch.testing.assert_close(list(model.parameters()), live, **EXACT)
     torch.testing.assert_close(ema.gather_state_dict(), average, **EXACT)
 
@@ -650,15 +650,15 @@ def test_frozen_constants_of_compiled_code_are_refused():
 @every_world(lambda world: world.name in ("ddp", "fsdp2", "hsdp"))
 def test_a_swap_that_is_cut_short_is_marked_until_values_are_loaded(world: World):
     run = start(world).train(2)
-    share = run.ema._bound._share
+    share = run.ema._average._share
 
     def lost() -> None:
         raise RuntimeError("a peer is gone")
 
     with pytest.raises(RuntimeError, match="a peer is gone"):
         with run.ema.average_parameters():
-            run.ema._bound._share = lost  # type: ignore[method-assign]
-    run.ema._bound._share = share  # type: ignore[method-assign]
+            run.ema._average._share = lost  # type: ignore[method-assign]
+    run.ema._average._share = share  # type: ignore[method-assign]
     for call in (run.ema.update, run.ema.gather_state_dict, run.ema.copy_to):
         with pytest.raises(RuntimeError, match=r"way back .* failed"):
             call()

@@ -6,19 +6,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from dist_ema.checkpoint.manifest import CheckpointError
-from dist_ema.ranks import Ranks
+from dist_ema.core.group import Group
 
 
 @contextmanager
-def agreed(ranks: Ranks) -> Iterator[None]:
+def agreed(group: Group) -> Iterator[None]:
     """Run a local block; if it fails on any rank, raise one error on every rank. Collective."""
     problem: Exception | None = None
     try:
         yield
     except Exception as error:
         problem = error
-    if ranks.any(problem is not None):
-        told = ranks.all_gather(None if problem is None else described(problem))
+    if group.any(problem is not None):
+        told = group.all_gather(None if problem is None else described(problem))
         raise CheckpointError(merged(told)) from problem
 
 
@@ -44,10 +44,10 @@ def merged(told: Sequence[str | None]) -> str:
     )
 
 
-def refuse_different(ranks: Ranks, own: object, what: str = "averages or paths") -> None:
-    if ranks.equal(own):
+def refuse_different(group: Group, own: object, what: str = "averages or paths") -> None:
+    if group.equal(own):
         return
-    told = ranks.all_gather(own)
+    told = group.all_gather(own)
     for rank, theirs in enumerate(told):
         if theirs != told[0]:
             raise CheckpointError(

@@ -22,26 +22,25 @@ from dist_ema.checkpoint import background, checksums, consolidated, manifest, p
 from dist_ema.checkpoint.agreement import agreed, described, merged, refuse_different
 from dist_ema.checkpoint.background import TIMEOUT_S, Handle, Letters
 from dist_ema.checkpoint.blocks import Files, check_file
-from dist_ema.checkpoint.boxed import Part, TensorInfo
 from dist_ema.checkpoint.consolidated import open_any
+from dist_ema.checkpoint.directory import refuse_working_directory, target
 from dist_ema.checkpoint.manifest import CheckpointError, Manifest
 from dist_ema.checkpoint.matching import Match, match
 from dist_ema.checkpoint.regions import RegionReader
 from dist_ema.checkpoint.snapshot import copied, non_finite
 from dist_ema.checkpoint.visibility import retried_when_visible
 from dist_ema.checkpoint.writer import Report, Save
+from dist_ema.core.group import Group, digest
+from dist_ema.core.layout import Box, Fragment, TensorMeta
 from dist_ema.export.format import DTYPES
-from dist_ema.files import refuse_working_directory, target
-from dist_ema.layout import Box
-from dist_ema.ranks import Ranks, digest
 from dist_ema.schedule import same_rule
 
 __all__ = [
     "TIMEOUT_S",
     "CheckpointError",
+    "Fragment",
     "Handle",
-    "Part",
-    "TensorInfo",
+    "TensorMeta",
     "differing_schedules",
     "load",
     "refuse_non_finite",
@@ -51,10 +50,10 @@ __all__ = [
 
 def save(
     path: str | Path,
-    averages: Mapping[str, Sequence[Part]],
-    tensors: Sequence[TensorInfo],
+    averages: Mapping[str, Sequence[Fragment]],
+    tensors: Sequence[TensorMeta],
     state: Mapping[str, Any],
-    ranks: Ranks,
+    group: Group,
     *,
     asynchronous: bool = False,
     timeout: float = TIMEOUT_S,
@@ -81,7 +80,7 @@ def save(
             does not see the directory; what is at `path` is no checkpoint. On every rank, and what
             was at `path` is as it was.
     """
-    with agreed(ranks):
+    with agreed(group):
         background.settle()
         _check(averages, tensors, state)
         state = json.loads(json.dumps(state))  # the caller's may change before it is written
@@ -90,36 +89,36 @@ def save(
             refuse_working_directory(place)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-    refuse_different(ranks, (str(place), list(averages)))
-    tensors = _of_all_ranks(tensors, ranks)
-    with agreed(ranks):
+    refuse_different(group, (str(place), list(averages)))
+    tensors = _of_all_ranks(tensors, group)
+    with agreed(group):
         if asynchronous:
             averages, broken = copied(averages)
         else:
             broken = non_finite(averages)
-    refuse_non_finite(broken, ranks)
+    refuse_non_finite(broken, group)
     work = Save(place, averages, tensors, state)
     letters: Letters | None = None
     try:
-        _begin(work, ranks, asynchronous)
+        _begin(work, group, asynchronous)
         if asynchronous:
-            if ranks.size > 1:
-                with agreed(ranks):
-                    letters = work.letters(ranks.rank, ranks.size, timeout)
-                with agreed(ranks):
+            if group.size > 1:
+                with agreed(group):
+                    letters = work.letters(group.rank, group.size, timeout)
+                with agreed(group):
                     letters.meet()
-            rank = ranks.rank
+            rank = group.rank
             return background.start(place, lambda: _write_apart(work, rank, letters))
-        with agreed(ranks):
-            report = work.write(ranks.rank)
-        reports = ranks.gather(report)
-        with agreed(ranks):
-            if ranks.rank == 0:
+        with agreed(group):
+            report = work.write(group.rank)
+        reports = group.gather(report)
+        with agreed(group):
+            if group.rank == 0:
                 work.finish(reports)
     except BaseException:
         if letters is not None:
             letters.close()
-        if ranks.rank == 0:
+        if group.rank == 0:
             work.abandon()
         raise
     return None
@@ -127,9 +126,9 @@ def save(
 
 def load(
     path: str | Path,
-    averages: Mapping[str, Sequence[Part]],
-    tensors: Sequence[TensorInfo],
-    ranks: Ranks,
+    averages: Mapping[str, Sequence[Fragment]],
+    tensors: Sequence[TensorMeta],
+    group: Group,
     *,
     strict: bool = True,
     others: Collection[str] = (),
@@ -154,13 +153,13 @@ def load(
             missing or does not fit; ranks see different files. On every rank, and nothing has
             changed.
     """
-    with agreed(ranks):
+    with agreed(group):
         background.settle()
-    if not ranks.equal(digest(sorted(others))):
-        others = set().union(*ranks.all_gather(set(others)))
-    every = _of_all_ranks(tensors, ranks)
+    if not group.equal(digest(sorted(others))):
+        others = set().union(*group.all_gather(set(others)))
+    every = _of_all_ranks(tensors, group)
     return retried_when_visible(
-        Path(path), ranks, lambda: _load(Path(path), averages, every, ranks, strict, others)
+        Path(path), group, lambda: _load(Path(path), averages, every, group, strict, others)
     )
 
 
@@ -177,7 +176,7 @@ def differing_schedules(saved: Mapping[str, Any], own: Mapping[str, Any]) -> lis
     return told
 
 
-def _of_all_ranks(tensors: Sequence[TensorInfo], ranks: Ranks) -> Sequence[TensorInfo]:
+def _of_all_ranks(tensors: Sequence[TensorMeta], group: Group) -> Sequence[TensorMeta]:
     """The tensors of all ranks, which differ where ranks hold different parts of one model.
 
     Collective: every rank calls it. An all-reduce of two integers if all ranks have the same.
@@ -185,11 +184,11 @@ def _of_all_ranks(tensors: Sequence[TensorInfo], ranks: Ranks) -> Sequence[Tenso
     Raises:
         CheckpointError: ranks have a name in common, and its shape, dtype or aliases differ.
     """
-    if ranks.equal(digest(tensors)):
+    if group.equal(digest(tensors)):
         return tensors
-    first: dict[str, tuple[int, TensorInfo]] = {}
+    first: dict[str, tuple[int, TensorMeta]] = {}
     problems: dict[str, str] = {}
-    for rank, theirs in enumerate(ranks.all_gather(list(tensors))):
+    for rank, theirs in enumerate(group.all_gather(list(tensors))):
         for info in theirs:
             other, known = first.setdefault(info.fqn, (rank, info))
             if info != known:
@@ -207,7 +206,7 @@ def _of_all_ranks(tensors: Sequence[TensorInfo], ranks: Ranks) -> Sequence[Tenso
     return [info for _, info in first.values()]
 
 
-def _described(info: TensorInfo) -> str:
+def _described(info: TensorMeta) -> str:
     aliases = f" with the aliases {', '.join(info.aliases)}" if info.aliases else ""
     return f"{info.dtype} of shape {info.shape}{aliases}"
 
@@ -215,18 +214,18 @@ def _described(info: TensorInfo) -> str:
 # Saving.
 
 
-def refuse_non_finite(broken: set[str], ranks: Ranks) -> None:
+def refuse_non_finite(broken: set[str], group: Group) -> None:
     """Raise on every rank if any found broken tensors, and name them. Collective."""
-    if ranks.any(bool(broken)):
-        names = sorted(set().union(*ranks.all_gather(broken)))
+    if group.any(bool(broken)):
+        names = sorted(set().union(*group.all_gather(broken)))
         raise CheckpointError(
             f"the average holds NaN or Inf in {', '.join(names)}; nothing is written"
         )
 
 
 def _check(
-    averages: Mapping[str, Sequence[Part]],
-    tensors: Sequence[TensorInfo],
+    averages: Mapping[str, Sequence[Fragment]],
+    tensors: Sequence[TensorMeta],
     state: Mapping[str, Any],
 ) -> None:
     unknown = [f"{t.fqn} ({t.dtype})" for t in tensors if t.dtype not in DTYPES]
@@ -240,15 +239,15 @@ def _check(
         manifest.directory_of(name, list(averages))
 
 
-def _begin(work: Save, ranks: Ranks, asynchronous: bool) -> None:
+def _begin(work: Save, group: Group, asynchronous: bool) -> None:
     """Make the directory that every rank writes to. Collective."""
-    slow = ranks.any(not checksums.is_available(checksums.FAST))
-    with agreed(ranks):
-        if ranks.rank == 0:
+    slow = group.any(not checksums.is_available(checksums.FAST))
+    with agreed(group):
+        if group.rank == 0:
             algorithm = checksums.ALWAYS if slow else checksums.FAST
-            work.begin(algorithm, with_letters=asynchronous and ranks.size > 1)
-    work.orders = ranks.broadcast(work.orders)
-    with agreed(ranks):
+            work.begin(algorithm, with_letters=asynchronous and group.size > 1)
+    work.orders = group.broadcast(work.orders)
+    with agreed(group):
         work.check_seen()
 
 
@@ -300,28 +299,28 @@ def _finish_apart(work: Save, own: dict[str, Any], letters: Letters | None) -> s
 
 def _load(
     path: Path,
-    averages: Mapping[str, Sequence[Part]],
-    tensors: Sequence[TensorInfo],
-    ranks: Ranks,
+    averages: Mapping[str, Sequence[Fragment]],
+    tensors: Sequence[TensorMeta],
+    group: Group,
     strict: bool,
     others: Collection[str],
 ) -> dict[str, Any]:
     files: Files | None = None
     try:
-        with agreed(ranks):
+        with agreed(group):
             files, about = open_any(path)
         assert files is not None
-        with agreed(ranks):
+        with agreed(group):
             # Plain files have no id, and other weights of the same model the same header.
             identity = about.id or digest(about, consolidated.sample(files, about))
-        refuse_different(ranks, identity, what="checkpoints")
-        with agreed(ranks):
+        refuse_different(group, identity, what="checkpoints")
+        with agreed(group):
             try:
                 found = match(about, list(averages), tensors, others, strict=strict)
             except CheckpointError as error:
                 raise CheckpointError(f"{files.directory}: {error}") from None
-            _check_files(files, about, found, ranks)
-        _read(files, about, found, averages, tensors, ranks)
+            _check_files(files, about, found, group)
+        _read(files, about, found, averages, tensors, group)
     finally:
         if files is not None:
             files.close()
@@ -330,12 +329,12 @@ def _load(
     return dict(about.state)
 
 
-def _check_files(files: Files, about: Manifest, found: Match, ranks: Ranks) -> None:
+def _check_files(files: Files, about: Manifest, found: Match, group: Group) -> None:
     """Compare lengths and headers of all files, each on one rank. Local."""
     plain = not about.algorithm
     averages = [about.averages[consolidated.NAME if plain else name] for name in found.sources]
     every = [(average, name) for average in averages for name in average.files]
-    for average, name in every[ranks.rank :: ranks.size]:
+    for average, name in every[group.rank :: group.size]:
         check_file(files, about, average, name)
 
 
@@ -343,15 +342,15 @@ def _read(
     files: Files,
     about: Manifest,
     found: Match,
-    averages: Mapping[str, Sequence[Part]],
-    tensors: Sequence[TensorInfo],
-    ranks: Ranks,
+    averages: Mapping[str, Sequence[Fragment]],
+    tensors: Sequence[TensorMeta],
+    group: Group,
 ) -> None:
     """Check all that is needed, agree, and only then copy. Collective."""
     reader = RegionReader(files, about)
-    with agreed(ranks):
+    with agreed(group):
         _fill(reader, found, averages, copying=False)
-    with agreed(ranks):
+    with agreed(group):
         try:
             _fill(reader, found, averages, copying=True)
         except CheckpointError as error:
@@ -365,7 +364,7 @@ def _read(
 def _fill(
     reader: RegionReader,
     found: Match,
-    averages: Mapping[str, Sequence[Part]],
+    averages: Mapping[str, Sequence[Fragment]],
     *,
     copying: bool,
 ) -> None:
@@ -373,8 +372,8 @@ def _fill(
     for name, parts in averages.items():
         targets: dict[str, list[tuple[Box, torch.Tensor]]] = {}
         for part in parts:
-            if part.place.numel:
-                targets.setdefault(part.place.fqn, []).append((part.place.box, part.view))
+            if part.meta.numel:
+                targets.setdefault(part.meta.fqn, []).append((part.meta.box, part.tensor))
         for fqn, source in found.sources[name].items():
             if copying:
                 reader.fill(source, targets.get(fqn, ()))

@@ -33,8 +33,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dist_ema.checkpoint.directory import becomes_visible, remove
 from dist_ema.checkpoint.manifest import CheckpointError
-from dist_ema.files import becomes_visible, remove
 
 TIMEOUT_S = 300.0  # without progress, until a rank is given up
 _LONGER_FOR_RANK_0_S = 30.0  # which tells the others when it has given a rank up

@@ -11,12 +11,11 @@ on it raises, and staging for an asynchronous save copies the boxes. Read in tor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dist_ema.layout import Box, Place, Shape
+from dist_ema.core.layout import Box, Fragment, FragmentMeta, Shape, TensorMeta
 
 if TYPE_CHECKING:  # it takes a second to import, and is there when it calls the methods here
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -25,45 +24,21 @@ if TYPE_CHECKING:  # it takes a second to import, and is there when it calls the
 _aten = torch.ops.aten
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """A run of an average's values on this rank."""
-
-    place: Place
-    values: torch.Tensor  # 1-D, contiguous, in the storage order of the place
-    sends: bool  # whether this rank writes it; each element of a tensor is sent by one rank
-
-    @property
-    def view(self) -> torch.Tensor:
-        """The values as a tensor of the box's sizes."""
-        return self.place.unflatten(self.values)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """An averaged tensor, as every rank knows it, whether or not it holds a part."""
-
-    fqn: str
-    aliases: tuple[str, ...]
-    shape: Shape
-    dtype: torch.dtype  # of the average
-
-
 class BoxedTensor(torch.Tensor):
     """A global tensor of which this rank holds the given parts; no storage of its own."""
 
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Fragment, ...] = ()
 
     @staticmethod
-    def __new__(cls, shape: Shape, dtype: torch.dtype, parts: Sequence[Part]) -> BoxedTensor:
-        device = parts[0].values.device if parts else torch.device("cpu")
+    def __new__(cls, shape: Shape, dtype: torch.dtype, parts: Sequence[Fragment]) -> BoxedTensor:
+        device = parts[0].view.device if parts else torch.device("cpu")
         made: BoxedTensor = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=device
         )
         made.parts = tuple(parts)
         return made
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, parts: Sequence[Part]) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, parts: Sequence[Fragment]) -> None:
         super().__init__()
 
     def __create_write_items__(self, fqn: str, value: object) -> list[WriteItem]:
@@ -73,25 +48,25 @@ class BoxedTensor(torch.Tensor):
         properties = TensorProperties(dtype=self.dtype)
         return [
             WriteItem(
-                index=MetadataIndex(fqn, part.place.box.offsets),
+                index=MetadataIndex(fqn, part.meta.box.offsets),
                 type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(_chunk(part.place.box), properties, self.size()),
+                tensor_data=TensorWriteData(_chunk(part.meta.box), properties, self.size()),
             )
             for part in self.parts
-            if part.sends
+            if part.is_owner
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [_chunk(part.place.box) for part in self.parts]
+        return [_chunk(part.meta.box) for part in self.parts]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
         for part in self.parts:
-            if part.place.box.offsets == tuple(index.offset or ()):
-                return part.view
+            if part.meta.box.offsets == tuple(index.offset or ()):
+                return part.tensor
         raise ValueError(f"{index.fqn}: this rank holds no box at {index.offset}")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        boxes = ", ".join(f"{p.place.box.offsets}+{p.place.box.sizes}" for p in self.parts)
+        boxes = ", ".join(f"{p.meta.box.offsets}+{p.meta.box.sizes}" for p in self.parts)
         return f"BoxedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, boxes=[{boxes}])"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoxedTensor:
@@ -127,22 +102,22 @@ class BoxedTensor(torch.Tensor):
         )
 
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> BoxedTensor:
-        parts = [Part(p.place, change(p.values), p.sends) for p in self.parts]
+        parts = [Fragment(p.meta, change(p.view), is_owner=p.is_owner) for p in self.parts]
         return BoxedTensor(tuple(self.shape), self.dtype, parts)
 
 
-def boxed(parts: Sequence[Part], tensors: Sequence[TensorInfo]) -> dict[str, torch.Tensor]:
+def boxed(parts: Sequence[Fragment], tensors: Sequence[TensorMeta]) -> dict[str, torch.Tensor]:
     """Each averaged tensor by name, with what this rank holds of it.
 
     A tensor without elements is a plain one: every rank holds all of it.
     """
-    held: dict[str, list[Part]] = {}
+    held: dict[str, list[Fragment]] = {}
     known = {info.fqn: (info.shape, info.dtype) for info in tensors}
     for part in parts:
-        if known.get(part.place.fqn) != (part.place.shape, part.values.dtype):
-            raise AssertionError(f"{part.place} in {part.values.dtype} is not among the tensors")
-        if part.place.numel:
-            held.setdefault(part.place.fqn, []).append(part)
+        if known.get(part.meta.fqn) != (part.meta.shape, part.view.dtype):
+            raise AssertionError(f"{part.meta} in {part.view.dtype} is not among the tensors")
+        if part.meta.numel:
+            held.setdefault(part.meta.fqn, []).append(part)
     values: dict[str, torch.Tensor] = {}
     for info in tensors:
         if 0 in info.shape:
@@ -160,7 +135,8 @@ def at_least_1d(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _as_vector(value: torch.Tensor) -> torch.Tensor:
     assert isinstance(value, BoxedTensor)
     parts = [
-        Part(Place(p.place.fqn, (1,), Box((0,), (1,))), p.values, p.sends) for p in value.parts
+        Fragment(FragmentMeta(p.meta.fqn, (1,), Box((0,), (1,))), p.view, is_owner=p.is_owner)
+        for p in value.parts
     ]
     return BoxedTensor((1,), value.dtype, parts)
 
@@ -176,15 +152,15 @@ def fill(target: torch.Tensor, source: torch.Tensor) -> None:
     if not isinstance(source, BoxedTensor):
         origin = Box((0,) * target.dim(), tuple(target.shape))
         for part in target.parts:
-            part.view.copy_(source[part.place.box.within(origin)])
+            part.tensor.copy_(source[part.meta.box.within(origin)])
         return
-    theirs = {part.place.box: part for part in source.parts}
+    theirs = {part.meta.box: part for part in source.parts}
     for part in target.parts:
-        if part.place.box not in theirs:
-            raise ValueError(f"no box at {part.place.box.offsets} of sizes {part.place.box.sizes}")
-        other = theirs[part.place.box]
-        if other.values.data_ptr() != part.values.data_ptr():
-            part.view.copy_(other.view)
+        if part.meta.box not in theirs:
+            raise ValueError(f"no box at {part.meta.box.offsets} of sizes {part.meta.box.sizes}")
+        other = theirs[part.meta.box]
+        if other.view.data_ptr() != part.view.data_ptr():
+            part.tensor.copy_(other.tensor)
 
 
 def _chunk(box: Box) -> ChunkStorageMetadata:

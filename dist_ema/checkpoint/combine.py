@@ -19,6 +19,7 @@ import torch
 
 from dist_ema.checkpoint import checksums, manifest
 from dist_ema.checkpoint.blocks import Files, check_names, path_in
+from dist_ema.checkpoint.directory import sync
 from dist_ema.checkpoint.manifest import (
     CheckpointError,
     Manifest,
@@ -29,8 +30,7 @@ from dist_ema.checkpoint.manifest import (
 )
 from dist_ema.checkpoint.reader import Source
 from dist_ema.checkpoint.regions import RegionReader, placed
-from dist_ema.files import sync
-from dist_ema.layout import Box
+from dist_ema.core.layout import Box
 
 _SUMS_BYTES = 128 << 20  # of the sums being made, over all results
 _MIN_BLOCK_BYTES = 4096

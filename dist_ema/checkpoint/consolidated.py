@@ -10,6 +10,7 @@ from typing import Any
 
 from dist_ema.checkpoint import manifest
 from dist_ema.checkpoint.blocks import Files, read_header, read_manifest
+from dist_ema.checkpoint.directory import find
 from dist_ema.checkpoint.manifest import (
     BLOCK_BYTES,
     ITEMSIZE,
@@ -22,8 +23,7 @@ from dist_ema.checkpoint.manifest import (
     SavedTensor,
 )
 from dist_ema.checkpoint.parsing import check_shape, check_tiling, shown
-from dist_ema.files import find
-from dist_ema.layout import whole
+from dist_ema.core.layout import whole
 
 NAME = ""  # of the one average that such files hold
 _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"

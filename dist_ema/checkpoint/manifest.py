@@ -33,8 +33,8 @@ from typing import Any
 from urllib.parse import quote
 
 from dist_ema.checkpoint.checksums import checksum
-from dist_ema.files import MANIFEST
-from dist_ema.layout import Box, Shape
+from dist_ema.checkpoint.directory import MANIFEST
+from dist_ema.core.layout import Box, Shape
 
 FORMAT, VERSION = "dist_ema", 2
 FILE = MANIFEST

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from dist_ema.checkpoint import consolidated
-from dist_ema.checkpoint.boxed import TensorInfo
 from dist_ema.checkpoint.manifest import CheckpointError, Manifest, SavedAverage
 from dist_ema.checkpoint.reader import Source
+from dist_ema.core.layout import TensorMeta
 
 _SHOWN = 8  # names of a kind in a message
 
@@ -26,7 +26,7 @@ class Match:
 def match(
     about: Manifest,
     names: Sequence[str],
-    tensors: Sequence[TensorInfo],
+    tensors: Sequence[TensorMeta],
     others: Collection[str],
     *,
     strict: bool,
@@ -67,7 +67,7 @@ def match(
 
 def _match_one(
     average: SavedAverage,
-    tensors: Sequence[TensorInfo],
+    tensors: Sequence[TensorMeta],
     allowed: Collection[str],
     strict: bool,
     notes: list[str],
@@ -105,7 +105,7 @@ def _match_one(
     return sources
 
 
-def _misfit(source: Source, info: TensorInfo) -> str | None:
+def _misfit(source: Source, info: TensorMeta) -> str | None:
     if source.tensor.shape != info.shape:
         return f"the checkpoint has shape {source.tensor.shape}, the model {info.shape}"
     saved = source.dtype

@@ -23,7 +23,7 @@ from dist_ema.checkpoint.manifest import (
     SavedTensor,
     head,
 )
-from dist_ema.layout import Box, Shape, uncovered
+from dist_ema.core.layout import Box, Shape, uncovered
 
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the library that reads them has this limit
 _MAX_BYTES = 1 << 30  # of a manifest; 2000 tensors on 1000 ranks need a tenth of it

@@ -11,7 +11,7 @@ import torch
 from dist_ema.checkpoint.blocks import Checker, Files
 from dist_ema.checkpoint.manifest import Manifest, SavedBox
 from dist_ema.checkpoint.reader import Source
-from dist_ema.layout import Box, flat_boxes, flat_ends, overlap
+from dist_ema.core.layout import Box, flat_boxes, flat_ends, overlap
 
 Target = tuple[Box, torch.Tensor]  # a box of the tensor, and what it is read into
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from dist_ema.accelerator import is_accelerator
 from dist_ema.checkpoint.manifest import BLOCK_BYTES
-from dist_ema.layout import Box, flat_boxes
+from dist_ema.core.accelerator import is_accelerator
+from dist_ema.core.layout import Box, flat_boxes
 
 
 def row_major(tensor: torch.Tensor) -> Iterator[memoryview]:

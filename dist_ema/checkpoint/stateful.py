@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
-from dist_ema.checkpoint.boxed import BoxedTensor, Part, TensorInfo, at_least_1d, boxed, fill
+from dist_ema.checkpoint.boxed import BoxedTensor, at_least_1d, boxed, fill
 from dist_ema.checkpoint.manifest import CheckpointError
 from dist_ema.checkpoint.parsing import check_state
+from dist_ema.core.layout import Fragment, TensorMeta
 
 _STATE_BYTES = 16384  # of the counters and schedules: a tensor in a checkpoint has one size
 
 
 def state_dict(
-    averages: Mapping[str, Sequence[Part]],
-    tensors: Sequence[TensorInfo],
+    averages: Mapping[str, Sequence[Fragment]],
+    tensors: Sequence[TensorMeta],
     state: Mapping[str, Any],
     *,
     alone: bool = False,
@@ -46,8 +47,8 @@ def state_dict(
 
 def load_state_dict(
     given: Mapping[str, Any],
-    averages: Mapping[str, Sequence[Part]],
-    tensors: Sequence[TensorInfo],
+    averages: Mapping[str, Sequence[Fragment]],
+    tensors: Sequence[TensorMeta],
 ) -> dict[str, Any]:
     """Take what `state_dict` gave, filled in place or copied, and return its state. Local.
 
@@ -99,8 +100,8 @@ def _unlike(own: torch.Tensor, other: object) -> str | None:
     if own.shape != other.shape:
         return f"has shape {tuple(other.shape)}, the model {tuple(own.shape)}"
     if isinstance(own, BoxedTensor) and isinstance(other, BoxedTensor):
-        theirs = {part.place.box for part in other.parts}
-        lacking = [p.place.box for p in own.parts if p.place.box not in theirs]
+        theirs = {part.meta.box for part in other.parts}
+        lacking = [p.meta.box for p in own.parts if p.meta.box not in theirs]
         if lacking:
             return f"has no box at {lacking[0].offsets} of sizes {lacking[0].sizes}, this rank does"
     return None

@@ -23,7 +23,16 @@ import torch
 
 from dist_ema.checkpoint import checksums, collector, manifest
 from dist_ema.checkpoint.background import Letters
-from dist_ema.checkpoint.boxed import Part, TensorInfo
+from dist_ema.checkpoint.directory import (
+    becomes_visible,
+    clear_stale,
+    is_ours,
+    locked_sibling,
+    put_in_place,
+    release,
+    remove,
+    sync,
+)
 from dist_ema.checkpoint.manifest import (
     BLOCK_BYTES,
     CheckpointError,
@@ -34,18 +43,8 @@ from dist_ema.checkpoint.manifest import (
     SavedTensor,
 )
 from dist_ema.checkpoint.shards import row_major
+from dist_ema.core.layout import Box, Fragment, TensorMeta, uncovered, whole
 from dist_ema.export.format import DTYPES, TensorSpec, safetensors_header
-from dist_ema.files import (
-    becomes_visible,
-    clear_stale,
-    is_ours,
-    locked_sibling,
-    put_in_place,
-    release,
-    remove,
-    sync,
-)
-from dist_ema.layout import Box, uncovered, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +69,8 @@ class Save:
     """
 
     path: Path
-    averages: Mapping[str, Sequence[Part]]  # of this rank
-    tensors: Sequence[TensorInfo]
+    averages: Mapping[str, Sequence[Fragment]]  # of this rank
+    tensors: Sequence[TensorMeta]
     state: Mapping[str, Any]
     orders: Orders | None = None
     _written: list[Path] = field(default_factory=list)
@@ -160,9 +159,9 @@ class Save:
         assert self.orders is not None
         return Path(self.orders.directory) / manifest.directory_of(name, list(self.averages))
 
-    def _write_average(self, name: str, parts: Sequence[Part], rank: int) -> dict[str, Any]:
+    def _write_average(self, name: str, parts: Sequence[Fragment], rank: int) -> dict[str, Any]:
         number = {info.fqn: i for i, info in enumerate(self.tensors)}
-        boxes = [(number[p.place.fqn], p.place.box, p.view) for p in parts if p.sends]
+        boxes = [(number[p.meta.fqn], p.meta.box, p.tensor) for p in parts if p.is_owner]
         boxes = [entry for entry in boxes if entry[1].numel]
         if rank == 0:  # every rank holds all of a tensor without elements
             empty = [(i, t) for i, t in enumerate(self.tensors) if 0 in t.shape]

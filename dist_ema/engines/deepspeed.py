@@ -25,6 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_ema.core.group import all_gather_single, gather_chunk
+from dist_ema.core.layout import whole_fragment
+from dist_ema.core.names import Registration, is_instance, layers, registrations
+from dist_ema.core.requirements import require, require_names
 from dist_ema.engines.engine import (
     Cut,
     Engine,
@@ -35,10 +39,6 @@ from dist_ema.engines.engine import (
     outdate_graphs,
     pointer,
 )
-from dist_ema.layout import whole_fragment
-from dist_ema.names import Slot, is_instance, layers, slots
-from dist_ema.ranks import all_gather_single, gather_chunk
-from dist_ema.requirements import require, require_names
 
 _OF_STAGE_3 = (
     "module fp16_groups fp16_partitioned_groups_flat persistent_parameters "
@@ -76,10 +76,10 @@ class ZeroEngine(Engine):
         moved = self._stage.moved_by_buffers
         self._others = Registered(
             (s.registry, s.name)
-            for s in slots(model)
+            for s in registrations(model)
             if not s.is_buffer and id(s.tensor) not in moved
         )
-        self._cuts: dict[int, Callable[[Slot], Cut]] = {}  # by the id of a parameter
+        self._cuts: dict[int, Callable[[Registration], Cut]] = {}  # by the id of a parameter
 
     @staticmethod
     def claims(model: nn.Module) -> bool:
@@ -90,9 +90,9 @@ class ZeroEngine(Engine):
         self._cuts = {id(parameter): cut for parameter, cut in self._stage.cuts()}
         return super().weights()
 
-    def _cut(self, slot: Slot, tensor: torch.Tensor) -> Cut:
+    def _cut(self, registration: Registration, tensor: torch.Tensor) -> Cut:
         cut = self._cuts.get(id(tensor))
-        return cut_whole(slot, tensor) if cut is None else cut(slot)
+        return cut_whole(registration, tensor) if cut is None else cut(registration)
 
     def stamp(self) -> list[int]:
         buffers = [pointer(buffer) for buffer in self._stage.buffers()]
@@ -126,11 +126,11 @@ class _Whole:
         """All storage that is viewed, but for parameters that have to be watched themselves."""
         return self.masters
 
-    def cuts(self) -> Iterator[tuple[torch.Tensor, Callable[[Slot], Cut]]]:
+    def cuts(self) -> Iterator[tuple[torch.Tensor, Callable[[Registration], Cut]]]:
         """Of each parameter that has a master or is cut, on this rank or another."""
 
-        def cut(slot: Slot, parameter: torch.Tensor, master: torch.Tensor) -> Cut:
-            return tuple(parameter.shape), (whole_fragment(slot.fqn, master, parameter),)
+        def cut(registration: Registration, parameter: torch.Tensor, master: torch.Tensor) -> Cut:
+            return tuple(parameter.shape), (whole_fragment(registration.fqn, master, parameter),)
 
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             yield parameter, partial(cut, parameter=parameter, master=master)
@@ -147,14 +147,14 @@ class _Flat(_Whole):
 
     def __init__(self, groups: Any, masters: Any, copies: Any, starts: Any, ranks: Any) -> None:
         super().__init__([p for group in groups for p in group], masters)
-        self._groups, self._copies, self._starts, self._ranks = groups, copies, starts, ranks
+        self._groups, self._copies, self._starts, self._group = groups, copies, starts, ranks
         # All but one of each: .to() and load_state_dict(assign=True) do not move the buffers.
         self.moved_by_buffers = {id(p) for group in groups for p in group[1:]}
 
     def buffers(self) -> list[torch.Tensor]:
         return [*self.masters, *self._copies]
 
-    def cuts(self) -> Iterator[tuple[torch.Tensor, Callable[[Slot], Cut]]]:
+    def cuts(self) -> Iterator[tuple[torch.Tensor, Callable[[Registration], Cut]]]:
         for i, group in enumerate(self._groups):
             master, copy, held = self.masters[i].detach(), self._copies[i].detach(), self._held(i)
             for p, start in zip(group, self._starts[i], strict=False):
@@ -164,25 +164,30 @@ class _Flat(_Whole):
                         " (.to(), load_state_dict(assign=True)), or its version is not supported"
                     )
                 a, b = (min(max(n, held.start), held.stop) for n in (start, start + p.numel()))
-                own, shown = master[a - held.start : b - held.start], copy[a:b]
+                own, forward_view = master[a - held.start : b - held.start], copy[a:b]
                 shape = tuple(p.shape)
-                yield p, partial(cut_range, shape=shape, start=a - start, view=own, shown=shown)
+                yield (
+                    p,
+                    partial(
+                        cut_range, shape=shape, start=a - start, view=own, forward_view=forward_view
+                    ),
+                )
 
     def publish(self) -> None:
-        for i, copy in enumerate(self._copies if self._ranks else ()):
-            parts = copy.detach().view(dist.get_world_size(self._ranks[i]), -1)
+        for i, copy in enumerate(self._copies if self._group else ()):
+            parts = copy.detach().view(dist.get_world_size(self._group[i]), -1)
             own = copy.detach()[self._held(i)]
             step = gather_chunk(copy.device, len(parts), copy.element_size())
             every = torch.empty(len(parts), step, dtype=copy.dtype, device=copy.device)
             for start in range(0, own.numel(), step):
                 mine = own[start : start + step]
                 found = every.view(-1)[: len(parts) * mine.numel()]
-                all_gather_single(found, mine, group=self._ranks[i])
+                all_gather_single(found, mine, group=self._group[i])
                 parts[:, start : start + step].copy_(found.view(len(parts), -1))
 
     def _held(self, i: int) -> slice:
         """The part of a buffer whose masters this rank holds."""
-        size, rank = self.masters[i].numel(), dist.get_rank(self._ranks[i]) if self._ranks else 0
+        size, rank = self.masters[i].numel(), dist.get_rank(self._group[i]) if self._group else 0
         return slice(size * rank, size * (rank + 1))
 
 
@@ -202,7 +207,7 @@ class _Stage3(_Whole):
         copies = self._optimizer.fp16_partitioned_groups_flat
         return [*self.masters, *copies, *(p.ds_tensor for p in self._rest)]
 
-    def cuts(self) -> Iterator[tuple[torch.Tensor, Callable[[Slot], Cut]]]:
+    def cuts(self) -> Iterator[tuple[torch.Tensor, Callable[[Registration], Cut]]]:
         for group, masters in zip(self._optimizer.fp16_groups, self.masters, strict=True):
             sizes = [p.ds_tensor.numel() for p in group]
             for p, master in zip(group, masters.detach().split(sizes), strict=True):
@@ -220,14 +225,16 @@ class _Stage3(_Whole):
             parameter.all_gather([parameter])
         self._optimizer.invalidate_secondary_tensor()
 
-    def _cut(self, p: Any, master: torch.Tensor) -> Callable[[Slot], Cut]:
+    def _cut(self, p: Any, master: torch.Tensor) -> Callable[[Registration], Cut]:
         size = master.numel()  # as much on every rank: the end is padded
         start = size * dist.get_rank(p.ds_process_group)
         view, copy = (
             t[: max(0, p.ds_numel - start)] for t in (master, p.ds_tensor.detach().view(-1))
         )
-        shown = None if pointer(copy) == pointer(view) else copy
-        return partial(cut_range, shape=tuple(p.ds_shape), start=start, view=view, shown=shown)
+        forward_view = None if pointer(copy) == pointer(view) else copy
+        return partial(
+            cut_range, shape=tuple(p.ds_shape), start=start, view=view, forward_view=forward_view
+        )
 
 
 def _stage(o: Any) -> _Whole:

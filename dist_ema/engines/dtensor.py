@@ -28,6 +28,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from dist_ema.core.layout import Box, Fragment, FragmentMeta, Shape, dense_order
+from dist_ema.core.names import Registration, is_instance, registrations
+from dist_ema.core.requirements import require_names
 from dist_ema.engines.engine import (
     Cut,
     Engine,
@@ -37,9 +40,6 @@ from dist_ema.engines.engine import (
     outdate_graphs,
     pointer,
 )
-from dist_ema.layout import Box, Fragment, Place, Shape, dense_order
-from dist_ema.names import Slot, is_instance, slots
-from dist_ema.requirements import require_names
 
 _SHARD = attrgetter("sharded_param._local_tensor")  # of an `FSDPParam`
 Run = tuple[int, int, int]  # start in the global dim, start in the local dim, length
@@ -60,22 +60,27 @@ class DTensorEngine(Engine):
         self._watched = [p for p in self._fsdp_params if not is_wrapper(_SHARD(p))]
         self._warn_of_cut_ties()
         unmanaged = [
-            slot
-            for slot in slots(model)
-            if not slot.is_buffer and (id(slot.owner), slot.name) not in self._managed
+            registration
+            for registration in registrations(model)
+            if not registration.is_buffer
+            and (id(registration.owner), registration.name) not in self._managed
         ]
-        cut = {id(slot) for slot in unmanaged if isinstance(slot.tensor, DTensor)}
+        cut = {
+            id(registration)
+            for registration in unmanaged
+            if isinstance(registration.tensor, DTensor)
+        }
         self._distributed = Registered((s.registry, s.name) for s in unmanaged if id(s) in cut)
         self._whole = Registered((s.registry, s.name) for s in unmanaged if id(s) not in cut)
 
     @staticmethod
     def claims(model: nn.Module) -> bool:
         return any(_is_fsdp2(m) for m in model.modules()) or any(
-            isinstance(slot.tensor, DTensor) for slot in slots(model)
+            isinstance(registration.tensor, DTensor) for registration in registrations(model)
         )
 
-    def _cut(self, slot: Slot, tensor: torch.Tensor) -> Cut:
-        return _cut(slot, tensor)
+    def _cut(self, registration: Registration, tensor: torch.Tensor) -> Cut:
+        return _cut(registration, tensor)
 
     def stamp(self) -> list[int]:
         sharded = list(map(torch.Tensor.data_ptr, map(_SHARD, self._watched)))
@@ -110,7 +115,7 @@ class DTensorEngine(Engine):
 
     def _warn_of_cut_ties(self) -> None:
         """A weight tied across two `fully_shard` units is two weights from then on."""
-        fqns = {(id(s.owner), s.name): s.fqn for s in slots(self._model) if not s.is_buffer}
+        fqns = {(id(s.owner), s.name): s.fqn for s in registrations(self._model) if not s.is_buffer}
         names: dict[int, list[str]] = {}
         for fsdp_param in self._fsdp_params:
             info = fsdp_param._module_info
@@ -128,13 +133,13 @@ class DTensorEngine(Engine):
                 stacklevel=6,
             )
 
-    def _locate(self, slot: Slot) -> torch.Tensor:
-        if not slot.is_buffer:
-            fsdp_param = self._managed.get((id(slot.owner), slot.name))
+    def _locate(self, registration: Registration) -> torch.Tensor:
+        if not registration.is_buffer:
+            fsdp_param = self._managed.get((id(registration.owner), registration.name))
             if fsdp_param is not None:
                 sharded: torch.Tensor = fsdp_param.sharded_param
                 return sharded
-        return slot.tensor
+        return registration.tensor
 
 
 def _is_fsdp2(module: nn.Module) -> bool:
@@ -175,10 +180,10 @@ def _local(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def _cut(slot: Slot, tensor: torch.Tensor) -> Cut:
+def _cut(registration: Registration, tensor: torch.Tensor) -> Cut:
     if not isinstance(tensor, DTensor):
-        return cut_whole(slot, tensor)
-    fqn = slot.fqn
+        return cut_whole(registration, tensor)
+    fqn = registration.fqn
     shape = tuple(tensor.shape)
     local = tensor._local_tensor.detach()
     indices = _global_indices(tensor)
@@ -192,7 +197,7 @@ def _cut(slot: Slot, tensor: torch.Tensor) -> Cut:
         order = dense_order(local)
         flat = (local if order is None else local.permute(order)).view(-1)
         box = Box(tuple(r[0][0] for r in runs), tuple(local.shape))
-        return shape, (Fragment(Place(fqn, shape, box, order), flat, flat),)
+        return shape, (Fragment(FragmentMeta(fqn, shape, box, order), flat, flat),)
     return shape, tuple(_split(fqn, shape, local, runs))
 
 
@@ -271,4 +276,4 @@ def _split(
         box = Box(tuple(c[0] for c in combination), tuple(c[2] for c in combination))
         start = sum(c[1] * stride for c, stride in zip(combination, local.stride(), strict=True))
         view = flat[start : start + box.numel]
-        yield Fragment(Place(fqn, shape, box), view, view)
+        yield Fragment(FragmentMeta(fqn, shape, box), view, view)

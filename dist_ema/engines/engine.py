@@ -20,9 +20,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
 
-from dist_ema.layout import Fragment, Place, Shape, range_fragments, whole, whole_fragment
-from dist_ema.names import Slot, slots
-from dist_ema.requirements import require, require_names
+from dist_ema.core.layout import (
+    Fragment,
+    FragmentMeta,
+    Shape,
+    range_fragments,
+    whole,
+    whole_fragment,
+)
+from dist_ema.core.names import Registration, registrations
+from dist_ema.core.requirements import require, require_names
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,12 +74,14 @@ class Engine(ABC):
 
     def weights(self) -> list[Weight]:
         """Every parameter and buffer, in the order of `state_dict()`. Local."""
-        return list_weights(slots(self._model), self._locate, self._cut)
+        return list_weights(registrations(self._model), self._locate, self._cut)
 
     def buffers(self) -> list[Weight]:
         """The buffers that are registered now: any may come, change its shape or go. Local."""
-        every = slots(self._model)
-        parameters = {id(self._locate(slot)) for slot in every if not slot.is_buffer}
+        every = registrations(self._model)
+        parameters = {
+            id(self._locate(registration)) for registration in every if not registration.is_buffer
+        }
         # A parameter that is registered as a buffer too is that parameter's further name.
         found = [s for s in every if s.is_buffer and id(self._locate(s)) not in parameters]
         return list_weights(found, self._locate, self._cut)
@@ -81,13 +90,13 @@ class Engine(ABC):
         """Where the model's modules register buffers. Local, without a walk over the tensors."""
         return [module._buffers for module in self._model.modules()]
 
-    def _locate(self, slot: Slot) -> torch.Tensor:
+    def _locate(self, registration: Registration) -> torch.Tensor:
         """The tensor that a slot stands for between training steps."""
-        return slot.tensor
+        return registration.tensor
 
-    def _cut(self, slot: Slot, tensor: torch.Tensor) -> Cut:
+    def _cut(self, registration: Registration, tensor: torch.Tensor) -> Cut:
         """The global shape of a tensor, and what this rank holds of it."""
-        return cut_whole(slot, tensor)
+        return cut_whole(registration, tensor)
 
     @abstractmethod
     def stamp(self) -> list[int]:
@@ -111,7 +120,7 @@ class Engine(ABC):
         yield weight.tensor
         for fragment in weight.fragments:
             yield fragment.view
-            yield fragment.shown
+            yield fragment.forward_view
 
     def release(self) -> None:
         """Drop gathered copies, so that the shown storage may be written. May be collective."""
@@ -129,9 +138,9 @@ Cut = tuple[Shape, Sequence[Fragment]]  # the shape of a whole tensor, what this
 
 
 def list_weights(
-    found: Sequence[Slot],
-    locate: Callable[[Slot], torch.Tensor],
-    cut: Callable[[Slot, torch.Tensor], Cut],
+    found: Sequence[Registration],
+    locate: Callable[[Registration], torch.Tensor],
+    cut: Callable[[Registration, torch.Tensor], Cut],
 ) -> list[Weight]:
     """Each distinct tensor of some slots once, under its first name.
 
@@ -141,34 +150,36 @@ def list_weights(
         locate: the tensor that a slot stands for between training steps.
         cut: the global shape of a tensor, and the fragments that this rank holds.
     """
-    places: dict[int, list[Slot]] = {}
+    metas: dict[int, list[Registration]] = {}
     tensors: dict[int, torch.Tensor] = {}
-    for slot in found:
-        tensor = locate(slot)
+    for registration in found:
+        tensor = locate(registration)
         tensors[id(tensor)] = tensor
-        places.setdefault(id(tensor), []).append(slot)
+        metas.setdefault(id(tensor), []).append(registration)
     weights = []
-    for key, tied in places.items():
+    for key, tied in metas.items():
         # A name that is not in the state dict is none, unless all are such.
-        tied = [slot for slot in tied if slot.persistent] or tied
-        tied = sorted(tied, key=lambda slot: slot.is_buffer)  # a parameter, if it is one as well
-        slot, tensor = tied[0], tensors[key]
+        tied = [registration for registration in tied if registration.persistent] or tied
+        tied = sorted(
+            tied, key=lambda registration: registration.is_buffer
+        )  # a parameter, if it is one as well
+        registration, tensor = tied[0], tensors[key]
         shape, problem = tuple(tensor.shape), _problem(tensor)
         fragments: Sequence[Fragment] = ()
         if problem is None:
             try:
-                shape, fragments = cut(slot, tensor)
+                shape, fragments = cut(registration, tensor)
             except ValueError as error:
                 problem = str(error)
         weights.append(
             Weight(
-                slot.fqn,
-                tuple(dict.fromkeys(s.fqn for s in tied if s.fqn != slot.fqn)),
+                registration.fqn,
+                tuple(dict.fromkeys(s.fqn for s in tied if s.fqn != registration.fqn)),
                 shape,
                 tensor,
-                slot.is_buffer,
-                slot.persistent,
-                tuple(f for f in fragments if f.place.numel),
+                registration.is_buffer,
+                registration.persistent,
+                tuple(f for f in fragments if f.meta.numel),
                 problem,
             )
         )
@@ -207,26 +218,26 @@ def is_wrapper(tensor: torch.Tensor | None) -> bool:
     return hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "_local_tensor")
 
 
-def cut_whole(slot: Slot, tensor: torch.Tensor) -> Cut:
+def cut_whole(registration: Registration, tensor: torch.Tensor) -> Cut:
     """The cut of a tensor that is not cut: one fragment."""
-    return tuple(tensor.shape), (whole_fragment(slot.fqn, tensor),)
+    return tuple(tensor.shape), (whole_fragment(registration.fqn, tensor),)
 
 
 def cut_range(
-    slot: Slot,
+    registration: Registration,
     *,
     shape: Shape,
     start: int,
     view: torch.Tensor,
-    shown: torch.Tensor | None = None,
+    forward_view: torch.Tensor | None = None,
     order: Shape | None = None,
 ) -> Cut:
     """The cut of a tensor of which `view`, 1-D, holds a flat range from `start` in storage order.
 
     `shown` is what the forward pass reads, where that is another tensor.
     """
-    place = Place(slot.fqn, shape, whole(shape), order)
-    return shape, tuple(range_fragments(place, start, view, shown))
+    meta = FragmentMeta(registration.fqn, shape, whole(shape), order)
+    return shape, tuple(range_fragments(meta, start, view, forward_view))
 
 
 def outdate_graphs(weights: Iterable[torch.Tensor]) -> None:
@@ -259,8 +270,8 @@ def refuse_freezing() -> None:
 class Registered:
     """Tensors by where they are registered, and their addresses with no Python work for each."""
 
-    def __init__(self, places: Iterable[tuple[dict[str, torch.Tensor | None], str]]) -> None:
-        pairs = [(r, name) for r, name in places if not is_wrapper(r.get(name))]
+    def __init__(self, metas: Iterable[tuple[dict[str, torch.Tensor | None], str]]) -> None:
+        pairs = [(r, name) for r, name in metas if not is_wrapper(r.get(name))]
         self._registries = [registry for registry, _ in pairs]
         self._names = [name for _, name in pairs]
 

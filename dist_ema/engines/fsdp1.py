@@ -27,6 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_ema.core.layout import Shape, dense_order
+from dist_ema.core.names import Registration, is_instance, registrations
+from dist_ema.core.requirements import require_names
 from dist_ema.engines.engine import (
     Cut,
     Engine,
@@ -37,9 +40,6 @@ from dist_ema.engines.engine import (
     outdate_graphs,
     pointer,
 )
-from dist_ema.layout import Shape, dense_order
-from dist_ema.names import Slot, is_instance, slots
-from dist_ema.requirements import require_names
 
 _RUNTIME = "torch.distributed.fsdp._runtime_utils"
 _OF_FLAT_PARAMETERS = (
@@ -70,14 +70,14 @@ class _Original:
         view: torch.Tensor = getattr(info.module, info.param_name)
         return view
 
-    def cut(self, slot: Slot) -> Cut:
+    def cut(self, registration: Registration) -> Cut:
         flat, index = self.handle.flat_param, self.index
         if flat._param_extensions[index] is not None:
             raise ValueError("FSDP1 over tensor parallelism is not supported; use fully_shard()")
         # Strided but dense parameters (channels-last) are laid down in the order of their storage.
         order = dense_order(torch.empty_strided(self.shape, flat._strides[index], device="meta"))
         start, view = self.held()
-        return cut_range(slot, shape=self.shape, start=start, view=view, order=order)
+        return cut_range(registration, shape=self.shape, start=start, view=view, order=order)
 
     def held(self) -> tuple[int, torch.Tensor]:
         """Where this rank's range of the parameter starts, in storage order, and its values."""
@@ -109,9 +109,10 @@ class Fsdp1Engine(Engine):
         self._flat_parameters: dict[int, torch.Tensor] = {}  # by ids of `Weight.tensor`
         self._taken = {id(p) for handle in self._handles for p in handle.flat_param._params or ()}
         self._others = Registered(
-            (slot.registry, slot.name)
-            for slot in slots(model)
-            if not slot.is_buffer and (id(slot.owner), slot.name) not in self._originals
+            (registration.registry, registration.name)
+            for registration in registrations(model)
+            if not registration.is_buffer
+            and (id(registration.owner), registration.name) not in self._originals
         )
         self._warn_of_cut_ties()
 
@@ -157,10 +158,10 @@ class Fsdp1Engine(Engine):
         No trace of the tie is left but equal values, looked for among weights of a rare shape.
         """
         alike: dict[Shape, dict[_Original, str]] = {}
-        for slot in slots(self._model):
-            original = self._original(slot)
+        for registration in registrations(self._model):
+            original = self._original(registration)
             if original is not None and original.tensor.requires_grad:
-                alike.setdefault(original.shape, {}).setdefault(original, slot.fqn)
+                alike.setdefault(original.shape, {}).setdefault(original, registration.fqn)
         for fqns in alike.values():
             if len(fqns) > _RARE:
                 continue
@@ -173,27 +174,31 @@ class Fsdp1Engine(Engine):
                         stacklevel=6,
                     )
 
-    def _original(self, slot: Slot) -> _Original | None:
-        return None if slot.is_buffer else self._originals.get((id(slot.owner), slot.name))
+    def _original(self, registration: Registration) -> _Original | None:
+        return (
+            None
+            if registration.is_buffer
+            else self._originals.get((id(registration.owner), registration.name))
+        )
 
-    def _locate(self, slot: Slot) -> torch.Tensor:
-        original = self._original(slot)
+    def _locate(self, registration: Registration) -> torch.Tensor:
+        original = self._original(registration)
         if original is None:
-            return slot.tensor
+            return registration.tensor
         tensor = original.tensor
         self._flat_parameters[id(tensor)] = original.handle.flat_param
         return tensor
 
-    def _cut(self, slot: Slot, tensor: torch.Tensor) -> Cut:
-        original = self._original(slot)
+    def _cut(self, registration: Registration, tensor: torch.Tensor) -> Cut:
+        original = self._original(registration)
         if original is not None:
-            return original.cut(slot)
+            return original.cut(registration)
         if id(tensor) in self._taken:
             raise ValueError(
                 "is tied to a weight that another FSDP unit has taken, and is a shard of it now; "
                 "wrap both modules in one unit, or untie them"
             )
-        return cut_whole(slot, tensor)
+        return cut_whole(registration, tensor)
 
 
 def _is_fsdp1(module: nn.Module) -> bool:

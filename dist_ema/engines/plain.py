@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from dist_ema.core.names import registrations
 from dist_ema.engines.engine import Engine, Registered
-from dist_ema.names import slots
 
 
 class PlainEngine(Engine):
@@ -15,7 +15,9 @@ class PlainEngine(Engine):
         super().__init__(model)
         self._parameters = [module._parameters for module in model.modules()]
         self._registered = Registered(
-            (slot.registry, slot.name) for slot in slots(model) if not slot.is_buffer
+            (registration.registry, registration.name)
+            for registration in registrations(model)
+            if not registration.is_buffer
         )
 
     @staticmethod

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dist_ema.layout import Shape
+from dist_ema.core.layout import Shape
 
 _SIZE_UNITS = {
     "": 1, "B": 1,
@@ -53,19 +53,6 @@ class OutFile:
     header: bytes
     starts: dict[str, int]  # by tensor name, in bytes from the start of the file
     nbytes: int  # header and tensors
-
-
-def gathered_dtype(held: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype in which a tensor is gathered and written.
-
-    Floating tensors take the wanted one; by default they keep their own, half-precision ones being
-    widened to fp32, so that the state dict has one floating dtype.
-    """
-    if not held.is_floating_point:
-        return held
-    if wanted is not None:
-        return wanted
-    return torch.float32 if held.itemsize < 4 else held
 
 
 def safetensors_header(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:

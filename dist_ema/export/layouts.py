@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_ema.core.names import class_of, ddp_modules, is_instance, registrations, unwrap
 from dist_ema.export.card import Card, make_card
-from dist_ema.names import class_of, ddp_modules, is_instance, slots, unwrap
 
 _WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _TRANSFORMERS = ("transformers.modeling_utils", "PreTrainedModel")
@@ -72,7 +72,9 @@ def differing_names(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
     state = {
         _without_wrappers(key): value for key, value in module.state_dict(keep_vars=True).items()
     }
-    registered = {slot.fqn for slot in slots(module) if slot.persistent}
+    registered = {
+        registration.fqn for registration in registrations(module) if registration.persistent
+    }
     extra = {key: value for key, value in state.items() if key not in registered}
     return extra, sorted(registered - state.keys())
 
@@ -113,7 +115,11 @@ def tensors_beside(
         ValueError: one goes with an averaged weight, and may have been computed from the live one.
     """
     found = {}
-    held = {slot.fqn: slot.tensor for slot in slots(module)} if extra else {}
+    held = (
+        {registration.fqn: registration.tensor for registration in registrations(module)}
+        if extra
+        else {}
+    )
     changing = {id(tensor) for fqn, tensor in held.items() if fqn in averaged}
     for key, value in extra.items():
         if not isinstance(value, torch.Tensor) or any(value is t for t in held.values()):
@@ -166,12 +172,12 @@ def _diffusers_card(module: Any, injected: bool) -> dict[str, Any]:
             "save_lora_adapter() inside average_parameters(), or use gather_state_dict()"
         )
     names: dict[int, str] = {}
-    for slot in slots(module):
-        first = names.setdefault(id(slot.tensor), slot.fqn)
-        if slot.persistent and first != slot.fqn:
+    for registration in registrations(module):
+        first = names.setdefault(id(registration.tensor), registration.fqn)
+        if registration.persistent and first != registration.fqn:
             raise ValueError(
-                f"{slot.fqn} is tied to {first}, and diffusers neither writes nor reads tied "
-                "weights; use gather_state_dict()"
+                f"{registration.fqn} is tied to {first}, and diffusers neither writes nor reads "
+                "tied weights; use gather_state_dict()"
             )
     config = json.loads(module.to_json_string())
     config["_class_name"] = _own_class(module).__name__
@@ -208,13 +214,13 @@ def _adapter_names(module: Any, adapter: str, extra: Iterable[str]) -> dict[str,
     levels = {id(m): name for name, m in module.named_modules(remove_duplicate=False)}
     stand_ins = {name: torch.empty(0, device="meta") for name in extra}
     fqn_of: dict[int, str] = {}
-    for slot in slots(module):
-        if slot.persistent:
-            level = levels[id(slot.owner)]
+    for registration in registrations(module):
+        if registration.persistent:
+            level = levels[id(registration.owner)]
             tensor = torch.empty(0, device="meta")
             # Wrapped modules have names in peft's own walk that state_dict() may not give.
-            stand_ins[f"{level}.{slot.name}" if level else slot.name] = tensor
-            fqn_of[id(tensor)] = slot.fqn
+            stand_ins[f"{level}.{registration.name}" if level else registration.name] = tensor
+            fqn_of[id(tensor)] = registration.fqn
     config = module.peft_config[adapter]
     resized = _is_resized(module, config.base_model_name_or_path)
     try:  # with a base model's name in the configuration, peft would ask the hub about it

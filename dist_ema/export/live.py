@@ -16,20 +16,20 @@ from pathlib import Path
 
 import torch
 
+from dist_ema.checkpoint.directory import becomes_visible
+from dist_ema.core.gather import Gatherer
+from dist_ema.core.group import Group
+from dist_ema.core.layout import TensorMeta
 from dist_ema.export.card import Card
 from dist_ema.export.replace import replaced_files
 from dist_ema.export.writing import (
     Draft,
-    Output,
     Writing,
     draft,
     is_scattered,
     refuse_broken,
     stale_files,
 )
-from dist_ema.files import becomes_visible
-from dist_ema.gather import Entry, Gatherer
-from dist_ema.ranks import Ranks
 
 METHODS = ("auto", "direct", "rank0")
 
@@ -39,7 +39,7 @@ def export(
     card: Callable[[], Card],
     gatherer: Gatherer,
     values: Sequence[torch.Tensor],
-    ranks: Ranks,
+    group: Group,
     *,
     dtype: torch.dtype | None,
     max_shard_size: int | str,
@@ -61,14 +61,14 @@ def export(
         OSError: a rank cannot write. The same.
     """
     outputs = {
-        e.fqn: Output(e.fqn, e.aliases, e.shape, e.dtype_as(dtype), e.averaged)
+        e.fqn: TensorMeta(e.fqn, e.aliases, e.shape, e.dtype_as(dtype), e.averaged)
         for e in gatherer.entries
     }
     plan: Draft | None = None
-    with ranks.together():
+    with group.together():
         if method not in METHODS:
             raise ValueError(f"method is {method!r}, wanted one of {', '.join(METHODS)}")
-        if ranks.rank == 0:
+        if group.rank == 0:
             plan = draft(
                 list(outputs.values()),
                 card(),
@@ -76,43 +76,43 @@ def export(
                 weights_name=weights_name,
             )
             stale_files(path, plan)  # raises early
-    plan = ranks.broadcast(plan)
+    plan = group.broadcast(plan)
     assert plan is not None
     gatherer.refuse_unreadable(frozenset(plan.where))
     with ExitStack() as on_rank_0:
         directory = path
-        with ranks.together():
-            if ranks.rank == 0:
+        with group.together():
+            if group.rank == 0:
                 directory = on_rank_0.enter_context(
                     replaced_files(path, lambda: stale_files(path, plan))
                 )
-        writing = Writing(Path(ranks.broadcast(str(directory))), plan)
+        writing = Writing(Path(group.broadcast(str(directory))), plan)
         with closing(writing):
-            with ranks.together():
-                if ranks.rank == 0:
+            with group.together():
+                if group.rank == 0:
                     writing.begin()
-            if _is_direct(method, writing, ranks):
-                _write_own(plan, writing, gatherer, values, outputs, dtype, ranks)
+            if _is_direct(method, writing, group):
+                _write_own(plan, writing, gatherer, values, outputs, dtype, group)
             else:
                 _write_bands(
-                    writing, gatherer, values, outputs, dtype, ranks, frozenset(plan.where)
+                    writing, gatherer, values, outputs, dtype, group, frozenset(plan.where)
                 )
-            _refuse_broken(writing, ranks)
-            with ranks.together():
+            _refuse_broken(writing, group)
+            with group.together():
                 writing.sync()
-        with ranks.together():
+        with group.together():
             on_rank_0.close()
 
 
-def _is_direct(method: str, writing: Writing, ranks: Ranks) -> bool:
+def _is_direct(method: str, writing: Writing, group: Group) -> bool:
     """Whether every rank writes. Collective: every rank calls it."""
     if method == "rank0":
         return False
-    if method == "auto" and not ranks.equal(socket.gethostname()):
+    if method == "auto" and not group.equal(socket.gethostname()):
         return False
     if method == "auto":
-        return not ranks.any(not writing.is_seen())
-    seen = ranks.all_gather(becomes_visible(writing.is_seen))
+        return not group.any(not writing.is_seen())
+    seen = group.all_gather(becomes_visible(writing.is_seen))
     if not all(seen):
         unseen = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
         raise RuntimeError(
@@ -127,43 +127,43 @@ def _write_own(
     writing: Writing,
     gatherer: Gatherer,
     values: Sequence[torch.Tensor],
-    outputs: dict[str, Output],
+    outputs: dict[str, TensorMeta],
     dtype: torch.dtype | None,
-    ranks: Ranks,
+    group: Group,
 ) -> None:
     scattered = gatherer.fqns_with(
-        lambda entry, place: is_scattered(place, entry.dtype_as(dtype).itemsize)
+        lambda entry, meta: is_scattered(meta, entry.dtype_as(dtype).itemsize)
     ) & set(plan.where)
-    with ranks.together():
+    with group.together():
         for fqn, pieces in gatherer.own.items():
             if fqn in plan.where and fqn not in scattered:
                 for owned in pieces:
-                    writing.run(outputs[fqn], owned.place, values[owned.piece])
+                    writing.run(outputs[fqn], owned.meta, values[owned.piece])
     if scattered:
-        _write_bands(writing, gatherer, values, outputs, dtype, ranks, scattered, spread=True)
+        _write_bands(writing, gatherer, values, outputs, dtype, group, scattered, spread=True)
 
 
 def _write_bands(
     writing: Writing,
     gatherer: Gatherer,
     values: Sequence[torch.Tensor],
-    outputs: dict[str, Output],
+    outputs: dict[str, TensorMeta],
     dtype: torch.dtype | None,
-    ranks: Ranks,
+    group: Group,
     fqns: frozenset[str],
     *,
     spread: bool = False,
 ) -> None:
-    def room(entry: Entry, start: int, stop: int) -> torch.Tensor:
+    def room(entry: TensorMeta, start: int, stop: int) -> torch.Tensor:
         return torch.empty(stop - start, dtype=entry.dtype_as(dtype))
 
     bands = gatherer.bands(values, dtype, room, only=fqns, spread=spread)
-    with ranks.together(), closing(bands):
+    with group.together(), closing(bands):
         for bucket in bands:
             for band in bucket:
                 writing.band(outputs[band.entry.fqn], band.start, band.values)
 
 
-def _refuse_broken(writing: Writing, ranks: Ranks) -> None:
-    if ranks.any(bool(writing.broken)):
-        refuse_broken(sorted(set().union(*ranks.all_gather(writing.broken))))
+def _refuse_broken(writing: Writing, group: Group) -> None:
+    if group.any(bool(writing.broken)):
+        refuse_broken(sorted(set().union(*group.all_gather(writing.broken))))

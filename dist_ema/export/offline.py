@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,10 @@ from dist_ema.checkpoint.consolidated import NAME, open_any
 from dist_ema.checkpoint.manifest import CheckpointError, Manifest, SavedAverage
 from dist_ema.checkpoint.reader import TORCH_DTYPES, Source
 from dist_ema.checkpoint.regions import RegionReader
+from dist_ema.core.layout import TensorMeta
 from dist_ema.export.card import Card, checked_card, guessed_card, name_in, with_config
-from dist_ema.export.format import gathered_dtype
 from dist_ema.export.replace import replaced_files
 from dist_ema.export.writing import (
-    Output,
     Writing,
     draft,
     refuse_broken,
@@ -40,7 +39,7 @@ _SHOWN = 8  # names in a message
 class _Item:
     """A tensor to be written, and where it is read."""
 
-    output: Output
+    output: TensorMeta
     source: Source
     reader: RegionReader
 
@@ -171,10 +170,10 @@ def _sources(average: SavedAverage) -> dict[str, Source]:
     return {fqn: Source(average, fqn, tensor) for fqn, tensor in average.tensors.items()}
 
 
-def _output(fqn: str, source: Source, dtype: torch.dtype | None, *, averaged: bool) -> Output:
+def _output(fqn: str, source: Source, dtype: torch.dtype | None, *, averaged: bool) -> TensorMeta:
     tensor = source.tensor
-    kind = gathered_dtype(source.dtype, dtype)
-    return Output(fqn, tensor.aliases, tensor.shape, kind, averaged)
+    held = TensorMeta(fqn, tensor.aliases, tensor.shape, source.dtype, averaged)
+    return replace(held, dtype=held.dtype_as(dtype))
 
 
 def _rest(
@@ -215,7 +214,7 @@ def _rest(
 
 
 def _from_base(
-    wanted: Mapping[str, Output],
+    wanted: Mapping[str, TensorMeta],
     found: Mapping[str, Source],
     reader: RegionReader | None,
     base: Path | None,
@@ -231,8 +230,7 @@ def _from_base(
         elif source.dtype.is_floating_point != other.dtype.is_floating_point:
             differing.append(f"{fqn} is of {source.dtype}, wanted {other.dtype}")
         else:
-            kind = gathered_dtype(other.dtype, dtype)
-            output = Output(fqn, other.aliases, other.shape, kind, False)
+            output = replace(other, dtype=other.dtype_as(dtype))
             items.append(_Item(output, source, reader))
     if differing:
         raise CheckpointError(f"{base}: is of another model: {_some(differing)}")
@@ -246,11 +244,11 @@ def _from_base(
     return items
 
 
-def _others(told: object) -> dict[str, Output]:
+def _others(told: object) -> dict[str, TensorMeta]:
     try:
         assert isinstance(told, dict)
         return {
-            str(fqn): Output(
+            str(fqn): TensorMeta(
                 str(fqn),
                 tuple(str(alias) for alias in other["aliases"]),
                 tuple(int(n) for n in other["shape"]),

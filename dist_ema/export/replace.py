@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from dist_ema.files import sync, target
+from dist_ema.checkpoint.directory import sync, target
 
 _STAGE = re.compile(r"\.export-[0-9a-f]{8}")
 _LOCKED_WITHIN_S = 60.0

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from dist_ema.checkpoint.directory import sync
+from dist_ema.core.layout import Box, FragmentMeta, Shape, TensorMeta
 from dist_ema.export.card import Card, name_in, texts_of
 from dist_ema.export.format import (
     WRITTEN_BY,
@@ -29,24 +31,11 @@ from dist_ema.export.format import (
     out_files,
     own_names,
 )
-from dist_ema.files import sync
-from dist_ema.layout import Box, Place, Shape
 
 _CHUNK = 1 << 20  # elements that are cast, checked and written at a time
 _SHORT_BYTES = 4096  # a write of less costs more than sending the bytes to where they are joined
 _FEW_RUNS = 16
 _MAX_OPEN = 256  # files at a time; a process may commonly have 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """A tensor of the state dict, as it is to be written."""
-
-    fqn: str
-    aliases: tuple[str, ...]
-    shape: Shape
-    dtype: torch.dtype
-    averaged: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +55,7 @@ class Draft:
 
 
 def draft(
-    outputs: Sequence[Output],
+    outputs: Sequence[TensorMeta],
     card: Card,
     *,
     max_shard_size: int | str,
@@ -173,7 +162,7 @@ class Writing:
         """Whether this process sees the files that another one has begun."""
         return all((self.directory / name).is_file() for name in self._plan.files)
 
-    def band(self, output: Output, start: int, values: torch.Tensor) -> None:
+    def band(self, output: TensorMeta, start: int, values: torch.Tensor) -> None:
         """Write elements from `start` on of a tensor, row-major: 1-D, in any dtype, on the CPU."""
         name, first = self._plan.start(output.fqn)
         fd = self._file(name)
@@ -182,19 +171,19 @@ class Writing:
             self._check(output, part)
             _write_at(fd, _bytes_of(part), first + (start + at) * output.dtype.itemsize)
 
-    def run(self, output: Output, place: Place, values: torch.Tensor) -> None:
+    def run(self, output: TensorMeta, meta: FragmentMeta, values: torch.Tensor) -> None:
         """Write a piece from where it lives: 1-D, in any dtype, on any device."""
         name, first = self._plan.start(output.fqn)
         fd = self._file(name)
         itemsize = output.dtype.itemsize
-        for start in range(0, place.numel, _CHUNK):
-            stop = min(start + _CHUNK, place.numel)
+        for start in range(0, meta.numel, _CHUNK):
+            stop = min(start + _CHUNK, meta.numel)
             cast = values[start:stop].to("cpu", output.dtype)
             self._check(output, cast)
-            for at, part in place.slices(start, stop):
+            for at, part in meta.slices(start, stop):
                 held = part.unflatten(cast[at - start : at - start + part.numel])
                 data = _bytes_of(held.contiguous().view(-1))
-                length, offsets = runs(place.shape, part.box)
+                length, offsets = runs(meta.shape, part.box)
                 nbytes = length * itemsize
                 for i, offset in enumerate(offsets):
                     piece = data[i * nbytes : (i + 1) * nbytes]
@@ -219,7 +208,7 @@ class Writing:
         self._open.move_to_end(name)
         return self._open[name]
 
-    def _check(self, output: Output, values: torch.Tensor) -> None:
+    def _check(self, output: TensorMeta, values: torch.Tensor) -> None:
         if output.averaged and not is_finite(values):
             self.broken.add(output.fqn)
 
@@ -252,12 +241,12 @@ def runs(shape: Shape, box: Box) -> tuple[int, Iterator[int]]:
     return length, (base + sum(at) for at in itertools.product(*outer))
 
 
-def is_scattered(place: Place, itemsize: int) -> bool:
+def is_scattered(meta: FragmentMeta, itemsize: int) -> bool:
     """Whether a piece is better joined with others in memory than written run by run."""
-    if place.order is not None:
+    if meta.order is not None:
         return True
-    length, _ = runs(place.shape, place.box)
-    return length * itemsize < _SHORT_BYTES and place.numel > _FEW_RUNS * length
+    length, _ = runs(meta.shape, meta.box)
+    return length * itemsize < _SHORT_BYTES and meta.numel > _FEW_RUNS * length
 
 
 def _bytes_of(values: torch.Tensor) -> memoryview:

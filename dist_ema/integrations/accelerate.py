@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_ema.core.names import is_instance, unwrap
 from dist_ema.ema import ShardedEMA
 from dist_ema.integrations.beside import load_beside
-from dist_ema.names import is_instance, unwrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -121,7 +121,7 @@ def register(
         )
     if not name or name != Path(name).name or name.startswith("."):
         raise ValueError(f"name is {name!r}, wanted that of a directory in each checkpoint")
-    own = unwrap(ema._bound.model)
+    own = unwrap(ema._average.model)
     prepared = next((weakref.ref(m) for m in accelerator._models if unwrap(m) is own), None)
     if prepared is None and accelerator._models:
         theirs = ", ".join(type(unwrap(m)).__name__ for m in accelerator._models)
@@ -140,7 +140,7 @@ def register(
                 "its own name=, or let go of that one and call accelerator.free_memory() before"
             )
         names.pop(name).release()
-    owner, ranks = weakref.ref(ema), ema._ranks
+    owner, ranks = weakref.ref(ema), ema._group
 
     def stepped() -> bool:
         if not accelerator.sync_gradients:

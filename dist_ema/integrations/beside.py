@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dist_ema.checkpoint.directory import find
 from dist_ema.checkpoint.manifest import CheckpointError
 from dist_ema.ema import ShardedEMA
-from dist_ema.files import find
 
 
 def is_there(ema: ShardedEMA, path: Path) -> bool:
     """Whether any rank finds something at a path. Collective: every rank calls it."""
-    return ema._ranks.any(find(path).exists())
+    return ema._group.any(find(path).exists())
 
 
 def load_beside(ema: ShardedEMA, path: Path, remedy: str) -> None:

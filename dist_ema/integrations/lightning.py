@@ -43,10 +43,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema.checkpoint.manifest import CheckpointError
+from dist_ema.core.lerp import MultiAvgFn
 from dist_ema.ema import ShardedEMA
 from dist_ema.integrations.beside import is_there
 from dist_ema.integrations.whole import fill, whole
-from dist_ema.lerp import MultiAvgFn
 from dist_ema.options import Options, average_meant, schedules_of
 from dist_ema.schedule import Schedule
 
@@ -348,7 +348,7 @@ class EMACallback(Callback):
         try:
             yield
         except BaseException as error:
-            if ema is not None and ema._bound.swap_ranks.size > 1:
+            if ema is not None and ema._average.swap_group.size > 1:
                 # Showing it again would wait for ranks that may know of no error.
                 _log.error("saving failed (%r); evaluation goes on with the live weights", error)
                 ema = None

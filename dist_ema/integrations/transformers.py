@@ -34,14 +34,14 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from dist_ema.checkpoint.directory import target
 from dist_ema.checkpoint.manifest import CheckpointError
+from dist_ema.core.group import Group
+from dist_ema.core.lerp import MultiAvgFn
+from dist_ema.core.names import unwrap
 from dist_ema.ema import ShardedEMA
-from dist_ema.files import target
 from dist_ema.integrations.beside import is_there
-from dist_ema.lerp import MultiAvgFn
-from dist_ema.names import unwrap
 from dist_ema.options import Options, average_meant, schedules_of
-from dist_ema.ranks import Ranks
 from dist_ema.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class EMACallback(TrainerCallback):
                 "this EMACallback does not know its Trainer: call ema.attach(trainer) before "
                 "trainer.train()"
             )
-        with Ranks().together():
+        with Group().together():
             if (times := self._times_listed()) > 1:
                 raise RuntimeError(
                     f"this EMACallback is {times} times among the Trainer's callbacks, so it would "
@@ -260,7 +260,7 @@ class EMACallback(TrainerCallback):
         if self._export is not None:
             ema.export(self._export, name=self._name)
             processing = kwargs.get("processing_class")
-            with Ranks().together():
+            with Group().together():
                 if processing is not None and args.should_save:
                     processing.save_pretrained(self._export)
         if lost is not None and self._missing == "raise":
@@ -335,7 +335,7 @@ class EMACallback(TrainerCallback):
             return
         assert self._trainer is not None
         model = self._trainer.model
-        if model is not None and unwrap(model) is not unwrap(self.ema._bound.model):
+        if model is not None and unwrap(model) is not unwrap(self.ema._average.model):
             warnings.warn(
                 "trainer.model is not the model that was trained, of which there is an average: "
                 "evaluate() and predict() use its own weights",

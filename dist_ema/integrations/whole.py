@@ -18,7 +18,7 @@ def whole(ema: ShardedEMA) -> dict[str, Any]:
         CheckpointError: an average holds NaN or Inf (the tensors are named). On every rank.
     """
     state = ema.state_dict()
-    refuse_non_finite(non_finite(ema._parts()), ema._ranks)
+    refuse_non_finite(non_finite(ema._parts()), ema._group)
     averages = {
         name: {fqn: tensor for fqn, tensor in ema.gather_tensors(name) if fqn in wanted}
         for name, wanted in state["averages"].items()

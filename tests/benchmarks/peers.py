@@ -51,7 +51,7 @@ Build = Callable[[nn.Module], Way]
 
 def dist_ema(model: nn.Module) -> Way:
     ema = ShardedEMA(model, DECAY)
-    return Way(updater(ema, model), list(ema._bound.shadow.values[0]))
+    return Way(updater(ema, model), list(ema._average.storage.values[0]))
 
 
 def torch_averaged_model(model: nn.Module) -> Way:

@@ -28,7 +28,7 @@ def draw(results: Path, directory: Path) -> list[Path]:
     if peers is not None:
         drawn.append(_peers(peers["plain"], directory / "bench-peers.png"))
     if ranks is not None:
-        drawn.append(_ranks(ranks["ranks"], directory / "bench-ranks.png"))
+        drawn.append(_group(ranks["ranks"], directory / "bench-ranks.png"))
     return drawn
 
 
@@ -56,7 +56,7 @@ def _peers(rows: Sequence[Row], path: Path) -> Path:
     return _saved(figure, path)
 
 
-def _ranks(rows: Sequence[Row], path: Path) -> Path:
+def _group(rows: Sequence[Row], path: Path) -> Path:
     """Lines: bytes of the average and time of an update on more ranks, and 1/ranks."""
     import matplotlib.pyplot as plt
 

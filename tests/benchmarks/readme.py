@@ -54,7 +54,7 @@ def told(results: Path) -> str:
         "Time of an update of others over ours, in one process, and on FSDP2 with two ranks:",
         _peers(found["peers"]),
         "Bytes and time of an update on four ranks over those on one:",
-        _ranks(found["ranks"]["ranks"]),
+        _group(found["ranks"]["ranks"]),
         "![Time of an update of each library](examples/bench-peers.png)",
         "![Bytes and time of an update on 1, 2 and 4 ranks](examples/bench-ranks.png)",
         _text(
@@ -107,7 +107,7 @@ def _beside(rows: Iterable[Row], way: str, kind: str) -> Any:
     return row.get("over dist_ema")
 
 
-def _ranks(rows: Sequence[Row]) -> str:
+def _group(rows: Sequence[Row]) -> str:
     four = [row for row in rows if row["ranks"] == 4]
     return _table(
         ["", *(row["engine"] for row in four)],

@@ -28,11 +28,10 @@ from torch.distributed.fsdp import fully_shard
 from dist_ema import ShardedEMA
 from dist_ema import ema as ema_module
 from dist_ema.checkpoint import checksums, manifest, parsing
-from dist_ema.checkpoint.boxed import Part, TensorInfo
 from dist_ema.checkpoint.writer import Orders, Report, Save
-from dist_ema.gather import Entry, Gatherer
-from dist_ema.layout import Place
-from dist_ema.names import slots
+from dist_ema.core.gather import Gatherer
+from dist_ema.core.layout import Fragment, FragmentMeta, TensorMeta
+from dist_ema.core.names import registrations
 from tests.benchmarks.launch import alone
 from tests.benchmarks.measure import peak_memory
 from tests.benchmarks.report import Row, Table
@@ -86,7 +85,9 @@ def world_of(config: Config, num_replicas: int, num_shards: int) -> World:
     """What each rank of a mesh holds of the decoder."""
     with torch.device("meta"):
         model = Decoder(config)
-    tensors = tuple((slot.fqn, tuple(slot.tensor.shape), slot.is_buffer) for slot in slots(model))
+    tensors = tuple(
+        (slot.fqn, tuple(slot.tensor.shape), slot.is_buffer) for slot in registrations(model)
+    )
     return World(tensors, num_replicas, num_shards)
 
 
@@ -143,13 +144,14 @@ class Simulation:
         gc.collect()
         held, _peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        plan = traced._bound.plan
-        views = [f for w in plan.weights for f in w.fragments] + [p.fragment for p in plan.pieces]
-        num_views = len({id(v) for f in views for v in (f.view, f.shown)})
+        plan = traced._average.plan
+        views = [f for w in plan.weights for f in w.fragments] + plan.fragments
+        num_views = len({id(v) for f in views for v in (f.view, f.forward_view)})
         return {
             "seconds": self.seconds,
             "seconds_of_fully_shard": self.seconds_to_shard,
-            "plan_bytes": held + TENSOR_BYTES * (num_views + len(traced._bound.shadow.values[0])),
+            "plan_bytes": held
+            + TENSOR_BYTES * (num_views + len(traced._average.storage.values[0])),
             "average_bytes": traced.nbytes,
             "sent_bytes": traffic.sent,
             "received_bytes": traffic.received,
@@ -158,20 +160,20 @@ class Simulation:
 
     def check(self) -> None:
         """The simulated world holds on this rank what the model does."""
-        plan = self.ema._bound.plan
+        plan = self.ema._average.plan
         told = [place for place, averaged in self.world.places(self.rank) if averaged]
         assert sorted(map(repr, told)) == sorted(
-            repr(f.place) for w in plan.weights for f in w.fragments
+            repr(f.meta) for w in plan.weights for f in w.fragments
         )
-        assert self.world.owned(self.rank) == [p.fragment.place for p in plan.parameters]
+        assert self.world.owned(self.rank) == [p.meta for p in plan.parameters]
 
     def gathering(self) -> dict[str, Any]:
         """What the routes to rank 0 cost to make, here and by what is told to rank 0."""
-        values = self.ema._bound.shadow.values[0]
+        values = self.ema._average.storage.values[0]
         ranks = SimulatedRanks(self.world)
         ranks.given.append(self._catalogue)
         before = peak_memory(reset=True)
-        _, seconds = clocked(lambda: Gatherer(self.ema._bound.plan, values, [], ranks))
+        _, seconds = clocked(lambda: Gatherer(self.ema._average.plan, values, [], ranks))
         return {
             "seconds": seconds - ranks.seconds,
             "peak_bytes": peak_memory() - before,
@@ -179,11 +181,11 @@ class Simulation:
             "received_bytes": ranks.traffic.received,
         }
 
-    def _catalogue(self, rank: int) -> tuple[list[Entry], list[tuple[int, Place]]]:
+    def _catalogue(self, rank: int) -> tuple[list[TensorMeta], list[tuple[int, FragmentMeta]]]:
         """What a rank tells rank 0 when a gather is prepared."""
         places = self.world.owned(rank)
         shapes = {place.fqn: place.shape for place in places}
-        entries = [Entry(fqn, (), shape, torch.float32, True) for fqn, shape in shapes.items()]
+        entries = [TensorMeta(fqn, (), shape, torch.float32, True) for fqn, shape in shapes.items()]
         return entries, list(enumerate(places))
 
     def saving(self, directory: Path) -> dict[str, Any]:
@@ -217,21 +219,21 @@ class Simulation:
             "received_bytes_rank0": sum(len(pickle.dumps(each)) for each in others),
         }
 
-    def _report(self, directory: Path, parts: Sequence[Part], rank: int) -> Report:
+    def _report(self, directory: Path, parts: Sequence[Fragment], rank: int) -> Report:
         return self._save(directory, parts).write(rank)
 
-    def _save(self, directory: Path, parts: Sequence[Part]) -> UnwrittenSave:
+    def _save(self, directory: Path, parts: Sequence[Fragment]) -> UnwrittenSave:
         orders = Orders(str(directory), "", "0" * 32, checksums.FAST)
         return UnwrittenSave(directory / "ema", {"ema": parts}, self._tensors(), STATE, orders)
 
-    def _parts_of(self, rank: int) -> list[Part]:
+    def _parts_of(self, rank: int) -> list[Fragment]:
         return [
-            Part(place, torch.empty(place.numel, device="meta"), True)
+            Fragment(place, torch.empty(place.numel, device="meta"))
             for place in self.world.owned(rank)
         ]
 
-    def _tensors(self) -> list[TensorInfo]:
-        return [TensorInfo(n, (), shape, torch.float32) for n, shape in self.world.parameters]
+    def _tensors(self) -> list[TensorMeta]:
+        return [TensorMeta(n, (), shape, torch.float32) for n, shape in self.world.parameters]
 
 
 class UnwrittenSave(Save):

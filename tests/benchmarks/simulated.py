@@ -24,9 +24,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dist_ema import holders, replicas
-from dist_ema.layout import Box, Place, Shape, whole
-from dist_ema.ranks import Ranks
+from dist_ema.core import holders, replicas
+from dist_ema.core.group import Group
+from dist_ema.core.layout import Box, FragmentMeta, Shape, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +53,11 @@ class World:
         """Of all parameters."""
         return sum(whole(shape).numel for _, shape in self.parameters)
 
-    def places(self, rank: int) -> list[tuple[Place, bool]]:
+    def places(self, rank: int) -> list[tuple[FragmentMeta, bool]]:
         """What a rank holds, and whether it is averaged."""
         return self._places_of_shard(rank % self.num_shards)
 
-    def owned(self, rank: int) -> list[Place]:
+    def owned(self, rank: int) -> list[FragmentMeta]:
         """The places that a rank averages: its slice of the shard that its replicas hold too."""
         held = [place for place, averaged in self.places(rank) if averaged]
         total = sum(place.numel for place in held)
@@ -72,17 +72,17 @@ class World:
         return own
 
     @functools.cache  # noqa: B019
-    def _places_of_shard(self, shard: int) -> list[tuple[Place, bool]]:
+    def _places_of_shard(self, shard: int) -> list[tuple[FragmentMeta, bool]]:
         found = []
         for fqn, shape, is_buffer in self.tensors:
             if is_buffer:
-                found.append((Place(fqn, shape, whole(shape)), False))
+                found.append((FragmentMeta(fqn, shape, whole(shape)), False))
                 continue
             step = -(-shape[0] // self.num_shards)  # as torch.chunk cuts
             start, size = step * shard, min(step, shape[0] - step * shard)
             if size > 0:
                 box = Box((start,) + (0,) * (len(shape) - 1), (size, *shape[1:]))
-                found.append((Place(fqn, shape, box), True))
+                found.append((FragmentMeta(fqn, shape, box), True))
         return found
 
     @functools.cache  # noqa: B019
@@ -104,7 +104,7 @@ class Traffic:
         return self.sent + self.received
 
 
-class SimulatedRanks(Ranks):
+class SimulatedRanks(Group):
     """Rank k of a world, as the fake process group has it, with true answers. Counts bytes."""
 
     def __init__(self, world: World, group: dist.ProcessGroup | None = None) -> None:

@@ -50,7 +50,7 @@ def swap_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]
     model = wrap(engine, shapes, here)
     ema = ShardedEMA(model)
     updater(ema, model)()
-    values = ema._bound.shadow.values[0]
+    values = ema._average.storage.values[0]
     copies = [torch.empty_like(value) for value in values]
     taken: dict[str, list[float]] = {"copy": [], "in": [], "out": []}
     first = extra = 0

@@ -44,9 +44,9 @@ def case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
     model = wrap(engine, shapes, here)
     one = ShardedEMA(model, 1 - WEIGHT)
     two = ShardedEMA(model, {"fast": 0.99, "slow": 1 - WEIGHT})
-    pieces = one._bound.plan.pieces
+    pieces = one._average.plan.fragments
     narrow = shapes.dtype.itemsize < 4
-    counts = [p.fragment.view.numel() for p in pieces]
+    counts = [p.view.numel() for p in pieces]
     numels = [count * (10 if narrow else 12) // 12 for count in counts]
     acts = {
         "floor": floor(numels, here.device),

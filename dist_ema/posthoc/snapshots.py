@@ -21,7 +21,7 @@ from typing import Any
 from dist_ema.checkpoint.blocks import Files, check_file
 from dist_ema.checkpoint.consolidated import open_any
 from dist_ema.checkpoint.manifest import CheckpointError, Manifest, SavedAverage
-from dist_ema.profiles import Profile
+from dist_ema.posthoc.profiles import Profile
 from dist_ema.schedule import PowerFunction, decay_at, from_json
 
 SYNTHESIZED = "synthesized"  # key of `Manifest.written`

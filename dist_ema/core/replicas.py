@@ -19,18 +19,18 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from dist_ema.holders import Holders
-from dist_ema.layout import Fragment
-from dist_ema.ranks import Ranks, all_gather_single, device_for, digest, gather_chunk
+from dist_ema.core.group import Group, all_gather_single, device_for, digest, gather_chunk
+from dist_ema.core.holders import Holders
+from dist_ema.core.layout import Fragment
 
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
 _HASHED_ELEMENTS = 1 << 20  # at a time on an accelerator: 16 MB of scratch
 _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def shown(fragment: Fragment) -> torch.Tensor:
+def forward_storage(fragment: Fragment) -> torch.Tensor:
     """The storage that the forward pass reads."""
-    return fragment.shown
+    return fragment.forward_view
 
 
 def source(fragment: Fragment) -> torch.Tensor:
@@ -44,15 +44,15 @@ def even_cuts(numel: int, num_ranks: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ReplicaSet:
+class ReplicaGroup:
     """Fragments of one dtype and device that the same ranks hold, laid end to end.
 
     Rank `ranks[i]` averages elements [cuts[i], cuts[i + 1]) of that sequence.
     """
 
     ranks: Holders
-    world: Ranks  # the ranks that hold the model; `ranks` are counted among them
-    group: dist.ProcessGroup | None  # a group of exactly `ranks`, if all of them know one
+    group: Group  # the ranks that hold the model; `ranks` are counted among them
+    process_group: dist.ProcessGroup | None  # a group of exactly `ranks`, if all of them know one
     number: int  # of this set among those of all ranks that are shared; -1 if it is not shared
     fragments: tuple[Fragment, ...]
     cuts: tuple[int, ...]
@@ -65,23 +65,23 @@ class ReplicaSet:
     @property
     def index(self) -> int:
         """This rank's position among `ranks`."""
-        return self.ranks.index(self.world.rank)
+        return self.ranks.index(self.group.rank)
 
     def __post_init__(self) -> None:
-        sizes = (f.place.numel for f in self.fragments[:-1])
+        sizes = (f.meta.numel for f in self.fragments[:-1])
         object.__setattr__(self, "_starts", [0, *itertools.accumulate(sizes)])
 
     def own(self) -> Iterator[Fragment]:
         """The slices that this rank averages."""
         return self._slices(self.cuts[self.index], self.cuts[self.index + 1])
 
-    def share(self, storage: Callable[[Fragment], torch.Tensor] = shown) -> None:
+    def share(self, storage: Callable[[Fragment], torch.Tensor] = forward_storage) -> None:
         """Fill the fragments' storage with what each rank wrote to that of its own slices.
 
         Collective among `ranks`: all-gathers of bounded chunks; each byte is sent once.
 
         Args:
-            storage: which storage of a fragment, the shown one by default.
+            storage: which storage of a fragment, that which the forward pass reads by default.
         """
         if not self.is_shared:
             return
@@ -89,10 +89,10 @@ class ReplicaSet:
         kinds = {storage(f).dtype for f in self.fragments}
         dtype = functools.reduce(torch.promote_types, kinds)
         longest = max(b - a for a, b in zip(self.cuts, self.cuts[1:], strict=False))
-        group = self.group if self.group is not None else self.world.group
-        assert group is not None
+        process_group = self.process_group or self.group.process_group
+        assert process_group is not None
         beside = storage(self.fragments[0]).device
-        device = device_for(group, beside, point_to_point=self.group is None)
+        device = device_for(process_group, beside, point_to_point=self.process_group is None)
         chunk = max(1, min(longest, gather_chunk(device, len(self.ranks), dtype.itemsize)))
         own, index = torch.empty(chunk, dtype=dtype, device=device), self.index
         every = torch.empty(len(self.ranks), chunk, dtype=dtype, device=device)
@@ -108,15 +108,15 @@ class ReplicaSet:
 
     def _all_gather(self, own: torch.Tensor, every: torch.Tensor) -> None:
         """Fill row i of `every` with what rank `ranks[i]` has in `own`. Collective."""
-        if self.group is not None:
-            all_gather_single(every.view(-1), own, group=self.group)
+        if self.process_group is not None:
+            all_gather_single(every.view(-1), own, group=self.process_group)
             return
         operations = []
         for rank, row in zip(self.ranks, every, strict=True):
-            if rank != self.world.rank:
-                peer = self.world.global_rank(rank)
-                operations.append(dist.P2POp(dist.isend, own, peer, group=self.world.group))
-                operations.append(dist.P2POp(dist.irecv, row, peer, group=self.world.group))
+            if rank != self.group.rank:
+                peer = self.group.global_rank(rank)
+                operations.append(dist.P2POp(dist.isend, own, peer, group=self.group.process_group))
+                operations.append(dist.P2POp(dist.irecv, row, peer, group=self.group.process_group))
         for work in dist.batch_isend_irecv(operations):
             work.wait()
 
@@ -128,7 +128,7 @@ class ReplicaSet:
             fragment, at = self.fragments[i], self._starts[i]
             if at >= stop:
                 return
-            yield from fragment.slices(max(0, start - at), min(fragment.place.numel, stop - at))
+            yield from fragment.slices(max(0, start - at), min(fragment.meta.numel, stop - at))
 
     def _chunk(
         self,
@@ -148,9 +148,9 @@ class ReplicaSet:
             at += values.numel()
 
 
-def replica_sets(
-    held: Sequence[tuple[Fragment, Holders]], ranks: Ranks, known: Sequence[dist.ProcessGroup]
-) -> tuple[tuple[ReplicaSet, ...], int]:
+def find_replica_groups(
+    held: Sequence[tuple[Fragment, Holders]], group: Group, known: Sequence[dist.ProcessGroup]
+) -> tuple[tuple[ReplicaGroup, ...], int]:
     """Group fragments by who holds them, and cut each group evenly among its holders.
 
     Collective: every rank calls it. One all-gather of about 100 bytes a shared set.
@@ -166,16 +166,16 @@ def replica_sets(
     """
     together: dict[tuple[Holders, str, str], list[Fragment]] = {}
     for fragment, holders in held:
-        dtypes = f"{fragment.shown.dtype}/{fragment.view.dtype}"
-        key = (holders, dtypes, fragment.shown.device.type)
+        dtypes = f"{fragment.forward_view.dtype}/{fragment.view.dtype}"
+        key = (holders, dtypes, fragment.forward_view.device.type)
         together.setdefault(key, []).append(fragment)
     keys = sorted(together)
-    groups = ranks.groups_by_members(known)
+    groups = group.groups_by_members(known)
     # A group is used if all members know it by one name, or else they would wait for each other.
-    labels = {k: digest(k, [f.place for f in together[k]]) for k in keys if len(k[0]) > 1}
+    labels = {k: digest(k, [f.meta for f in together[k]]) for k in keys if len(k[0]) > 1}
     names = {labels[k]: (groups[k[0]].group_name if k[0] in groups else "", k[2]) for k in labels}
-    reports = ranks.all_gather(names)
-    with ranks.together():
+    reports = group.all_gather(names)
+    with group.together():
         for key, label in labels.items():
             if not all(label in reports[rank] for rank in key[0]):
                 raise RuntimeError(
@@ -185,36 +185,38 @@ def replica_sets(
     told = {label: {r[label] for r in reports if label in r} for label in set().union(*reports)}
     lacking = [every for every in told.values() if len(every) > 1 or not min(every)[0]]
     if any(kind != "cpu" for every in lacking for _, kind in every):
-        ranks.connect()
+        group.connect()
     numbers = {label: i for i, label in enumerate(sorted(set().union(*reports)))}
-    sets = []
+    replica_groups = []
     for key in keys:
         holders, fragments = key[0], together[key]
-        group, number = None, -1
+        process_group, number = None, -1
         if key in labels:
             number = numbers[labels[key]]
             if len({reports[rank][labels[key]] for rank in holders}) == 1:
-                group = groups.get(holders)
-        cuts = even_cuts(sum(f.place.numel for f in fragments), len(holders))
-        sets.append(ReplicaSet(holders, ranks, group, number, tuple(fragments), cuts))
-    return tuple(sets), len(numbers)
+                process_group = groups.get(holders)
+        cuts = even_cuts(sum(f.meta.numel for f in fragments), len(holders))
+        replica_groups.append(
+            ReplicaGroup(holders, group, process_group, number, tuple(fragments), cuts)
+        )
+    return tuple(replica_groups), len(numbers)
 
 
-def refuse_destroyed(sets: Sequence[ReplicaSet]) -> None:
+def refuse_destroyed(replica_groups: Sequence[ReplicaGroup]) -> None:
     """Raise if a group that replicas share in has been destroyed since. Local."""
-    for replica_set in sets:
-        if replica_set.group is not None:
+    for replica_group in replica_groups:
+        if replica_group.process_group is not None:
             try:
-                dist.get_backend(replica_set.group)
+                dist.get_backend(replica_group.process_group)
             except ValueError as error:
                 raise RuntimeError(
-                    f"the process group of ranks {list(replica_set.ranks)}, which hold the same "
+                    f"the process group of ranks {list(replica_group.ranks)}, which hold the same "
                     "weights, has been destroyed; build ShardedEMA again, without that group"
                 ) from error
 
 
 @torch.no_grad()
-def differing(sets: Sequence[ReplicaSet], num_shared: int, ranks: Ranks) -> list[str]:
+def differing(replica_groups: Sequence[ReplicaGroup], num_shared: int, group: Group) -> list[str]:
     """Names of weights whose live values are not the same bits on all ranks that hold them.
 
     Collective: every rank calls it. Reads the shared weights once; where they are equal, costs an
@@ -222,25 +224,25 @@ def differing(sets: Sequence[ReplicaSet], num_shared: int, ranks: Ranks) -> list
     """
     lowest = -(1 << 63) + 1
     numbers = [lowest] * (2 * num_shared)
-    for replica_set in sets:
-        if replica_set.is_shared:
-            value = _hash(f.view for f in replica_set.fragments) >> 1
-            numbers[2 * replica_set.number], numbers[2 * replica_set.number + 1] = value, -value
-    maxima = ranks.maxima(numbers) if num_shared else []
+    for replica_group in replica_groups:
+        if replica_group.is_shared:
+            value = _hash(f.view for f in replica_group.fragments) >> 1
+            numbers[2 * replica_group.number], numbers[2 * replica_group.number + 1] = value, -value
+    maxima = group.maxima(numbers) if num_shared else []
     if all(high == -low for high, low in zip(maxima[::2], maxima[1::2], strict=True)):
         return []
     hashes = {
-        (f.place.fqn, f.place.box): _hash([f.view])
-        for replica_set in sets
-        if replica_set.is_shared
-        for f in replica_set.fragments
+        (f.meta.fqn, f.meta.box): _hash([f.view])
+        for replica_group in replica_groups
+        if replica_group.is_shared
+        for f in replica_group.fragments
     }
     first: dict[object, int] = {}
     wrong = set()
-    for theirs in ranks.all_gather(hashes):
-        for place, value in theirs.items():
-            if first.setdefault(place, value) != value:
-                wrong.add(place[0])
+    for theirs in group.all_gather(hashes):
+        for meta, value in theirs.items():
+            if first.setdefault(meta, value) != value:
+                wrong.add(meta[0])
     return sorted(wrong)
 
 

@@ -13,13 +13,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dist_ema.layout import Place
-from dist_ema.ranks import Ranks, digest
+from dist_ema.core.group import Group, digest
+from dist_ema.core.layout import FragmentMeta
 
 Holders = tuple[int, ...]
 
 
-def find_holders(places: Sequence[Place], averaged: Sequence[bool], ranks: Ranks) -> list[Holders]:
+def find_holders(
+    metas: Sequence[FragmentMeta], averaged: Sequence[bool], group: Group
+) -> list[Holders]:
     """The ranks that hold each of this rank's places, itself included, in ascending order.
 
     Collective: every rank calls it. One all-gather of 8 bytes a place.
@@ -30,13 +32,13 @@ def find_holders(places: Sequence[Place], averaged: Sequence[bool], ranks: Ranks
     Raises:
         ValueError: some holders want a weight averaged and some do not. On every rank.
     """
-    if ranks.size == 1:
-        return [(0,)] * len(places)
-    own = labels_of(places, averaged)
-    rows = ranks.all_gather_integers(own)
+    if group.size == 1:
+        return [(0,)] * len(metas)
+    own = labels_of(metas, averaged)
+    rows = group.all_gather_integers(own)
     order = np.argsort(own >> 1)
     keys = own[order] >> 1
-    holders: list[list[int]] = [[] for _ in places]
+    holders: list[list[int]] = [[] for _ in metas]
     unequal = set()
     for rank, row in enumerate(rows if len(own) else []):
         at = np.minimum(np.searchsorted(keys, row >> 1), len(keys) - 1)
@@ -44,8 +46,8 @@ def find_holders(places: Sequence[Place], averaged: Sequence[bool], ranks: Ranks
         for number, label in zip(order[at[hits]].tolist(), row[hits].tolist(), strict=True):
             holders[number].append(rank)
             if label != own[number]:
-                unequal.add(places[number].fqn)
-    with ranks.together():
+                unequal.add(metas[number].fqn)
+    with group.together():
         if unequal:
             raise ValueError(
                 f"averaged on some ranks and not on others: {', '.join(sorted(unequal))}; "
@@ -55,8 +57,8 @@ def find_holders(places: Sequence[Place], averaged: Sequence[bool], ranks: Ranks
     return [known.setdefault(found, found) for found in map(tuple, holders)]
 
 
-def labels_of(places: Sequence[Place], averaged: Sequence[bool]) -> np.ndarray:
+def labels_of(metas: Sequence[FragmentMeta], averaged: Sequence[bool]) -> np.ndarray:
     """63 bits of a digest of each place, then one bit that says whether it is averaged. int64."""
-    digests = [digest(p.fqn, p.shape, p.box.offsets, p.box.sizes, p.order)[0] for p in places]
+    digests = [digest(p.fqn, p.shape, p.box.offsets, p.box.sizes, p.order)[0] for p in metas]
     labels = [value & ~1 | int(flag) for value, flag in zip(digests, averaged, strict=True)]
     return np.array(labels, dtype=np.int64)

@@ -9,7 +9,6 @@ buckets of bands beside what its caller keeps.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,46 +17,34 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_ema.core.group import Group
+from dist_ema.core.holders import find_holders
+from dist_ema.core.layout import (
+    Box,
+    Fragment,
+    FragmentMeta,
+    TensorMeta,
+    flat_boxes,
+    flat_ends,
+    overlap,
+    whole,
+)
+from dist_ema.core.names import registrations
+from dist_ema.core.plan import Plan
+from dist_ema.core.swap import Marks
 from dist_ema.engines import select
 from dist_ema.engines.engine import Weight, drop_caches
 from dist_ema.engines.plain import PlainEngine
-from dist_ema.export.format import gathered_dtype
-from dist_ema.holders import find_holders
-from dist_ema.layout import Box, Fragment, Place, Shape, flat_boxes, flat_ends, overlap, whole
-from dist_ema.names import slots
-from dist_ema.plan import Piece, Plan
-from dist_ema.ranks import Ranks
-from dist_ema.swap import Marks
 
 _BUCKET_BYTES = 16 << 20  # of what is put together at a time
 _ALIGNMENT = 16  # of a part in a message, so that any dtype may view it
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor of the state dict."""
-
-    fqn: str
-    aliases: tuple[str, ...]
-    shape: Shape
-    dtype: torch.dtype  # of the average, or of the live tensor where nothing is averaged
-    averaged: bool
-    problem: str | None = None  # why its values cannot be read
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def dtype_as(self, wanted: torch.dtype | None) -> torch.dtype:
-        """The dtype to gather in, where the caller wants this one for floating tensors."""
-        return gathered_dtype(self.dtype, wanted)
-
-
-@dataclass(frozen=True, slots=True)
 class Band:
     """Elements [start, start + numel) of an entry, row-major, on the one rank that gathers them."""
 
-    entry: Entry
+    entry: TensorMeta
     start: int
     values: torch.Tensor  # 1-D, on the CPU
 
@@ -76,14 +63,14 @@ class _Part:
     """What a piece has in common with a range: a box of it, and where that lies in the range."""
 
     piece: int  # of the rank that owns it
-    place: Place
+    meta: FragmentMeta
     common: Box
     outer: Box  # a box of the range that holds `common`, itself contiguous in the range
     at: int  # where `outer` starts in the range
 
     def read(self, source: torch.Tensor) -> torch.Tensor:
         """The values, of a piece's run."""
-        return self.place.unflatten(source)[self.common.within(self.place.box)]
+        return self.meta.unflatten(source)[self.common.within(self.meta.box)]
 
     def target(self, values: torch.Tensor) -> torch.Tensor:
         """Where they belong, in the run of a range."""
@@ -91,7 +78,7 @@ class _Part:
         return run.view(self.outer.sizes)[self.common.within(self.outer)]
 
 
-Room = Callable[[Entry, int, int], torch.Tensor]
+Room = Callable[[TensorMeta, int, int], torch.Tensor]
 """(entry, start, stop) -> 1-D CPU tensor that a band's values are written to."""
 
 
@@ -101,7 +88,7 @@ class Owned:
 
     rank: int
     piece: int
-    place: Place
+    meta: FragmentMeta
     first: int
     last: int
 
@@ -117,22 +104,22 @@ class Gatherer:
         plan: Plan,
         values: Sequence[torch.Tensor],
         buffers: Sequence[Weight],
-        ranks: Ranks,
+        group: Group,
     ) -> None:
         """
         Args:
-            values: the averaged tensors of `plan.pieces`, for their dtypes.
+            values: the averaged tensors of `plan.fragments`, for their dtypes.
             buffers: those of the state dict that are not averaged.
         """
-        self._ranks = ranks
-        buffers, sent = _owned_buffers(buffers, ranks)
-        self.rest = [*plan.rest, *(Piece(fragment, True) for fragment in sent)]  # read live
-        pieces = [*plan.pieces, *self.rest]
-        dtype_of = {p.fragment.place.fqn: v.dtype for p, v in zip(plan.pieces, values, strict=True)}
-        places = [(i, p.fragment.place) for i, p in enumerate(pieces) if p.sends]
-        mine = {place.fqn for _, place in places}
+        self._group = group
+        buffers, sent = _owned_buffers(buffers, group)
+        self.rest = [*plan.rest, *sent]  # read live
+        pieces = [*plan.fragments, *self.rest]
+        dtype_of = {p.meta.fqn: v.dtype for p, v in zip(plan.fragments, values, strict=True)}
+        metas = [(i, p.meta) for i, p in enumerate(pieces) if p.is_owner]
+        mine = {meta.fqn for _, meta in metas}
         told = [
-            Entry(
+            TensorMeta(
                 w.fqn,
                 w.aliases,
                 w.shape,
@@ -141,23 +128,23 @@ class Gatherer:
                 w.problem,
             )
             for w in plan.weights
-            if w.persistent and (w.fqn in mine or not w.numel or w.problem or ranks.rank == 0)
+            if w.persistent and (w.fqn in mine or not w.numel or w.problem or group.rank == 0)
         ]
         told += [
-            Entry(w.fqn, w.aliases, w.shape, w.tensor.dtype, False, w.problem) for w in buffers
+            TensorMeta(w.fqn, w.aliases, w.shape, w.tensor.dtype, False, w.problem) for w in buffers
         ]
-        catalogues = ranks.gather((told, places))
-        entries: list[Entry] = []
-        with ranks.together():
-            if ranks.rank == 0:
+        catalogues = group.gather((told, metas))
+        entries: list[TensorMeta] = []
+        with group.together():
+            if group.rank == 0:
                 entries = _merged([told for told, _ in catalogues])
-                _check_covered(entries, [places for _, places in catalogues])
-        self.entries: list[Entry] = ranks.broadcast(entries)  # in the order of the state dict
-        self.own = _by_fqn({ranks.rank: places})  # the pieces that this rank owns, by fqn
+                _check_covered(entries, [metas for _, metas in catalogues])
+        self.entries: list[TensorMeta] = group.broadcast(entries)  # in the order of the state dict
+        self.own = _by_fqn({group.rank: metas})  # the pieces that this rank owns, by fqn
         # On rank 0 those of all.
         self._owned = _by_fqn({rank: theirs for rank, (_, theirs) in enumerate(catalogues)})
 
-    def fqns_with(self, wanted: Callable[[Entry, Place], bool]) -> frozenset[str]:
+    def fqns_with(self, wanted: Callable[[TensorMeta, FragmentMeta], bool]) -> frozenset[str]:
         """The tensors of which any rank owns a piece that is wanted. Collective: every rank calls.
 
         Args:
@@ -166,10 +153,10 @@ class Gatherer:
         found = [
             entry.fqn
             for entry in self.entries
-            if self._ranks.rank == 0
-            and any(wanted(entry, owned.place) for owned in self._owned.get(entry.fqn, ()))
+            if self._group.rank == 0
+            and any(wanted(entry, owned.meta) for owned in self._owned.get(entry.fqn, ()))
         ]
-        return frozenset(self._ranks.broadcast(found))
+        return frozenset(self._group.broadcast(found))
 
     def bands(
         self,
@@ -192,11 +179,11 @@ class Gatherer:
             spread: let all ranks gather bands in turn, so that each has its share.
         """
         self.refuse_unreadable(only)
-        size = self._ranks.size if spread else 1
+        size = self._group.size if spread else 1
         owned = self._owned
         if spread:
             named = {f: pieces for f, pieces in owned.items() if only is None or f in only}
-            owned = self._ranks.broadcast(named)
+            owned = self._group.broadcast(named)
         buckets = list(self._buckets(dtype, only))
         turns = [buckets[i : i + size] for i in range(0, len(buckets), size)]
         done = 0
@@ -255,7 +242,7 @@ class Gatherer:
         room: Room | None,
     ) -> list[Band]:
         """Let rank i have the i-th bucket of a turn; without room for it, only let it travel."""
-        rank = self._ranks.rank
+        rank = self._group.rank
         operations: list[dist.P2POp] = []
         for to, bucket in enumerate(turn):
             parts = self._parts(bucket, self.own)[rank] if to != rank else []
@@ -288,7 +275,7 @@ class Gatherer:
 
     def _op(self, operation: Callable[..., object], message: torch.Tensor, rank: int) -> dist.P2POp:
         return dist.P2POp(
-            operation, message, self._ranks.global_rank(rank), group=self._ranks.group
+            operation, message, self._group.global_rank(rank), group=self._group.process_group
         )
 
     def _room(self, bucket: Sequence[_Range], dtype: torch.dtype | None, room: Room) -> list[Band]:
@@ -328,16 +315,16 @@ class Gatherer:
             starts.append(end)
             nbytes = part.common.numel * self.entries[bucket[i].number].dtype_as(dtype).itemsize
             end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        return starts, torch.empty(end, dtype=torch.uint8, device=self._ranks.device)
+        return starts, torch.empty(end, dtype=torch.uint8, device=self._group.device)
 
 
 def whole_tensors(
     gatherer: Gatherer, values: Sequence[torch.Tensor], dtype: torch.dtype | None
-) -> Generator[list[tuple[Entry, torch.Tensor]], None, None]:
+) -> Generator[list[tuple[TensorMeta, torch.Tensor]], None, None]:
     """The tensors that each bucket completes, on rank 0. Every rank drives it."""
     made: dict[str, torch.Tensor] = {}
 
-    def room(entry: Entry, start: int, stop: int) -> torch.Tensor:
+    def room(entry: TensorMeta, start: int, stop: int) -> torch.Tensor:
         if start == 0:
             made[entry.fqn] = torch.empty(entry.shape, dtype=entry.dtype_as(dtype))
         return made[entry.fqn].view(-1)[start:stop]
@@ -355,8 +342,8 @@ def whole_tensors(
 
 
 def one_by_one(
-    buckets: Generator[list[tuple[Entry, torch.Tensor]], None, None],
-) -> Generator[tuple[Entry, torch.Tensor], None, None]:
+    buckets: Generator[list[tuple[TensorMeta, torch.Tensor]], None, None],
+) -> Generator[tuple[TensorMeta, torch.Tensor], None, None]:
     """The tensors of some buckets; closing it lets the other ranks go on."""
     try:
         for bucket in buckets:
@@ -367,9 +354,9 @@ def one_by_one(
 
 def write_into(
     module: nn.Module,
-    entries: list[Entry],
-    buckets: Generator[list[tuple[Entry, torch.Tensor]], None, None],
-    ranks: Ranks,
+    entries: list[TensorMeta],
+    buckets: Generator[list[tuple[TensorMeta, torch.Tensor]], None, None],
+    group: Group,
 ) -> None:
     """Write gathered tensors into a plain module of each rank. Collective: every rank calls it.
 
@@ -378,7 +365,7 @@ def write_into(
     Raises:
         ValueError: the module is sharded, or its names or shapes are others. On every rank.
     """
-    with ranks.together():
+    with group.together():
         if not isinstance(module, nn.Module) or not isinstance(select(module), PlainEngine):
             raise ValueError(
                 f"module is a {type(module).__name__}, wanted a plain torch.nn.Module whose "
@@ -387,7 +374,11 @@ def write_into(
         marks = Marks()
         marks.watch(module.modules())
         marks.refuse("copy_to() into a module")
-        targets = {slot.fqn: slot.tensor for slot in slots(module) if slot.persistent}
+        targets = {
+            registration.fqn: registration.tensor
+            for registration in registrations(module)
+            if registration.persistent
+        }
         shapes = {fqn: e.shape for e in entries for fqn in (e.fqn, *e.aliases)}
         wrong = [
             f"{fqn}: average has {shapes.get(fqn, 'nothing')}, module has "
@@ -409,35 +400,35 @@ def write_into(
                 "(to_empty(device='cpu'), or clone() what was expanded)"
             )
     for bucket in buckets:
-        told = ranks.broadcast([(entry, tensor.dtype) for entry, tensor in bucket])
+        told = group.broadcast([(entry, tensor.dtype) for entry, tensor in bucket])
         for number, (entry, dtype) in enumerate(told):
             tensor = bucket[number][1] if bucket else torch.empty(entry.shape, dtype=dtype)
-            ranks.broadcast_tensor(tensor)
+            group.broadcast_tensor(tensor)
             for fqn in (entry.fqn, *entry.aliases):
                 targets[fqn].copy_(tensor)
     drop_caches()
 
 
-def _owned_buffers(buffers: Sequence[Weight], ranks: Ranks) -> tuple[list[Weight], list[Fragment]]:
+def _owned_buffers(buffers: Sequence[Weight], group: Group) -> tuple[list[Weight], list[Fragment]]:
     """The buffers that this rank tells of, and what it sends of them. Collective.
 
     Ranks need not agree on buffers: the first rank that has one tells and sends its own, whatever
     its shape, unless the buffer is cut over ranks.
     """
-    whole_ones = [w for w in buffers if sum(f.place.numel for f in w.fragments) == w.numel]
+    whole_ones = [w for w in buffers if sum(f.meta.numel for f in w.fragments) == w.numel]
     cut = [w for w in buffers if w not in whole_ones]
     fragments = [f for w in cut for f in w.fragments]
-    places = [Place(w.fqn, (), whole(())) for w in whole_ones] + [f.place for f in fragments]
-    holders = find_holders(places, [False] * len(places), ranks)
-    is_first = [found[0] == ranks.rank for found in holders]
+    metas = [FragmentMeta(w.fqn, (), whole(())) for w in whole_ones] + [f.meta for f in fragments]
+    holders = find_holders(metas, [False] * len(metas), group)
+    is_first = [found[0] == group.rank for found in holders]
     own = list(itertools.compress(whole_ones, is_first))
     sent = [f for w in own for f in w.fragments]
     return own + cut, sent + list(itertools.compress(fragments, is_first[len(whole_ones) :]))
 
 
-def _merged(told: Sequence[Sequence[Entry]]) -> list[Entry]:
+def _merged(told: Sequence[Sequence[TensorMeta]]) -> list[TensorMeta]:
     """What ranks tell of the entries, as one list in the order of the first."""
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorMeta] = {}
     for rank, theirs in enumerate(told):
         for entry in theirs:
             known = entries.setdefault(entry.fqn, entry)
@@ -450,11 +441,13 @@ def _merged(told: Sequence[Sequence[Entry]]) -> list[Entry]:
     return list(entries.values())
 
 
-def _check_covered(entries: Sequence[Entry], places: Sequence[list[tuple[int, Place]]]) -> None:
+def _check_covered(
+    entries: Sequence[TensorMeta], metas: Sequence[list[tuple[int, FragmentMeta]]]
+) -> None:
     found: dict[str, int] = {}
-    for theirs in places:
-        for _, place in theirs:
-            found[place.fqn] = found.get(place.fqn, 0) + place.numel
+    for theirs in metas:
+        for _, meta in theirs:
+            found[meta.fqn] = found.get(meta.fqn, 0) + meta.numel
     for entry in entries:
         if found.get(entry.fqn, 0) != entry.numel and not entry.problem:
             raise RuntimeError(
@@ -463,23 +456,23 @@ def _check_covered(entries: Sequence[Entry], places: Sequence[list[tuple[int, Pl
             )
 
 
-def _by_fqn(places: Mapping[int, Sequence[tuple[int, Place]]]) -> _ByFqn:
+def _by_fqn(metas: Mapping[int, Sequence[tuple[int, FragmentMeta]]]) -> _ByFqn:
     """Places of pieces, by rank, told by tensor."""
     owned: _ByFqn = {}
-    for rank, theirs in places.items():
-        for piece, place in theirs:
-            first, last = flat_ends(place.box, whole(place.shape))
-            owned.setdefault(place.fqn, []).append(Owned(rank, piece, place, first, last))
+    for rank, theirs in metas.items():
+        for piece, meta in theirs:
+            first, last = flat_ends(meta.box, whole(meta.shape))
+            owned.setdefault(meta.fqn, []).append(Owned(rank, piece, meta, first, last))
     return owned
 
 
-def _common(entry: Entry, span: _Range, owned: Owned) -> Iterator[_Part]:
+def _common(entry: TensorMeta, span: _Range, owned: Owned) -> Iterator[_Part]:
     """What a piece has in common with a range."""
     at = 0
     for outer in flat_boxes(entry.shape, span.start, span.stop):
-        common = overlap(outer, owned.place.box)
+        common = overlap(outer, owned.meta.box)
         if common is not None:
-            yield _Part(owned.piece, owned.place, common, outer, at)
+            yield _Part(owned.piece, owned.meta, common, outer, at)
         at += outer.numel
 
 

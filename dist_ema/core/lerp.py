@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_ema.accelerator import SideStreams, graph_capture_query, is_accelerator
+from dist_ema.core.accelerator import SideStreams, graph_capture_query, is_accelerator
 
 # Of live values. On a CPU and across devices 4 MB in fp32, a part of a common L3 cache: measured
 # against smaller and larger ones. Within an accelerator 32 MB, a part of the L2 cache (an H100 has
@@ -32,43 +32,43 @@ MultiAvgFn = Callable[[list[torch.Tensor], list[torch.Tensor], int], None]
 class _Batch:
     """Pieces with equal dtypes and device. Staging is None where the dtype is right already."""
 
-    shadows: list[list[torch.Tensor]]  # one list for each average
+    averages: list[list[torch.Tensor]]  # one list for each average
     lives: list[torch.Tensor]
     packed: torch.Tensor | None  # all live values end to end, where the shadows are one tensor
     staged_lives: list[torch.Tensor] | None
-    staged_shadows: list[torch.Tensor] | None  # used by one average after the other
+    staged_averages: list[torch.Tensor] | None  # used by one average after the other
     rushes: bool  # whether copies need not be waited for: a side stream keeps them in order
 
     def fold(self, weights: Sequence[float]) -> None:
         narrow = self._whole_lives()
         lives = self._widened(narrow)
-        for shadows, weight in zip(self.shadows, weights, strict=True):
+        for averages, weight in zip(self.averages, weights, strict=True):
             if weight == 0.0:
                 continue
             if weight == 1.0:
-                torch._foreach_copy_(shadows, narrow, self.rushes)
+                torch._foreach_copy_(averages, narrow, self.rushes)
                 continue
-            if self.staged_shadows is None:
-                torch._foreach_lerp_(shadows, lives, weight)
+            if self.staged_averages is None:
+                torch._foreach_lerp_(averages, lives, weight)
                 continue
-            torch._foreach_copy_(self.staged_shadows, shadows, self.rushes)
-            torch._foreach_lerp_(self.staged_shadows, lives, weight)
-            torch._foreach_copy_(shadows, self.staged_shadows, self.rushes)
+            torch._foreach_copy_(self.staged_averages, averages, self.rushes)
+            torch._foreach_lerp_(self.staged_averages, lives, weight)
+            torch._foreach_copy_(averages, self.staged_averages, self.rushes)
 
     def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
         lives = self._widened(self._whole_lives())
-        for shadows in self.shadows:
-            if self.staged_shadows is None:
-                fn(shadows, lives, num_averaged)
+        for averages in self.averages:
+            if self.staged_averages is None:
+                fn(averages, lives, num_averaged)
                 continue
-            torch._foreach_copy_(self.staged_shadows, shadows, self.rushes)
-            fn(self.staged_shadows, lives, num_averaged)
-            torch._foreach_copy_(shadows, self.staged_shadows, self.rushes)
+            torch._foreach_copy_(self.staged_averages, averages, self.rushes)
+            fn(self.staged_averages, lives, num_averaged)
+            torch._foreach_copy_(averages, self.staged_averages, self.rushes)
 
     def copy(self) -> None:
         lives = self._whole_lives()
-        for shadows in self.shadows:
-            torch._foreach_copy_(shadows, lives, self.rushes)
+        for averages in self.averages:
+            torch._foreach_copy_(averages, lives, self.rushes)
 
     def _whole_lives(self) -> list[torch.Tensor]:
         if self.packed is None:
@@ -87,7 +87,7 @@ class Lerp:
 
     def __init__(
         self,
-        shadows: Sequence[Sequence[torch.Tensor]],
+        averages: Sequence[Sequence[torch.Tensor]],
         lives: Sequence[Sequence[torch.Tensor]],
         *,
         overlap: bool = False,
@@ -97,13 +97,13 @@ class Lerp:
         With `overlap` everything runs on a side stream (see [Note: fences]).
         """
         grouped: dict[object, list[int]] = {}
-        for i, (like, parts) in enumerate(zip(shadows[0], lives, strict=True)):
+        for i, (like, parts) in enumerate(zip(averages[0], lives, strict=True)):
             if like.numel():
                 key = (like.dtype, parts[0].dtype, like.device, parts[0].device, len(parts) > 1)
                 grouped.setdefault(key, []).append(i)
         self._tracks: list[_Track] = []
         for members in grouped.values():
-            of_all = [[of_one[i] for i in members] for of_one in shadows]
+            of_all = [[of_one[i] for i in members] for of_one in averages]
             here = [lives[i] for i in members]
             first = here[0][0]
             crosses = _crosses(of_all[0][0], first)
@@ -174,45 +174,45 @@ class _Track:
         self.streams.run(work, self.batches)
 
 
-def gains_from_packing(shadow: torch.Tensor, live: torch.Tensor) -> bool:
+def gains_from_packing(average: torch.Tensor, live: torch.Tensor) -> bool:
     """Whether a call for a small tensor costs more than copying it beside others first."""
-    on_cpu = live.device.type == "cpu" and not _crosses(shadow, live)
+    on_cpu = live.device.type == "cpu" and not _crosses(average, live)
     return on_cpu and 0 < live.numel() <= _SMALL_ELEMENTS
 
 
-def _crosses(shadow: torch.Tensor, live: torch.Tensor) -> bool:
+def _crosses(average: torch.Tensor, live: torch.Tensor) -> bool:
     """Whether an average has to come to the device of its live values."""
-    return shadow.device != live.device
+    return average.device != live.device
 
 
-def accumulation_dtype(shadow: torch.dtype, live: torch.dtype) -> torch.dtype:
+def accumulation_dtype(average: torch.dtype, live: torch.dtype) -> torch.dtype:
     """The dtype in which a shadow is updated: its own, but never narrower than fp32."""
-    wide = torch.promote_types(shadow, torch.float32)
+    wide = torch.promote_types(average, torch.float32)
     return torch.promote_types(wide, torch.complex64) if live.is_complex else wide
 
 
-def squared_norms(shadow: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+def squared_norms(average: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     """‖shadow - live‖² and ‖live‖² of 1-D tensors, in float64, a chunk at a time."""
     sums = torch.zeros(2, dtype=torch.float64, device=live.device)
     wide = torch.complex128 if live.is_complex() else torch.float64
     step = 1 << 20
-    for average, here in zip(shadow.split(step), live.split(step), strict=True):
+    for chunk, here in zip(average.split(step), live.split(step), strict=True):
         exact = here.to(wide)
-        apart = average.to(live.device, wide).sub_(exact)
+        apart = chunk.to(live.device, wide).sub_(exact)
         norms = [torch.linalg.vector_norm(apart), torch.linalg.vector_norm(exact)]
         sums += torch.stack(norms).square()
     return sums
 
 
 def _batches(
-    shadows: list[list[torch.Tensor]], lives: list[torch.Tensor], *, num_stagings: int
+    averages: list[list[torch.Tensor]], lives: list[torch.Tensor], *, num_stagings: int
 ) -> Iterator[_Batch]:
     """`num_stagings` batches in a row have staging of their own."""
-    shadow, live = shadows[0][0], lives[0]
-    dtype = accumulation_dtype(shadow.dtype, live.dtype)
-    crosses = _crosses(shadow, live)
-    if shadow.dtype == dtype == live.dtype and len(shadows) == 1 and not crosses:
-        yield _Batch(shadows, lives, None, None, None, False)
+    average, live = averages[0][0], lives[0]
+    dtype = accumulation_dtype(average.dtype, live.dtype)
+    crosses = _crosses(average, live)
+    if average.dtype == dtype == live.dtype and len(averages) == 1 and not crosses:
+        yield _Batch(averages, lives, None, None, None, False)
         return
 
     accelerated = is_accelerator(live.device)
@@ -227,35 +227,35 @@ def _batches(
             chunks = torch.empty(num_stagings, length, dtype=dtype, device=live.device)
         return list(chunks)
 
-    shadow_buffers = stagings(crosses or shadow.dtype != dtype)
+    average_buffers = stagings(crosses or average.dtype != dtype)
     live_buffers = stagings(live.dtype != dtype)
     for number, cuts in enumerate(_chunks([x.numel() for x in lives], length)):
         sizes = [stop - start for _, start, stop in cuts]
 
         yield _Batch(
-            [[of_one[i][start:stop] for i, start, stop in cuts] for of_one in shadows],
+            [[of_one[i][start:stop] for i, start, stop in cuts] for of_one in averages],
             [lives[i][start:stop] for i, start, stop in cuts],
             None,
             _cut(live_buffers[number % num_stagings], sizes),
-            _cut(shadow_buffers[number % num_stagings], sizes),
+            _cut(average_buffers[number % num_stagings], sizes),
             crosses and accelerated,
         )
 
 
 def _packs(
-    shadows: list[list[torch.Tensor]], lives: Sequence[Sequence[torch.Tensor]]
+    averages: list[list[torch.Tensor]], lives: Sequence[Sequence[torch.Tensor]]
 ) -> Iterator[_Batch]:
     """A batch for each tensor of the shadows; all share the staging."""
-    shadow, live = shadows[0][0], lives[0][0]
-    dtype = accumulation_dtype(shadow.dtype, live.dtype)
-    length = max(tensor.numel() for tensor in shadows[0])
+    average, live = averages[0][0], lives[0][0]
+    dtype = accumulation_dtype(average.dtype, live.dtype)
+    length = max(tensor.numel() for tensor in averages[0])
     with torch.inference_mode(False):
         packed = torch.empty(length, dtype=live.dtype, device=live.device)
         wide = [
             None if narrow == dtype else torch.empty(length, dtype=dtype, device=live.device)
-            for narrow in (live.dtype, shadow.dtype)
+            for narrow in (live.dtype, average.dtype)
         ]
-    for of_all, parts in zip(zip(*shadows, strict=True), lives, strict=True):
+    for of_all, parts in zip(zip(*averages, strict=True), lives, strict=True):
         size = [of_all[0].numel()]
         yield _Batch(
             [[of_one] for of_one in of_all],

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from dist_ema.core.layout import Fragment, FragmentMeta
+from dist_ema.core.names import named_modules
+from dist_ema.core.plan import Plan
 from dist_ema.engines import select
 from dist_ema.engines.engine import Engine, Weight, drop_caches, pointer
-from dist_ema.layout import Fragment, Place
-from dist_ema.names import named_modules
-from dist_ema.plan import Plan
 
 
 class Teacher:
@@ -40,7 +40,7 @@ class Teacher:
         self._buffer_pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._bind(plan)
         if any(
-            self._fragments[fragment.place].view.data_ptr() == fragment.view.data_ptr()
+            self._fragments[fragment.meta].view.data_ptr() == fragment.view.data_ptr()
             for weight in plan.weights
             for fragment in weight.fragments
         ):
@@ -48,7 +48,7 @@ class Teacher:
 
     def values(self, plan: Plan) -> list[torch.Tensor]:
         """The teacher's storage of each of the plan's pieces, 1-D."""
-        return [self._fragments[piece.fragment.place].view for piece in plan.pieces]
+        return [self._fragments[fragment.meta].view for fragment in plan.fragments]
 
     def dtype_of(self, fqn: str) -> torch.dtype:
         """The dtype of one of the teacher's weights."""
@@ -70,7 +70,7 @@ class Teacher:
                 frozen_only and weight.tensor.requires_grad
             ):
                 for fragment in weight.fragments:
-                    self._fragments[fragment.place].view.copy_(fragment.view)
+                    self._fragments[fragment.meta].view.copy_(fragment.view)
 
     def copy_buffers(self, student: Engine, averaged: frozenset[str]) -> None:
         """Copy buffers that are not averaged from the student, as they are registered now.
@@ -125,8 +125,8 @@ class Teacher:
         if wrong:
             raise ValueError(f"into has another layout than the model: {'; '.join(wrong)}")
         self._dtypes = {fqn: w.tensor.dtype for fqn, w in theirs.items()}
-        self._fragments: dict[Place, Fragment] = {
-            f.place: f for w in theirs.values() for f in w.fragments
+        self._fragments: dict[FragmentMeta, Fragment] = {
+            f.meta: f for w in theirs.values() for f in w.fragments
         }
         self._stamp = self._engine.stamp()
         self._buffer_stamp = None
@@ -144,7 +144,7 @@ def _difference(mine: Weight, theirs: Weight | None) -> str | None:
         return f"{mine.fqn} is missing"
     if theirs.shape != mine.shape:
         return f"{mine.fqn} has shape {theirs.shape}, the model's {mine.shape}"
-    if [f.place for f in theirs.fragments] != [f.place for f in mine.fragments]:
+    if [f.meta for f in theirs.fragments] != [f.meta for f in mine.fragments]:
         return f"{mine.fqn} is sharded in another way"
     if any(not f.in_place for f in theirs.fragments):
         return f"{mine.fqn} is a copy that its engine overwrites from a master"

@@ -11,7 +11,15 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from dist_ema.accelerator import synchronize_if_initialized
+from dist_ema.core.accelerator import synchronize_if_initialized
+from dist_ema.core.gather import Gatherer
+from dist_ema.core.group import Group
+from dist_ema.core.names import registrations
+from dist_ema.core.plan import Plan, Selects, chosen, make_plan, rebind
+from dist_ema.core.replicas import differing, refuse_destroyed, source
+from dist_ema.core.storage import AverageStorage, allocate, average_dtype
+from dist_ema.core.swap import Buffers, DeferredSignals, Marks, Swap, WrittenWeights
+from dist_ema.core.teacher import Teacher
 from dist_ema.engines import select
 from dist_ema.engines.engine import (
     Registered,
@@ -21,18 +29,10 @@ from dist_ema.engines.engine import (
     refuse_freezing,
     without_gaps,
 )
-from dist_ema.gather import Gatherer
-from dist_ema.names import slots
 from dist_ema.options import Options
-from dist_ema.plan import Plan, Selects, chosen, make_plan, rebind
-from dist_ema.ranks import Ranks
-from dist_ema.replicas import differing, refuse_destroyed, source
-from dist_ema.shadow import Shadow, allocate, shadow_dtype
-from dist_ema.swap import Buffers, DeferredSignals, Marks, Swap, WrittenWeights
-from dist_ema.teacher import Teacher
 
 
-class Binding:
+class Average:
     """The engine, plan and averages of one model. Its construction is collective."""
 
     def __init__(
@@ -40,12 +40,12 @@ class Binding:
         model: nn.Module,
         options: Options,
         into: nn.Module | None,
-        ranks: Ranks,
+        group: Group,
     ) -> None:
-        self.model, self.ranks = model, ranks
+        self.model, self.group = model, group
         self.lock = RLock()  # held while values are updated or exchanged
         self._options = options
-        with ranks.together():
+        with group.together():
             self._into = into if isinstance(into, nn.Module) else None
             self.marks = Marks()
             self._watch_modules()
@@ -55,19 +55,19 @@ class Binding:
             averaged = chosen(weights, options.params, options.buffers)
         # A teacher is whole on every rank that holds it.
         split = options.replicas == "split" and into is None
-        self.plan = make_plan(weights, averaged, self.engine, split, ranks)
+        self.plan = make_plan(weights, averaged, self.engine, split, group)
         # Where no rank shares anything, a swap needs no other rank.
-        shares = self.plan.num_shared_sets > 0
-        self._any_shares = ranks.any(shares or self.engine.communicates)
+        shares = self.plan.num_shared_groups > 0
+        self._any_shares = group.any(shares or self.engine.communicates)
         self._refuse_differing_replicas()
-        fragments = [p.fragment for p in self.plan.pieces]
+        fragments = [p for p in self.plan.fragments]
         self._teacher: Teacher | None = None
         self._frozen_due = False  # whether the teacher's frozen weights may be others than ours
-        with ranks.together(), torch.no_grad():
+        with group.together(), torch.no_grad():
             if into is None:
                 num_averages = len(options.schedules)
                 values = allocate(fragments, options.dtype, num_averages, options.device)
-                self.shadow = Shadow(
+                self.storage = AverageStorage(
                     fragments,
                     values,
                     overlap=options.overlap,
@@ -76,7 +76,7 @@ class Binding:
                 )
             else:
                 self._teacher = Teacher(into, self.engine, self.plan)
-                self.shadow = self._shadow_in(self._teacher)
+                self.storage = self._storage_in(self._teacher)
             self.start_again()
         self._note_storage()
 
@@ -86,7 +86,7 @@ class Binding:
         Raises:
             RuntimeError: the model is cut in another way than when the average was built.
         """
-        if self.ranks.outdated():
+        if self.group.outdated():
             raise RuntimeError(
                 "this average was built before torch.distributed was initialized, for one process; "
                 "build ShardedEMA after the process group, with the model that is trained"
@@ -95,17 +95,17 @@ class Binding:
             self._rebind()
         if self._teacher is not None and self._teacher.moved():
             self._teacher.follow(self.plan)
-            self.shadow = self._shadow_in(self._teacher)
+            self.storage = self._storage_in(self._teacher)
 
-    def _shadow_in(self, teacher: Teacher) -> Shadow:
+    def _storage_in(self, teacher: Teacher) -> AverageStorage:
         """The average in a teacher's own storage, where gaps belong to other weights."""
-        fragments = [p.fragment for p in self.plan.pieces]
-        return Shadow(fragments, [teacher.values(self.plan)], owns_gaps=False)
+        fragments = [p for p in self.plan.fragments]
+        return AverageStorage(fragments, [teacher.values(self.plan)], owns_gaps=False)
 
     @torch.no_grad()
     def start_again(self) -> None:
         """Let every average be the live weights. Local."""
-        self.shadow.copy()
+        self.storage.copy()
         if self._teacher is not None:
             self._teacher.copy_parameters(self.plan, frozen_only=False)
         self.refresh_teacher()
@@ -140,9 +140,9 @@ class Binding:
                 f"and by {type(engine).__name__} now; build ShardedEMA after fully_shard(), DDP or "
                 "accelerator.prepare(), with what they return"
             )
-        self.plan = rebind(self.plan, engine.weights(), self.ranks)
+        self.plan = rebind(self.plan, engine.weights(), self.group)
         self.engine = engine
-        self.shadow.bind([p.fragment for p in self.plan.pieces])
+        self.storage.bind([p for p in self.plan.fragments])
         self._note_storage()
 
     def _note_storage(self) -> None:
@@ -178,7 +178,7 @@ class Binding:
         """The dtype in which a weight is averaged, on whatever rank. Local."""
         if self._teacher is not None:
             return self._teacher.dtype_of(weight.fqn)
-        return shadow_dtype(self._options.dtype, weight.tensor)
+        return average_dtype(self._options.dtype, weight.tensor)
 
     def others(self) -> list[Weight]:
         """What the model has now and is not averaged: frozen parameters, and buffers. Local."""
@@ -193,7 +193,7 @@ class Binding:
         stamp: list[object] = [
             (
                 (w.fqn, w.aliases, w.shape, w.tensor.dtype, w.problem),
-                [(f.place, pointer(f.view)) for f in w.fragments],
+                [(f.meta, pointer(f.view)) for f in w.fragments],
             )
             for w in buffers
         ]
@@ -202,8 +202,8 @@ class Binding:
         buffers = gapless
         gatherer = self._gatherer if stamp == self._gathered_buffers and not is_copied else None
         # A rank that holds nothing does not notice that storage moved: all do it if one must.
-        if self.ranks.any(gatherer is None) or gatherer is None:
-            gatherer = Gatherer(self.plan, values, buffers, self.ranks)
+        if self.group.any(gatherer is None) or gatherer is None:
+            gatherer = Gatherer(self.plan, values, buffers, self.group)
             self._gatherer, self._gathered_buffers = gatherer, stamp
         return gatherer
 
@@ -212,29 +212,29 @@ class Binding:
 
         Collective where weights are replicated or the engine keeps copies.
         """
-        with self.ranks.together():
-            refuse_destroyed(self.plan.sets)
+        with self.group.together():
+            refuse_destroyed(self.plan.replica_groups)
         self._await_copies()
         self.engine.release()
-        for piece, value in zip(self.plan.pieces, values, strict=True):
-            piece.fragment.view.copy_(value)
-        for replica_set in self.plan.sets:
-            replica_set.share(source)
+        for fragment, value in zip(self.plan.fragments, values, strict=True):
+            fragment.view.copy_(value)
+        for replica_group in self.plan.replica_groups:
+            replica_group.share(source)
         for weight in self.plan.weights:
             if weight.fqn in self.plan.averaged:
                 for fragment in weight.fragments:
                     if not fragment.in_place:
-                        fragment.shown.copy_(fragment.view)
+                        fragment.forward_view.copy_(fragment.view)
         self._publish()
 
     @contextmanager
     def showing(self, name: str, values: list[torch.Tensor]) -> Iterator[None]:
         """Within the block the forward pass reads an average. Collective where replicas share."""
         num_parameters = len(self.plan.parameters)
-        swap = Swap([p.fragment for p in self.plan.parameters], values[:num_parameters])
-        with torch.no_grad(), self.swap_ranks.together():
+        swap = Swap([p for p in self.plan.parameters], values[:num_parameters])
+        with torch.no_grad(), self.swap_group.together():
             refuse_freezing()
-            refuse_destroyed(self.plan.sets)
+            refuse_destroyed(self.plan.replica_groups)
             buffers = Buffers(self.model, self.engine.buffers())
             self.engine.release()
             self._await_copies()
@@ -273,11 +273,11 @@ class Binding:
                 with self.lock, torch.no_grad():
                     armed = True
                     self.marks.set("shown", name)
-                    with self.swap_ranks.together():
+                    with self.swap_group.together():
                         swap.enter()
                         averaged = zip(self.plan.buffers, values[num_parameters:], strict=True)
-                        for piece, value in averaged:
-                            piece.fragment.view.copy_(value)
+                        for fragment, value in averaged:
+                            fragment.view.copy_(value)
                     shared = True
                     self._share()
                     written = WrittenWeights(
@@ -307,7 +307,7 @@ class Binding:
 
     def _await_copies(self) -> None:
         """Wait for forward passes that may still copy weights from host memory to the device."""
-        views = (f.shown for w in self.plan.weights for f in w.fragments)
+        views = (f.forward_view for w in self.plan.weights for f in w.fragments)
         if any(view.device.type == "cpu" for view in views):
             synchronize_if_initialized()
 
@@ -323,17 +323,17 @@ class Binding:
             if now.view.data_ptr() != was.view.data_ptr():
                 now.view.copy_(was.view)
                 if not now.in_place:
-                    now.shown.copy_(was.view)
+                    now.forward_view.copy_(was.view)
 
     @property
-    def swap_ranks(self) -> Ranks:
+    def swap_group(self) -> Group:
         """The ranks that a swap involves: all of them, or this one by itself."""
-        return self.ranks if self._any_shares else Ranks.alone()
+        return self.group if self._any_shares else Group.alone()
 
     def _share(self) -> None:
         """Let replicas have each other's slices, and the forward pass what stands in storage."""
-        for replica_set in self.plan.sets:
-            replica_set.share()
+        for replica_group in self.plan.replica_groups:
+            replica_group.share()
         self._publish()
 
     def _publish(self) -> None:
@@ -343,7 +343,7 @@ class Binding:
 
     def _refuse_differing_replicas(self) -> None:
         """Raise if ranks that hold the same weights do not hold the same bits. Collective."""
-        names = differing(self.plan.sets, self.plan.num_shared_sets, self.swap_ranks)
+        names = differing(self.plan.replica_groups, self.plan.num_shared_groups, self.swap_group)
         if names:
             raise RuntimeError(
                 f"weights that several ranks hold differ between them: {', '.join(names)}. Each of "
@@ -364,4 +364,6 @@ def _frozen(plan: Plan, params: Selects) -> list[tuple[str, torch.Tensor]]:
 
 
 def _registered_buffers(model: nn.Module, names: frozenset[str]) -> Registered:
-    return Registered((s.registry, s.name) for s in slots(model) if s.is_buffer and s.fqn in names)
+    return Registered(
+        (s.registry, s.name) for s in registrations(model) if s.is_buffer and s.fqn in names
+    )

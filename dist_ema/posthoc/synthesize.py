@@ -5,8 +5,8 @@
     ...                                 # ema.update() every step, ema.save(...) from time to time
     synthesize(["run/ema-001000", "run/ema-002000"], sigma_rel=0.07, out="run/ema-0.07")
 
-After arXiv 2312.02696, section 3. What is fitted is told in `dist_ema.profiles`, how the weights
-are streamed in `dist_ema.checkpoint.combine`.
+After arXiv 2312.02696, section 3. `dist_ema.posthoc.profiles` fits the profile;
+`dist_ema.checkpoint.combine` streams the weights.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from pathlib import Path
 import torch
 
 from dist_ema.checkpoint.combine import Result, Term, combine
+from dist_ema.checkpoint.directory import replaced_directory, target
 from dist_ema.checkpoint.manifest import CheckpointError
 from dist_ema.checkpoint.reader import Source
 from dist_ema.checkpoint.writer import refuse_foreign, written_by
-from dist_ema.files import replaced_directory, target
-from dist_ema.profiles import Fit, Profile, fit
-from dist_ema.schedule import PowerFunction, decay_at, to_json
-from dist_ema.stored import (
+from dist_ema.posthoc.profiles import Fit, Profile, fit
+from dist_ema.posthoc.snapshots import (
     SYNTHESIZED,
     Stored,
     at_step,
@@ -38,6 +37,7 @@ from dist_ema.stored import (
     open_all,
     refuse_other_models,
 )
+from dist_ema.schedule import PowerFunction, decay_at, to_json
 
 NAME = "ema"  # of the one average of a result
 _MAX_GAMMA = 30_000.0  # beyond it the fit of long runs is no longer exact

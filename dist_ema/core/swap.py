@@ -23,9 +23,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dist_ema.core.layout import Fragment
+from dist_ema.core.names import ddp_modules, registrations
 from dist_ema.engines.engine import Weight
-from dist_ema.layout import Fragment
-from dist_ema.names import ddp_modules, slots
 
 _CHUNK_BYTES = 4 << 20  # of live and averaged values that are exchanged at a time
 _MARKS = "_dist_ema_marks"  # attribute of a module: the list of marks of each average of it
@@ -138,13 +138,13 @@ class _Overwrite:
     def do(self) -> None:
         self.aside = self.fragment.view.clone() if self.fragment.in_place else None
         try:
-            self.fragment.shown.copy_(self.value)
+            self.fragment.forward_view.copy_(self.value)
         except BaseException:
             self.undo()
             raise
 
     def undo(self) -> None:
-        self.fragment.shown.copy_(self.fragment.view if self.aside is None else self.aside)
+        self.fragment.forward_view.copy_(self.fragment.view if self.aside is None else self.aside)
         self.aside = None
 
 
@@ -157,7 +157,9 @@ class Buffers:
 
     def __init__(self, model: nn.Module, buffers: Sequence[Weight]) -> None:
         """`buffers` are all that the model has now."""
-        self._registered = [(s.registry, s.name, s.tensor) for s in slots(model) if s.is_buffer]
+        self._registered = [
+            (s.registry, s.name, s.tensor) for s in registrations(model) if s.is_buffer
+        ]
         self._kept = [(f.view, f.view.clone()) for w in buffers for f in w.fragments]
         # Slices of larger tensors have no fragments.
         gaps = [w.tensor for w in buffers if w.problem and type(w.tensor) is torch.Tensor]

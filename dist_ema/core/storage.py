@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from dist_ema.accelerator import is_accelerator
-from dist_ema.layout import Fragment
-from dist_ema.lerp import Lerp, MultiAvgFn, accumulation_dtype, gains_from_packing
+from dist_ema.core.accelerator import is_accelerator
+from dist_ema.core.layout import Fragment
+from dist_ema.core.lerp import Lerp, MultiAvgFn, accumulation_dtype, gains_from_packing
 
 _PACK_ELEMENTS = 1 << 19  # 2 MB in fp32, a part of a common L3 cache
 _MAX_GAP = 64  # elements of a flat buffer that belong to no weight
@@ -22,7 +22,7 @@ _ALIGNMENT_BYTES = 16  # what vectorised kernels want of the start of a tensor
 _ALIGNED_FROM = 256  # elements: smaller tensors are packed, so that padding stays below 2 %
 
 
-class Shadow:
+class AverageStorage:
     """Averages of a list of fragments. Everything is local."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Shadow:
         self._lerp.fence()
 
 
-def shadow_dtype(wanted: torch.dtype, live: torch.Tensor) -> torch.dtype:
+def average_dtype(wanted: torch.dtype, live: torch.Tensor) -> torch.dtype:
     """The dtype of an average: the wanted one, or its complex counterpart at least."""
     return accumulation_dtype(wanted, live.dtype) if live.is_complex() else wanted
 
@@ -111,7 +111,7 @@ def allocate(
     averages = [[torch.empty(0)] * len(views) for _ in range(num_averages)]
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, view in enumerate(views):
-        kinds.setdefault((shadow_dtype(dtype, view), view.device), []).append(i)
+        kinds.setdefault((average_dtype(dtype, view), view.device), []).append(i)
     for (kind, beside), members in kinds.items():
         device = wanted or beside
         pinned = device.type == "cpu" and is_accelerator(beside)  # so that copies need not wait

@@ -42,13 +42,13 @@ _ERRORS: dict[str, type[Exception]] = {
 }
 
 
-class Ranks:
+class Group:
     """A process group, or the one process there is. Ranks are counted within the group."""
 
     warn_after_s = 30.0  # of waiting for other ranks at the start of a public call
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group: dist.ProcessGroup | None = None
+        self.process_group: dist.ProcessGroup | None = None
         self.rank, self.size = 0, 1
         self.device = torch.device("cpu")  # of the tensors that the group can send
         if not (dist.is_available() and dist.is_initialized()):
@@ -64,28 +64,28 @@ class Ranks:
             return
         group = group if group is not None else dist.group.WORLD
         assert group is not None
-        self.group = group
+        self.process_group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError("process_group: this rank is not a member; call from its members only")
         self.device = device_for(group, self.device)
 
     @classmethod
-    def alone(cls) -> Ranks:
+    def alone(cls) -> Group:
         """This process by itself: the same calls, and no communication."""
-        ranks = cls.__new__(cls)
-        ranks.group, ranks.rank, ranks.size = None, 0, 1
-        ranks.device = torch.device("cpu")
-        return ranks
+        group = cls.__new__(cls)
+        group.process_group, group.rank, group.size = None, 0, 1
+        group.device = torch.device("cpu")
+        return group
 
     def outdated(self) -> bool:
         """Whether processes were joined since this process was taken for the only one. Local."""
         joined = dist.is_available() and dist.is_initialized()
-        return self.group is None and joined and dist.get_world_size() > 1
+        return self.process_group is None and joined and dist.get_world_size() > 1
 
     def global_rank(self, rank: int) -> int:
-        assert self.group is not None
-        return dist.get_global_rank(self.group, rank)
+        assert self.process_group is not None
+        return dist.get_global_rank(self.process_group, rank)
 
     @contextmanager
     def together(self, call: str = "", values: Mapping[str, str] | None = None) -> Iterator[None]:
@@ -131,7 +131,7 @@ class Ranks:
 
     def _refuse_destroyed_group(self) -> None:
         try:
-            dist.get_backend(self.group)
+            dist.get_backend(self.process_group)
         except ValueError as error:
             raise RuntimeError(
                 "the process group that this average was built with has been destroyed; build "
@@ -158,7 +158,10 @@ class Ranks:
         A rank notes its call in the store of the default process group and removes the note when
         all have met. Without a store, nothing is logged.
         """
-        store, prefix = _default_store(), f"dist_ema/{getattr(self.group, 'group_name', '')}"
+        store, prefix = (
+            _default_store(),
+            f"dist_ema/{getattr(self.process_group, 'group_name', '')}",
+        )
         if not call or store is None:
             yield
             return
@@ -198,7 +201,7 @@ class Ranks:
         if self.size == 1:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.process_group)
         largest: list[int] = tensor.tolist()
         return largest
 
@@ -209,25 +212,26 @@ class Ranks:
         a first call among some of them would wait for the others; where the group has gloo for the
         CPU too, nothing here has come to the accelerator before.
         """
-        assert self.group is not None
+        assert self.process_group is not None
         accelerator = torch.accelerator.current_accelerator()
         if accelerator is None or not torch.accelerator.is_available():
             return
         device = torch.device(accelerator.type, torch.accelerator.current_device_index())
-        if device_for(self.group, device, point_to_point=True) == device != self.device:
-            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+        if device_for(self.process_group, device, point_to_point=True) == device != self.device:
+            dist.all_reduce(torch.zeros(1, device=device), group=self.process_group)
 
     def groups_by_members(
         self, known: Sequence[dist.ProcessGroup]
     ) -> dict[tuple[int, ...], dist.ProcessGroup]:
         """This group and the known ones by their ranks, counted within this group. Local."""
-        if self.group is None:
+        if self.process_group is None:
             return {}
         rank_of = {
-            outer: rank for rank, outer in enumerate(dist.get_process_group_ranks(self.group))
+            outer: rank
+            for rank, outer in enumerate(dist.get_process_group_ranks(self.process_group))
         }
         groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        for group in (self.group, *known):
+        for group in (self.process_group, *known):
             outer = dist.get_process_group_ranks(group)
             if all(rank in rank_of for rank in outer):
                 groups.setdefault(tuple(rank_of[rank] for rank in outer), group)
@@ -251,7 +255,7 @@ class Ranks:
         if self.size == 1:
             return [obj]
         out: list[Any] = [None] * self.size
-        dist.all_gather_object(out, obj, group=self.group)
+        dist.all_gather_object(out, obj, group=self.process_group)
         return out
 
     def gather(self, obj: Any) -> list[Any]:
@@ -259,7 +263,7 @@ class Ranks:
         if self.size == 1:
             return [obj]
         out: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(obj, out, dst=self.global_rank(0), group=self.group)
+        dist.gather_object(obj, out, dst=self.global_rank(0), group=self.process_group)
         return out or []
 
     def scatter(self, objs: Sequence[Any]) -> Any:
@@ -268,7 +272,7 @@ class Ranks:
             return objs[0]
         out: list[Any] = [None]
         given = list(objs) if self.rank == 0 else None
-        dist.scatter_object_list(out, given, src=self.global_rank(0), group=self.group)
+        dist.scatter_object_list(out, given, src=self.global_rank(0), group=self.process_group)
         return out[0]
 
     def broadcast(self, obj: Any) -> Any:
@@ -276,7 +280,7 @@ class Ranks:
         if self.size == 1:
             return obj
         out = [obj]
-        dist.broadcast_object_list(out, src=self.global_rank(0), group=self.group)
+        dist.broadcast_object_list(out, src=self.global_rank(0), group=self.process_group)
         return out[0]
 
     def broadcast_tensor(self, tensor: torch.Tensor) -> None:
@@ -285,7 +289,7 @@ class Ranks:
             return
         for part in tensor.view(-1).view(torch.uint8).split(_BROADCAST_BYTES):
             staged = part.to(self.device)
-            dist.broadcast(staged, src=self.global_rank(0), group=self.group)
+            dist.broadcast(staged, src=self.global_rank(0), group=self.process_group)
             if staged is not part:
                 part.copy_(staged)
 
@@ -297,7 +301,7 @@ class Ranks:
         row = torch.zeros(1 + longest, dtype=torch.int64)
         row[0], row[1 : 1 + len(own)] = len(own), torch.from_numpy(own)
         rows = torch.empty(self.size * len(row), dtype=torch.int64, device=self.device)
-        all_gather_single(rows, row.to(self.device), group=self.group)
+        all_gather_single(rows, row.to(self.device), group=self.process_group)
         every = rows.view(self.size, -1).cpu().numpy()
         return [each[1 : 1 + each[0]] for each in every]
 

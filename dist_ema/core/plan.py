@@ -16,22 +16,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from dist_ema.core.group import Group
+from dist_ema.core.holders import Holders, find_holders
+from dist_ema.core.layout import Fragment
+from dist_ema.core.replicas import ReplicaGroup, find_replica_groups
 from dist_ema.engines.engine import Engine, Weight
-from dist_ema.holders import Holders, find_holders
-from dist_ema.layout import Fragment
-from dist_ema.ranks import Ranks
-from dist_ema.replicas import ReplicaSet, replica_sets
 
 Selects = str | Callable[[str, nn.Parameter], bool]
 SelectsBuffers = str | Callable[[str, torch.Tensor], bool]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """A fragment that this rank averages, or sends as it lives."""
-
-    fragment: Fragment
-    sends: bool  # whether this rank's values are the ones that are gathered and written
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,14 +33,14 @@ class Plan:
     weights: tuple[Weight, ...]  # parameters, and averaged buffers
     averaged: frozenset[str]  # fqns, parameters and buffers
     holders: tuple[Holders, ...]  # of every fragment of `weights`, in order
-    sets: tuple[ReplicaSet, ...]  # averaged parameters, cut among their holders
-    num_shared_sets: int  # of all ranks together
-    parameters: tuple[Piece, ...]  # averaged here
-    buffers: tuple[Piece, ...]  # averaged here
-    rest: tuple[Piece, ...]  # parameters that are not averaged
+    replica_groups: tuple[ReplicaGroup, ...]  # averaged parameters, cut among their holders
+    num_shared_groups: int  # of all ranks together
+    parameters: tuple[Fragment, ...]  # averaged here
+    buffers: tuple[Fragment, ...]  # averaged here
+    rest: tuple[Fragment, ...]  # parameters that are not averaged
 
     @property
-    def pieces(self) -> list[Piece]:
+    def fragments(self) -> list[Fragment]:
         """All that is averaged here."""
         return [*self.parameters, *self.buffers]
 
@@ -85,34 +77,34 @@ def chosen(weights: list[Weight], params: Selects, buffers: SelectsBuffers) -> f
 
 
 def make_plan(
-    weights: list[Weight], averaged: frozenset[str], engine: Engine, split: bool, ranks: Ranks
+    weights: list[Weight], averaged: frozenset[str], engine: Engine, split: bool, group: Group
 ) -> Plan:
     """Find out who holds what, and share the work. Collective: every rank calls it."""
-    _refuse_differing_choice(weights, averaged, ranks)
+    _refuse_differing_choice(weights, averaged, group)
     weights = _in_layout(weights, averaged)
-    places = [f.place for w in weights for f in w.fragments]
+    metas = [f.meta for w in weights for f in w.fragments]
     chosen_here = [w.fqn in averaged for w in weights for _ in w.fragments]
-    holders = tuple(find_holders(places, chosen_here, ranks))
+    holders = tuple(find_holders(metas, chosen_here, group))
     held = _held(weights, averaged, holders)
-    sets: tuple[ReplicaSet, ...] = ()
+    replica_groups: tuple[ReplicaGroup, ...] = ()
     num_shared = 0
     if split:
-        sets, num_shared = replica_sets(held, ranks, engine.process_groups())
-    return _assemble(tuple(weights), averaged, holders, sets, num_shared, ranks)
+        replica_groups, num_shared = find_replica_groups(held, group, engine.process_groups())
+    return _assemble(tuple(weights), averaged, holders, replica_groups, num_shared, group)
 
 
-def _refuse_differing_choice(weights: list[Weight], averaged: frozenset[str], ranks: Ranks) -> None:
+def _refuse_differing_choice(weights: list[Weight], averaged: frozenset[str], group: Group) -> None:
     """Refuse a weight or buffer that is averaged on some ranks only. Collective.
 
     Shards of a weight are in different places, so that holders cannot tell.
     """
     mine = {w.fqn: w.fqn in averaged for w in weights}
-    if ranks.equal(mine):
+    if group.equal(mine):
         return
     first: dict[str, bool] = {}
     differing = {
         fqn
-        for theirs in ranks.all_gather(mine)  # parts of a model have names of their own
+        for theirs in group.all_gather(mine)  # parts of a model have names of their own
         for fqn, is_averaged in theirs.items()
         if first.setdefault(fqn, is_averaged) != is_averaged
     }
@@ -123,7 +115,7 @@ def _refuse_differing_choice(weights: list[Weight], averaged: frozenset[str], ra
         )
 
 
-def rebind(plan: Plan, weights: list[Weight], ranks: Ranks) -> Plan:
+def rebind(plan: Plan, weights: list[Weight], group: Group) -> Plan:
     """The same plan over storage that moved. Local.
 
     Raises:
@@ -144,11 +136,14 @@ def rebind(plan: Plan, weights: list[Weight], ranks: Ranks) -> Plan:
             "with what fully_shard(), DDP or accelerator.prepare() return"
         )
     held = iter(_held(weights, plan.averaged, plan.holders))
-    fresh = {(f.place, h): f for f, h in held}
-    sets = tuple(
-        replace(s, fragments=tuple(fresh[f.place, s.ranks] for f in s.fragments)) for s in plan.sets
+    fresh = {(f.meta, h): f for f, h in held}
+    replica_groups = tuple(
+        replace(s, fragments=tuple(fresh[f.meta, s.ranks] for f in s.fragments))
+        for s in plan.replica_groups
     )
-    return _assemble(tuple(weights), plan.averaged, plan.holders, sets, plan.num_shared_sets, ranks)
+    return _assemble(
+        tuple(weights), plan.averaged, plan.holders, replica_groups, plan.num_shared_groups, group
+    )
 
 
 def _held(
@@ -167,29 +162,29 @@ def _assemble(
     weights: tuple[Weight, ...],
     averaged: frozenset[str],
     holders: tuple[Holders, ...],
-    sets: tuple[ReplicaSet, ...],
-    num_shared_sets: int,
-    ranks: Ranks,
+    replica_groups: tuple[ReplicaGroup, ...],
+    num_shared_groups: int,
+    group: Group,
 ) -> Plan:
-    parameters = [Piece(fragment, True) for s in sets for fragment in s.own()]
+    parameters = [fragment for g in replica_groups for fragment in g.own()]
     buffers, rest = [], []
     who = iter(holders)
     for weight in weights:
         for fragment in weight.fragments:
-            first = next(who)[0] == ranks.rank
+            first = next(who)[0] == group.rank
             if weight.fqn not in averaged:
                 if weight.persistent and first:
-                    rest.append(Piece(fragment, True))
+                    rest.append(fragment)
             elif weight.is_buffer:
-                buffers.append(Piece(fragment, first))
-            elif not sets:
-                parameters.append(Piece(fragment, first))
+                buffers.append(replace(fragment, is_owner=first))
+            elif not replica_groups:
+                parameters.append(replace(fragment, is_owner=first))
     return Plan(
         weights,
         averaged,
         holders,
-        sets,
-        num_shared_sets,
+        replica_groups,
+        num_shared_groups,
         tuple(parameters),
         tuple(buffers),
         tuple(rest),
@@ -211,7 +206,7 @@ def _differences(old: Sequence[Weight], new: Sequence[Weight]) -> list[str]:
     def described(weight: Weight | None) -> str:
         if weight is None:
             return "missing"
-        boxes = [f.place.box for f in weight.fragments]
+        boxes = [f.meta.box for f in weight.fragments]
         held = [f"{box.offsets}+{box.sizes}" for box in boxes]
         where = "whole" if [b.sizes for b in boxes] == [weight.shape] else f"boxes {held} here"
         return f"shape {weight.shape}, {where}"
@@ -219,7 +214,7 @@ def _differences(old: Sequence[Weight], new: Sequence[Weight]) -> list[str]:
     def layout(weight: Weight | None) -> object:
         if weight is None:
             return None
-        return weight.aliases, weight.shape, weight.is_buffer, [f.place for f in weight.fragments]
+        return weight.aliases, weight.shape, weight.is_buffer, [f.meta for f in weight.fragments]
 
     was, now = ({w.fqn: w for w in weights} for weights in (old, new))
     texts = [

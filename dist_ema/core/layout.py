@@ -157,7 +157,7 @@ def _most_at_once(boxes: Sequence[Box], dim: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FragmentMeta:
     """Where a contiguous run of elements belongs: a box of a global tensor, in storage order.
 
     `order` lists the tensor dims from outermost to innermost in storage. `None` means row-major;
@@ -173,7 +173,7 @@ class Place:
     def numel(self) -> int:
         return self.box.numel
 
-    def slices(self, start: int, stop: int) -> Iterator[tuple[int, Place]]:
+    def slices(self, start: int, stop: int) -> Iterator[tuple[int, FragmentMeta]]:
         """The places of elements [start, stop) of the run, each with its start in the run."""
         if start <= 0 and stop >= self.numel:
             yield 0, self
@@ -199,41 +199,83 @@ class Place:
         return permuted.permute(back)
 
 
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """A tensor of the model or of an average, the same on every rank."""
+
+    fqn: str
+    aliases: tuple[str, ...]  # further names of a tied tensor
+    shape: Shape
+    dtype: torch.dtype  # of the average, or of the live tensor where nothing is averaged
+    averaged: bool = True
+    problem: str | None = None  # why its values cannot be read
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def dtype_as(self, wanted: torch.dtype | None) -> torch.dtype:
+        """The dtype in which the tensor is gathered and exported.
+
+        Floating-point tensors take the wanted one. With None they keep their own, half-precision
+        ones being widened to fp32, so that the state dict has one floating-point dtype.
+        """
+        import torch
+
+        if not self.dtype.is_floating_point:
+            return self.dtype
+        if wanted is not None:
+            return wanted
+        return torch.float32 if self.dtype.itemsize < 4 else self.dtype
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Fragment:
-    """A place and the storage that holds it on this rank."""
+    """A contiguous run of a weight's elements, or of their average, and its storage here."""
 
-    place: Place
-    view: torch.Tensor  # 1-D, contiguous: what the optimizer writes
-    shown: torch.Tensor  # 1-D, contiguous: what the forward pass reads; `view` itself if the same
+    meta: FragmentMeta
+    view: torch.Tensor  # 1-D, contiguous: what the optimizer writes, or the averaged values
+    forward_view: torch.Tensor = None  # type: ignore[assignment]  # `view` if not given
+    is_owner: bool = True  # whether this rank's values are the ones that are gathered and saved
 
     def __post_init__(self) -> None:
-        for tensor in (self.view, self.shown):
-            if tensor.dim() != 1 or tensor.numel() != self.place.numel:
-                raise AssertionError(f"{self.place}: storage has shape {tuple(tensor.shape)}")
+        if self.forward_view is None:
+            object.__setattr__(self, "forward_view", self.view)
+        for tensor in (self.view, self.forward_view):
+            if tensor.dim() != 1 or tensor.numel() != self.meta.numel:
+                raise AssertionError(f"{self.meta}: storage has shape {tuple(tensor.shape)}")
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """`view` as a tensor of the box's sizes."""
+        return self.meta.unflatten(self.view)
 
     @property
     def in_place(self) -> bool:
         """Whether the forward pass reads the storage that is averaged."""
-        return self.shown is self.view
+        return self.forward_view is self.view
 
     def slices(self, start: int, stop: int) -> Iterator[Fragment]:
         """The fragments of elements [start, stop), as views."""
-        shown = None if self.in_place else self.shown[start:stop]
-        return range_fragments(self.place, start, self.view[start:stop], shown)
+        forward_view = None if self.in_place else self.forward_view[start:stop]
+        return range_fragments(self.meta, start, self.view[start:stop], forward_view)
 
 
 def range_fragments(
-    place: Place, start: int, view: torch.Tensor, shown: torch.Tensor | None = None
+    meta: FragmentMeta, start: int, view: torch.Tensor, forward_view: torch.Tensor | None = None
 ) -> Iterator[Fragment]:
     """The fragments of a flat range of a place, in order: `view` holds it from `start` on.
 
     `shown` is what the forward pass reads, where that is another tensor.
     """
-    for at, part in place.slices(start, start + view.numel()):
+    for at, part in meta.slices(start, start + view.numel()):
         run = slice(at - start, at - start + part.numel)
         own = view[run]
-        yield Fragment(part, own, own if shown is None else shown[run])
+        yield Fragment(part, own, own if forward_view is None else forward_view[run])
 
 
 def dense_order(tensor: torch.Tensor) -> Shape | None:
@@ -254,7 +296,9 @@ def dense_order(tensor: torch.Tensor) -> Shape | None:
     return tuple(order)
 
 
-def whole_fragment(fqn: str, tensor: torch.Tensor, shown: torch.Tensor | None = None) -> Fragment:
+def whole_fragment(
+    fqn: str, tensor: torch.Tensor, forward_view: torch.Tensor | None = None
+) -> Fragment:
     """The fragment of a tensor that this rank holds whole, in any dense memory format."""
     order = dense_order(tensor)
 
@@ -263,5 +307,5 @@ def whole_fragment(fqn: str, tensor: torch.Tensor, shown: torch.Tensor | None = 
 
     view = flat(tensor)
     shape = tuple(tensor.shape)
-    place = Place(fqn, shape, whole(shape), order)
-    return Fragment(place, view, view if shown is None else flat(shown))
+    meta = FragmentMeta(fqn, shape, whole(shape), order)
+    return Fragment(meta, view, view if forward_view is None else flat(forward_view))

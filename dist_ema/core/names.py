@@ -35,7 +35,7 @@ _WRAPPERS = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Slot:
+class Registration:
     """A place in a module where a tensor is registered; it keeps its name if the tensor changes."""
 
     fqn: str
@@ -116,18 +116,18 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return visit(model, "")
 
 
-def slots(model: nn.Module) -> list[Slot]:
+def registrations(model: nn.Module) -> list[Registration]:
     """Every registered tensor, in the order of `state_dict()`, aliases of tied tensors included."""
     found = []
     flattened = _flattened(model)
     for prefix, module in named_modules(model):
         names = [n for n, p in module._parameters.items() if p is not None and not _is_flat(p)]
         for name in (*names, *flattened.get(id(module), ())):
-            found.append(Slot(_join(prefix, name), module, name, False, True))
+            found.append(Registration(_join(prefix, name), module, name, False, True))
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 persistent = name not in module._non_persistent_buffers_set
-                found.append(Slot(_join(prefix, name), module, name, True, persistent))
+                found.append(Registration(_join(prefix, name), module, name, True, persistent))
     return found
 
 
