@@ -26,6 +26,7 @@ from dist_ema.core.group import Group
 from dist_ema.core.layout import Fragment, TensorMeta
 from dist_ema.core.lerp import MultiAvgFn, squared_norms
 from dist_ema.core.names import registrations, unwrap
+from dist_ema.engines import select
 from dist_ema.export.format import DTYPES
 from dist_ema.export.layouts import (
     card_of,
@@ -134,7 +135,7 @@ class ShardedEMA:
                 into is not None,
             )
         self._options.agree(self._group)
-        self._average = Average(model, self._options, into, self._group)
+        self._average = Average(model, self._options, into, self._group, select)
         self._step = self._num_updates = 0
         self._num_resets = 0  # since the build or a load: ranks must agree
         self._decays: list[float] | None = None
@@ -231,7 +232,7 @@ class ShardedEMA:
 
     def _update(self, step: int | None) -> bool:
         self._average.follow()
-        self._average.refuse_thawed()
+        self._average.refuse_unfrozen()
         if isinstance(step, bool) or (step is not None and not _is_count(step)):
             what = type(step).__name__ if isinstance(step, nn.Module) else repr(step)
             raise ValueError(
@@ -274,7 +275,7 @@ class ShardedEMA:
         """Start again: the average is the live weights, `step` and `num_updates` are 0. Local."""
         self._average.marks.refuse("reset()", mends=True)
         self._average.follow()
-        self._average.start_again()
+        self._average.reset()
         self._average.marks.mend()
         self._step = self._num_updates = 0
         self._num_resets += 1
@@ -324,7 +325,7 @@ class ShardedEMA:
         live ones on exit, and a comparison of replicas before. Else local.
         """
         self._meet("average_parameters()", {"name": name}, group=self._average.swap_group)
-        with self._average.showing(name or self.names[0], self._values(name)):
+        with self._average.swap(name or self.names[0], self._values(name)):
             try:
                 yield
             except BaseException as error:
@@ -354,7 +355,7 @@ class ShardedEMA:
         if module is not None:
             gatherer, values = self._gathered("copy_to()", name, None, module="a module")
             buckets = whole_tensors(gatherer, values, None)
-            write_into(module, gatherer.entries, buckets, self._group)
+            write_into(module, gatherer.tensors, buckets, self._group, select)
             return
         self._meet("copy_to()", {"name": name, "dtype": None, "module": None})
         self._average.make_permanent(self._values(name))
@@ -661,7 +662,7 @@ class ShardedEMA:
     def _tensors(self) -> list[TensorMeta]:
         """What is averaged, on any rank."""
         return [
-            TensorMeta(w.fqn, w.aliases, w.shape, self._average.average_dtype(w))
+            TensorMeta(w.fqn, w.aliases, w.shape, self._average.dtype_of(w))
             for w in self._average.plan.weights
             if w.fqn in self._average.plan.averaged
         ]

@@ -37,7 +37,6 @@ LAYERS = [
         "export.card",
         "export.format",
         "export.replace",
-        "core.holders",
         "core.lerp",
     },
     {"checkpoint", "export", "export.layouts", "export.writing", "options"},

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from dist_ema import ShardedEMA
 from dist_ema.checkpoint.api import CheckpointError
 from dist_ema.core.group import Group, device_for
-from dist_ema.core.plan import chosen, make_plan
+from dist_ema.core.plan import averaged_names, make_plan
 from dist_ema.core.replicas import hash_on_device
 from dist_ema.engines.plain import PlainEngine
 
@@ -112,11 +112,11 @@ def test_a_known_group_is_used_only_where_all_its_members_know_it():
         ranks_without_group.groups_by_members = (  # type: ignore[method-assign]
             lambda known: {tuple(dist.get_process_group_ranks(g)): g for g in reversed(known)}
         )
-        averaged = chosen(weights, "all", "copy")
+        averaged = averaged_names(weights, "all", "copy")
         [replica_group] = make_plan(
             weights, averaged, engine, True, ranks_without_group
         ).replica_groups
-        assert replica_group.group is group
+        assert replica_group.process_group is group
         replica_group.share()
 
 

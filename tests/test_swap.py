@@ -650,15 +650,15 @@ def test_frozen_constants_of_compiled_code_are_refused():
 @every_world(lambda world: world.name in ("ddp", "fsdp2", "hsdp"))
 def test_a_swap_that_is_cut_short_is_marked_until_values_are_loaded(world: World):
     run = start(world).train(2)
-    share = run.ema._average._share
+    share = run.ema._average._publish
 
-    def lost() -> None:
+    def lost(**_: object) -> None:
         raise RuntimeError("a peer is gone")
 
     with pytest.raises(RuntimeError, match="a peer is gone"):
         with run.ema.average_parameters():
-            run.ema._average._share = lost  # type: ignore[method-assign]
-    run.ema._average._share = share  # type: ignore[method-assign]
+            run.ema._average._publish = lost  # type: ignore[method-assign]
+    run.ema._average._publish = share  # type: ignore[method-assign]
     for call in (run.ema.update, run.ema.gather_state_dict, run.ema.copy_to):
         with pytest.raises(RuntimeError, match=r"way back .* failed"):
             call()

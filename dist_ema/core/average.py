@@ -1,12 +1,12 @@
-"""A model's weights bound to averages of them, and what keeps the bond good while storage moves."""
+"""The averages of one model: they follow the model's storage, are swapped in, and gathered."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import RLock
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,13 +15,13 @@ from dist_ema.core.accelerator import synchronize_if_initialized
 from dist_ema.core.gather import Gatherer
 from dist_ema.core.group import Group
 from dist_ema.core.names import registrations
-from dist_ema.core.plan import Plan, Selects, chosen, make_plan, rebind
-from dist_ema.core.replicas import differing, refuse_destroyed, source
+from dist_ema.core.plan import averaged_names, make_plan, rebind
+from dist_ema.core.replicas import differing, refuse_destroyed, view
 from dist_ema.core.storage import AverageStorage, allocate, average_dtype
 from dist_ema.core.swap import Buffers, DeferredSignals, Marks, Swap, WrittenWeights
 from dist_ema.core.teacher import Teacher
-from dist_ema.engines import select
 from dist_ema.engines.engine import (
+    Engine,
     Registered,
     Weight,
     drop_caches,
@@ -29,11 +29,15 @@ from dist_ema.engines.engine import (
     refuse_freezing,
     without_gaps,
 )
-from dist_ema.options import Options
+
+if TYPE_CHECKING:
+    from dist_ema.options import Options
+
+Select = Callable[[nn.Module], Engine]
 
 
 class Average:
-    """The engine, plan and averages of one model. Its construction is collective."""
+    """The engine, plan and averaged values of one model. Its construction is collective."""
 
     def __init__(
         self,
@@ -41,90 +45,68 @@ class Average:
         options: Options,
         into: nn.Module | None,
         group: Group,
+        select: Select,
     ) -> None:
+        """
+        Args:
+            into: the teacher whose weights are the average, if any.
+            select: returns the engine of a model.
+        """
         self.model, self.group = model, group
         self.lock = RLock()  # held while values are updated or exchanged
-        self._options = options
+        self._options, self._into, self._select = options, into, select
         with group.together():
-            self._into = into if isinstance(into, nn.Module) else None
-            self.marks = Marks()
-            self._watch_modules()
+            self.marks = self._new_marks()
             self.marks.refuse("ShardedEMA()")
             self.engine = select(model)
             weights = self.engine.weights()
-            averaged = chosen(weights, options.params, options.buffers)
-        # A teacher is whole on every rank that holds it.
+            averaged = averaged_names(weights, options.params, options.buffers)
+        # Every rank that holds a teacher needs all of it.
         split = options.replicas == "split" and into is None
         self.plan = make_plan(weights, averaged, self.engine, split, group)
-        # Where no rank shares anything, a swap needs no other rank.
-        shares = self.plan.num_shared_groups > 0
-        self._any_shares = group.any(shares or self.engine.communicates)
+        needs_others = self.plan.num_shared_groups > 0 or self.engine.communicates
+        # The ranks that take part in a swap.
+        self.swap_group = group if group.any(needs_others) else Group.alone()
         self._refuse_differing_replicas()
-        fragments = [p for p in self.plan.fragments]
         self._teacher: Teacher | None = None
-        self._frozen_due = False  # whether the teacher's frozen weights may be others than ours
+        self._copies_frozen = False  # whether the next update copies frozen weights to the teacher
         with group.together(), torch.no_grad():
             if into is None:
-                num_averages = len(options.schedules)
-                values = allocate(fragments, options.dtype, num_averages, options.device)
+                fragments = self.plan.fragments
                 self.storage = AverageStorage(
                     fragments,
-                    values,
+                    allocate(fragments, options.dtype, len(options.schedules), options.device),
                     overlap=options.overlap,
-                    # A forward pass writes to buffers, and no optimizer step comes before it.
+                    # A forward pass writes to buffers before the next optimizer step.
                     waits=bool(self.plan.buffers),
                 )
             else:
-                self._teacher = Teacher(into, self.engine, self.plan)
-                self.storage = self._storage_in(self._teacher)
-            self.start_again()
-        self._note_storage()
+                self._teacher = Teacher(into, self.engine, self.plan, select)
+                self.storage = self._teacher.storage(self.plan)
+            self.reset()
+        self._remember()
+
+    # Following the model.
 
     def follow(self) -> None:
-        """Make the plan again if the model's storage moved. Local.
+        """Update the plan if the model's storage moved. Local.
 
         Raises:
-            RuntimeError: the model is cut in another way than when the average was built.
+            RuntimeError: the model's layout is not the one the average was built for.
         """
         if self.group.outdated():
             raise RuntimeError(
                 "this average was built before torch.distributed was initialized, for one process; "
                 "build ShardedEMA after the process group, with the model that is trained"
             )
-        if self._storage() != self._stamp or self._children() != self._structure:
+        if self._fingerprint() != self._remembered:
             self._rebind()
         if self._teacher is not None and self._teacher.moved():
             self._teacher.follow(self.plan)
-            self.storage = self._storage_in(self._teacher)
+            self.storage = self._teacher.storage(self.plan)
 
-    def _storage_in(self, teacher: Teacher) -> AverageStorage:
-        """The average in a teacher's own storage, where gaps belong to other weights."""
-        fragments = [p for p in self.plan.fragments]
-        return AverageStorage(fragments, [teacher.values(self.plan)], owns_gaps=False)
-
-    @torch.no_grad()
-    def start_again(self) -> None:
-        """Let every average be the live weights. Local."""
-        self.storage.copy()
-        if self._teacher is not None:
-            self._teacher.copy_parameters(self.plan, frozen_only=False)
-        self.refresh_teacher()
-
-    def refresh_teacher(self, *, loaded: bool = False) -> None:
-        """Let the teacher, if there is one, compute with what was averaged. Local.
-
-        After a load it takes the frozen weights too, and once more at the next update: the model's
-        own may be loaded in between.
-        """
-        if self._teacher is not None:
-            if loaded or self._frozen_due:
-                self._teacher.copy_parameters(self.plan, frozen_only=True)
-            self._teacher.copy_buffers(self.engine, self.plan.averaged)
-            self._teacher.refresh()
-            self._frozen_due = loaded
-
-    def refuse_thawed(self) -> None:
-        """Raise if a weight that was left out, since it was frozen, trains now. Local."""
+    def refuse_unfrozen(self) -> None:
+        """Raise if a parameter that was frozen, and is not averaged, requires grad now. Local."""
         for fqn, tensor in self._frozen:
             if tensor.requires_grad:
                 raise RuntimeError(
@@ -133,7 +115,7 @@ class Average:
                 )
 
     def _rebind(self) -> None:
-        engine = select(self.model)
+        engine = self._select(self.model)
         if type(engine) is not type(self.engine):
             raise RuntimeError(
                 f"the model was held by {type(self.engine).__name__} when this average was built, "
@@ -142,73 +124,102 @@ class Average:
             )
         self.plan = rebind(self.plan, engine.weights(), self.group)
         self.engine = engine
-        self.storage.bind([p for p in self.plan.fragments])
-        self._note_storage()
+        self.storage.bind(self.plan.fragments)
+        self._remember()
 
-    def _note_storage(self) -> None:
-        """Take what `follow` compares with, from the engine and plan of now."""
-        self._held = list(self.model.modules())  # or else ids could be given to new modules
-        children = [module._modules for module in self._held]
-        self._watch_modules()
-        self._parents = [c for c in children if c]
-        self._leaves = [c for c in children if not c]
-        self._structure = self._children()
-        self._averaged_buffers = _registered_buffers(self.model, self.plan.averaged)
-        self._stamp = self._storage()
-        self._frozen = _frozen(self.plan, self._options.params)
+    def _remember(self) -> None:
+        """Keep what `follow` compares with."""
+        self.marks = self._new_marks()
+        self._modules = list(self.model.modules())  # kept, so that ids are not reused
+        children = [module._modules for module in self._modules]
+        self._parents, self._leaves = [c for c in children if c], [c for c in children if not c]
+        self._averaged_buffers = Registered(
+            (r.registry, r.name)
+            for r in registrations(self.model)
+            if r.is_buffer and r.fqn in self.plan.averaged
+        )
+        self._frozen = [
+            (w.fqn, w.tensor)
+            for w in self.plan.weights
+            if self._options.params == "trainable" and w.fqn not in self.plan.averaged
+        ]
+        self._remembered = self._fingerprint()
         self._gatherer: Gatherer | None = None
         self._gathered_buffers: list[object] = []
 
-    def _storage(self) -> list[int]:
-        """Data pointers of all that is averaged or not to change."""
-        return self.engine.stamp() + self._averaged_buffers.addresses()
+    def _fingerprint(self) -> list[int]:
+        """Changes if averaged storage moves, or if a module or parameter is added or replaced."""
+        children = itertools.chain.from_iterable(map(dict.values, self._parents))
+        return [
+            *self.engine.stamp(),
+            *self._averaged_buffers.addresses(),
+            any(self._leaves),
+            *map(id, children),
+        ]
 
-    def _watch_modules(self) -> None:
-        """Learn of swaps of the modules that are read or written: the model's and the teacher's."""
-        into = () if self._into is None else self._into.modules()
-        self.marks.watch([*self.model.modules(), *into])
+    def _new_marks(self) -> Marks:
+        teacher = () if self._into is None else self._into.modules()
+        return Marks([*self.model.modules(), *teacher])
 
-    def _children(self) -> list[int]:
-        """What changes when a submodule is replaced or added."""
-        if any(self._leaves):
-            return []
-        return list(map(id, itertools.chain.from_iterable(map(dict.values, self._parents))))
+    # Averaging.
 
-    def average_dtype(self, weight: Weight) -> torch.dtype:
-        """The dtype in which a weight is averaged, on whatever rank. Local."""
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Copy the live weights to every average. Local."""
+        self.storage.copy()
+        if self._teacher is not None:
+            self._teacher.copy_parameters(self.plan, frozen_only=False)
+        self.refresh_teacher()
+
+    def refresh_teacher(self, *, loaded: bool = False) -> None:
+        """Let the teacher, if there is one, compute with the new average. Local.
+
+        After a load, frozen weights are copied to it now and at the next update: the model's own
+        may be loaded in between.
+        """
+        if self._teacher is not None:
+            if loaded or self._copies_frozen:
+                self._teacher.copy_parameters(self.plan, frozen_only=True)
+            self._teacher.copy_buffers(self.engine, self.plan.averaged)
+            self._teacher.refresh()
+            self._copies_frozen = loaded
+
+    def dtype_of(self, weight: Weight) -> torch.dtype:
+        """The dtype of a weight's average, the same on every rank. Local."""
         if self._teacher is not None:
             return self._teacher.dtype_of(weight.fqn)
         return average_dtype(self._options.dtype, weight.tensor)
 
-    def others(self) -> list[Weight]:
-        """What the model has now and is not averaged: frozen parameters, and buffers. Local."""
-        parameters = [w for w in self.plan.weights if w.fqn not in self.plan.averaged]
-        buffers = [w for w in self.engine.buffers() if w.fqn not in self.plan.averaged]
-        return parameters + buffers
+    # Reading.
 
-    def gatherer(self, values: list[torch.Tensor]) -> Gatherer:
-        """Who owns what, with the dtypes of these values. Collective: every rank calls it."""
-        buffers = [w for w in self.engine.buffers() if w.persistent]
-        buffers = [w for w in buffers if w.fqn not in self.plan.averaged]
-        stamp: list[object] = [
+    def others(self) -> list[Weight]:
+        """What the model has now and is not averaged: parameters, then buffers. Local."""
+        every = [*(w for w in self.plan.weights if not w.is_buffer), *self.engine.buffers()]
+        return [w for w in every if w.fqn not in self.plan.averaged]
+
+    def gatherer(self, values: Sequence[torch.Tensor]) -> Gatherer:
+        """The gatherer for one average's values. Collective: every rank calls it."""
+        registered = [w for w in self.others() if w.is_buffer and w.persistent]
+        buffers = [without_gaps(w) for w in registered]  # copies of those with gaps
+        key: list[object] = [
             (
                 (w.fqn, w.aliases, w.shape, w.tensor.dtype, w.problem),
                 [(f.meta, pointer(f.view)) for f in w.fragments],
             )
             for w in buffers
         ]
-        gapless = [without_gaps(w) for w in buffers]
-        is_copied = gapless != buffers  # then it must be copied again each time
-        buffers = gapless
-        gatherer = self._gatherer if stamp == self._gathered_buffers and not is_copied else None
-        # A rank that holds nothing does not notice that storage moved: all do it if one must.
+        is_current = key == self._gathered_buffers and buffers == registered
+        gatherer = self._gatherer if is_current else None
+        # A rank that holds nothing cannot see that storage moved: all ranks rebuild if one must.
         if self.group.any(gatherer is None) or gatherer is None:
             gatherer = Gatherer(self.plan, values, buffers, self.group)
-            self._gatherer, self._gathered_buffers = gatherer, stamp
+            self._gatherer, self._gathered_buffers = gatherer, key
         return gatherer
 
-    def make_permanent(self, values: list[torch.Tensor]) -> None:
-        """Write an average over the live weights, masters and low-precision copies too.
+    # Writing to the live weights.
+
+    def make_permanent(self, values: Sequence[torch.Tensor]) -> None:
+        """Write an average to the live weights, masters and low-precision copies too.
 
         Collective where weights are replicated or the engine keeps copies.
         """
@@ -219,19 +230,18 @@ class Average:
         for fragment, value in zip(self.plan.fragments, values, strict=True):
             fragment.view.copy_(value)
         for replica_group in self.plan.replica_groups:
-            replica_group.share(source)
+            replica_group.share(view)
         for weight in self.plan.weights:
-            if weight.fqn in self.plan.averaged:
-                for fragment in weight.fragments:
-                    if not fragment.in_place:
-                        fragment.forward_view.copy_(fragment.view)
-        self._publish()
+            for fragment in weight.fragments if weight.fqn in self.plan.averaged else ():
+                if not fragment.in_place:
+                    fragment.forward_view.copy_(fragment.view)
+        self._publish(share=False)
 
     @contextmanager
-    def showing(self, name: str, values: list[torch.Tensor]) -> Iterator[None]:
-        """Within the block the forward pass reads an average. Collective where replicas share."""
+    def swap(self, name: str, values: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Within the block, the forward pass reads an average. Collective among `swap_group`."""
         num_parameters = len(self.plan.parameters)
-        swap = Swap([p for p in self.plan.parameters], values[:num_parameters])
+        swap = Swap(self.plan.parameters, values[:num_parameters])
         with torch.no_grad(), self.swap_group.together():
             refuse_freezing()
             refuse_destroyed(self.plan.replica_groups)
@@ -239,26 +249,30 @@ class Average:
             self.engine.release()
             self._await_copies()
         self._refuse_differing_replicas()
-        signals = DeferredSignals()
-        armed = shared = False  # whether the way back has something to do, and replicas to share
+        marks, signals = self.marks, DeferredSignals()
+        started = entered = False
         written: WrittenWeights | None = None
 
-        def share_back() -> None:
+        def publish() -> None:
             try:
-                self._share() if shared else self._publish()
-                if swap.is_shown:
+                self._publish(share=entered)
+                if swap.is_active:
                     raise RuntimeError("live weights were not written back")
             except BaseException as error:
                 self.marks.set("torn", name)
-                if isinstance(error, Exception):
-                    self._raise_torn(error)
-                raise
+                if not isinstance(error, Exception):
+                    raise
+                raise RuntimeError(
+                    "the way back from average_parameters() has failed: the model's weights are "
+                    "in part live ones and in part averaged ones. Load the model's weights again, "
+                    f"then call reset() or load() of the average. {type(error).__name__}: {error}"
+                ) from error
 
         def leave() -> None:
-            # The last callback first, and each of them also if one before it raised.
+            # Callbacks run in reverse order, and each of them even if another raised.
             with self.lock, torch.no_grad(), ExitStack() as steps:
-                steps.callback(self.marks.clear, "shown")
-                steps.callback(share_back)
+                steps.callback(publish)
+                steps.callback(marks.set, None)
                 steps.callback(self._carry_over_if_moved)
                 steps.callback(buffers.restore)
                 steps.callback(swap.leave)
@@ -271,15 +285,15 @@ class Average:
             try:
                 signals.hold()
                 with self.lock, torch.no_grad():
-                    armed = True
-                    self.marks.set("shown", name)
+                    started = True
+                    marks.set("swapped", name)
                     with self.swap_group.together():
                         swap.enter()
                         averaged = zip(self.plan.buffers, values[num_parameters:], strict=True)
                         for fragment, value in averaged:
                             fragment.view.copy_(value)
-                    shared = True
-                    self._share()
+                    entered = True
+                    self._publish(share=True)
                     written = WrittenWeights(
                         (weight.fqn, tensor)
                         for weight in self.plan.weights
@@ -290,20 +304,19 @@ class Average:
                 yield
             finally:
                 signals.hold()
-        finally:  # also if a signal came just before they were held
+        finally:  # even if a signal arrived just before
             try:
-                if armed:
+                if started:
                     leave()
             finally:
                 signals.release()
 
-    @staticmethod
-    def _raise_torn(error: Exception) -> NoReturn:
-        raise RuntimeError(
-            "the way back from average_parameters() has failed: the model's weights are in part "
-            "live ones and in part averaged ones. Load the model's weights again, then call "
-            f"reset() or load() of the average. {type(error).__name__}: {error}"
-        ) from error
+    def _publish(self, *, share: bool) -> None:
+        """Exchange slices among replicas if `share`, and let the next forward pass read storage."""
+        for replica_group in self.plan.replica_groups if share else ():
+            replica_group.share()
+        self.engine.publish()
+        drop_caches()
 
     def _await_copies(self) -> None:
         """Wait for forward passes that may still copy weights from host memory to the device."""
@@ -312,34 +325,18 @@ class Average:
             synchronize_if_initialized()
 
     def _carry_over_if_moved(self) -> None:
-        """Bring live weights along to where a block moved the model's storage."""
-        if self._storage() == self._stamp:
+        """Copy live weights to where a block moved the model's storage."""
+        if self._fingerprint() == self._remembered:
             return
-        old = [f for w in self.plan.weights for f in w.fragments if w.fqn in self.plan.averaged]
+        before = [f for w in self.plan.weights for f in w.fragments if w.fqn in self.plan.averaged]
         self._rebind()
         self.engine.release()
-        new = [f for w in self.plan.weights for f in w.fragments if w.fqn in self.plan.averaged]
-        for was, now in zip(old, new, strict=True):
-            if now.view.data_ptr() != was.view.data_ptr():
-                now.view.copy_(was.view)
-                if not now.in_place:
-                    now.forward_view.copy_(was.view)
-
-    @property
-    def swap_group(self) -> Group:
-        """The ranks that a swap involves: all of them, or this one by itself."""
-        return self.group if self._any_shares else Group.alone()
-
-    def _share(self) -> None:
-        """Let replicas have each other's slices, and the forward pass what stands in storage."""
-        for replica_group in self.plan.replica_groups:
-            replica_group.share()
-        self._publish()
-
-    def _publish(self) -> None:
-        """Let the next forward pass read what stands in storage."""
-        self.engine.publish()
-        drop_caches()
+        after = [f for w in self.plan.weights for f in w.fragments if w.fqn in self.plan.averaged]
+        for old, new in zip(before, after, strict=True):
+            if new.view.data_ptr() != old.view.data_ptr():
+                new.view.copy_(old.view)
+                if not new.in_place:
+                    new.forward_view.copy_(old.view)
 
     def _refuse_differing_replicas(self) -> None:
         """Raise if ranks that hold the same weights do not hold the same bits. Collective."""
@@ -352,18 +349,3 @@ class Average:
                 "its own, or, if these are different weights under one name (experts), "
                 "process_group= with the ranks that together hold one model"
             )
-
-
-def _frozen(plan: Plan, params: Selects) -> list[tuple[str, torch.Tensor]]:
-    """Parameters that are left out because they do not train."""
-    if params != "trainable":
-        return []
-    return [
-        (w.fqn, w.tensor) for w in plan.weights if not w.is_buffer and w.fqn not in plan.averaged
-    ]
-
-
-def _registered_buffers(model: nn.Module, names: frozenset[str]) -> Registered:
-    return Registered(
-        (s.registry, s.name) for s in registrations(model) if s.is_buffer and s.fqn in names
-    )

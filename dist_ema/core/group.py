@@ -1,4 +1,4 @@
-"""The ranks that together hold a model: who they are, and how they fail together."""
+"""The ranks that together hold a model, and collectives that fail on all of them or on none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -79,13 +79,20 @@ class Group:
         return group
 
     def outdated(self) -> bool:
-        """Whether processes were joined since this process was taken for the only one. Local."""
-        joined = dist.is_available() and dist.is_initialized()
-        return self.process_group is None and joined and dist.get_world_size() > 1
+        """Whether this process was taken for the only one and is now one of several. Local."""
+        initialized = dist.is_available() and dist.is_initialized()
+        return self.process_group is None and initialized and dist.get_world_size() > 1
 
-    def global_rank(self, rank: int) -> int:
+    def _global_rank(self, rank: int) -> int:
         assert self.process_group is not None
         return dist.get_global_rank(self.process_group, rank)
+
+    def point_to_point(
+        self, operation: Callable[..., object], tensor: torch.Tensor, rank: int
+    ) -> dist.P2POp:
+        """`isend` to or `irecv` from a rank of this group, for `batch_isend_irecv`."""
+        peer = self._global_rank(rank)
+        return dist.P2POp(operation, tensor, peer, group=self.process_group)
 
     @contextmanager
     def together(self, call: str = "", values: Mapping[str, str] | None = None) -> Iterator[None]:
@@ -94,9 +101,9 @@ class Group:
         Collective: every rank calls it. Costs an all-reduce of three integers where all is well.
 
         Args:
-            call: the public call that begins with this block. Ranks that are in different calls
-                raise, and a rank that waits for others names those that have not arrived.
-            values: what must be equal on all ranks, by label.
+            call: the public call that begins with this block. Ranks in different calls raise, and
+                a rank that waits names the ranks that have not arrived.
+            values: texts that must be equal on all ranks, by label.
 
         Raises:
             RuntimeError: ranks are in different calls, or differ in a label that is no argument.
@@ -113,21 +120,21 @@ class Group:
                 raise problem
             return
         self._refuse_destroyed_group()
-        mine = {"the call": call} | dict(values or {})
-        bits = digest(sorted(mine.items()))[0] >> 1  # ranks may list them in other orders
+        labels = {"the call": call} | dict(values or {})
+        bits = digest(sorted(labels.items()))[0] >> 1  # the order of labels may differ
         with self._watching(call):
             failed, highest, lowest = self.maxima([int(problem is not None), bits, -bits])
         if not failed and highest == -lowest:
             return
-        error_of = None if problem is None else (type(problem).__name__, str(problem))
-        reports = self.all_gather((error_of, mine))
+        own = None if problem is None else (type(problem).__name__, str(problem))
+        reports = self.all_gather((own, labels))
         if problem is not None:
             raise problem
-        for rank, (their_error, _) in enumerate(reports):
-            if their_error is not None:
-                kind, text = their_error
+        for rank, (reported, _) in enumerate(reports):
+            if reported is not None:
+                kind, text = reported
                 raise _ERRORS.get(kind, RuntimeError)(f"rank {rank}: {text}")
-        self._raise_difference(call, [labels for _, labels in reports])
+        _raise_difference(call, [labels for _, labels in reports])
 
     def _refuse_destroyed_group(self) -> None:
         try:
@@ -138,25 +145,12 @@ class Group:
                 "ShardedEMA again after init_process_group(), and load() the average's checkpoint"
             ) from error
 
-    def _raise_difference(self, call: str, reports: Sequence[Mapping[str, str]]) -> NoReturn:
-        """Name the first label in which ranks differ."""
-        for label in dict.fromkeys(label for theirs in reports for label in theirs):
-            values = [theirs.get(label, "absent") for theirs in reports]
-            rank = next((r for r, value in enumerate(values) if value != values[0]), None)
-            if rank is not None:
-                error = ValueError if label.startswith("argument ") else RuntimeError
-                raise error(
-                    f"{call}: {label} is {values[0]} on rank 0 and {values[rank]} on rank {rank}; "
-                    "every rank must make the same calls with the same arguments, update() included"
-                )
-        raise AssertionError("digests differ and values do not")
-
     @contextmanager
     def _watching(self, call: str) -> Iterator[None]:
-        """While this rank waits in the block, log which ranks have not arrived in a call of ours.
+        """While this rank waits in the block, log which ranks have not arrived.
 
-        A rank notes its call in the store of the default process group and removes the note when
-        all have met. Without a store, nothing is logged.
+        A rank sets a key in the store of the default process group, and deletes it when all ranks
+        have arrived. Without a store, nothing is logged.
         """
         store, prefix = (
             _default_store(),
@@ -184,12 +178,12 @@ class Group:
 
         timer = threading.Timer(self.warn_after_s, warn)
         timer.daemon = True
-        with suppress(Exception):  # the process that serves the store may be gone
+        with suppress(Exception):  # the process that hosts the store may have ended
             store.set(f"{prefix}/{self.rank}", call)
         timer.start()
         try:
             yield
-        except Exception as error:  # the notes stay: other ranks read them when they fail too
+        except Exception as error:  # the keys stay: other ranks read them when they fail
             raise RuntimeError(f"{call}: {absent()}; {error}") from error
         finally:
             timer.cancel()
@@ -206,11 +200,11 @@ class Group:
         return largest
 
     def connect(self) -> None:
-        """Let the group's backend for the accelerator, if it has one, be ready for point to point.
+        """Prepare the group's backend for the accelerator, if it has one, for point to point.
 
-        Collective: every rank calls it. NCCL joins all ranks at the first call on a device, so that
-        a first call among some of them would wait for the others; where the group has gloo for the
-        CPU too, nothing here has come to the accelerator before.
+        Collective: every rank calls it. The first call on a device makes NCCL connect all ranks, so
+        a first call among some ranks would wait for the others. With `cpu:gloo,cuda:nccl`, all
+        earlier calls went to gloo.
         """
         assert self.process_group is not None
         accelerator = torch.accelerator.current_accelerator()
@@ -223,7 +217,7 @@ class Group:
     def groups_by_members(
         self, known: Sequence[dist.ProcessGroup]
     ) -> dict[tuple[int, ...], dist.ProcessGroup]:
-        """This group and the known ones by their ranks, counted within this group. Local."""
+        """This group and the known groups by their ranks, counted within this group. Local."""
         if self.process_group is None:
             return {}
         rank_of = {
@@ -242,9 +236,9 @@ class Group:
         return bool(self.maxima([int(flag)])[0])
 
     def equal(self, value: object) -> bool:
-        """Whether all ranks call with the same value, by its `repr`. Collective.
+        """Whether all ranks pass the same value, by its `repr`. Collective.
 
-        An all-reduce of two integers, however many ranks there are and however long the value is.
+        One all-reduce of two integers.
         """
         bits = digest(value)[0] >> 1
         highest, lowest = self.maxima([bits, -bits])
@@ -263,7 +257,7 @@ class Group:
         if self.size == 1:
             return [obj]
         out: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(obj, out, dst=self.global_rank(0), group=self.process_group)
+        dist.gather_object(obj, out, dst=self._global_rank(0), group=self.process_group)
         return out or []
 
     def scatter(self, objs: Sequence[Any]) -> Any:
@@ -272,7 +266,7 @@ class Group:
             return objs[0]
         out: list[Any] = [None]
         given = list(objs) if self.rank == 0 else None
-        dist.scatter_object_list(out, given, src=self.global_rank(0), group=self.process_group)
+        dist.scatter_object_list(out, given, src=self._global_rank(0), group=self.process_group)
         return out[0]
 
     def broadcast(self, obj: Any) -> Any:
@@ -280,7 +274,7 @@ class Group:
         if self.size == 1:
             return obj
         out = [obj]
-        dist.broadcast_object_list(out, src=self.global_rank(0), group=self.process_group)
+        dist.broadcast_object_list(out, src=self._global_rank(0), group=self.process_group)
         return out[0]
 
     def broadcast_tensor(self, tensor: torch.Tensor) -> None:
@@ -289,7 +283,7 @@ class Group:
             return
         for part in tensor.view(-1).view(torch.uint8).split(_BROADCAST_BYTES):
             staged = part.to(self.device)
-            dist.broadcast(staged, src=self.global_rank(0), group=self.process_group)
+            dist.broadcast(staged, src=self._global_rank(0), group=self.process_group)
             if staged is not part:
                 part.copy_(staged)
 
@@ -302,8 +296,21 @@ class Group:
         row[0], row[1 : 1 + len(own)] = len(own), torch.from_numpy(own)
         rows = torch.empty(self.size * len(row), dtype=torch.int64, device=self.device)
         all_gather_single(rows, row.to(self.device), group=self.process_group)
-        every = rows.view(self.size, -1).cpu().numpy()
-        return [each[1 : 1 + each[0]] for each in every]
+        return [r[1 : 1 + r[0]] for r in rows.view(self.size, -1).cpu().numpy()]
+
+
+def _raise_difference(call: str, reports: Sequence[Mapping[str, str]]) -> NoReturn:
+    """Name the first label in which ranks differ."""
+    for label in dict.fromkeys(label for labels in reports for label in labels):
+        values = [labels.get(label, "absent") for labels in reports]
+        rank = next((r for r, value in enumerate(values) if value != values[0]), None)
+        if rank is not None:
+            error = ValueError if label.startswith("argument ") else RuntimeError
+            raise error(
+                f"{call}: {label} is {values[0]} on rank 0 and {values[rank]} on rank {rank}; "
+                "every rank must make the same calls with the same arguments, update() included"
+            )
+    raise AssertionError("digests differ and values do not")
 
 
 def _default_store() -> Any:
@@ -319,7 +326,7 @@ def _default_store() -> Any:
 
 
 def digest(*parts: object) -> tuple[int, int]:
-    """128 bits that tell equal descriptions from different ones, as two int64."""
+    """A 128-bit digest of the `repr` of some values, as two int64."""
     raw = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
     return (
         int.from_bytes(raw[:8], "little", signed=True),
@@ -328,10 +335,10 @@ def digest(*parts: object) -> tuple[int, int]:
 
 
 def gather_chunk(device: torch.device, num_ranks: int, itemsize: int) -> int:
-    """How many elements of each rank an all-gather of a large tensor should take at a time.
+    """Elements of each rank in one all-gather, when a large tensor is gathered in chunks.
 
-    Gloo copies it, and its threads let go of some copies late: with 8 MB a swap held up to 95 MB on
-    a CPU, for a fifth of the time less. NCCL wants more, and not too little from each rank.
+    Gloo copies a chunk and its threads free some copies late: with 8 MB a swap held up to 95 MB on
+    a CPU and took a fifth less time. NCCL needs larger chunks, with a minimum for each rank.
     """
     if device.type == "cpu":
         nbytes = _GLOO_GATHER_BYTES // num_ranks
@@ -343,21 +350,23 @@ def gather_chunk(device: torch.device, num_ranks: int, itemsize: int) -> int:
 def device_for(
     group: dist.ProcessGroup, wanted: torch.device, *, point_to_point: bool = False
 ) -> torch.device:
-    """A device whose tensors the group can send: the wanted one, the CPU, or this rank's own.
+    """A device whose tensors the group can send: the wanted one, the CPU, or the accelerator.
 
-    Gloo takes tensors of an accelerator in collectives, but not in `isend` and `irecv`.
+    Gloo accepts tensors of an accelerator in collectives, but not in `isend` and `irecv`.
     """
     backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-    able = {
+    supported = {
         device
         for device, backend in backends.items()
         if device == "cpu" or backend != "gloo" or not point_to_point
     }
-    if wanted.type in able:
+    if wanted.type in supported:
         return wanted
-    if "cpu" in able:
+    if "cpu" in supported:
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type not in able:
-        raise RuntimeError(f"process group sends tensors of {sorted(able)}, none of which is here")
+    if accelerator is None or accelerator.type not in supported:
+        raise RuntimeError(
+            f"the process group needs tensors on {sorted(supported)}; none is available"
+        )
     return torch.device(accelerator.type, torch.accelerator.current_device_index())

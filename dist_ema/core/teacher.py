@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from dist_ema.core.layout import Fragment, FragmentMeta
 from dist_ema.core.names import named_modules
 from dist_ema.core.plan import Plan
-from dist_ema.engines import select
+from dist_ema.core.storage import AverageStorage
 from dist_ema.engines.engine import Engine, Weight, drop_caches, pointer
 
 
@@ -22,14 +22,20 @@ class Teacher:
     student must have its own of the same place.
     """
 
-    def __init__(self, module: nn.Module, student: Engine, plan: Plan) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        student: Engine,
+        plan: Plan,
+        select: Callable[[nn.Module], Engine],
+    ) -> None:
         """
         Raises:
             ValueError: the teacher is cut in another way; the weights are named.
         """
         if not isinstance(module, nn.Module):
             raise ValueError(f"into is a {type(module).__name__}, wanted a torch.nn.Module")
-        self._module = module
+        self._module, self._select = module, select
         self._engine = select(module)
         if type(self._engine) is not type(student):
             raise ValueError(
@@ -46,21 +52,22 @@ class Teacher:
         ):
             raise ValueError("into shares weights with the model; give a module of its own")
 
-    def values(self, plan: Plan) -> list[torch.Tensor]:
-        """The teacher's storage of each of the plan's pieces, 1-D."""
-        return [self._fragments[fragment.meta].view for fragment in plan.fragments]
+    def storage(self, plan: Plan) -> AverageStorage:
+        """The average in the teacher's own storage, where gaps belong to other weights."""
+        values = [self._fragments[fragment.meta].view for fragment in plan.fragments]
+        return AverageStorage(plan.fragments, [values], owns_gaps=False)
 
     def dtype_of(self, fqn: str) -> torch.dtype:
         """The dtype of one of the teacher's weights."""
         return self._dtypes[fqn]
 
     def moved(self) -> bool:
-        """Whether storage moved since `values` was called."""
+        """Whether storage moved since `storage` was called."""
         return self._engine.stamp() != self._stamp
 
     def follow(self, plan: Plan) -> None:
         """Find the storage again."""
-        self._engine = select(self._module)
+        self._engine = self._select(self._module)
         self._bind(plan)
 
     def copy_parameters(self, plan: Plan, *, frozen_only: bool) -> None:

@@ -59,6 +59,7 @@ class Engine(ABC):
     """A model cut in one way. What has a body here is right where nothing is gathered or copied."""
 
     communicates = False  # whether `release` and `publish` do
+    is_plain = False  # whether every rank holds all of each weight
     source = "weights"  # or "master": what the fragments' views are
 
     def __init__(self, model: nn.Module) -> None:

@@ -11,6 +11,8 @@ from dist_ema.engines.engine import Engine, Registered
 class PlainEngine(Engine):
     """Whole tensors, read and written where the module keeps them. Nothing here communicates."""
 
+    is_plain = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._parameters = [module._parameters for module in model.modules()]

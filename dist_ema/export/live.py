@@ -62,7 +62,7 @@ def export(
     """
     outputs = {
         e.fqn: TensorMeta(e.fqn, e.aliases, e.shape, e.dtype_as(dtype), e.averaged)
-        for e in gatherer.entries
+        for e in gatherer.tensors
     }
     plan: Draft | None = None
     with group.together():
@@ -131,14 +131,14 @@ def _write_own(
     dtype: torch.dtype | None,
     group: Group,
 ) -> None:
-    scattered = gatherer.fqns_with(
+    scattered = gatherer.names_where(
         lambda entry, meta: is_scattered(meta, entry.dtype_as(dtype).itemsize)
     ) & set(plan.where)
     with group.together():
         for fqn, pieces in gatherer.own.items():
             if fqn in plan.where and fqn not in scattered:
                 for owned in pieces:
-                    writing.run(outputs[fqn], owned.meta, values[owned.piece])
+                    writing.run(outputs[fqn], owned.meta, values[owned.index])
     if scattered:
         _write_bands(writing, gatherer, values, outputs, dtype, group, scattered, spread=True)
 
@@ -154,14 +154,11 @@ def _write_bands(
     *,
     spread: bool = False,
 ) -> None:
-    def room(entry: TensorMeta, start: int, stop: int) -> torch.Tensor:
-        return torch.empty(stop - start, dtype=entry.dtype_as(dtype))
-
-    bands = gatherer.bands(values, dtype, room, only=fqns, spread=spread)
+    bands = gatherer.chunks(values, dtype, only=fqns, spread=spread)
     with group.together(), closing(bands):
         for bucket in bands:
             for band in bucket:
-                writing.band(outputs[band.entry.fqn], band.start, band.values)
+                writing.band(outputs[band.tensor.fqn], band.start, band.values)
 
 
 def _refuse_broken(writing: Writing, group: Group) -> None:

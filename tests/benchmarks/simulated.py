@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dist_ema.core import holders, replicas
+from dist_ema.core import replicas
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Box, FragmentMeta, Shape, whole
 
@@ -89,7 +89,7 @@ class World:
     def labels(self, shard: int) -> np.ndarray:
         """What a rank with this shard tells the others of what it holds."""
         places = [place for place, averaged in self._places_of_shard(shard) if averaged]
-        return holders.labels_of(places, [True] * len(places))
+        return replicas.labels_of(places)
 
 
 @dataclass
