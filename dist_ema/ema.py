@@ -261,7 +261,7 @@ class ShardedEMA:
                 decay_at(schedule, since, options.update_every) if since > 0 else 0.0
                 for schedule in options.schedules.values()
             ]
-            storage.fold(decays)
+            storage.update(decays)
             self._decays = decays
         elif since <= 0 or self._num_updates == 0:
             storage.copy()

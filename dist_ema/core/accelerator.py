@@ -1,16 +1,16 @@
 """Accelerators of any kind (CUDA, XPU, NPU, ...), and side streams for updates of an average.
 
 [Note: fences]
-An update on a side stream reads the live weights while the caller goes on. It waits for all work
-that the caller launched before it. The following wait for the update: the next step of any torch
-optimizer (by a hook that runs before each step), everything that reads the average through
-`Shadow`, and the destruction of the streams, which comes before that of the memory that they use.
-Code that writes to the weights in another way must read the average first (`drift()`, for example).
+An update on a side stream reads the live weights while the caller continues. It waits for all work
+that the caller launched before it. These wait for the update: the next step of any torch optimizer
+(by a hook that runs before each step), everything that reads the average through `AverageStorage`,
+and the destruction of the streams, which happens before that of the memory that they use. Other
+code that writes to the weights must read the average first (`drift()`, for example).
 
-The weights that an update reads are not freed meanwhile, wherever the model moves: the update's
-plan holds views of them, and a new plan is made only after `SideStreams.synchronize`.
+The weights that an update reads are not freed meanwhile, even if the model moves: the update's plan
+holds views of them, and a new plan is made only after `SideStreams.synchronize`.
 
-On a CPU there are no streams: the same calls run the work at once.
+On a CPU there are no streams: the same calls run the work immediately.
 """
 
 from __future__ import annotations
@@ -28,16 +28,13 @@ T = TypeVar("T")
 
 
 def is_accelerator(device: torch.device) -> bool:
-    """Whether the device has streams, and copies from pinned host memory need not be waited for."""
+    """Whether the device has streams and asynchronous copies from pinned host memory."""
     accelerator = torch.accelerator.current_accelerator()
     return accelerator is not None and device.type == accelerator.type
 
 
 def synchronize_if_initialized() -> None:
-    """Wait until the accelerator is idle, without initializing one that this process does not use.
-
-    Work on it may still read from or write to host memory.
-    """
+    """Wait until the accelerator is idle; an accelerator that is not in use is not initialized."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None:
         module = torch.get_device_module(accelerator)
@@ -46,7 +43,7 @@ def synchronize_if_initialized() -> None:
 
 
 def graph_capture_query(device: torch.device) -> Callable[[], bool]:
-    """A function that tells whether the current stream is being captured into a graph."""
+    """A function that returns whether the current stream is being captured into a graph."""
     if not is_accelerator(device):
         return lambda: False
     module = torch.get_device_module(device)
@@ -64,7 +61,7 @@ class SideStreams:
         self._launch: Callable[..., None] = _launch
         if not is_accelerator(device):
             return
-        # Streams and events are used each time, not traced into a graph once, where a whole
+        # Streams and events must be used at each call, not traced into a graph once, if a whole
         # training step is compiled.
         self._launch = torch.compiler.disable(_launch)
         self._streams = [torch.Stream(device) for _ in range(count)]
@@ -80,7 +77,7 @@ class SideStreams:
 
     @contextmanager
     def launching(self) -> Iterator[None]:
-        """A block that launches work which reads the weights as they are now."""
+        """A block whose work waits for what the caller launched before."""
         if not self._streams:
             yield
             return
@@ -95,18 +92,18 @@ class SideStreams:
                 event.record(stream)
 
     def stream(self, number: int) -> AbstractContextManager[Any]:
-        """Launch the work of a block on one of the streams, chosen by `number` modulo the count."""
+        """A block whose work runs on one of the streams, number `number` modulo their count."""
         if not self._streams:
             return nullcontext()
         return self._streams[number % len(self._streams)]
 
     def fence(self) -> None:
-        """Let what the caller launches from now on wait for the streams. The host does not wait."""
+        """Let later work of the caller wait for the streams. The host does not wait."""
         if self._pending:
             if self._is_capturing():
                 raise RuntimeError(
-                    "an update of the average is under way on a side stream, which a graph that is "
-                    "being captured cannot wait for; call ema.drift() before the capture and "
+                    "an update of the average is in progress on a side stream, which a graph that "
+                    "is being captured cannot wait for; call ema.drift() before the capture and "
                     "before each replay, or build ShardedEMA without overlap= and device="
                 )
             current = torch.accelerator.current_stream(self._device)
@@ -134,7 +131,7 @@ def _hook_of(fence: weakref.WeakMethod[Any]) -> Callable[..., None]:
         if bound is not None:
             bound()
 
-    hook: Callable[..., None] = torch.compiler.disable(call)  # as in `SideStreams`
+    hook: Callable[..., None] = torch.compiler.disable(call)  # see `SideStreams`
     return hook
 
 

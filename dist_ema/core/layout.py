@@ -1,15 +1,13 @@
-"""Boxes and fragments: where a piece of a tensor lies, told without any engine. Pure arithmetic.
+"""Boxes, and fragments of tensors: arithmetic that knows no engine.
 
-[Note: words]
-    fqn         canonical name of a weight, free of wrapper prefixes
-    shape       global shape of the whole tensor
-    box         offsets and sizes in the global tensor, one number per dim
-    flat range  [start, stop) in row-major order
-    fragment    a box, with a contiguous 1-D view of the storage that holds it
-    view        the storage that the optimizer writes (the fp32 master where there is one)
-    shown       the storage that the forward pass reads (the view itself, or a low-precision copy)
-    shadow      the averaged values of a fragment, same numel as its view
-    holders     the ranks that hold an equal fragment (replicas); the owner is the first of them
+[Note: terms]
+    fqn           canonical name of a weight, without prefixes of wrappers
+    box           offsets and sizes in the global tensor, one number per dim
+    flat range    [start, stop) in row-major order
+    fragment      a box, with a contiguous 1-D view of the storage that holds it
+    view          the storage that the optimizer writes (the fp32 master where there is one)
+    forward_view  the storage that the forward pass reads (`view`, or a low-precision copy of it)
+    holders       the ranks that hold an equal fragment (replicas); the first of them is the owner
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """An axis-aligned part of a global tensor."""
+    """An axis-aligned range of a global tensor."""
 
     offsets: Shape  # one per tensor dim
     sizes: Shape  # one per tensor dim; all of them > 0 in a fragment
@@ -37,7 +35,7 @@ class Box:
         return math.prod(self.sizes)
 
     def within(self, outer: Box) -> tuple[slice, ...]:
-        """Index of this box inside a tensor that holds `outer`."""
+        """Index of this box in a tensor that holds `outer`."""
         return tuple(
             slice(o - base, o - base + s)
             for o, base, s in zip(self.offsets, outer.offsets, self.sizes, strict=True)
@@ -45,12 +43,12 @@ class Box:
 
 
 def whole(shape: Sequence[int]) -> Box:
-    """The box that covers all of a tensor."""
+    """The box that covers a whole tensor."""
     return Box((0,) * len(shape), tuple(shape))
 
 
 def overlap(a: Box, b: Box) -> Box | None:
-    """The common part of two boxes of one tensor, or None. 0-d boxes always coincide."""
+    """The intersection of two boxes of one tensor, or None. 0-d boxes are always equal."""
     offsets, sizes = [], []
     for ao, asz, bo, bsz in zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True):
         start, stop = max(ao, bo), min(ao + asz, bo + bsz)
@@ -62,10 +60,10 @@ def overlap(a: Box, b: Box) -> Box | None:
 
 
 def flat_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
-    """The boxes that a flat range of a row-major tensor covers, in order.
+    """The boxes that a flat range of a row-major tensor consists of, in order.
 
-    Each box is itself a contiguous part of the range, so a 1-D buffer that holds the range is cut
-    into views, one after the other. At most max(1, 2 * ndim - 1) boxes.
+    Each box is contiguous in the range, so a 1-D buffer that holds the range splits into views of
+    the boxes. At most max(1, 2 * ndim - 1) boxes.
     """
     if start >= stop:
         return []
@@ -97,7 +95,7 @@ def flat_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
 
 
 def flat_ends(inner: Box, outer: Box) -> tuple[int, int]:
-    """The first and the last element of a box, counted in one that holds it, row-major."""
+    """The row-major index of a box's first and last element in another that contains it."""
     first = last = 0
     for offset, size, base, length in zip(
         inner.offsets, inner.sizes, outer.offsets, outer.sizes, strict=True
@@ -108,31 +106,25 @@ def flat_ends(inner: Box, outer: Box) -> tuple[int, int]:
 
 
 def uncovered(shape: Shape, boxes: Sequence[Box]) -> str | None:
-    """What keeps boxes, each within the shape, from being a partition of it; None if nothing does.
+    """Why boxes, each within the shape, are not a partition of it; None if they are.
 
-    Takes n log n steps for boxes in rows or any other direction, n ** 1.5 for a square grid, and
-    n ** 2 where many lie side by side in every direction, as no mesh cuts them.
+    Takes n log n steps for n boxes along one dim, and n ** 1.5 for a square grid.
     """
-    full = [box for box in boxes if box.numel]
-    pair = _overlapping(full)
+    nonempty = [box for box in boxes if box.numel]
+    pair = _overlapping(nonempty)
     if pair is not None:
         return f"boxes at {pair[0].offsets} and {pair[1].offsets} overlap"
-    found, wanted = sum(box.numel for box in full), math.prod(shape)
-    return None if found == wanted else f"boxes hold {found} of {wanted} elements"
+    covered, wanted = sum(box.numel for box in nonempty), math.prod(shape)
+    return None if covered == wanted else f"boxes hold {covered} of {wanted} elements"
 
 
 def _overlapping(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
-    """Two boxes that overlap: a sweep along the dim in which the fewest lie side by side."""
+    """Two boxes that overlap, by a sweep along the dim where the fewest boxes are active."""
     if len(boxes) < 2:
         return None
-    most_at_once: dict[int, int] = {}
-    for dim in range(len(boxes[0].offsets)):
-        most_at_once[dim] = _most_at_once(boxes, dim)
-        if most_at_once[dim] == 1:
-            return None
-    if not most_at_once:
-        return boxes[0], boxes[1]  # 0-d: there is one place only
-    dim = min(most_at_once, key=most_at_once.__getitem__)
+    if not boxes[0].offsets:
+        return boxes[0], boxes[1]  # 0-d
+    dim = min(range(len(boxes[0].offsets)), key=lambda d: _most_active(boxes, d))
     active: list[Box] = []
     for box in sorted(boxes, key=lambda b: b.offsets[dim]):
         start = box.offsets[dim]
@@ -144,13 +136,13 @@ def _overlapping(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
     return None
 
 
-def _most_at_once(boxes: Sequence[Box], dim: int) -> int:
-    """How many boxes are the most that one place along a dim has."""
+def _most_active(boxes: Sequence[Box], dim: int) -> int:
+    """The largest number of boxes at one index along a dim."""
     starts = sorted([box.offsets[dim] for box in boxes])
     ends = sorted([box.offsets[dim] + box.sizes[dim] for box in boxes])
     most = ended = 0
     for begun, start in enumerate(starts, 1):
-        while ends[ended] <= start:  # an end counts before a start at the same place
+        while ends[ended] <= start:
             ended += 1
         most = max(most, begun - ended)
     return most
@@ -158,7 +150,7 @@ def _most_at_once(boxes: Sequence[Box], dim: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FragmentMeta:
-    """Where a contiguous run of elements belongs: a box of a global tensor, in storage order.
+    """The tensor and box that contiguous elements belong to, and their order in storage.
 
     `order` lists the tensor dims from outermost to innermost in storage. `None` means row-major;
     a channels-last weight has (0, 2, 3, 1).
@@ -174,7 +166,7 @@ class FragmentMeta:
         return self.box.numel
 
     def slices(self, start: int, stop: int) -> Iterator[tuple[int, FragmentMeta]]:
-        """The places of elements [start, stop) of the run, each with its start in the run."""
+        """Metas of elements [start, stop), each with the element where it starts."""
         if start <= 0 and stop >= self.numel:
             yield 0, self
             return
@@ -188,15 +180,12 @@ class FragmentMeta:
             yield at, replace(self, box=Box(tuple(offsets), tuple(sizes)))
             at += part.numel
 
-    def unflatten(self, run: torch.Tensor) -> torch.Tensor:
-        """View a 1-D run of this place as a tensor of the box's sizes."""
+    def unflatten(self, values: torch.Tensor) -> torch.Tensor:
+        """View 1-D values as a tensor of the box's sizes."""
         if self.order is None:
-            return run.view(self.box.sizes)
-        permuted = run.view([self.box.sizes[d] for d in self.order])
-        back = [0] * len(self.order)
-        for position, dim in enumerate(self.order):
-            back[dim] = position
-        return permuted.permute(back)
+            return values.view(self.box.sizes)
+        permuted = values.view([self.box.sizes[d] for d in self.order])
+        return permuted.permute(sorted(range(len(self.order)), key=self.order.__getitem__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,9 +257,9 @@ class Fragment:
 def range_fragments(
     meta: FragmentMeta, start: int, view: torch.Tensor, forward_view: torch.Tensor | None = None
 ) -> Iterator[Fragment]:
-    """The fragments of a flat range of a place, in order: `view` holds it from `start` on.
+    """The fragments of a range of elements, in order: `view` holds it from `start` on.
 
-    `shown` is what the forward pass reads, where that is another tensor.
+    `forward_view` is what the forward pass reads, where that is another tensor.
     """
     for at, part in meta.slices(start, start + view.numel()):
         run = slice(at - start, at - start + part.numel)

@@ -1,12 +1,12 @@
-"""The arithmetic on weights: shadow <- shadow + weight * (live - shadow), in fp32 or wider.
+"""The update: average <- average + weight * (live - average), in fp32 or wider.
 
-Planned once into batches with equal dtypes and devices, then applied with a few grouped calls.
-Where a dtype must change first, or several averages read the same live values, the batches are
-chunks that stay in cache: no full-size copy is ever made, and live values are read from memory
-once. Small tensors of the CPU are laid end to end in cache first: a grouped call there is a call
-for each tensor, which costs more than its elements. Where the average lies on another device
-(offload), chunks of it come to the live values and go back; two chunks are under way at a time,
-each with its own staging, so that the ways there and back overlap.
+Planned once into batches of equal dtypes and devices, then applied with a few grouped calls
+(`torch._foreach_*`). Where a dtype must be converted, or several averages read the same live
+values, a batch is a chunk that stays in cache, so live values are read from memory once and no
+full-size copy is made. Small tensors on the CPU are concatenated in cache first, since a grouped
+call there costs more per tensor than the copy. Where the average is on another device (offload),
+chunks of it are copied to the live values and back; two chunks are in progress at a time, each with
+its own staging, so that copies in both directions overlap.
 """
 
 from __future__ import annotations
@@ -18,59 +18,58 @@ import torch
 
 from dist_ema.core.accelerator import SideStreams, graph_capture_query, is_accelerator
 
-# Of live values. On a CPU and across devices 4 MB in fp32, a part of a common L3 cache: measured
-# against smaller and larger ones. Within an accelerator 32 MB, a part of the L2 cache (an H100 has
-# 50 MB), since a grouped call takes as long to launch as some MB to average: an estimate.
+# Chunks of live values. On a CPU and across devices 4 MB in fp32, a part of a common L3 cache, by
+# measurement. Within an accelerator 32 MB, a part of the L2 cache (50 MB on an H100): an estimate.
 _CHUNK_ELEMENTS = 1 << 20
 _CHUNK_ELEMENTS_WITHIN_ACCELERATOR = 1 << 23
-_SMALL_ELEMENTS = 4096  # of a tensor whose own call costs more than copying it
+_SMALL_ELEMENTS = 4096  # a call per tensor costs more than copying tensors up to this size
 
 MultiAvgFn = Callable[[list[torch.Tensor], list[torch.Tensor], int], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
-    """Pieces with equal dtypes and device. Staging is None where the dtype is right already."""
+    """Tensors of equal dtypes and device. Staging is None where no conversion is needed."""
 
     averages: list[list[torch.Tensor]]  # one list for each average
     lives: list[torch.Tensor]
-    packed: torch.Tensor | None  # all live values end to end, where the shadows are one tensor
+    packed: torch.Tensor | None  # buffer to concatenate live values, if each average is one tensor
     staged_lives: list[torch.Tensor] | None
-    staged_averages: list[torch.Tensor] | None  # used by one average after the other
-    rushes: bool  # whether copies need not be waited for: a side stream keeps them in order
+    staged_averages: list[torch.Tensor] | None
+    non_blocking: bool  # of copies: a side stream keeps them in order
 
-    def fold(self, weights: Sequence[float]) -> None:
-        narrow = self._whole_lives()
+    def update(self, weights: Sequence[float]) -> None:
+        narrow = self._concatenated()
         lives = self._widened(narrow)
         for averages, weight in zip(self.averages, weights, strict=True):
             if weight == 0.0:
                 continue
             if weight == 1.0:
-                torch._foreach_copy_(averages, narrow, self.rushes)
+                torch._foreach_copy_(averages, narrow, self.non_blocking)
                 continue
             if self.staged_averages is None:
                 torch._foreach_lerp_(averages, lives, weight)
                 continue
-            torch._foreach_copy_(self.staged_averages, averages, self.rushes)
+            torch._foreach_copy_(self.staged_averages, averages, self.non_blocking)
             torch._foreach_lerp_(self.staged_averages, lives, weight)
-            torch._foreach_copy_(averages, self.staged_averages, self.rushes)
+            torch._foreach_copy_(averages, self.staged_averages, self.non_blocking)
 
     def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
-        lives = self._widened(self._whole_lives())
+        lives = self._widened(self._concatenated())
         for averages in self.averages:
             if self.staged_averages is None:
                 fn(averages, lives, num_averaged)
                 continue
-            torch._foreach_copy_(self.staged_averages, averages, self.rushes)
+            torch._foreach_copy_(self.staged_averages, averages, self.non_blocking)
             fn(self.staged_averages, lives, num_averaged)
-            torch._foreach_copy_(averages, self.staged_averages, self.rushes)
+            torch._foreach_copy_(averages, self.staged_averages, self.non_blocking)
 
     def copy(self) -> None:
-        lives = self._whole_lives()
+        lives = self._concatenated()
         for averages in self.averages:
-            torch._foreach_copy_(averages, lives, self.rushes)
+            torch._foreach_copy_(averages, lives, self.non_blocking)
 
-    def _whole_lives(self) -> list[torch.Tensor]:
+    def _concatenated(self) -> list[torch.Tensor]:
         if self.packed is None:
             return self.lives
         return [torch.cat(self.lives, out=self.packed)]
@@ -92,9 +91,10 @@ class Lerp:
         *,
         overlap: bool = False,
     ) -> None:
-        """`shadows[k][i]` is what average k holds of `lives[i]`, end to end: 1-D, of one length.
-
-        With `overlap` everything runs on a side stream (see [Note: fences]).
+        """
+        Args:
+            averages: `averages[k][i]`, 1-D, is average k of the concatenation of `lives[i]`.
+            overlap: run everything on a side stream (see [Note: fences]).
         """
         grouped: dict[object, list[int]] = {}
         for i, (like, parts) in enumerate(zip(averages[0], lives, strict=True)):
@@ -115,37 +115,37 @@ class Lerp:
                 batches = list(_batches(of_all, whole, num_stagings=2 if crosses else 1))
             self._tracks.append(_Track(streams, batches, graph_capture_query(first.device)))
 
-    def fold(self, decays: Sequence[float]) -> None:
-        """shadow <- decay * shadow + (1 - decay) * live, with a decay for each average.
+    def update(self, decays: Sequence[float]) -> None:
+        """average <- decay * average + (1 - decay) * live, with a decay for each average.
 
-        No host sync, no allocation. A decay of 0 copies and one of 1 leaves the average alone,
-        both exactly, also where values are not finite.
+        No host sync, no allocation. A decay of 0 copies and a decay of 1 changes nothing, both
+        exactly, even where values are not finite.
         """
         weights = [1.0 - decay for decay in decays]
         for track in self._tracks:
-            track.run(lambda batch: batch.fold(weights))
+            track.run(lambda batch: batch.update(weights))
 
     def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
-        """Let a function in torch's `multi_avg_fn` convention fold the live values in.
+        """Call a function with the signature of torch's `multi_avg_fn` for each batch.
 
-        It is called with lists of 1-D pieces that have one dtype, batch by batch.
+        It gets lists of 1-D tensors of one dtype.
         """
         for track in self._tracks:
             track.run(lambda batch: batch.apply(fn, num_averaged))
 
     def copy(self) -> None:
-        """shadow <- live, in every average."""
+        """average <- live, in every average."""
         for track in self._tracks:
             track.run(_Batch.copy)
 
     def fence(self) -> None:
-        """Let what the caller launches next wait for updates that are under way."""
+        """Let later work of the caller wait for updates in progress."""
         for track in self._tracks:
             if track.streams is not None:
                 track.streams.fence()
 
     def synchronize(self) -> None:
-        """Let the host, and what the caller launches next, wait for updates under way."""
+        """Let the host and later work of the caller wait for updates in progress."""
         self.fence()
         for track in self._tracks:
             if track.streams is not None:
@@ -156,7 +156,7 @@ class Lerp:
 class _Track:
     """Batches with one pair of devices, and the side streams that they run on, if any."""
 
-    streams: SideStreams | None  # first: they end before the memory that they use is freed
+    streams: SideStreams | None  # the first field: destroyed before the memory that they use
     batches: list[_Batch]
     is_capturing: Callable[[], bool]
 
@@ -164,7 +164,7 @@ class _Track:
         if self.is_capturing():
             raise RuntimeError(
                 "the average cannot be updated while a graph is captured: each replay would apply "
-                "the decay of this one call, and step and num_updates would not count it; call "
+                "the decay of this call, and step and num_updates would not be incremented; call "
                 "update() after the replay, outside the graph"
             )
         if self.streams is None:
@@ -175,24 +175,24 @@ class _Track:
 
 
 def gains_from_packing(average: torch.Tensor, live: torch.Tensor) -> bool:
-    """Whether a call for a small tensor costs more than copying it beside others first."""
+    """Whether an own call for this tensor costs more than concatenating it with others."""
     on_cpu = live.device.type == "cpu" and not _crosses(average, live)
     return on_cpu and 0 < live.numel() <= _SMALL_ELEMENTS
 
 
 def _crosses(average: torch.Tensor, live: torch.Tensor) -> bool:
-    """Whether an average has to come to the device of its live values."""
+    """Whether an average is on another device than its live values."""
     return average.device != live.device
 
 
 def accumulation_dtype(average: torch.dtype, live: torch.dtype) -> torch.dtype:
-    """The dtype in which a shadow is updated: its own, but never narrower than fp32."""
+    """The dtype in which an average is updated: its own, but never narrower than fp32."""
     wide = torch.promote_types(average, torch.float32)
     return torch.promote_types(wide, torch.complex64) if live.is_complex else wide
 
 
 def squared_norms(average: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    """‖shadow - live‖² and ‖live‖² of 1-D tensors, in float64, a chunk at a time."""
+    """‖average - live‖² and ‖live‖² of 1-D tensors, in float64, a chunk at a time."""
     sums = torch.zeros(2, dtype=torch.float64, device=live.device)
     wide = torch.complex128 if live.is_complex() else torch.float64
     step = 1 << 20
@@ -207,7 +207,7 @@ def squared_norms(average: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
 def _batches(
     averages: list[list[torch.Tensor]], lives: list[torch.Tensor], *, num_stagings: int
 ) -> Iterator[_Batch]:
-    """`num_stagings` batches in a row have staging of their own."""
+    """Batches of chunks; `num_stagings` consecutive batches have their own staging."""
     average, live = averages[0][0], lives[0]
     dtype = accumulation_dtype(average.dtype, live.dtype)
     crosses = _crosses(average, live)
@@ -245,7 +245,7 @@ def _batches(
 def _packs(
     averages: list[list[torch.Tensor]], lives: Sequence[Sequence[torch.Tensor]]
 ) -> Iterator[_Batch]:
-    """A batch for each tensor of the shadows; all share the staging."""
+    """A batch for each averaged tensor; all share the staging."""
     average, live = averages[0][0], lives[0][0]
     dtype = accumulation_dtype(average.dtype, live.dtype)
     length = max(tensor.numel() for tensor in averages[0])
@@ -274,15 +274,15 @@ def _cut(buffer: torch.Tensor | None, sizes: list[int]) -> list[torch.Tensor] | 
 def _chunks(sizes: Sequence[int], length: int) -> Iterator[list[tuple[int, int, int]]]:
     """Pack ranges (number, start, stop) of 1-D tensors into lists of `length` elements."""
     chunk: list[tuple[int, int, int]] = []
-    room = length
+    free = length
     for number, size in enumerate(sizes):
         at = 0
         while at < size:
-            n = min(room, size - at)
+            n = min(free, size - at)
             chunk.append((number, at, at + n))
-            at, room = at + n, room - n
-            if room == 0:
+            at, free = at + n, free - n
+            if free == 0:
                 yield chunk
-                chunk, room = [], length
+                chunk, free = [], length
     if chunk:
         yield chunk

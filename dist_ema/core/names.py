@@ -1,10 +1,10 @@
-"""Canonical names: the places of a model where tensors are registered, wrappers adding no level.
+"""Canonical names: where a model registers tensors, with no level for wrappers.
 
-Wrappers are recognised by type, never by text: a user's own submodule may be called `module`.
-A wrapper's library is looked up in `sys.modules`, so nothing is imported that the user did not.
+Wrappers are recognized by type, never by name: a user's own submodule may be called `module`. A
+wrapper's library is looked up in `sys.modules`, so nothing is imported that the user did not.
 
-FSDP1 without `use_orig_params` takes parameters out of the registries, puts a flat one there, and
-leaves plain attributes in their places. Those places are listed here, the flat one is not.
+FSDP1 without `use_orig_params` removes parameters from their modules, registers a flat one, and
+leaves plain attributes. These attributes are listed here, the flat parameter is not.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ import torch
 from torch import nn
 
 # Type of the wrapper -> attribute of the module that it wraps.
-_WRAPPERS = {
-    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
-    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
-    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+_WRAPPERS = (
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
     (
         "torch.distributed.fsdp.fully_sharded_data_parallel",
         "FullyShardedDataParallel",
-    ): "_fsdp_wrapped_module",
+        "_fsdp_wrapped_module",
+    ),
     (
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
         "ActivationWrapper",
-    ): "_checkpoint_wrapped_module",
-    ("deepspeed.runtime.engine", "DeepSpeedEngine"): "module",
-}
+        "_checkpoint_wrapped_module",
+    ),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Registration:
-    """A place in a module where a tensor is registered; it keeps its name if the tensor changes."""
+    """Where a module registers a tensor; the name stays if the tensor is replaced."""
 
     fqn: str
     owner: nn.Module
@@ -66,27 +68,27 @@ def class_of(module: str, name: str) -> type | None:
 
 
 def is_instance(obj: object, module: str, name: str) -> bool:
-    """`isinstance` against a class of a library that may never have been imported."""
+    """`isinstance` for a class of a library that may never have been imported."""
     cls = class_of(module, name)
     return cls is not None and isinstance(obj, cls)
 
 
 def wrapped(module: nn.Module) -> nn.Module | None:
     """The module inside a wrapper, or None if this is no wrapper."""
-    for (library, name), attribute in _WRAPPERS.items():
+    for library, name, attribute in _WRAPPERS:
         if is_instance(module, library, name):
             return module._modules.get(attribute)
     return None
 
 
 def ddp_modules(model: nn.Module) -> list[Any]:
-    """The DistributedDataParallel wrappers in a model, itself included."""
+    """The DistributedDataParallel wrappers in a model, including the model."""
     ddp = ("torch.nn.parallel.distributed", "DistributedDataParallel")
     return [module for module in model.modules() if is_instance(module, *ddp)]
 
 
 def layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, then what each wrapper wraps, to the user's own outermost module."""
+    """The model, then what each wrapper wraps, down to the user's own outermost module."""
     inner: nn.Module | None = model
     while inner is not None:
         yield inner
@@ -99,44 +101,41 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module with its canonical name, in the order of `state_dict()`.
 
-    A module registered twice comes twice; a wrapper and what it wraps have the same name.
+    A module registered twice is listed twice; a wrapper and what it wraps have the same name.
     """
-
-    def visit(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        yield name, module
-        inner = wrapped(module)
-        for child_name, child in module._modules.items():
-            if child is not None:
-                same = child is inner
-                yield from visit(child, name if same else _join(name, child_name))
-
-    return visit(model, "")
+    yield name, model
+    inner = wrapped(model)
+    for child_name, child in model._modules.items():
+        if child is not None:
+            yield from named_modules(child, name if child is inner else _join(name, child_name))
 
 
 def registrations(model: nn.Module) -> list[Registration]:
-    """Every registered tensor, in the order of `state_dict()`, aliases of tied tensors included."""
-    found = []
+    """Every registered tensor, in the order of `state_dict()`, each name of a tied tensor."""
+    result = []
     flattened = _flattened(model)
     for prefix, module in named_modules(model):
         names = [n for n, p in module._parameters.items() if p is not None and not _is_flat(p)]
         for name in (*names, *flattened.get(id(module), ())):
-            found.append(Registration(_join(prefix, name), module, name, False, True))
+            result.append(Registration(_join(prefix, name), module, name, False, True))
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 persistent = name not in module._non_persistent_buffers_set
-                found.append(Registration(_join(prefix, name), module, name, True, persistent))
-    return found
+                result.append(Registration(_join(prefix, name), module, name, True, persistent))
+    return result
 
 
 def _flattened(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the parameters that FSDP1 took out of each module, by the module's id."""
+    """Names of the parameters that FSDP1 removed from each module, by the module's id.
+
+    Private names, checked in torch 2.8 to 2.15.
+    """
     names: dict[int, list[str]] = {}
     flat: Any
     for flat in filter(_is_flat, model.parameters()):
-        # Private names of torch 2.13.
         for info in (*flat._param_infos, *flat._shared_param_infos):
             names.setdefault(id(info.module), []).append(info.param_name)
     return names

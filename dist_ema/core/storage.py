@@ -1,9 +1,9 @@
-"""The averaged values of this rank's fragments: one flat buffer a device.
+"""Storage of the averages of this rank's fragments: one flat buffer per device and dtype.
 
 [Note: gaps]
 Engines that keep many weights in one flat buffer leave small gaps between them (alignment, padding
-of the last shard). The shadow repeats such gaps, so that neighbours stay contiguous on both sides
-and one operation updates a whole buffer. What lies in a gap is never read as a weight.
+of the last shard). The buffer of the average has the same gaps, so that neighbors are contiguous on
+both sides and one operation updates a whole buffer. Values in a gap are never read as weights.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dist_ema.core.lerp import Lerp, MultiAvgFn, accumulation_dtype, gains_from_
 
 _PACK_ELEMENTS = 1 << 19  # 2 MB in fp32, a part of a common L3 cache
 _MAX_GAP = 64  # elements of a flat buffer that belong to no weight
-_ALIGNMENT_BYTES = 16  # what vectorised kernels want of the start of a tensor
-_ALIGNED_FROM = 256  # elements: smaller tensors are packed, so that padding stays below 2 %
+_ALIGNMENT_BYTES = 16  # of the first element of a tensor, for vectorized kernels
+_ALIGNED_FROM = 256  # elements: smaller tensors are not aligned, so that padding stays below 2 %
 
 
 class AverageStorage:
@@ -34,66 +34,67 @@ class AverageStorage:
         overlap: bool = False,
         waits: bool = False,
     ) -> None:
-        """`values` has for each average a 1-D tensor for each fragment.
-
-        What lies between values may be written only where they are of `allocate`. With `waits`, the
-        caller's next work waits for each update.
+        """
+        Args:
+            values: for each average, a 1-D tensor for each fragment.
+            owns_gaps: whether gaps between values may be written.
+            waits: whether later work of the caller waits for each update.
         """
         self._max_gap = _MAX_GAP if owns_gaps else 0
-        self._values = [list(of_one) for of_one in values]
+        self._values = [list(tensors) for tensors in values]
         self._overlap, self._waits = overlap, waits
         self._lerp = self._plan(fragments)
 
     @property
     def values(self) -> list[list[torch.Tensor]]:
-        """For each average a tensor for each fragment. Waits for an update that is under way."""
+        """For each average, a tensor for each fragment. Waits for an update in progress."""
         self._lerp.synchronize()
         return self._values
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all averages together, padding included."""
-        storages = [v.untyped_storage() for of_one in self._values for v in of_one]
+        """Bytes of all averages, including padding."""
+        storages = [v.untyped_storage() for tensors in self._values for v in tensors]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
     def bind(self, fragments: Sequence[Fragment]) -> None:
-        """Update from these fragments from now on: storage moved."""
+        """Update from these fragments from now on, since storage moved."""
         self._lerp.synchronize()
         self._lerp = self._plan(fragments)
 
     def _plan(self, fragments: Sequence[Fragment]) -> Lerp:
         lives = [f.view for f in fragments]
-        runs = _merge(self._values[0], lives, self._max_gap)
+        runs = _merge_neighbors(self._values[0], lives, self._max_gap)
         packs = _pack_small(runs, self._values[0], lives, self._max_gap)
         return Lerp(
             [
                 [_span(values[pack[0][0]], values[pack[-1][-1]]) for pack in packs]
                 for values in self._values
             ],
-            [_parts(pack, self._values[0], lives) for pack in packs],
+            [_live_values(pack, self._values[0], lives) for pack in packs],
             overlap=self._overlap,
         )
 
-    def fold(self, decays: Sequence[float]) -> None:
-        """Fold the live values in, with a decay for each average. No host sync, no allocation."""
-        self._lerp.fold(decays)
+    def update(self, decays: Sequence[float]) -> None:
+        """Average the live values in, with one decay per average. No host sync, no allocation."""
+        self._lerp.update(decays)
         if self._waits:
             self._lerp.fence()
 
     def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
-        """Fold the live values in by a function in torch's `multi_avg_fn` convention."""
+        """Average the live values in by a function with the signature of `multi_avg_fn`."""
         self._lerp.apply(fn, num_averaged)
         if self._waits:
             self._lerp.fence()
 
     def copy(self) -> None:
-        """Start again from the live values, bit for bit where the dtypes allow."""
+        """Copy the live values to every average, bit for bit where the dtypes allow."""
         self._lerp.copy()
         self._lerp.fence()
 
 
 def average_dtype(wanted: torch.dtype, live: torch.Tensor) -> torch.dtype:
-    """The dtype of an average: the wanted one, or its complex counterpart at least."""
+    """The dtype of a weight's average: the wanted one, or a complex dtype for a complex weight."""
     return accumulation_dtype(wanted, live.dtype) if live.is_complex() else wanted
 
 
@@ -103,22 +104,22 @@ def allocate(
     num_averages: int,
     wanted: torch.device | None = None,
 ) -> list[list[torch.Tensor]]:
-    """For each average a 1-D tensor for each fragment, in one flat buffer a device.
+    """For each average, a 1-D tensor for each fragment, in one flat buffer per device and dtype.
 
-    Beside the fragments, or on the wanted device: pinned, if that is the CPU and theirs is not.
+    On the fragments' devices, or on the wanted one: pinned, if that is the CPU and theirs is not.
     """
     views = [f.view for f in fragments]
     averages = [[torch.empty(0)] * len(views) for _ in range(num_averages)]
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, view in enumerate(views):
         kinds.setdefault((average_dtype(dtype, view), view.device), []).append(i)
-    for (kind, beside), members in kinds.items():
-        device = wanted or beside
-        pinned = device.type == "cpu" and is_accelerator(beside)  # so that copies need not wait
+    for (kind, live_device), members in kinds.items():
+        device = wanted or live_device
+        pinned = device.type == "cpu" and is_accelerator(live_device)
         members.sort(key=lambda i: _address(views[i]))
-        starts, total = _pack([views[i] for i in members], kind.itemsize)
+        starts, total = _starts([views[i] for i in members], kind.itemsize)
         for values in averages:
-            # Zeros, not empty: gaps are averaged too, and must not hold numbers that trap.
+            # Zeros: gaps are averaged too, and subnormal numbers in them would be slow.
             with torch.inference_mode(False):
                 buffer = torch.zeros(total, dtype=kind, device=device, pin_memory=pinned)
             for i, start in zip(members, starts, strict=True):
@@ -131,7 +132,7 @@ def _address(view: torch.Tensor) -> tuple[int, int]:
 
 
 def _gap(before: torch.Tensor, after: torch.Tensor) -> int | None:
-    """Elements between two tensors of one storage; None if they are no near neighbours."""
+    """Elements between two tensors of one storage; None if they are not close neighbors."""
     if before.untyped_storage().data_ptr() != after.untyped_storage().data_ptr():
         return None
     if before.dtype != after.dtype:
@@ -140,8 +141,8 @@ def _gap(before: torch.Tensor, after: torch.Tensor) -> int | None:
     return gap if 0 <= gap <= _MAX_GAP else None
 
 
-def _pack(views: Sequence[torch.Tensor], itemsize: int) -> tuple[list[int], int]:
-    """Where each value starts in the flat buffer, and its length, in elements."""
+def _starts(views: Sequence[torch.Tensor], itemsize: int) -> tuple[list[int], int]:
+    """Where each value starts in the flat buffer, and the buffer's length, in elements."""
     grain = max(1, _ALIGNMENT_BYTES // itemsize)
     starts: list[int] = []
     end = 0
@@ -155,10 +156,10 @@ def _pack(views: Sequence[torch.Tensor], itemsize: int) -> tuple[list[int], int]
     return starts, end
 
 
-def _merge(
+def _merge_neighbors(
     values: Sequence[torch.Tensor], lives: Sequence[torch.Tensor], max_gap: int
 ) -> list[list[int]]:
-    """Runs of numbers of pieces that are neighbours on both sides, across equal gaps."""
+    """Indices of fragments, in lists of neighbors with equal gaps on both sides."""
     runs: list[list[int]] = []
     for i in sorted(range(len(lives)), key=lambda i: (_address(values[i]), _address(lives[i]))):
         if runs:
@@ -176,40 +177,40 @@ def _pack_small(
     lives: Sequence[torch.Tensor],
     max_gap: int,
 ) -> list[list[list[int]]]:
-    """Put small runs together that are neighbours in the average; others stay alone."""
+    """Put small runs into one pack if they are neighbors in the average; others stay alone."""
     packs: list[list[list[int]]] = []
-    room = 0  # in the last pack
+    free = 0  # elements, in the last pack
     for run in runs:
         live, value = lives[run[0]], values[run[0]]
-        whole = _span(live, lives[run[-1]])
-        length, small = whole.numel(), gains_from_packing(value, whole)
-        if small and length + max_gap <= room:
-            before = packs[-1][-1][-1]
-            gap = _gap(values[before], value)
-            if gap is not None and gap <= max_gap and lives[before].dtype == live.dtype:
+        merged = _span(live, lives[run[-1]])
+        length, small = merged.numel(), gains_from_packing(value, merged)
+        if small and length + max_gap <= free:
+            last = packs[-1][-1][-1]
+            gap = _gap(values[last], value)
+            if gap is not None and gap <= max_gap and lives[last].dtype == live.dtype:
                 packs[-1].append(run)
-                room -= gap + length
+                free -= gap + length
                 continue
         packs.append([run])
-        room = _PACK_ELEMENTS - length if small else 0
+        free = _PACK_ELEMENTS - length if small else 0
     return packs
 
 
-def _parts(
+def _live_values(
     pack: list[list[int]], values: Sequence[torch.Tensor], lives: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """The live values of a pack, and zeros for the gaps of the average between them."""
-    parts: list[torch.Tensor] = []
+    """The live values of a pack, with zeros for gaps between its runs."""
+    tensors: list[torch.Tensor] = []
     for number, run in enumerate(pack):
         gap = _gap(values[pack[number - 1][-1]], values[run[0]]) if number else 0
         if gap:
-            parts.append(lives[run[0]].new_zeros(gap))
-        parts.append(_span(lives[run[0]], lives[run[-1]]))
-    return parts
+            tensors.append(lives[run[0]].new_zeros(gap))
+        tensors.append(_span(lives[run[0]], lives[run[-1]]))
+    return tensors
 
 
 def _span(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """One 1-D view from the start of a tensor to the end of another that follows in its storage."""
+    """A 1-D view from the start of one tensor to the end of a later one in the same storage."""
     if first is last:
         return first
     length = int(last.storage_offset() - first.storage_offset()) + last.numel()
