@@ -12,6 +12,14 @@ import torch
 from torch import nn
 
 from dist_ema.core.accelerator import synchronize_if_initialized
+from dist_ema.core.engine import (
+    Engine,
+    Registered,
+    Weight,
+    pointer,
+    refuse_freezing,
+    without_gaps,
+)
 from dist_ema.core.gather import Gatherer
 from dist_ema.core.group import Group
 from dist_ema.core.names import registrations
@@ -20,15 +28,6 @@ from dist_ema.core.replicas import differing, refuse_destroyed, view
 from dist_ema.core.storage import AverageStorage, allocate, average_dtype
 from dist_ema.core.swap import Buffers, DeferredSignals, Marks, Swap, WrittenWeights
 from dist_ema.core.teacher import Teacher
-from dist_ema.engines.engine import (
-    Engine,
-    Registered,
-    Weight,
-    drop_caches,
-    pointer,
-    refuse_freezing,
-    without_gaps,
-)
 
 if TYPE_CHECKING:
     from dist_ema.options import Options
@@ -316,7 +315,6 @@ class Average:
         for replica_group in self.plan.replica_groups if share else ():
             replica_group.share()
         self.engine.publish()
-        drop_caches()
 
     def _await_copies(self) -> None:
         """Wait for forward passes that may still copy weights from host memory to the device."""

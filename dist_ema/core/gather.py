@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_ema.core.engine import Engine, Weight
 from dist_ema.core.group import Group
 from dist_ema.core.layout import (
     Box,
@@ -32,7 +33,6 @@ from dist_ema.core.names import registrations
 from dist_ema.core.plan import Plan
 from dist_ema.core.replicas import find_holders
 from dist_ema.core.swap import Marks
-from dist_ema.engines.engine import Engine, Weight, drop_caches
 
 _BUCKET_BYTES = 16 << 20  # of chunks that are gathered at a time
 _ALIGNMENT = 16  # bytes, of each part of a message, so that any dtype can view it
@@ -360,7 +360,8 @@ def write_into(
         ValueError: the module is sharded, or its names or shapes differ. On every rank.
     """
     with group.together():
-        if not isinstance(module, nn.Module) or not select(module).is_plain:
+        engine = select(module) if isinstance(module, nn.Module) else None
+        if engine is None or not engine.is_plain:
             raise ValueError(
                 f"module is a {type(module).__name__}, wanted a plain torch.nn.Module whose "
                 "weights every rank holds whole; copy_to() without it writes the live weights"
@@ -394,7 +395,7 @@ def write_into(
             group.broadcast_tensor(tensor)
             for fqn in (meta.fqn, *meta.aliases):
                 targets[fqn].copy_(tensor)
-    drop_caches()
+    engine.publish()
 
 
 def _owned_buffers(buffers: Sequence[Weight], group: Group) -> tuple[list[Weight], list[Fragment]]:

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from dist_ema.core.engine import Engine, Weight
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Fragment
 from dist_ema.core.replicas import Holders, ReplicaGroup, find_holders, find_replica_groups
-from dist_ema.engines.engine import Engine, Weight
 
 Selects = str | Callable[[str, nn.Parameter], bool]
 SelectsBuffers = str | Callable[[str, torch.Tensor], bool]

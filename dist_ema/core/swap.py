@@ -23,9 +23,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dist_ema.core.engine import Weight
 from dist_ema.core.layout import Fragment
 from dist_ema.core.names import ddp_modules, registrations
-from dist_ema.engines.engine import Weight
 
 _CHUNK_BYTES = 4 << 20  # exchanged at a time
 _MARK = "_dist_ema_swap"  # attribute of a module: the mark of a swap, or None

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
+from dist_ema.core.engine import Engine, Weight, pointer
 from dist_ema.core.layout import Fragment, FragmentMeta
 from dist_ema.core.names import named_modules
 from dist_ema.core.plan import Plan
 from dist_ema.core.storage import AverageStorage
-from dist_ema.engines.engine import Engine, Weight, drop_caches, pointer
 
 
 class Teacher:
@@ -120,7 +120,6 @@ class Teacher:
         """Let the teacher's next forward pass read what was averaged."""
         self._engine.release()
         self._engine.publish()
-        drop_caches()
 
     def _bind(self, plan: Plan) -> None:
         theirs = {w.fqn: w for w in self._engine.weights()}

@@ -25,11 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema.core.group import all_gather_single, gather_chunk
-from dist_ema.core.layout import whole_fragment
-from dist_ema.core.names import Registration, is_instance, layers, registrations
-from dist_ema.core.requirements import require, require_names
-from dist_ema.engines.engine import (
+from dist_ema.core.engine import (
     Cut,
     Engine,
     Registered,
@@ -39,6 +35,11 @@ from dist_ema.engines.engine import (
     outdate_graphs,
     pointer,
 )
+from dist_ema.core.group import all_gather_single, gather_chunk
+from dist_ema.core.layout import whole_fragment
+from dist_ema.core.names import Registration, is_instance, layers, registrations
+from dist_ema.core.requirements import require, require_names
+from dist_ema.engines.caches import drop_caches
 
 _OF_STAGE_3 = (
     "module fp16_groups fp16_partitioned_groups_flat persistent_parameters "
@@ -112,6 +113,7 @@ class ZeroEngine(Engine):
     def publish(self) -> None:
         self._stage.publish()
         outdate_graphs(self._engine.module.parameters())
+        drop_caches()
 
 
 class _Whole:

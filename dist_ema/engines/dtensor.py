@@ -28,10 +28,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dist_ema.core.layout import Box, Fragment, FragmentMeta, Shape, dense_order
-from dist_ema.core.names import Registration, is_instance, registrations
-from dist_ema.core.requirements import require_names
-from dist_ema.engines.engine import (
+from dist_ema.core.engine import (
     Cut,
     Engine,
     Registered,
@@ -40,6 +37,10 @@ from dist_ema.engines.engine import (
     outdate_graphs,
     pointer,
 )
+from dist_ema.core.layout import Box, Fragment, FragmentMeta, Shape, dense_order
+from dist_ema.core.names import Registration, is_instance, registrations
+from dist_ema.core.requirements import require_names
+from dist_ema.engines.caches import drop_caches
 
 _SHARD = attrgetter("sharded_param._local_tensor")  # of an `FSDPParam`
 Run = tuple[int, int, int]  # start in the global dim, start in the local dim, length
@@ -112,6 +113,7 @@ class DTensorEngine(Engine):
         self.release()
         gathered = (getattr(p, "_unsharded_param", None) for p in self._fsdp_params)
         outdate_graphs(tensor for tensor in gathered if tensor is not None)
+        drop_caches()
 
     def _warn_of_cut_ties(self) -> None:
         """A weight tied across two `fully_shard` units is two weights from then on."""

@@ -27,10 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema.core.layout import Shape, dense_order
-from dist_ema.core.names import Registration, is_instance, registrations
-from dist_ema.core.requirements import require_names
-from dist_ema.engines.engine import (
+from dist_ema.core.engine import (
     Cut,
     Engine,
     Registered,
@@ -40,6 +37,10 @@ from dist_ema.engines.engine import (
     outdate_graphs,
     pointer,
 )
+from dist_ema.core.layout import Shape, dense_order
+from dist_ema.core.names import Registration, is_instance, registrations
+from dist_ema.core.requirements import require_names
+from dist_ema.engines.caches import drop_caches
 
 _RUNTIME = "torch.distributed.fsdp._runtime_utils"
 _OF_FLAT_PARAMETERS = (
@@ -151,6 +152,7 @@ class Fsdp1Engine(Engine):
     def publish(self) -> None:
         self.release()
         outdate_graphs(handle.flat_param for handle in self._handles)
+        drop_caches()
 
     def _warn_of_cut_ties(self) -> None:
         """A weight tied across two units is two weights from then on.

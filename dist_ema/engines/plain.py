@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from dist_ema.core.engine import Engine, Registered
 from dist_ema.core.names import registrations
-from dist_ema.engines.engine import Engine, Registered
+from dist_ema.engines.caches import drop_caches
 
 
 class PlainEngine(Engine):
@@ -25,6 +26,9 @@ class PlainEngine(Engine):
     @staticmethod
     def claims(model: nn.Module) -> bool:
         return True
+
+    def publish(self) -> None:
+        drop_caches()
 
     def stamp(self) -> list[int]:
         # Parameters that came since are no part of the average: they make another layout.

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.utils import parametrize
 
 from dist_ema.core.layout import (
     Fragment,
@@ -29,7 +28,6 @@ from dist_ema.core.layout import (
     whole_fragment,
 )
 from dist_ema.core.names import Registration, registrations
-from dist_ema.core.requirements import require, require_names
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,8 +62,6 @@ class Engine(ABC):
 
     def __init__(self, model: nn.Module) -> None:
         """`model` is as the user holds it, wrapped or not; nothing is changed."""
-        require("torch")
-        require_names(parametrize, "_cache", "torch")
         self._model = model
 
     @staticmethod
@@ -127,12 +123,13 @@ class Engine(ABC):
         """Drop gathered copies, so that the shown storage may be written. May be collective."""
         return
 
+    @abstractmethod
     def publish(self) -> None:
         """Make the next forward pass read the shown storage as it is now. May be collective.
 
-        A backward pass through an earlier forward is refused by autograd from then on.
+        Values that torch caches by the identity of a weight are dropped. A backward pass through an
+        earlier forward pass is refused by autograd from then on.
         """
-        return
 
 
 Cut = tuple[Shape, Sequence[Fragment]]  # the shape of a whole tensor, what this rank holds of it
@@ -247,15 +244,6 @@ def outdate_graphs(weights: Iterable[torch.Tensor]) -> None:
     Engines that gather weights write to them in ways that autograd does not see.
     """
     torch.autograd.graph.increment_version(list(weights))
-
-
-def drop_caches() -> None:
-    """Drop what torch has computed from weights and keeps by their identity. Local.
-
-    Private, read in torch 2.8 to 2.15: `torch.nn.utils.parametrize._cache`.
-    """
-    torch.clear_autocast_cache()
-    parametrize._cache.clear()
 
 
 def refuse_freezing() -> None:
