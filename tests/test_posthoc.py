@@ -30,10 +30,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import HalfLife, PowerFunction, ShardedEMA, cli, synthesize
-from dist_ema.checkpoint import combine, consolidated, shards, verify, writer
-from dist_ema.checkpoint.api import CheckpointError, save
-from dist_ema.checkpoint.blocks import Files
+from dist_ema.checkpoint import writer
+from dist_ema.checkpoint.reader import Checkpoint, Files, problems
+from dist_ema.checkpoint.writer import save
+from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
+from dist_ema.posthoc import combine
 from dist_ema.posthoc.synthesize import Synthesis, asked, sweep
 from dist_ema.schedule import Schedule, to_json
 from tests.cuts import (
@@ -176,9 +178,9 @@ def test_the_result_is_a_checkpoint_that_says_where_it_is_from(tmp_path: Path):
     made = synthesize(map(str, paths), sigma_rel=0.09, out=str(tmp_path / "out"))
     assert made.path == tmp_path / "out"
     assert set(made.coefficients) == {(str(p), n) for p in paths for n in KEPT}
-    files, about = consolidated.open_any(tmp_path / "out")
-    with files:
-        assert list(verify.problems(files, about)) == []
+    with Checkpoint(tmp_path / "out") as checkpoint:
+        assert list(problems(checkpoint)) == []
+        about = checkpoint.manifest
     assert about.state["averages"]["ema"]["schedule"] == to_json(made.schedule)
     told = about.written["synthesized"]
     assert told["residual"] == made.residual
@@ -186,8 +188,8 @@ def test_the_result_is_a_checkpoint_that_says_where_it_is_from(tmp_path: Path):
         made.coefficients
     )
     state = json.loads(json.dumps(about.state))
-    with consolidated.open_any(paths[-1])[0] as files:
-        first = consolidated.open_any(paths[-1])[1].state
+    with Checkpoint(paths[-1]) as checkpoint:
+        first = checkpoint.state
     assert {k: v for k, v in state.items() if k != "averages"} == {
         k: v for k, v in first.items() if k != "averages"
     }
@@ -241,24 +243,16 @@ def summed(made: Synthesis, tensors=TENSORS) -> dict[str, Tensor]:
 
 
 def read(path: Path, tensors=TENSORS) -> dict[str, Tensor]:
-    """What a checkpoint of one average holds, whole, and that nothing is wrong with it."""
-    files, about = consolidated.open_any(path)
-    with files:
-        assert list(verify.problems(files, about)) == []
-        assert list(about.averages) == ["ema"]
-        found = {}
-        for fqn, saved in about.averages["ema"].tensors.items():
-            dtype = next(t.dtype for t in tensors if t.fqn == fqn)
-            found[fqn] = torch.zeros(saved.shape, dtype=dtype)
-            for box in saved.boxes:
-                data = bytearray(files.read_bytes(box.file, box.start, box.nbytes))
-                if data:
-                    part = torch.frombuffer(data, dtype=dtype).view(box.box.sizes)
-                    index = tuple(
-                        slice(o, o + n) for o, n in zip(box.box.offsets, box.box.sizes, strict=True)
-                    )
-                    found[fqn][index] = part
-    return found
+    """The tensors of a checkpoint of one average, which has no problems."""
+    dtypes = {t.fqn: t.dtype for t in tensors}
+    with Checkpoint(path) as checkpoint:
+        assert list(problems(checkpoint)) == []
+        assert list(checkpoint.averages) == ["ema"]
+        average = checkpoint.averages["ema"]
+        values = {f: torch.zeros(t.shape, dtype=dtypes[f]) for f, t in average.tensors.items()}
+        for fqn, value in values.items():
+            checkpoint.read(average, fqn, 0, value.view(-1))
+    return values
 
 
 def check_sum(made: Synthesis, tensors=TENSORS, **tolerance: float) -> None:
@@ -275,7 +269,6 @@ def test_cuts_of_worlds_of_every_size_are_combined(tmp_path: Path, room: int):
     worlds = [first_ranks(size) for size in (1, 2, 3, 4)]
     paths = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "BLOCK_BYTES", 4096)
         patch.setattr(writer, "BLOCK_BYTES", 4096)
         patch.setattr(combine, "_SUMS_BYTES", room)
         cuts = [cut for cut in CUTS if cut != "crumbs"]
@@ -316,7 +309,6 @@ def test_every_dtype_is_combined(tmp_path: Path, dtype: torch.dtype):
 
 
 def test_a_sweep_reads_every_byte_once(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(writer, "BLOCK_BYTES", 4096)
     tensors = infos({"wide": (331, 97), "tall": (97, 331), "small": (3,)})
     paths = [made_up(tmp_path / f"a-{step}", step, tensors) for step in (10, 20, 30)]

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_ema.checkpoint.blocks import Files, check_file
-from dist_ema.checkpoint.consolidated import open_any
-from dist_ema.checkpoint.manifest import CheckpointError, Manifest, SavedAverage
+from dist_ema.checkpoint.manifest import SavedAverage
+from dist_ema.checkpoint.reader import Checkpoint
+from dist_ema.core.errors import CheckpointError
 from dist_ema.posthoc.profiles import Profile
 from dist_ema.schedule import PowerFunction, decay_at, from_json
 
@@ -38,8 +38,7 @@ class Stored:
     schedule: PowerFunction
     step: int
     profile: Profile
-    files: Files
-    about: Manifest
+    checkpoint: Checkpoint
     average: SavedAverage
 
     @property
@@ -66,13 +65,13 @@ def open_all(paths: Sequence[Path], closing: ExitStack) -> list[Stored]:
     found: list[Stored] = []
     seen: dict[str, Path] = {}
     for path in paths:
-        files, about = open_any(path)
-        closing.enter_context(files)
-        files.max_open = max(1, _MAX_OPEN // len(paths))
-        if about.id and about.id in seen:
-            raise ValueError(f"{path}: is the same checkpoint as {seen[about.id]}; give it once")
-        seen[about.id] = path
-        found += _averages(path, files, about)
+        checkpoint = closing.enter_context(Checkpoint(path))
+        checkpoint.files.max_open = max(1, _MAX_OPEN // len(paths))
+        save_id = checkpoint.manifest.id
+        if save_id and save_id in seen:
+            raise ValueError(f"{path}: is the same checkpoint as {seen[save_id]}; give it once")
+        seen[save_id] = path
+        found += _averages(path, checkpoint)
     found.sort(key=lambda stored: (stored.step, stored.profile.gamma))
     _refuse_twins(found)
     _refuse_other_rules(found)
@@ -119,7 +118,7 @@ def check_all(stored: Sequence[Stored]) -> None:
     """Refuse files that are missing, cut short or have an altered header, before any is read."""
     for one in stored:
         for name in one.average.files:
-            check_file(one.files, one.about, one.average, name)
+            one.checkpoint.check_file(one.average, name)
 
 
 def counterpart(average: SavedAverage, fqn: str, aliases: Sequence[str]) -> str | None:
@@ -131,7 +130,8 @@ def counterpart(average: SavedAverage, fqn: str, aliases: Sequence[str]) -> str 
     return next((n for n, t in average.tensors.items() if wanted & set(t.aliases)), None)
 
 
-def _averages(path: Path, files: Files, about: Manifest) -> Iterator[Stored]:
+def _averages(path: Path, checkpoint: Checkpoint) -> Iterator[Stored]:
+    about = checkpoint.manifest
     if not about.state:
         raise CheckpointError(
             f"{path}: holds plain weights without counters and schedules; give checkpoints that "
@@ -149,7 +149,7 @@ def _averages(path: Path, files: Files, about: Manifest) -> Iterator[Stored]:
         told[name] = str(schedule.get("kind"))
         if told[name] == "PowerFunction":
             any_found = True
-            yield _stored(path, name, files, about, average)
+            yield _stored(path, name, checkpoint, average)
     if not any_found:
         raise CheckpointError(
             f"{path}: has no average with a PowerFunction schedule, but "
@@ -157,8 +157,9 @@ def _averages(path: Path, files: Files, about: Manifest) -> Iterator[Stored]:
         )
 
 
-def _stored(path: Path, name: str, files: Files, about: Manifest, average: SavedAverage) -> Stored:
-    state, own = about.state, about.state["averages"][name]
+def _stored(path: Path, name: str, checkpoint: Checkpoint, average: SavedAverage) -> Stored:
+    state = checkpoint.state
+    own = state["averages"][name]
     where = f"{path} ({name!r})"
     try:
         schedule = from_json(own["schedule"])
@@ -191,7 +192,7 @@ def _stored(path: Path, name: str, files: Files, about: Manifest, average: Saved
             "it was not made by this schedule"
         )
     profile = Profile(schedule.gamma, count)
-    return Stored(path, name, schedule, step, profile, files, about, average)
+    return Stored(path, name, schedule, step, profile, checkpoint, average)
 
 
 def _whole(state: Any, key: str, least: int, where: str) -> int:
@@ -217,7 +218,7 @@ def _refuse_other_rules(found: Sequence[Stored]) -> None:
     by_name: dict[str, Stored] = {}
     for one in found:
         for key in ("start_step", "update_every"):
-            ours, theirs = one.about.state[key], found[0].about.state[key]
+            ours, theirs = one.checkpoint.state[key], found[0].checkpoint.state[key]
             if ours != theirs:
                 raise CheckpointError(
                     f"{one} has {key}={ours}, and {found[0]} has {theirs}; they are not of one run"

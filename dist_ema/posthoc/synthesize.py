@@ -6,7 +6,7 @@
     synthesize(["run/ema-001000", "run/ema-002000"], sigma_rel=0.07, out="run/ema-0.07")
 
 After arXiv 2312.02696, section 3. `dist_ema.posthoc.profiles` fits the profile;
-`dist_ema.checkpoint.combine` streams the weights.
+`dist_ema.posthoc.combine` streams the weights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
-from dist_ema.checkpoint.combine import Result, Term, combine
-from dist_ema.checkpoint.directory import replaced_directory, target
-from dist_ema.checkpoint.manifest import CheckpointError
-from dist_ema.checkpoint.reader import Source
-from dist_ema.checkpoint.writer import refuse_foreign, written_by
+from dist_ema.checkpoint.directory import refuse_foreign, replaced_directory, target
+from dist_ema.checkpoint.writer import written_by
+from dist_ema.core.errors import CheckpointError
+from dist_ema.core.safetensors import torch_dtype
+from dist_ema.posthoc.combine import Result, Term, combine
 from dist_ema.posthoc.profiles import Fit, Profile, fit
 from dist_ema.posthoc.snapshots import (
     SYNTHESIZED,
@@ -257,7 +257,7 @@ def _noise(like: Stored) -> float:
     """The relative error of stored numbers: the epsilon of the coarsest dtype among them."""
     found = 0.0
     for fqn, tensor in like.average.tensors.items():
-        dtype = Source(like.average, fqn, tensor).dtype
+        dtype = torch_dtype(tensor.dtype)
         if not (dtype.is_floating_point or dtype.is_complex) or tensor.dtype.startswith("F8"):
             raise CheckpointError(f"{like}: {fqn} has dtype {tensor.dtype}, which no average has")
         found = max(found, torch.finfo(dtype).eps)
@@ -270,12 +270,12 @@ def _term(stored: Stored, like: Stored) -> Term:
         own = counterpart(stored.average, fqn, tensor.aliases)
         assert own is not None  # of another model, which is refused
         names[fqn] = own
-    return Term(stored.files, stored.about, stored.average, names)
+    return Term(stored.checkpoint, stored.average, names)
 
 
 def _state(like: Stored, schedule: PowerFunction) -> dict[str, object]:
     """The counters with which the average goes on as if it had been kept."""
-    state, every = like.about.state, like.about.state["update_every"]
+    state, every = like.checkpoint.state, like.checkpoint.state["update_every"]
     decay = decay_at(schedule, like.profile.count * every, every)
     return {
         **state,  # what it says of the model too

@@ -17,20 +17,20 @@ from typing import Any, BinaryIO
 
 import torch
 
-from dist_ema.checkpoint import checksums, manifest
-from dist_ema.checkpoint.blocks import Files, check_names, path_in
-from dist_ema.checkpoint.directory import sync
+from dist_ema.checkpoint import manifest
+from dist_ema.checkpoint.directory import MANIFEST, sync
 from dist_ema.checkpoint.manifest import (
-    CheckpointError,
+    ALGORITHM,
     Manifest,
     SavedAverage,
     SavedBox,
     SavedFile,
     SavedTensor,
 )
-from dist_ema.checkpoint.reader import Source
-from dist_ema.checkpoint.regions import RegionReader, placed
+from dist_ema.checkpoint.reader import Checkpoint, boxes_within
+from dist_ema.core.errors import CheckpointError
 from dist_ema.core.layout import Box
+from dist_ema.core.safetensors import torch_dtype
 
 _SUMS_BYTES = 128 << 20  # of the sums being made, over all results
 _MIN_BLOCK_BYTES = 4096
@@ -40,8 +40,7 @@ _MIN_BLOCK_BYTES = 4096
 class Term:
     """A saved average, open to be read."""
 
-    files: Files
-    about: Manifest
+    checkpoint: Checkpoint
     average: SavedAverage
     names: Mapping[str, str]  # what it calls each tensor of the result
 
@@ -94,22 +93,17 @@ class _Combination:
         self._terms, self._like, self._results = terms, like, results
         self._advance = advance
         # One buffer for all: a block of each of a hundred checkpoints would be half a GB.
-        buffer = bytearray(max(term.about.block_bytes for term in terms))
-        self._readers = [RegionReader(term.files, term.about, buffer) for term in terms]
-        self._sources = [
-            {n: Source(t.average, n, tensor) for n, tensor in t.average.tensors.items()}
-            for t in terms
-        ]
-        dtypes = {Source(like.average, n, t).dtype for n, t in like.average.tensors.items()}
+        buffer = bytearray(max(term.checkpoint.manifest.block_bytes for term in terms))
+        for term in terms:
+            term.checkpoint.share_buffer(buffer)
+        dtypes = {torch_dtype(tensor.dtype) for tensor in like.average.tensors.values()}
         widest = max((_sum_dtype(d).itemsize / d.itemsize for d in dtypes), default=1)
         limit = int(_SUMS_BYTES / len(results) / widest) // 16 * 16
-        self._block_bytes = max(_MIN_BLOCK_BYTES, min(like.about.block_bytes, limit))
+        self._block_bytes = max(_MIN_BLOCK_BYTES, min(like.checkpoint.manifest.block_bytes, limit))
         self._sums = torch.empty(
             max(_SUMS_BYTES, int(self._block_bytes * widest) * len(results)), dtype=torch.uint8
         )
-        fast = checksums.is_available(checksums.FAST)
-        self._algorithm = checksums.FAST if fast else checksums.ALWAYS
-        self._digest = checksums.checksum(self._algorithm)
+        self._digest = manifest.checksum(ALGORITHM)
         self._broken: set[str] = set()
 
     def run(self) -> None:
@@ -121,9 +115,7 @@ class _Combination:
         files: list[dict[str, SavedFile]] = [{} for _ in self._results]
         sums: list[dict[tuple[str, str], tuple[str, ...]]] = [{} for _ in self._results]
         for name in sorted(entries):
-            check_names(self._like.files, average, name)  # its header is taken over
-            told = average.files[name]
-            header = self._like.files.read_bytes(path_in(average, name), 0, told.header_bytes)
+            header = self._like.checkpoint.check_header(average, name)
             with ExitStack() as closing:
                 outputs = [
                     closing.enter_context(open(result.directory / name, "xb", buffering=0))
@@ -136,7 +128,7 @@ class _Combination:
                     for i, checked in enumerate(found):
                         sums[i][fqn, name] = tuple(checked)
             for each in files:
-                each[name] = dataclasses.replace(told, checksum=self._digest(header))
+                each[name] = dataclasses.replace(average.files[name], checksum=self._digest(header))
         if self._broken:
             raise CheckpointError(
                 f"the result holds NaN or Inf in {', '.join(sorted(self._broken))}; nothing is "
@@ -149,7 +141,7 @@ class _Combination:
         self, fqn: str, tensor: SavedTensor, saved: SavedBox, outputs: Sequence[BinaryIO]
     ) -> list[list[str]]:
         """Make and write one box of each result. Returns the checksums of its blocks."""
-        dtype = Source(self._like.average, fqn, tensor).dtype
+        dtype = torch_dtype(tensor.dtype)
         sum_dtype = _sum_dtype(dtype)
         block = self._block_bytes // dtype.itemsize
         room = self._sums.numel() // len(outputs) // sum_dtype.itemsize
@@ -185,7 +177,6 @@ class _Combination:
         """Add a term's part of elements [start, stop) of a box to the sums."""
         term = self._terms[number]
         factors = [result.coefficients[number] for result in self._results]
-        source = self._sources[number][term.names[fqn]]
 
         def add(out: torch.Tensor, values: torch.Tensor) -> None:
             wide = values.to(out.dtype)
@@ -195,9 +186,9 @@ class _Combination:
 
         targets = [
             (piece, sums[:, at : at + piece.numel].view(len(factors), *piece.sizes))
-            for at, piece in placed(box, start, stop)
+            for at, piece in boxes_within(box, start, stop)
         ]
-        self._readers[number].fill(source, targets, add)
+        term.checkpoint.fill(term.average, term.names[fqn], targets, add)
         self._advance((stop - start) * dtype.itemsize)
 
     def _write_manifest(
@@ -218,13 +209,13 @@ class _Combination:
         }
         about = Manifest(
             result.save_id,
-            self._algorithm,
+            ALGORITHM,
             self._block_bytes,
             result.written,
             result.state,
             {result.name: SavedAverage("", files, tensors)},
         )
-        path = result.directory / manifest.FILE
+        path = result.directory / MANIFEST
         path.write_bytes(manifest.dump(about))
         sync(path)
 
