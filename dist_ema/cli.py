@@ -252,7 +252,7 @@ def _synthesize(options: argparse.Namespace) -> int:
     from dist_ema.posthoc import synthesize as posthoc  # here, for it takes torch
 
     try:
-        wanted = posthoc.asked(options.out, options.gamma, options.sigma_rel, options.sweep)
+        wanted = posthoc.parse_widths(options.out, options.gamma, options.sigma_rel, options.sweep)
         made = posthoc.sweep(options.paths, wanted, step=options.step, progress=_progress)
     except ValueError as error:
         sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")

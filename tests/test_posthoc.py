@@ -36,7 +36,7 @@ from dist_ema.checkpoint.writer import save
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
 from dist_ema.posthoc import combine
-from dist_ema.posthoc.synthesize import Synthesis, asked, sweep
+from dist_ema.posthoc.synthesize import SynthesisResult, parse_widths, sweep
 from dist_ema.schedule import Schedule, to_json
 from tests.cuts import (
     CUTS,
@@ -165,7 +165,7 @@ def test_the_step_may_be_said(tmp_path: Path):
 
 def test_a_bad_match_is_told(tmp_path: Path):
     paths, _ = kept_run(tmp_path / "run", [90, 100], [])
-    with pytest.warns(UserWarning, match=r"sigma_rel=0.25 at step 100 is matched badly"):
+    with pytest.warns(UserWarning, match=r"sigma_rel=0.25 at step 100 fits badly"):
         made = synthesize(paths, sigma_rel=0.25, out=tmp_path / "out")
     assert made.residual > 0.1
     with warnings.catch_warnings():
@@ -231,7 +231,7 @@ def values_at(step: int, number: int, tensors=TENSORS) -> dict[str, Tensor]:
     return full(tensors, 2 * step + number)
 
 
-def summed(made: Synthesis, tensors=TENSORS) -> dict[str, Tensor]:
+def summed(made: SynthesisResult, tensors=TENSORS) -> dict[str, Tensor]:
     """The sum that a synthesis says it is, from the numbers that `made_up` wrote."""
     total: dict[str, Tensor] = {}
     for (path, name), x in made.coefficients.items():
@@ -255,7 +255,7 @@ def read(path: Path, tensors=TENSORS) -> dict[str, Tensor]:
     return values
 
 
-def check_sum(made: Synthesis, tensors=TENSORS, **tolerance: float) -> None:
+def check_sum(made: SynthesisResult, tensors=TENSORS, **tolerance: float) -> None:
     torch.testing.assert_close(
         read(made.path, tensors), summed(made, tensors), **(tolerance or {"rtol": 2e-7, "atol": 0})
     )
@@ -430,7 +430,7 @@ def nothing_written(tmp_path: Path) -> bool:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"num_updates": 29}, "has had 29 updates by step 30, wanted 30"),
+        ({"num_updates": 29}, "has 29 updates at step 30, wanted 30"),
         ({"num_updates": 31}, "steps were skipped or counted twice"),
         ({"start_step": 30}, "saved at step 30, before its first update as a power function"),
         ({"start_step": 40}, "start_step=40, update_every=1.; it is a copy of the weights"),
@@ -462,7 +462,7 @@ def test_averages_of_another_run_are_refused(tmp_path: Path):
         synthesize([good, later], sigma_rel=0.07, out=tmp_path / "out")
     changed = {"narrow": NARROW, "wide": PowerFunction(sigma_rel=0.12)}
     other = made_up(tmp_path / "a-20", 20, schedules=changed)
-    with pytest.raises(CheckpointError, match="or the schedule was changed on the way"):
+    with pytest.raises(CheckpointError, match="or the schedule was changed during it"):
         synthesize([good, other], sigma_rel=0.07, out=tmp_path / "out")
     assert nothing_written(tmp_path)
 
@@ -536,7 +536,7 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path: Path):
         (paths, {"gamma": -1}, "above -1"),
         (paths, {"gamma": [1.0, 2.0]}, "must be a number"),
         (paths, {"gamma": 2, "step": 15}, "no checkpoint is of step 15; there are steps 10, 20"),
-        (paths, {"gamma": 2, "step": 20}, r"a-30: later than the step 20 that is wanted"),
+        (paths, {"gamma": 2, "step": 20}, r"a-30: later than the wanted step 20"),
         ([*paths, paths[0]], {"gamma": 2}, "a-10: is the same checkpoint as .*a-10"),
         ([*paths, tmp_path / "copy"], {"gamma": 2}, "copy: is the same checkpoint as .*a-10"),
         ([*paths, again], {"gamma": 2}, "has the same profile as"),
@@ -706,7 +706,7 @@ def test_the_command_tells_what_is_wrong(paths: list[Path], tmp_path: Path, caps
     assert nothing_written(tmp_path)
     status, _, err = run(capsys, *paths[-2:], "--out", out, "--sigma-rel", 0.25)
     assert status == 0
-    assert err.startswith(f"dist-ema: {out}: the profile of sigma_rel=0.25 at step 320 is matched")
+    assert err.startswith(f"dist-ema: {out}: the profile of sigma_rel=0.25 at step 320 fits badly")
 
 
 @pytest.mark.parametrize(
@@ -715,11 +715,11 @@ def test_the_command_tells_what_is_wrong(paths: list[Path], tmp_path: Path, caps
 )
 def test_a_range_that_makes_no_sense_is_refused(text: str):
     with pytest.raises(ValueError, match=r"--sweep|sigma_rel must be"):
-        asked(Path("x"), None, None, text)
+        parse_widths(Path("x"), None, None, text)
 
 
 def test_a_range_ends_where_it_says():
-    found = asked(Path("x"), None, None, "0.05:0.10:0.03")
+    found = parse_widths(Path("x"), None, None, "0.05:0.10:0.03")
     assert list(found) == [Path("x") / f"sigma_rel-{s}" for s in ("0.05", "0.08")]
     assert found[Path("x/sigma_rel-0.05")] == NARROW
 
@@ -767,7 +767,7 @@ def test_an_average_that_its_schedule_did_not_make_alone_is_refused(tmp_path: Pa
             other.load(tmp_path / source)
         other.update()
         other.save(tmp_path / "later")
-        with pytest.raises(CheckpointError, match="did not make it alone"):
+        with pytest.raises(CheckpointError, match="was not made by .* alone"):
             synthesize([tmp_path / "later"], sigma_rel=0.05, out=tmp_path / "out")
         other.reset()
         other.update()
