@@ -23,9 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dist_ema.checkpoint import consolidated, verify
-from dist_ema.checkpoint.blocks import Files
-from dist_ema.checkpoint.manifest import CheckpointError, Manifest, SavedAverage
+from dist_ema.checkpoint import reader
+from dist_ema.checkpoint.manifest import SavedAverage
+from dist_ema.checkpoint.reader import Checkpoint
+from dist_ema.core.errors import CheckpointError
 
 _PROGRESS_EVERY_S = 0.2
 
@@ -102,9 +103,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    files, about = consolidated.open_any(options.path)
-    with files:
-        told = _summary(files, about)
+    with Checkpoint(options.path) as checkpoint:
+        told = _summary(checkpoint)
     if options.json:
         sys.stdout.write(json.dumps(told, indent=2) + "\n")
         return 0
@@ -141,11 +141,12 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-def _summary(files: Files, about: Manifest) -> dict[str, Any]:
+def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
+    about = checkpoint.manifest
     states = about.state.get("averages", {})
     averages = about.averages
     return {
-        "path": str(files.directory),
+        "path": str(checkpoint.directory),
         "id": about.id,
         "checksum": about.algorithm,
         "nbytes": sum(f.nbytes for a in averages.values() for f in a.files.values()),
@@ -196,8 +197,8 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    files, about = consolidated.open_any(options.path)
-    with files:
+    with Checkpoint(options.path) as checkpoint:
+        about = checkpoint.manifest
         if not about.algorithm:
             raise CheckpointError(
                 f"{options.path}: has no manifest.json, so there are no checksums to compare"
@@ -207,13 +208,13 @@ def _verify(options: argparse.Namespace) -> int:
         ]
         nbytes = sum(saved.nbytes for saved in boxes)
         with _progress(nbytes) as advance:
-            problems = list(verify.problems(files, about, advance))
+            problems = list(reader.problems(checkpoint, advance))
     for problem in problems:
         _say(problem)
     if problems:
-        _say(f"{files.directory}: damaged, {len(problems)} problems")
+        _say(f"{checkpoint.directory}: damaged, {len(problems)} problems")
         return 1
-    _say(f"{files.directory}: good; {len(boxes)} boxes, {_size(nbytes)}, {about.algorithm}")
+    _say(f"{checkpoint.directory}: good; {len(boxes)} boxes, {_size(nbytes)}, {about.algorithm}")
     return 0
 
 
@@ -251,7 +252,7 @@ def _synthesize(options: argparse.Namespace) -> int:
     from dist_ema.posthoc import synthesize as posthoc  # here, for it takes torch
 
     try:
-        wanted = posthoc.asked(options.out, options.gamma, options.sigma_rel, options.sweep)
+        wanted = posthoc.parse_widths(options.out, options.gamma, options.sigma_rel, options.sweep)
         made = posthoc.sweep(options.paths, wanted, step=options.step, progress=_progress)
     except ValueError as error:
         sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")

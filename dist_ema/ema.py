@@ -18,16 +18,19 @@ import torch.distributed as dist
 import xxhash
 from torch import nn
 
-from dist_ema.checkpoint import api, stateful
-from dist_ema.checkpoint.api import TIMEOUT_S, CheckpointError, Handle
+from dist_ema.checkpoint import dcp
+from dist_ema.checkpoint.background import TIMEOUT_S, BackgroundSaves, Handle
+from dist_ema.checkpoint.loader import load
+from dist_ema.checkpoint.writer import non_finite_names, refuse_non_finite, save
 from dist_ema.core.average import Average
+from dist_ema.core.errors import CheckpointError
 from dist_ema.core.gather import Gatherer, one_by_one, whole_tensors, write_into
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Fragment, TensorMeta
 from dist_ema.core.lerp import MultiAvgFn, squared_norms
 from dist_ema.core.names import registrations, unwrap
+from dist_ema.core.safetensors import dtype_name
 from dist_ema.engines import select
-from dist_ema.export.format import DTYPES
 from dist_ema.export.layouts import (
     card_of,
     differing_names,
@@ -143,6 +146,7 @@ class ShardedEMA:
         # Whether an optimizer step has just happened; the glue to a framework sets it where the
         # framework knows and the engine does not. Local and cheap: every update() asks.
         self._gate: Callable[[], bool] | None = None
+        self._saves = BackgroundSaves()
         self._mixed: set[str] = set()  # averages that not their schedule alone has made
         self._warn_of_low_precision(dtype)
         self._warn_of_standstill(dtype)
@@ -527,14 +531,15 @@ class ShardedEMA:
         model = self._model()
         if self._group.rank == 0:  # which writes the manifest
             state["model"] = model
-        return api.save(
+        return save(
             path,
-            self._parts(),
+            self._fragments(),
             self._tensors(),
             state,
             self._group,
             asynchronous=asynchronous,
             timeout=timeout,
+            background=self._saves,
         )
 
     def load(self, path: str | Path, *, strict: bool = True, step: int | None = None) -> None:
@@ -570,8 +575,14 @@ class ShardedEMA:
                 raise CheckpointError(no_safetensors(Path(path)))
         weights = [*self._average.plan.weights, *self._average.others()]
         names = {n for w in weights for n in (w.fqn, *w.aliases)}
-        state = api.load(
-            path, self._parts(), self._tensors(), self._group, strict=strict, others=names
+        state = load(
+            path,
+            self._fragments(),
+            self._tensors(),
+            self._group,
+            strict=strict,
+            others=names,
+            background=self._saves,
         )
         if not state:
             if step is None:
@@ -596,8 +607,8 @@ class ShardedEMA:
         """
         self._average.marks.refuse("state_dict()")
         self._average.follow()
-        return stateful.state_dict(
-            self._parts(), self._tensors(), self._state(), alone=self._group.size == 1
+        return dcp.state_dict(
+            self._fragments(), self._tensors(), self._state(), alone=self._group.size == 1
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -608,7 +619,7 @@ class ShardedEMA:
         """
         self._average.marks.refuse("load_state_dict()", mends=True)
         self._average.follow()
-        self._resume(stateful.load_state_dict(state_dict, self._parts(), self._tensors()))
+        self._resume(dcp.load_state_dict(state_dict, self._fragments(), self._tensors()))
 
     # Inside.
 
@@ -648,7 +659,14 @@ class ShardedEMA:
                 raise ValueError(f"timeout is {timeout!r}, wanted a positive number of seconds")
             self._average.follow()
 
-    def _parts(self) -> dict[str, list[Fragment]]:
+    def refuse_non_finite(self) -> None:
+        """Raise CheckpointError on every rank if an average holds NaN or Inf. Collective.
+
+        For integrations, which write the averages themselves.
+        """
+        refuse_non_finite(non_finite_names(self._fragments()), self._group)
+
+    def _fragments(self) -> dict[str, list[Fragment]]:
         """What this rank holds of each average."""
         fragments = self._average.plan.fragments
         return {
@@ -686,7 +704,13 @@ class ShardedEMA:
     def _resume(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that was saved; from the start if it is empty."""
         own = self._state()
-        told = api.differing_schedules(state, own) if state.get("averages") else []
+        told = [
+            f"the average {name!r} was saved with {saved['schedule']}, and goes on with "
+            f"{own['averages'][name]['schedule']}, as ShardedEMA was built"
+            for name, saved in state.get("averages", {}).items()
+            if name in self.names
+            and not same_rule(saved["schedule"], own["averages"][name]["schedule"])
+        ]
         told += [
             f"the average was saved with {label}={state[label]}, and goes on with "
             f"{label}={own[label]}, as ShardedEMA was built"
@@ -799,7 +823,7 @@ class ShardedEMA:
         return {
             w.fqn: {
                 "shape": list(w.shape),
-                "dtype": DTYPES.get(w.tensor.dtype, str(w.tensor.dtype)),
+                "dtype": dtype_name(w.tensor.dtype) or str(w.tensor.dtype),
                 "aliases": list(w.aliases),
             }
             for w in self._average.others()

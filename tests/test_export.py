@@ -351,7 +351,7 @@ def test_rank0_writes_where_the_others_see_nothing(tmp_path):
     ema = averaged_somewhat(parallel(tiny_gpt2(), "fsdp2"))
     with (
         mock.patch.object(live.Writing, "is_seen", lambda self: rank() == 0),
-        mock.patch.object(files, "SEEN_WITHIN_S", 0.2),
+        mock.patch.object(files, "VISIBLE_WITHIN_S", 0.2),
     ):
         ema.export(tmp_path / "auto")
         with pytest.raises(RuntimeError, match="these ranks do not see it: 1;"):

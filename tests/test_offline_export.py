@@ -12,8 +12,7 @@ from torch import Tensor
 
 from dist_ema import cli
 from dist_ema.checkpoint import CheckpointError
-from dist_ema.checkpoint.manifest import dump
-from dist_ema.checkpoint.parsing import parse
+from dist_ema.checkpoint.manifest import dump, parse
 from dist_ema.export import offline
 from tests.net import FROZEN, TRAINABLE
 from tests.runs import start
@@ -42,7 +41,7 @@ def read(export: Path) -> dict[str, Tensor]:
 def rewrite(checkpoint: Path, **changes: object) -> None:
     """Give the manifest another state, with good checksums."""
     file = checkpoint / "manifest.json"
-    about = parse(file.read_bytes(), "")
+    about = parse(file.read_bytes())
     about.state.update(changes)  # type: ignore[attr-defined]
     file.write_bytes(dump(about))
 

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from dist_ema.checkpoint.blocks import check_file
-from dist_ema.checkpoint.consolidated import NAME, open_any
-from dist_ema.checkpoint.manifest import CheckpointError, Manifest, SavedAverage
-from dist_ema.checkpoint.reader import TORCH_DTYPES, Source
-from dist_ema.checkpoint.regions import RegionReader
+from dist_ema.checkpoint.manifest import Manifest, SavedAverage, SavedTensor
+from dist_ema.checkpoint.reader import PLAIN, Checkpoint
+from dist_ema.core.errors import CheckpointError
 from dist_ema.core.layout import TensorMeta
+from dist_ema.core.safetensors import torch_dtype
 from dist_ema.export.card import Card, checked_card, guessed_card, name_in, with_config
 from dist_ema.export.replace import replaced_files
 from dist_ema.export.writing import (
@@ -36,12 +35,31 @@ _SHOWN = 8  # names in a message
 
 
 @dataclass(frozen=True, slots=True)
+class _Source:
+    """A tensor of a checkpoint."""
+
+    checkpoint: Checkpoint
+    average: SavedAverage
+    fqn: str
+
+    @property
+    def tensor(self) -> SavedTensor:
+        return self.average.tensors[self.fqn]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.tensor.dtype)
+
+    def read(self, start: int, out: torch.Tensor) -> None:
+        self.checkpoint.read(self.average, self.fqn, start, out)
+
+
+@dataclass(frozen=True, slots=True)
 class _Item:
-    """A tensor to be written, and where it is read."""
+    """A tensor to write, and its source."""
 
     output: TensorMeta
-    source: Source
-    reader: RegionReader
+    source: _Source
 
 
 def export(
@@ -77,21 +95,19 @@ def export(
         ValueError: an argument is out of range, or the average holds NaN or Inf. The same.
     """
     with ExitStack() as opened:
-        files, about = open_any(checkpoint)
-        opened.enter_context(files)
-        average = _average(about, name, files.directory)
+        saved = opened.enter_context(Checkpoint(checkpoint))
+        average = _average(saved.manifest, name, saved.directory)
         for file in average.files:
-            check_file(files, about, average, file)
-        told: Mapping[str, Any] = about.state.get("model", {})
+            saved.check_file(average, file)
+        told: Mapping[str, Any] = saved.state.get("model", {})
         if not isinstance(told, dict):
-            raise CheckpointError(f"{files.directory}: tells of the model what makes no sense")
+            raise CheckpointError(f"{saved.directory}: tells of the model what makes no sense")
         if "problem" in told:
-            raise CheckpointError(f"{files.directory}: when it was saved, {told['problem']}")
+            raise CheckpointError(f"{saved.directory}: when it was saved, {told['problem']}")
         card = _card(told, base)
-        reader = RegionReader(files, about)
         items = [
-            _Item(_output(fqn, source, dtype, averaged=True), source, reader)
-            for fqn, source in _sources(average).items()
+            _Item(_output(fqn, source, dtype, averaged=True), source)
+            for fqn, source in _sources(saved, average).items()
         ]
         items += _rest(told, card, items, base, dtype, opened)
         return _write(out, items, card, max_shard_size, weights_name, progress)
@@ -145,7 +161,7 @@ def _copy(item: _Item, writing: Writing, advance: Callable[[int], object]) -> No
     step = _BAND_BYTES // item.source.dtype.itemsize
     for start in range(0, numel, step):
         band = torch.empty(min(step, numel - start), dtype=item.source.dtype)
-        item.reader.read(item.source, start, band)
+        item.source.read(start, band)
         writing.band(item.output, start, band)
         advance(band.nbytes)
 
@@ -166,11 +182,11 @@ def _card(told: Mapping[str, Any], base: Path | None) -> Card:
     return with_config(card, base)
 
 
-def _sources(average: SavedAverage) -> dict[str, Source]:
-    return {fqn: Source(average, fqn, tensor) for fqn, tensor in average.tensors.items()}
+def _sources(checkpoint: Checkpoint, average: SavedAverage) -> dict[str, _Source]:
+    return {fqn: _Source(checkpoint, average, fqn) for fqn in average.tensors}
 
 
-def _output(fqn: str, source: Source, dtype: torch.dtype | None, *, averaged: bool) -> TensorMeta:
+def _output(fqn: str, source: _Source, dtype: torch.dtype | None, *, averaged: bool) -> TensorMeta:
     tensor = source.tensor
     held = TensorMeta(fqn, tensor.aliases, tensor.shape, source.dtype, averaged)
     return replace(held, dtype=held.dtype_as(dtype))
@@ -186,44 +202,37 @@ def _rest(
 ) -> list[_Item]:
     """What the model has beside the average, from the base."""
     averaged = {name for item in items for name in (item.output.fqn, *item.output.aliases)}
-    found: dict[str, Source] = {}
-    reader: RegionReader | None = None
+    found: dict[str, _Source] = {}
     if base is not None:
-        files, about = open_any(base)
-        opened.enter_context(files)
-        if NAME not in about.averages:
+        model = opened.enter_context(Checkpoint(base))
+        if not model.is_plain:
             raise CheckpointError(f"{base}: is a sharded checkpoint, wanted a model's directory")
-        average = about.averages[NAME]
-        for file in average.files:
-            check_file(files, about, average, file)
-        reader = RegionReader(files, about)
-        found = _sources(average)
+        average = model.averages[PLAIN]
+        found = _sources(model, average)
     if "others" not in told:  # whatever the base has and the average has not
-        assert reader is not None or not found
         return [
-            _Item(_output(fqn, source, dtype, averaged=False), source, reader)
+            _Item(_output(fqn, source, dtype, averaged=False), source)
             for fqn, source in found.items()
-            if reader is not None and averaged.isdisjoint((fqn, *source.tensor.aliases))
+            if averaged.isdisjoint((fqn, *source.tensor.aliases))
         ]
     wanted = {
         fqn: other
         for fqn, other in _others(told["others"]).items()
         if name_in(card, (fqn, *other.aliases)) is not None
     }
-    return _from_base(wanted, found, reader, base, dtype)
+    return _from_base(wanted, found, base, dtype)
 
 
 def _from_base(
     wanted: Mapping[str, TensorMeta],
-    found: Mapping[str, Source],
-    reader: RegionReader | None,
+    found: Mapping[str, _Source],
     base: Path | None,
     dtype: torch.dtype | None,
 ) -> list[_Item]:
     items, missing, differing = [], [], []
     for fqn, other in wanted.items():
         source = next((found[n] for n in (fqn, *other.aliases) if n in found), None)
-        if source is None or reader is None:
+        if source is None:
             missing.append(fqn)
         elif source.tensor.shape != other.shape:
             differing.append(f"{fqn} has shape {source.tensor.shape}, wanted {other.shape}")
@@ -231,7 +240,7 @@ def _from_base(
             differing.append(f"{fqn} is of {source.dtype}, wanted {other.dtype}")
         else:
             output = replace(other, dtype=other.dtype_as(dtype))
-            items.append(_Item(output, source, reader))
+            items.append(_Item(output, source))
     if differing:
         raise CheckpointError(f"{base}: is of another model: {_some(differing)}")
     if missing and base is None:
@@ -252,7 +261,7 @@ def _others(told: object) -> dict[str, TensorMeta]:
                 str(fqn),
                 tuple(str(alias) for alias in other["aliases"]),
                 tuple(int(n) for n in other["shape"]),
-                TORCH_DTYPES[other["dtype"]],
+                torch_dtype(other["dtype"]),
                 False,
             )
             for fqn, other in told.items()

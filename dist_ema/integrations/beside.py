@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_ema.checkpoint.directory import find
-from dist_ema.checkpoint.manifest import CheckpointError
+from dist_ema.core.errors import CheckpointError
 from dist_ema.ema import ShardedEMA
 
 

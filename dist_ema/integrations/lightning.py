@@ -42,7 +42,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema.checkpoint.manifest import CheckpointError
+from dist_ema.core.errors import CheckpointError
 from dist_ema.core.lerp import MultiAvgFn
 from dist_ema.ema import ShardedEMA
 from dist_ema.integrations.beside import is_there

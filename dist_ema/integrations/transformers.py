@@ -35,7 +35,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dist_ema.checkpoint.directory import target
-from dist_ema.checkpoint.manifest import CheckpointError
+from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
 from dist_ema.core.lerp import MultiAvgFn
 from dist_ema.core.names import unwrap

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dist_ema.checkpoint.api import refuse_non_finite
-from dist_ema.checkpoint.manifest import CheckpointError
-from dist_ema.checkpoint.snapshot import non_finite
+from dist_ema.core.errors import CheckpointError
 from dist_ema.ema import ShardedEMA
 
 
@@ -18,7 +16,7 @@ def whole(ema: ShardedEMA) -> dict[str, Any]:
         CheckpointError: an average holds NaN or Inf (the tensors are named). On every rank.
     """
     state = ema.state_dict()
-    refuse_non_finite(non_finite(ema._parts()), ema._group)
+    ema.refuse_non_finite()
     averages = {
         name: {fqn: tensor for fqn, tensor in ema.gather_tensors(name) if fqn in wanted}
         for name, wanted in state["averages"].items()
