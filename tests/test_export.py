@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_ema import ShardedEMA
 from dist_ema.checkpoint import directory as files
 from dist_ema.core import gather
-from dist_ema.export import live, writing
+from dist_ema.export import files as export_files
 from tests.models import tiny_gpt2, tiny_llama, tiny_unet
 from tests.net import ALIASES
 from tests.runs import EXACT, live_state, start
@@ -318,19 +318,19 @@ def test_scattered_pieces_are_joined_before_they_are_written(dtype, tmp_path):
     even = dist.get_world_size() == 2
     model = fully_shard(net, mesh=shards, shard_placement_fn=placement if even else None)
     ema = ShardedEMA(model)
-    joined: list[frozenset[str]] = []
-    write_bands = live._write_bands
+    gathered: list[frozenset[str]] = []
+    chunks = gather.Gatherer.chunks
 
-    def noting(*args, spread: bool = False) -> None:
-        joined.append(args[-1])
-        write_bands(*args, spread=spread)
+    def noting(*args, only: frozenset[str], spread: bool):
+        gathered.append(only)
+        return chunks(*args, only=only, spread=spread)
 
     with (
-        mock.patch.object(live, "_write_bands", noting),
+        mock.patch.object(gather.Gatherer, "chunks", noting),
         mock.patch.object(gather, "_BUCKET_BYTES", 1000),
     ):
         ema.export(tmp_path / "direct", dtype=dtype, method="direct")
-        assert joined == ([frozenset({"a.weight", "b.weight", "cube"})] if even else [])
+        assert gathered == ([frozenset({"a.weight", "b.weight", "cube"})] if even else [])
         ema.export(tmp_path / "rank0", dtype=dtype, method="rank0")
     if rank() == 0:
         found = written(tmp_path / "direct")
@@ -350,7 +350,7 @@ def test_a_channels_last_weight_is_exported_row_major(tmp_path):
 def test_rank0_writes_where_the_others_see_nothing(tmp_path):
     ema = averaged_somewhat(parallel(tiny_gpt2(), "fsdp2"))
     with (
-        mock.patch.object(live.Writing, "is_seen", lambda self: rank() == 0),
+        mock.patch.object(export_files.Writer, "sees_files", lambda self: rank() == 0),
         mock.patch.object(files, "SEEN_WITHIN_S", 0.2),
     ):
         ema.export(tmp_path / "auto")
@@ -372,7 +372,7 @@ def test_a_rank_that_cannot_write_fails_all(method: str, failing: int, tmp_path)
     full = OSError(28, "No space left on device")
     with contextlib.ExitStack() as patches:
         if rank() == failing:
-            patches.enter_context(mock.patch.object(writing.os, "pwrite", side_effect=full))
+            patches.enter_context(mock.patch.object(export_files.os, "pwrite", side_effect=full))
         if method == "direct" or failing == 0:
             with pytest.raises(OSError, match="No space left"):
                 ema.export(tmp_path / "export", method=method)

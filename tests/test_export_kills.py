@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dist_ema import ShardedEMA
-from dist_ema.export import replace, writing
+from dist_ema.export import files as export_files
 from tests.models import build
 
 CALLS = ("replace", "rename", "symlink", "link", "unlink", "mkdir", "rmdir", "pwrite", "open")
@@ -197,7 +197,7 @@ def test_without_links_a_killed_export_is_never_a_mixture(missing: str, tmp_path
     second.export(tmp_path / "reference", **new)
     files = [visible(tmp_path / "reference")]
     call = unreadable = 0
-    with mock.patch.object(replace.os, missing, without_links):
+    with mock.patch.object(export_files.os, missing, without_links):
         while True:
             first.export(path, **old)
             if len(files) == 1:
@@ -233,8 +233,8 @@ def test_an_error_while_files_are_replaced_leaves_the_old_export(links: bool, tm
         return wrapper
 
     with (
-        mock.patch.object(replace.os, "symlink", failing(symlink) if links else without_links),
-        mock.patch.object(replace.os, "rename", rename if links else failing(rename)),
+        mock.patch.object(export_files.os, "symlink", failing(symlink) if links else without_links),
+        mock.patch.object(export_files.os, "rename", rename if links else failing(rename)),
         pytest.raises(OSError, match="No space left"),
     ):
         second.export(tmp_path, max_shard_size=300)
@@ -288,14 +288,14 @@ def test_weights_of_others_that_loaders_may_prefer_are_refused(theirs, ours, tmp
 @pytest.mark.ranks(0)
 def test_weights_that_appear_during_an_export_are_not_removed(tmp_path: Path):
     average = average_of("plain", 2.0)
-    band = writing.Writing.run
+    write_fragment = export_files.Writer.write_fragment
 
     def with_another_writer(*args: object) -> None:
         (tmp_path / "model.safetensors").write_bytes(b"raw weights")
-        band(*args)
+        write_fragment(*args)
 
     with (
-        mock.patch.object(writing.Writing, "run", with_another_writer),
+        mock.patch.object(export_files.Writer, "write_fragment", with_another_writer),
         pytest.raises(ValueError, match="was not written by export"),
     ):
         average.export(tmp_path, max_shard_size=300)

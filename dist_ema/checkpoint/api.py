@@ -32,7 +32,7 @@ from dist_ema.checkpoint.visibility import retried_when_visible
 from dist_ema.checkpoint.writer import Report, Save
 from dist_ema.core.group import Group, digest
 from dist_ema.core.layout import Box, Fragment, TensorMeta
-from dist_ema.export.format import DTYPES
+from dist_ema.core.safetensors import DTYPES
 from dist_ema.schedule import same_rule
 
 __all__ = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dist_ema.checkpoint.manifest import SavedAverage, SavedTensor
-from dist_ema.export.format import DTYPES
+from dist_ema.core.safetensors import DTYPES
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 

@@ -44,7 +44,7 @@ from dist_ema.checkpoint.manifest import (
 )
 from dist_ema.checkpoint.shards import row_major
 from dist_ema.core.layout import Box, Fragment, TensorMeta, uncovered, whole
-from dist_ema.export.format import DTYPES, TensorSpec, safetensors_header
+from dist_ema.core.safetensors import DTYPES, TensorSpec, safetensors_header
 
 
 @dataclass(frozen=True, slots=True)
