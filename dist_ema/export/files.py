@@ -4,7 +4,7 @@
 New files are written to a hidden directory inside the target, `.export-xxxxxxxx/new`, the stage.
 When they are complete and on disk, they replace the old ones:
 
-- If one file differs, it is renamed over the old one.
+- If one file is all that changes, it is renamed over the old one.
 - Otherwise every name that changes first becomes a symbolic link into the stage, to `now/NAME`.
   `now` is a link to `old`, which has a hard link to each old file: nothing has changed for readers.
   Then `now` is replaced by a link to `new`. This rename is the commit: it changes configuration,
@@ -53,7 +53,6 @@ _BLOCK = 1 << 20  # elements that are cast, checked and written at a time
 _MAX_OPEN = 256  # files at a time; the usual limit of a process is 1024
 _STAGE = re.compile(r"\.export-[0-9a-f]{8}")
 _LOCK_TIMEOUT_S = 60.0
-_COMPARED_BYTES = 1 << 20  # larger files are replaced without a comparison
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,8 @@ def plan_export(
         ValueError: an argument is out of range, or the layout cannot hold what is averaged.
     """
     weights_name = layout.weights_name if weights_name is None else weights_name
-    if not isinstance(weights_name, str) or not re.fullmatch(r"\w[\w.+-]*" + _SUFFIX, weights_name):
-        raise ValueError(
-            f"weights_name is {weights_name!r}, wanted a file name that ends in {_SUFFIX}"
-        )
+    if not re.fullmatch(r"\w[\w.+-]*\.safetensors", str(weights_name)):
+        raise ValueError(f"weights_name is {weights_name!r}, wanted a name ending in {_SUFFIX}")
     limit = _max_bytes(max_shard_size)
     if layout.library == "peft":  # which loads a single file only
         limit = sys.maxsize
@@ -167,17 +164,19 @@ def write_export(
 
     Raises:
         ValueError: an averaged tensor holds NaN or Inf. On every rank; `path` is as it was.
-        OSError: a rank cannot write. The same.
     """
     with ExitStack() as on_rank_0:
         directory = path
         with group.together():
             if group.rank == 0:
                 directory = on_rank_0.enter_context(replaced_files(path, plan))
+                for name, text in plan.texts.items():
+                    (directory / name).write_text(text)
+                for name, (header, nbytes) in plan.files.items():
+                    with (directory / name).open("xb") as file:
+                        file.write(header)
+                        file.truncate(nbytes)
         with closing(Writer(Path(group.broadcast(str(directory))), plan)) as writer:
-            with group.together():
-                if group.rank == 0:
-                    writer.create_files()
             write_values(writer)
             if group.any(bool(writer.not_finite)):
                 names = sorted(set().union(*group.all_gather(writer.not_finite)))
@@ -199,17 +198,8 @@ class Writer:
         self._open: dict[str, int] = {}
         self.not_finite: set[str] = set()  # averaged tensors that hold NaN or Inf
 
-    def create_files(self) -> None:
-        """Make all files, weights with their headers and at their full size."""
-        for name, text in self._plan.texts.items():
-            (self.directory / name).write_text(text)
-        for name, (header, nbytes) in self._plan.files.items():
-            fd = self._file(name, os.O_CREAT | os.O_EXCL)
-            os.ftruncate(fd, nbytes)
-            _write_at(fd, memoryview(header), 0)
-
     def sees_files(self) -> bool:
-        """Whether this process sees the files that another one has created."""
+        """Whether this process sees the files that rank 0 has created."""
         return all((self.directory / name).is_file() for name in self._plan.files)
 
     def write_chunk(self, fqn: str, start: int, values: torch.Tensor) -> None:
@@ -226,16 +216,20 @@ class Writer:
         values: torch.Tensor,
         pieces: Callable[[int, torch.Tensor], Iterable[tuple[int, torch.Tensor]]],
     ) -> None:
-        """Cast and check values block by block, and write what `pieces` makes of each block."""
+        """Cast and check values block by block; `pieces` splits a block into contiguous runs."""
         place = self._plan.places[fqn]
         fd = self._file(place.file)
         for at in range(0, values.numel(), _BLOCK):
             block = values[at : at + _BLOCK].to("cpu", place.dtype)
-            if place.averaged and not _is_finite(block):
+            comparable = block.float() if block.element_size() == 1 else block
+            if place.averaged and not comparable.isfinite().all():
                 self.not_finite.add(fqn)
             for offset, piece in pieces(at, block):
                 data = piece.contiguous().view(torch.uint8).numpy().data
-                _write_at(fd, data, place.start + offset * place.dtype.itemsize)
+                start = place.start + offset * place.dtype.itemsize
+                while data:  # one write takes at most 2 GB
+                    n = os.pwrite(fd, data, start)
+                    data, start = data[n:], start + n
 
     def sync(self) -> None:
         """Wait until what this process wrote is on disk."""
@@ -246,13 +240,13 @@ class Writer:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def _file(self, name: str, flags: int = 0) -> int:
+    def _file(self, name: str) -> int:
         if name not in self._open:
             if len(self._open) >= _MAX_OPEN:
                 oldest = self._open.pop(next(iter(self._open)))
                 os.fsync(oldest)
                 os.close(oldest)
-            self._open[name] = os.open(self.directory / name, os.O_WRONLY | flags, 0o666)
+            self._open[name] = os.open(self.directory / name, os.O_WRONLY)
         return self._open[name]
 
 
@@ -279,25 +273,13 @@ def _pieces(
         yield from zip(offsets, values.split(length), strict=True)
 
 
-def _is_finite(values: torch.Tensor) -> bool:
-    return bool((values.float() if values.element_size() == 1 else values).isfinite().all())
-
-
-def _write_at(fd: int, data: memoryview, start: int) -> None:
-    while data:  # one write takes at most 2 GB
-        n = os.pwrite(fd, data, start)
-        data, start = data[n:], start + n
-
-
 def _max_bytes(size: int | str) -> int:
     """A size in bytes, or such as "5GB" (10**9) or "5GiB" (2**30)."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]?)(I?)B)?\s*", str(size).upper())
     base = 1024 if match and match[3] else 1000
     nbytes = int(float(match[1]) * base ** " KMGT".index(match[2] or " ")) if match else 0
     if nbytes <= 0:
-        raise ValueError(
-            f"max_shard_size is {size!r}, wanted a number of bytes > 0 or such as '5GB'"
-        )
+        raise ValueError(f"max_shard_size is {size!r}, wanted bytes > 0 or such as '5GB'")
     return nbytes
 
 
@@ -357,11 +339,7 @@ def replaced_files(directory: Path, plan: ExportPlan) -> Iterator[Path]:
     Readers of `directory` see all of the old files or all of the new ones; see
     [Note: replacing files]. If the block raises, `directory` is as it was.
 
-    Args:
-        directory: made if it does not exist, with its parents.
-
     Raises:
-        OSError: `directory` is a file, or the file system refuses.
         ValueError: see `_stale_files`; before the block, or after it.
     """
     directory = target(directory)
@@ -396,9 +374,10 @@ def replaced_files(directory: Path, plan: ExportPlan) -> Iterator[Path]:
 
 def _commit(directory: Path, stage: Path, stale: set[str]) -> None:
     new = {entry.name for entry in (stage / "new").iterdir()}
-    changed = {name for name in new if not _is_same(directory / name, stage / "new" / name)}
+    texts = [name for name in new if not name.endswith(_SUFFIX)]
+    unchanged, _, _ = filecmp.cmpfiles(directory, stage / "new", texts, shallow=False)
     # Weights after configurations, and an index after the weights.
-    names = sorted(changed | stale, key=lambda n: (".index." in n, n.endswith(_SUFFIX), n))
+    names = sorted((new - {*unchanged}) | stale, key=lambda n: (".index." in n, n not in texts, n))
     for name in names:
         if (directory / name).is_dir():
             raise IsADirectoryError(f"{directory / name} is a directory; an export writes a file")
@@ -415,12 +394,6 @@ def _commit(directory: Path, stage: Path, stale: set[str]) -> None:
         _replace_in_turn(directory, stage, names)
     sync(directory)
     _clear_abandoned(directory, is_replaced=True)
-
-
-def _is_same(old: Path, new: Path) -> bool:
-    if not old.is_file() or new.stat().st_size > _COMPARED_BYTES:
-        return False
-    return filecmp.cmp(old, new, shallow=False)
 
 
 def _keep_old(directory: Path, stage: Path, names: Sequence[str]) -> bool:
@@ -487,12 +460,9 @@ def _clear_abandoned(directory: Path, *, is_replaced: bool = False) -> None:
     A stage that holds the only copy of the old files stays until they are replaced.
     """
     for stage in list(directory.iterdir()):
-        if not _STAGE.fullmatch(stage.name):
-            continue
-        try:
-            fd = _lock(stage / "lock")
-        except OSError:  # removed by another process, or of another user
-            continue
+        fd = None
+        with suppress(OSError):  # removed by another process, or of another user
+            fd = _lock(stage / "lock") if _STAGE.fullmatch(stage.name) else None
         if fd is None:
             continue
         os.close(fd)

@@ -230,29 +230,25 @@ def unregistered_tensors(
     with group.together(call, hashes):  # compares what the block puts into `hashes`
         extra = differing_names(model)[0]
         registered = {r.fqn: r.tensor for r in registrations(unwrap(model))} if extra else {}
+        ids = {id(tensor) for tensor in registered.values()}
         changing = {id(tensor) for fqn, tensor in registered.items() if fqn in averaged}
         for key, value in extra.items():
-            if not isinstance(value, torch.Tensor) or any(
-                value is tensor for tensor in registered.values()
-            ):
+            if not isinstance(value, torch.Tensor) or id(value) in ids:
                 continue  # extra state, or a registered tensor under another name
-            prefixes = [fqn for fqn in registered if key.startswith(f"{fqn}.")]
             module = key.rpartition(".")[0]
-            related = [max(prefixes, key=len)] if prefixes else [
-                fqn for fqn in registered if fqn.rpartition(".")[0] == module
-            ]  # fmt: skip
-            if type(value) not in (torch.Tensor, nn.Parameter) or any(
-                id(registered[fqn]) in changing for fqn in related
-            ):
+            parents = [fqn for fqn in registered if key.startswith(f"{fqn}.")]
+            siblings = [fqn for fqn in registered if fqn.rpartition(".")[0] == module]
+            depends = any(id(registered[fqn]) in changing for fqn in parents or siblings)
+            if depends or type(value) not in (torch.Tensor, nn.Parameter):
                 raise ValueError(
                     f"state_dict() has {key}, which no module holds as a parameter or buffer; it "
                     "may depend on averaged weights, or be sharded: call the model's own "
                     "state_dict() inside average_parameters()"
                 )
             tensor = value.detach().to("cpu", copy=True).contiguous()
-            data = tensor.reshape(-1).view(torch.uint8).numpy()
-            digest = xxhash.xxh3_64_hexdigest(data.tobytes())
-            hashes[f"state_dict()[{key!r}]"] = f"{tensor.dtype} {tuple(tensor.shape)} {digest}"
+            data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+            label = f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_64_hexdigest(data)}"
+            hashes[f"state_dict()[{key!r}]"] = label
             found[key] = tensor
     return found
 

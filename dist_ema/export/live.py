@@ -84,20 +84,19 @@ def _is_direct(method: str, writer: Writer, group: Group) -> bool:
     """Whether every rank writes. Collective: every rank calls it."""
     if method == "rank0" or (method == "auto" and not group.equal(socket.gethostname())):
         return False
-    if method == "auto":
-        return not group.any(not writer.sees_files())
-    visible = group.all_gather(becomes_visible(writer.sees_files))
-    if not all(visible):
-        blind = ", ".join(str(rank) for rank, sees_files in enumerate(visible) if not sees_files)
+    sees = writer.sees_files() if method == "auto" else becomes_visible(writer.sees_files)
+    blind = [str(rank) for rank, sees in enumerate(group.all_gather(sees)) if not sees]
+    if blind and method == "direct":
         raise RuntimeError(
-            f"{writer.directory}: rank 0 made it, and these ranks do not see it: {blind}; export "
-            "to a file system that all ranks share, or with method='rank0'"
+            f"{writer.directory}: rank 0 made it, and these ranks do not see it: "
+            f"{', '.join(blind)}; export to a file system that all ranks share, or with "
+            "method='rank0'"
         )
-    return True
+    return not blind
 
 
 def _is_scattered(meta: FragmentMeta, itemsize: int) -> bool:
     """Whether a fragment is better gathered with others than written run by run."""
     length, _ = runs(meta.shape, meta.box)
-    is_cut_up = length * itemsize < _SHORT_BYTES and meta.numel > _FEW_RUNS * length
-    return meta.order is not None or is_cut_up
+    is_short = length * itemsize < _SHORT_BYTES and meta.numel > _FEW_RUNS * length
+    return meta.order is not None or is_short

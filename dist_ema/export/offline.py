@@ -6,7 +6,7 @@ frozen weights and buffers. Their values come from a base, a directory that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -74,12 +74,10 @@ def export(
 ) -> dict[str, Any]:
     """Write an average as a consolidated checkpoint, as `ShardedEMA.export` does, byte for byte.
 
-    Local. Memory: a chunk of 32 MiB and a block, whatever the size of the model.
+    Local. Memory: a chunk of 32 MiB and a block of the checkpoint.
 
     Args:
         name: the average, if the checkpoint has several.
-        dtype: of floating-point tensors; None for the average's, half-precision tensors that are
-            not averaged being widened to fp32.
         base: a directory of safetensors with the tensors that are not averaged, and config.json if
             the checkpoint has no layout of the model.
         progress: called with the number of bytes to read; returns a context manager of a function
@@ -89,22 +87,41 @@ def export(
         {"library", "files", "nbytes"} of the export.
 
     Raises:
-        CheckpointError: the checkpoint or the base is cut short, altered, of another model, or not
-            a checkpoint; or a tensor of the model is in neither. `out` is as it was.
+        CheckpointError: the checkpoint or the base is damaged, or of another model; or a tensor is
+            in neither. `out` is as it was.
         ValueError: an argument is out of range, or the average holds NaN or Inf. The same.
     """
     with ExitStack() as opened:
         saved = _Saved(checkpoint, name, opened)
         base_saved = None if base is None else _Saved(base, None, opened)
         layout, others = _model(saved, base)
+        from_base = base_saved.tensors if base_saved else {}
         if others is None:  # not known: the base's tensors that are not averaged
             averaged = {n for t in saved.tensors.values() for n in (t.fqn, *t.aliases)}
-            from_base = base_saved.tensors.values() if base_saved else ()
-            others = [t for t in from_base if averaged.isdisjoint((t.fqn, *t.aliases))]
-        others = [t for t in others if layout.name_of((t.fqn, *t.aliases)) is not None]
+            others = [t for t in from_base.values() if averaged.isdisjoint((t.fqn, *t.aliases))]
+        tensors = list(saved.tensors.values())
         sources = {fqn: (saved, fqn) for fqn in saved.tensors}
-        sources |= _sources_in(base, base_saved, others)
-        tensors = [*saved.tensors.values(), *(replace(t, averaged=False) for t in others)]
+        problems = []
+        for other in others:
+            names = (other.fqn, *other.aliases)
+            tensor = next((from_base[n] for n in names if n in from_base), None)
+            if layout.name_of(names) is None:
+                continue
+            if tensor is None or base_saved is None:
+                problems.append(f"{other.fqn} is missing")
+            elif tensor.shape != other.shape:
+                problems.append(f"{other.fqn} has shape {tensor.shape}, wanted {other.shape}")
+            elif tensor.dtype.is_floating_point != other.dtype.is_floating_point:
+                problems.append(f"{other.fqn} is of {tensor.dtype}, wanted {other.dtype}")
+            else:
+                tensors.append(replace(other, averaged=False))
+                sources[other.fqn] = base_saved, tensor.fqn
+        if problems:
+            hint = "" if base else "; give the directory of a model that has them (--base)"
+            more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+            raise CheckpointError(
+                f"{base or checkpoint}: {'; '.join(problems[:_LISTED])}{more}{hint}"
+            )
         plan = plan_export(tensors, layout, dtype, max_shard_size, weights_name)
         in_order = sorted(plan.places, key=lambda f: (plan.places[f].file, plan.places[f].start))
 
@@ -150,40 +167,3 @@ def _model(saved: _Saved, base: Path | None) -> tuple[ModelLayout, list[TensorMe
         ]
     except (LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{saved.path}: the 'model' entry is malformed") from error
-
-
-def _sources_in(
-    base: Path | None, saved: _Saved | None, wanted: Sequence[TensorMeta]
-) -> dict[str, tuple[_Saved, str]]:
-    """Where tensors that are not averaged are read.
-
-    Raises:
-        CheckpointError: there is no base, or it is of another model.
-    """
-    sources, missing, differing = {}, [], []
-    for tensor in wanted:
-        names = (tensor.fqn, *tensor.aliases)
-        held = [saved.tensors[n] for n in names if n in saved.tensors] if saved else []
-        if not held:
-            missing.append(tensor.fqn)
-        elif held[0].shape != tensor.shape:
-            differing.append(f"{tensor.fqn} has shape {held[0].shape}, wanted {tensor.shape}")
-        elif held[0].dtype.is_floating_point != tensor.dtype.is_floating_point:
-            differing.append(f"{tensor.fqn} is of {held[0].dtype}, wanted {tensor.dtype}")
-        elif saved:
-            sources[tensor.fqn] = saved, held[0].fqn
-    if differing:
-        raise CheckpointError(f"{base}: is of another model: {_listed(differing)}")
-    if missing and base is None:
-        raise CheckpointError(
-            f"the model has {len(missing)} tensors that were not averaged and are not in the "
-            f"checkpoint: {_listed(missing)}; give the directory of a model that has them (--base)"
-        )
-    if missing:
-        raise CheckpointError(f"{base}: lacks {_listed(missing)}, which the model has")
-    return sources
-
-
-def _listed(texts: Sequence[str]) -> str:
-    further = len(texts) - _LISTED
-    return "; ".join(texts[:_LISTED]) + (f"; and {further} more" if further > 0 else "")
