@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Never, NoReturn
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import nn
 
 from dist_ema.checkpoint import dcp
@@ -28,15 +27,9 @@ from dist_ema.core.gather import Gatherer, one_by_one, whole_tensors, write_into
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Fragment, TensorMeta
 from dist_ema.core.lerp import MultiAvgFn, squared_norms
-from dist_ema.core.names import registrations, unwrap
-from dist_ema.core.safetensors import dtype_name
+from dist_ema.core.names import registrations
 from dist_ema.engines import select
-from dist_ema.export.layouts import (
-    card_of,
-    differing_names,
-    refuse_differing_names,
-    tensors_beside,
-)
+from dist_ema.export.layouts import model_state, unregistered_tensors
 from dist_ema.export.live import export
 from dist_ema.hints import (
     PICKLES,
@@ -382,14 +375,14 @@ class ShardedEMA:
         Collective: every rank calls it. Each byte is sent to rank 0 once, in bounded buckets.
         """
         state: dict[str, torch.Tensor] = {}
-        beside = self._beside("gather_state_dict()")
         gatherer, values = self._gathered("gather_state_dict()", name, dtype)
+        unregistered = self._unregistered("gather_state_dict()")
         for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
             for fqn in (entry.fqn, *entry.aliases):
                 state[fqn] = tensor
         if self._group.rank != 0:
             return {}
-        state |= beside
+        state |= unregistered
         order = {
             registration.fqn: i for i, registration in enumerate(registrations(self._average.model))
         }
@@ -402,8 +395,8 @@ class ShardedEMA:
 
         Collective: every rank calls it and exhausts the iterator, which is empty off rank 0.
         """
-        beside = self._beside("gather_tensors()")
         gatherer, values = self._gathered("gather_tensors()", name, dtype)
+        unregistered = self._unregistered("gather_tensors()")
         num_updates = self._num_updates
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -417,7 +410,7 @@ class ShardedEMA:
                 for fqn in (entry.fqn, *entry.aliases):
                     yield fqn, tensor
             if self._group.rank == 0:
-                yield from beside.items()
+                yield from unregistered.items()
 
         return tensors()
 
@@ -481,11 +474,9 @@ class ShardedEMA:
             weights_name=weights_name,
             method=method,
         )
-        with self._group.together():
-            differing = differing_names(self._average.model)
         export(
             Path(path),
-            lambda: self._card(*differing),
+            self._average.model,
             gatherer,
             values,
             self._group,
@@ -528,7 +519,7 @@ class ShardedEMA:
         """
         self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
         state = self._state()
-        model = self._model()
+        model = model_state(self._average.model, self._average.others(), self._group.rank)
         if self._group.rank == 0:  # which writes the manifest
             state["model"] = model
         return save(
@@ -779,56 +770,9 @@ class ShardedEMA:
         gatherer = self._average.gatherer(values)
         return gatherer, [*values, *(fragment.view for fragment in gatherer.rest)]
 
-    def _beside(self, call: str) -> dict[str, torch.Tensor]:
-        """What `state_dict()` has and no module holds, on the CPU. Collective: every rank calls it.
-
-        Raises:
-            ValueError: one of them may depend on averaged weights.
-            RuntimeError: ranks have different ones.
-        """
-        found: dict[str, torch.Tensor] = {}
-        problem: Exception | None = None
-        try:
-            self._average.marks.refuse(call)
-            module = unwrap(self._average.model)
-            extra = differing_names(self._average.model)[0]
-            found = tensors_beside(module, extra, self._average.plan.averaged)
-        except Exception as error:
-            problem = error
-        found = {fqn: tensor.to("cpu", copy=True) for fqn, tensor in found.items()}
-        values = {f"state_dict()[{fqn!r}]": _hash_of(tensor) for fqn, tensor in found.items()}
-        with self._group.together(call, values):
-            if problem is not None:
-                raise problem
-        return found
-
-    def _card(self, extra: Mapping[str, Any], missing: Sequence[str]) -> dict[str, Any]:
-        """The layout of the model's library, if names of `state_dict()` differ as told. Local."""
-        card = card_of(unwrap(self._average.model), extra)
-        refuse_differing_names(card, extra, missing)
-        return card
-
-    def _model(self) -> dict[str, Any]:
-        """What an export from a checkpoint must know of the model, as JSON; {} off rank 0."""
-        try:
-            differing = differing_names(self._average.model)
-            if self._group.rank != 0:
-                return {}
-            return {"card": self._card(*differing), "others": self._others()}
-        except Exception as problem:  # of a library: no reason not to save
-            return {"problem": f"{type(problem).__name__}: {problem}"}
-
-    def _others(self) -> dict[str, Any]:
-        """What the state dict has beside the average, as JSON."""
-        return {
-            w.fqn: {
-                "shape": list(w.shape),
-                "dtype": dtype_name(w.tensor.dtype) or str(w.tensor.dtype),
-                "aliases": list(w.aliases),
-            }
-            for w in self._average.others()
-            if w.persistent
-        }
+    def _unregistered(self, call: str) -> dict[str, torch.Tensor]:
+        average = self._average
+        return unregistered_tensors(call, average.model, average.plan.averaged, self._group)
 
     def _values(self, name: str | None) -> list[torch.Tensor]:
         """One average, a tensor for each of the plan's pieces."""
@@ -878,12 +822,6 @@ class ShardedEMA:
                 "use mixed precision (MixedPrecisionPolicy, autocast) if that matters",
                 stacklevel=3,
             )
-
-
-def _hash_of(tensor: torch.Tensor) -> str:
-    """A hash of a CPU tensor's dtype, shape and bytes."""
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_64_hexdigest(data)}"
 
 
 def _diffusers_step(path: Path) -> int | None:
