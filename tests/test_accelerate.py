@@ -272,7 +272,7 @@ def test_a_function_that_is_tried_again_registers_again(kept: bool, num_ranks: i
         assert len(tried) == 3 and ema.step == 2
         if kept:
             # The first of all belongs to no accelerator any more: all its updates count.
-            assert tried[0]._gate is None
+            assert tried[0].gate is None
         hooks = accelerator._save_model_state_pre_hook, accelerator._load_model_state_pre_hook
         assert [len(those) for those in hooks] == [1, 1]
         accelerator.save_state(str(tmp_path))

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from dist_ema.core.holders import find_holders
 
 from dist_ema.core.group import Group
-from dist_ema.core.holders import find_holders
 from dist_ema.engines import select
 from tests.benchmarks import __main__ as command
 from tests.benchmarks import peers, plots, ranks, readme, report, scale, swap, trace, update

@@ -63,7 +63,7 @@ LAYERS = [
     {"checkpoint.api", "checkpoint.combine", "export.live", "export.offline"},
     {"ema", "posthoc.synthesize"},
     {"cli"},
-    {"integrations", "integrations.beside", "integrations.whole"},
+    {"integrations", "integrations.base"},
     {"integrations.accelerate", "integrations.lightning", "integrations.transformers"},
     {"", "__main__"},
 ]
