@@ -40,11 +40,7 @@ class EMAKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class EMAOptions:
-    """The arguments of `ShardedEMA` besides the model; see there for their meaning.
-
-    Raises:
-        ValueError, TypeError: an argument is out of range.
-    """
+    """The arguments of `ShardedEMA` besides the model, which documents them."""
 
     decay: float | Schedule | Mapping[str, float | Schedule] = 0.9999
     multi_avg_fn: MultiAvgFn | None = None
@@ -69,26 +65,26 @@ class EMAOptions:
 
     def __post_init__(self) -> None:
         names, dtype, fn = list(self.schedules), self.dtype, self.multi_avg_fn
-        counts = (("update_every", self.update_every, 1), ("start_step", self.start_step, 0))
-        for label, value, least in counts:
-            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            _check(is_count, label, value, f"a whole number >= {least}")
-        is_valid = callable(self.params) or self.params in ("trainable", "all")
-        _check(is_valid, "params", self.params, "'trainable', 'all' or a predicate")
-        is_valid = callable(self.buffers) or self.buffers in ("copy", "average")
-        _check(is_valid, "buffers", self.buffers, "'copy', 'average' or a predicate")
-        _check(self.replicas in ("split", "whole"), "replicas", self.replicas, "'split' or 'whole'")
-        is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-        is_valid = is_float and dtype.itemsize >= 2
-        _check(is_valid, "dtype", dtype, "a floating torch.dtype, 16 bits or more")
+        for label, least in (("update_every", 1), ("start_step", 0)):
+            number = getattr(self, label)
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(f"{label} is {number!r}, wanted a whole number >= {least}")
+        for label, words in (("params", ("trainable", "all")), ("buffers", ("copy", "average"))):
+            value = getattr(self, label)
+            if not callable(value) and value not in words:
+                wanted = f"{words[0]!r}, {words[1]!r} or a predicate"
+                raise ValueError(f"{label} is {value!r}, wanted {wanted}")
+        if self.replicas not in ("split", "whole"):
+            raise ValueError(f"replicas is {self.replicas!r}, wanted 'split' or 'whole'")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ValueError(f"dtype is {dtype!r}, wanted a floating torch.dtype, 16 bits or more")
         if fn is not None and not callable(fn):
             raise TypeError(f"multi_avg_fn is {fn!r}, wanted a callable")
         if fn is not None and names != [DEFAULT_NAME]:
             raise ValueError("multi_avg_fn keeps one average; give it without a mapping")
         if self.device is not None and self.device.type != "cpu":
-            raise ValueError(
-                f"device is {self.device}, wanted 'cpu', or None for beside the weights"
-            )
+            wanted = "'cpu', or None for beside the weights"
+            raise ValueError(f"device is {self.device}, wanted {wanted}")
         if self.into is not None and (self.device is not None or self.overlap):
             raise ValueError("into holds the average: device and overlap have no meaning with it")
         if self.into is not None and len(names) > 1:
@@ -113,22 +109,12 @@ class EMAOptions:
         return value | {"code": code_hash(rule)} if value["kind"] == "callable" else value
 
     def arguments(self) -> dict[str, str]:
-        """Texts that must be equal on all ranks, for `Group.together`.
-
-        Functions are compared by name only: they may close over what differs between ranks.
-        """
+        """Texts that must be equal on all ranks, for `Group.together`; functions by name only."""
+        # Without code: a function may close over what differs between ranks.
         rules = {name: self.rule(name) | {"code": None} for name in self.schedules}
-        texts = {"argument decay": repr(rules)}
-        for field in fields(self):
-            if field.name not in ("decay", "multi_avg_fn", "process_group"):
-                value = getattr(self, field.name)
-                plain = isinstance(value, str | int | torch.dtype | torch.device | None)
-                texts[f"argument {field.name}"] = (
-                    repr(value) if plain else f"a {type(value).__name__}"
-                )
+        texts = {"argument decay": str(rules)}
+        for name, value in vars(self).items():
+            if name not in ("decay", "schedules", "multi_avg_fn", "process_group"):
+                is_function = callable(value) and not isinstance(value, torch.device)
+                texts[f"argument {name}"] = type(value).__name__ if is_function else str(value)
         return texts
-
-
-def _check(is_valid: bool, label: str, value: object, wanted: str) -> None:
-    if not is_valid:
-        raise ValueError(f"{label} is {value!r}, wanted {wanted}")

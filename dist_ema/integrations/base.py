@@ -1,4 +1,4 @@
-"""What the integrations share: options, the build, overflowed steps, evaluation and resuming."""
+"""What the integrations share."""
 
 from __future__ import annotations
 
@@ -6,76 +6,62 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from dist_ema.checkpoint.directory import find
 from dist_ema.checkpoint.manifest import CheckpointError
 from dist_ema.ema import ShardedEMA
-from dist_ema.options import EMAOptions
+from dist_ema.options import EMAKeywords, EMAOptions
 from dist_ema.schedule import Schedule
-
-if TYPE_CHECKING:
-    from dist_ema.options import EMAKeywords
 
 Decay = float | Schedule | Mapping[str, float | Schedule]
 
+RESTART = (
+    "it starts again with missing='restart': the average starts from the weights of the checkpoint"
+)
 
-def is_there(ema: ShardedEMA, path: Path) -> bool:
-    """Whether any rank finds something at a path. Collective: every rank calls it."""
-    return ema.group.any(find(path).exists())
+
+def load_from(ema: ShardedEMA, path: Path) -> bool:
+    """Load the average if there is one in a framework's checkpoint. Collective."""
+    if there := ema.group.any(find(path).exists()):
+        ema.load(path)
+    return there
 
 
 class AveragingCallback:
-    """Base of the callbacks, which adapt the names and events of their framework.
-
-    Args:
-        options: the keyword-only arguments of `ShardedEMA`.
-        needs_name: whether one of several averages must be named even without evaluation.
-
-    Raises:
-        ValueError, TypeError: an argument is out of range, with the text of `ShardedEMA`.
-    """
+    """Base of the callbacks, which adapt the names and events of their framework."""
 
     def __init__(
-        self,
-        decay: Decay,
-        options: EMAKeywords,
-        *,
-        evaluate: bool | str,
-        missing: str,
-        needs_name: bool = False,
+        self, decay: Decay, options: EMAKeywords, evaluate: bool | str, missing: str, picks: bool
     ) -> None:
+        """`picks`: whether one of several averages must be named even without evaluation."""
         self._keywords: dict[str, Any] = {"decay": decay, **options}
         names = list(EMAOptions.of(**self._keywords).schedules)
         if missing not in ("raise", "restart"):
             raise ValueError(f"missing is {missing!r}, wanted 'raise' or 'restart'")
         if isinstance(evaluate, str) and evaluate not in names:
             raise ValueError(f"evaluate is {evaluate!r}, wanted one of the averages {names}")
-        if not isinstance(evaluate, str) and len(names) > 1 and (evaluate or needs_name):
+        if not isinstance(evaluate, str) and len(names) > 1 and (evaluate or picks):
             raise ValueError(
                 f"there are several averages, {names}; say by evaluate= which is meant"
             )
         self.ema: ShardedEMA | None = None  # built when training starts
-        self._evaluates = evaluate is not False
+        self._evaluates, self._missing = evaluate is not False, missing
         self._name = evaluate if isinstance(evaluate, str) else None
-        self._missing = missing
-        self._is_shown = False
-        self._scale = 0.0
+        self._is_shown, self._scale = False, 0.0
 
     def _build(self, model: nn.Module) -> ShardedEMA:
         self.ema = None  # frees the memory of an earlier one first
         self.ema = ShardedEMA(model, **self._keywords)
         return self.ema
 
-    def _overflowed(self, scaler: Any) -> bool:
-        """Whether gradients overflowed since the last call, so that the step was skipped.
-
-        The scale of an fp16 gradient scaler decreases only then. Reading it is a host sync.
-        """
+    def _overflowed(self, owner: Any) -> bool:
+        """Whether the owner's fp16 scaler skipped a step since the last call. A host sync."""
+        scaler = getattr(owner, "scaler", None)
         before, self._scale = self._scale, 0.0 if scaler is None else float(scaler.get_scale())
-        return self._scale < before
+        return self._scale < before  # it decreases only then
 
     @contextmanager
     def _showing(self) -> Iterator[None]:
@@ -90,15 +76,8 @@ class AveragingCallback:
             finally:
                 self._is_shown = False
 
-    def _refuse_missing(self, path: Path, problem: str) -> None:
-        """Raise a `CheckpointError`, or warn if `missing` is "restart". `problem` says why."""
+    def _report(self, problem: str) -> None:
+        """Raise a `CheckpointError`, or warn if `missing` is "restart"."""
         if self._missing == "raise":
-            raise CheckpointError(
-                f"{path}: {problem}; resume from a checkpoint that has it, or build EMACallback "
-                "with missing='restart' to start from the weights of the checkpoint"
-            )
-        warnings.warn(
-            f"{path}: {problem}; it starts again: the average starts from the weights of the "
-            "checkpoint",
-            stacklevel=3,
-        )
+            raise CheckpointError(problem)
+        warnings.warn(problem, stacklevel=3)
