@@ -40,8 +40,7 @@ def register(
             models. None: a step that any optimizer skips does not count.
 
     Raises:
-        TypeError, ValueError: an argument is something else, was not prepared by this accelerator,
-            or is registered already.
+        TypeError, ValueError: an argument is not a prepared one, or is registered already.
     """
     if not isinstance(accelerator, Accelerator):
         raise TypeError(f"accelerator is a {type(accelerator).__name__}, wanted an Accelerator")

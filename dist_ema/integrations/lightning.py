@@ -5,11 +5,10 @@ need a GPU and are not tested.
 
 [Note: Lightning's events]
 Some strategies load a checkpoint after `on_fit_start`, so the average is built at `on_train_start`.
-Callbacks do not learn the path of a checkpoint, and what they add to a folder of shards is saved by
-rank 0 only, so `trainer.save_checkpoint` is wrapped. Finders of a learning rate or batch size save
-a checkpoint, train or evaluate, load it and delete it, and `trainer.ckpt_path` remains theirs: so a
-file that this run saved itself is never resumed from. The batch size finder does that in
-`on_validation_start`, so the average is swapped in one event later.
+Callbacks do not learn the path of a checkpoint, and only rank 0 saves what they add to a folder of
+shards, so `trainer.save_checkpoint` is wrapped. Finders of a learning rate or batch size save and
+load a file of their own, whose path `trainer.ckpt_path` keeps: it is ignored. The batch size finder
+runs in `on_validation_start`, so the average is swapped in one event later.
 """
 
 from __future__ import annotations
@@ -59,9 +58,6 @@ class EMACallback(AveragingCallback, Callback):
         optimizer: number of the optimizer whose steps count, from 0 (a GAN's generator, say).
         missing: when a checkpoint has no average (`weights_only`, say), "raise", or "restart" with
             a warning: the average starts from the weights of the checkpoint.
-
-    Raises:
-        ValueError, TypeError: an argument is out of range.
     """
 
     def __init__(

@@ -2,9 +2,9 @@
 
 [Note: what attaching does]
 A callback does not get its Trainer, and hears of an evaluation only when it is over. So `attach`
-wraps two methods of the Trainer: `evaluation_loop`, which `evaluate` (for each data set of a dict)
-and `predict` call, and `_inner_training_loop`, which gets the checkpoint to resume from. Where a
-subclass resumes without it, the average is read from the checkpoint of the restored `global_step`.
+wraps `trainer.evaluation_loop`, which `evaluate` and `predict` call, and `_inner_training_loop`,
+which gets the checkpoint to resume from. Where a subclass resumes without it, the average is read
+from the checkpoint of the restored `global_step`.
 """
 
 from __future__ import annotations
@@ -46,9 +46,6 @@ class EMACallback(AveragingCallback, TrainerCallback):
         copy_at_end: make the model the average when training ends, for `trainer.save_model()`.
         missing: when a checkpoint has no average, "raise", or "restart" with a warning: the average
             starts from the weights of the checkpoint.
-
-    Raises:
-        ValueError, TypeError: an argument is out of range.
     """
 
     def __init__(
