@@ -499,20 +499,3 @@ def test_a_callback_that_is_removed_shows_nothing_more(tmp_path: Path):
         averaged = losses(trainer.evaluate())
         with second.raw_weights():
             assert losses(trainer.evaluate()) == averaged != of_zeros
-
-
-@pytest.mark.ranks(0)
-@pytest.mark.parametrize(
-    ("wrong", "match"),
-    [
-        ({"decay": 1.5}, "decay"),
-        ({"update_every": 0}, "update_every is 0"),
-        ({"missing": "ignore"}, "missing is 'ignore'"),
-        ({"evaluate": "long"}, "evaluate is 'long'"),
-        ({"decay": {"a": 0.9, "b": 0.99}}, "say by evaluate="),
-        ({"decay": {"a": 0.9, "b": 0.99}, "evaluate": False, "export": "x"}, "say by evaluate="),
-    ],
-)
-def test_arguments_out_of_range_are_refused_at_once(wrong: dict[str, Any], match: str):
-    with pytest.raises(ValueError, match=match):
-        ema_callback(**wrong)
