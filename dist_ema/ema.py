@@ -15,26 +15,21 @@ from typing import TYPE_CHECKING, Any, Never, NoReturn
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import nn
 
-from dist_ema.checkpoint import api, stateful
-from dist_ema.checkpoint.api import TIMEOUT_S, CheckpointError, Handle
-from dist_ema.checkpoint.snapshot import non_finite
+from dist_ema.checkpoint import dcp
+from dist_ema.checkpoint.background import TIMEOUT_S, BackgroundSaves, Handle
+from dist_ema.checkpoint.loader import load
+from dist_ema.checkpoint.writer import non_finite_names, refuse_non_finite, save
 from dist_ema.core.average import Average
+from dist_ema.core.errors import CheckpointError
 from dist_ema.core.gather import Gatherer, one_by_one, whole_tensors, write_into
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Fragment, TensorMeta
 from dist_ema.core.lerp import MultiAvgFn, squared_norms
-from dist_ema.core.names import registrations, unwrap
+from dist_ema.core.names import registrations
 from dist_ema.engines import select
-from dist_ema.export.format import DTYPES
-from dist_ema.export.layouts import (
-    card_of,
-    differing_names,
-    refuse_differing_names,
-    tensors_beside,
-)
+from dist_ema.export.layouts import model_state, unregistered_tensors
 from dist_ema.export.live import export
 from dist_ema.hints import (
     PICKLES,
@@ -143,6 +138,7 @@ class ShardedEMA:
         # Returns whether an optimizer step has just happened, where the engine does not know. Local
         # and cheap: every update() calls it. Set by dist_ema.integrations.
         self.gate: Callable[[], bool] | None = None
+        self._saves = BackgroundSaves()
         self._mixed: set[str] = set()  # averages that not their schedule alone has made
         self._warn_of_low_precision(dtype)
         self._warn_of_standstill(dtype)
@@ -153,13 +149,6 @@ class ShardedEMA:
     def group(self) -> Group:
         """The ranks that together hold the model. Used by `dist_ema.integrations`."""
         return self._group
-
-    def refuse_non_finite(self) -> None:
-        """Raise a `CheckpointError` that names tensors with NaN or Inf. Used by integrations.
-
-        Collective: every rank calls it. An all-reduce of one integer.
-        """
-        api.refuse_non_finite(non_finite(self._parts()), self._group)
 
     # What the average is at.
 
@@ -392,14 +381,14 @@ class ShardedEMA:
         Collective: every rank calls it. Each byte is sent to rank 0 once, in bounded buckets.
         """
         state: dict[str, torch.Tensor] = {}
-        beside = self._beside("gather_state_dict()")
         gatherer, values = self._gathered("gather_state_dict()", name, dtype)
+        unregistered = self._unregistered("gather_state_dict()")
         for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
             for fqn in (entry.fqn, *entry.aliases):
                 state[fqn] = tensor
         if self._group.rank != 0:
             return {}
-        state |= beside
+        state |= unregistered
         order = {
             registration.fqn: i for i, registration in enumerate(registrations(self._average.model))
         }
@@ -412,8 +401,8 @@ class ShardedEMA:
 
         Collective: every rank calls it and exhausts the iterator, which is empty off rank 0.
         """
-        beside = self._beside("gather_tensors()")
         gatherer, values = self._gathered("gather_tensors()", name, dtype)
+        unregistered = self._unregistered("gather_tensors()")
         num_updates = self._num_updates
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -427,7 +416,7 @@ class ShardedEMA:
                 for fqn in (entry.fqn, *entry.aliases):
                     yield fqn, tensor
             if self._group.rank == 0:
-                yield from beside.items()
+                yield from unregistered.items()
 
         return tensors()
 
@@ -491,11 +480,9 @@ class ShardedEMA:
             weights_name=weights_name,
             method=method,
         )
-        with self._group.together():
-            differing = differing_names(self._average.model)
         export(
             Path(path),
-            lambda: self._card(*differing),
+            self._average.model,
             gatherer,
             values,
             self._group,
@@ -538,17 +525,18 @@ class ShardedEMA:
         """
         self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
         state = self._state()
-        model = self._model()
+        model = model_state(self._average.model, self._average.others(), self._group.rank)
         if self._group.rank == 0:  # which writes the manifest
             state["model"] = model
-        return api.save(
+        return save(
             path,
-            self._parts(),
+            self._fragments(),
             self._tensors(),
             state,
             self._group,
             asynchronous=asynchronous,
             timeout=timeout,
+            background=self._saves,
         )
 
     def load(self, path: str | Path, *, strict: bool = True, step: int | None = None) -> None:
@@ -584,8 +572,14 @@ class ShardedEMA:
                 raise CheckpointError(no_safetensors(Path(path)))
         weights = [*self._average.plan.weights, *self._average.others()]
         names = {n for w in weights for n in (w.fqn, *w.aliases)}
-        state = api.load(
-            path, self._parts(), self._tensors(), self._group, strict=strict, others=names
+        state = load(
+            path,
+            self._fragments(),
+            self._tensors(),
+            self._group,
+            strict=strict,
+            others=names,
+            background=self._saves,
         )
         if not state:
             if step is None:
@@ -610,8 +604,8 @@ class ShardedEMA:
         """
         self._average.marks.refuse("state_dict()")
         self._average.follow()
-        return stateful.state_dict(
-            self._parts(), self._tensors(), self._state(), alone=self._group.size == 1
+        return dcp.state_dict(
+            self._fragments(), self._tensors(), self._state(), alone=self._group.size == 1
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -622,7 +616,7 @@ class ShardedEMA:
         """
         self._average.marks.refuse("load_state_dict()", mends=True)
         self._average.follow()
-        self._resume(stateful.load_state_dict(state_dict, self._parts(), self._tensors()))
+        self._resume(dcp.load_state_dict(state_dict, self._fragments(), self._tensors()))
 
     # Inside.
 
@@ -662,7 +656,14 @@ class ShardedEMA:
                 raise ValueError(f"timeout is {timeout!r}, wanted a positive number of seconds")
             self._average.follow()
 
-    def _parts(self) -> dict[str, list[Fragment]]:
+    def refuse_non_finite(self) -> None:
+        """Raise CheckpointError on every rank if an average holds NaN or Inf. Collective.
+
+        For integrations, which write the averages themselves.
+        """
+        refuse_non_finite(non_finite_names(self._fragments()), self._group)
+
+    def _fragments(self) -> dict[str, list[Fragment]]:
         """What this rank holds of each average."""
         fragments = self._average.plan.fragments
         return {
@@ -700,7 +701,13 @@ class ShardedEMA:
     def _resume(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that was saved; from the start if it is empty."""
         own = self._state()
-        told = api.differing_schedules(state, own) if state.get("averages") else []
+        told = [
+            f"the average {name!r} was saved with {saved['schedule']}, and goes on with "
+            f"{own['averages'][name]['schedule']}, as ShardedEMA was built"
+            for name, saved in state.get("averages", {}).items()
+            if name in self.names
+            and not same_rule(saved["schedule"], own["averages"][name]["schedule"])
+        ]
         told += [
             f"the average was saved with {label}={state[label]}, and goes on with "
             f"{label}={own[label]}, as ShardedEMA was built"
@@ -769,56 +776,9 @@ class ShardedEMA:
         gatherer = self._average.gatherer(values)
         return gatherer, [*values, *(fragment.view for fragment in gatherer.rest)]
 
-    def _beside(self, call: str) -> dict[str, torch.Tensor]:
-        """What `state_dict()` has and no module holds, on the CPU. Collective: every rank calls it.
-
-        Raises:
-            ValueError: one of them may depend on averaged weights.
-            RuntimeError: ranks have different ones.
-        """
-        found: dict[str, torch.Tensor] = {}
-        problem: Exception | None = None
-        try:
-            self._average.marks.refuse(call)
-            module = unwrap(self._average.model)
-            extra = differing_names(self._average.model)[0]
-            found = tensors_beside(module, extra, self._average.plan.averaged)
-        except Exception as error:
-            problem = error
-        found = {fqn: tensor.to("cpu", copy=True) for fqn, tensor in found.items()}
-        values = {f"state_dict()[{fqn!r}]": _hash_of(tensor) for fqn, tensor in found.items()}
-        with self._group.together(call, values):
-            if problem is not None:
-                raise problem
-        return found
-
-    def _card(self, extra: Mapping[str, Any], missing: Sequence[str]) -> dict[str, Any]:
-        """The layout of the model's library, if names of `state_dict()` differ as told. Local."""
-        card = card_of(unwrap(self._average.model), extra)
-        refuse_differing_names(card, extra, missing)
-        return card
-
-    def _model(self) -> dict[str, Any]:
-        """What an export from a checkpoint must know of the model, as JSON; {} off rank 0."""
-        try:
-            differing = differing_names(self._average.model)
-            if self._group.rank != 0:
-                return {}
-            return {"card": self._card(*differing), "others": self._others()}
-        except Exception as problem:  # of a library: no reason not to save
-            return {"problem": f"{type(problem).__name__}: {problem}"}
-
-    def _others(self) -> dict[str, Any]:
-        """What the state dict has beside the average, as JSON."""
-        return {
-            w.fqn: {
-                "shape": list(w.shape),
-                "dtype": DTYPES.get(w.tensor.dtype, str(w.tensor.dtype)),
-                "aliases": list(w.aliases),
-            }
-            for w in self._average.others()
-            if w.persistent
-        }
+    def _unregistered(self, call: str) -> dict[str, torch.Tensor]:
+        average = self._average
+        return unregistered_tensors(call, average.model, average.plan.averaged, self._group)
 
     def _values(self, name: str | None) -> list[torch.Tensor]:
         """One average, a tensor for each of the plan's pieces."""
@@ -868,12 +828,6 @@ class ShardedEMA:
                 "use mixed precision (MixedPrecisionPolicy, autocast) if that matters",
                 stacklevel=3,
             )
-
-
-def _hash_of(tensor: torch.Tensor) -> str:
-    """A hash of a CPU tensor's dtype, shape and bytes."""
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_64_hexdigest(data)}"
 
 
 def _diffusers_step(path: Path) -> int | None:

@@ -18,14 +18,16 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 
-from dist_ema.checkpoint.api import load, save
-from dist_ema.checkpoint.boxed import boxed
+from dist_ema.checkpoint.dcp import state_dict
+from dist_ema.checkpoint.loader import load
+from dist_ema.checkpoint.writer import save
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Box, Fragment, FragmentMeta, TensorMeta
 from tests.cuts import state_of
@@ -101,11 +103,14 @@ class Bench:
         def read(parts: list[Fragment]) -> None:
             load(own, {"ema": parts}, self.tensors, ranks)
 
+        def boxed(fragments: list[Fragment]) -> dict[str, Any]:
+            return state_dict({"ema": fragments}, self.tensors, {})["averages"]["ema"]
+
         def torch_write() -> None:
-            dcp.save(boxed(self.rows, self.tensors), storage_writer=dcp.FileSystemWriter(theirs))
+            dcp.save(boxed(self.rows), storage_writer=dcp.FileSystemWriter(theirs))
 
         def torch_read(parts: list[Fragment]) -> None:
-            dcp.load(boxed(parts, self.tensors), storage_reader=dcp.FileSystemReader(theirs))
+            dcp.load(boxed(parts), storage_reader=dcp.FileSystemReader(theirs))
 
         once = self.time("save", write, clear="own")
         self.time("save over the last one", write)

@@ -90,7 +90,7 @@ class Training:
 
 def main() -> None:
     here, shared, slow = (DIRECTORY / name for name in ("here", "shared", "slow"))
-    files.SEEN_WITHIN_S = PATIENCE_S
+    files.VISIBLE_WITHIN_S = PATIENCE_S
     dist.init_process_group("gloo", timeout=timedelta(seconds=90))
     found: dict[str, Any] = {"host": socket.gethostname()}
 

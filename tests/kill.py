@@ -32,7 +32,8 @@ from torch import nn
 
 from dist_ema import ShardedEMA
 from dist_ema.checkpoint import directory as files
-from dist_ema.checkpoint.api import load, save
+from dist_ema.checkpoint.loader import load
+from dist_ema.checkpoint.writer import save
 from dist_ema.core.group import Group
 from tests.cuts import blank, infos, parts_of, state_of
 
@@ -58,7 +59,7 @@ def read_save(path: Path) -> int:
     parts = blank("rows", TENSORS, Group.alone())
     step = load(path, {"ema": parts}, TENSORS, Group.alone())["step"]
     for part in parts:
-        assert bool((part.values == step).all()), f"{part.meta.fqn}: not of step {step}"
+        assert bool((part.view == step).all()), f"{part.meta.fqn}: not of step {step}"
     return step
 
 

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from dist_ema.checkpoint import background, writer
-from dist_ema.checkpoint.api import CheckpointError, save
+from dist_ema.checkpoint.writer import save
+from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
 from tests.cuts import TENSORS, beside, full, parts_of, seed_at, state_of, write
 
@@ -26,7 +27,7 @@ def test_a_save_in_the_background_has_the_values_of_the_call(tmp_path: Path):
     parts = parts_of("flat", TENSORS, full(TENSORS, 4), ranks)
     handle = save(tmp_path / "a", {"ema": parts}, TENSORS, state, ranks, asynchronous=True)
     for part in parts:
-        part.values.fill_(-1)
+        part.view.fill_(-1)
     state["step"] = 5
     if ranks.size > 1:
         for i in range(50):  # what training does meanwhile
@@ -42,13 +43,13 @@ def test_a_save_in_the_background_has_the_values_of_the_call(tmp_path: Path):
 @pytest.mark.ranks(2)
 def test_what_follows_waits_for_the_save_before(tmp_path: Path):
     ranks, path = Group(), tmp_path / "a"
-    write_data = writer.Save.write
+    write_data = writer._Save.write
 
     def slow(self, *args):
         time.sleep(0.3)
         return write_data(self, *args)
 
-    writer.Save.write = slow
+    writer._Save.write = slow
     try:
         first = write(path, ranks, seed=1, asynchronous=True)
         second = write(path, ranks, seed=2, asynchronous=True)
@@ -63,7 +64,7 @@ def test_what_follows_waits_for_the_save_before(tmp_path: Path):
         assert third.done()
         assert seed_at(path, ranks) == 4
     finally:
-        writer.Save.write = write_data
+        writer._Save.write = write_data
     dist.barrier()
     assert beside(path) == []
 
@@ -72,30 +73,31 @@ def test_what_follows_waits_for_the_save_before(tmp_path: Path):
 @pytest.mark.parametrize("failing", [0, -1])
 def test_a_failure_in_the_background_is_raised_on_every_rank(tmp_path: Path, failing: int):
     ranks, path = Group(), tmp_path / "a"
+    saves = background.BackgroundSaves()
     write(path, ranks, seed=1)
-    write_all = writer._write_all
+    write_all = writer.write_all
 
     def fail(fd, data):
         raise OSError(28, "No space left on device")
 
     for asked in (True, False):
         if ranks.rank == failing % ranks.size:
-            writer._write_all = fail
+            writer.write_all = fail
         try:
-            handle = write(path, ranks, seed=2, asynchronous=True)
+            handle = write(path, ranks, seed=2, asynchronous=True, background=saves)
             if asked:
                 with pytest.raises(CheckpointError, match=r"shard-.*No space left on device"):
                     handle.result()
             else:
                 handle._thread.join()
         finally:
-            writer._write_all = write_all
+            writer.write_all = write_all
         dist.barrier()
         assert beside(path) == []
         if asked:
             assert seed_at(path, ranks) == 1
-    with pytest.warns(UserWarning, match=r"earlier save .* failed: .*No space left"):
-        write(path, ranks, seed=3)
+    with pytest.warns(UserWarning, match=r"earlier asynchronous save failed: .*No space left"):
+        write(path, ranks, seed=3, background=saves)
     assert seed_at(path, ranks) == 3
 
 
@@ -104,7 +106,7 @@ def test_a_failure_in_the_background_is_raised_on_every_rank(tmp_path: Path, fai
 def test_a_rank_without_progress_is_given_up_after_the_timeout(tmp_path: Path, stuck: int):
     ranks, path = Group(), tmp_path / "a"
     write(path, ranks, seed=1)
-    write_data = writer.Save.write
+    write_data = writer._Save.write
 
     def late(self, rank):
         report = write_data(self, rank)
@@ -116,7 +118,7 @@ def test_a_rank_without_progress_is_given_up_after_the_timeout(tmp_path: Path, s
         [r"rank 0: has made no progress", "rank 1: gave the save up, having waited"],
         [r"rank 1: has made no progress for 0.5 s", "rank 0 gave the save up before this rank"],
     ][stuck][ranks.rank == stuck]
-    writer.Save.write, begun = late, time.monotonic()
+    writer._Save.write, begun = late, time.monotonic()
     try:
         handle = write(path, ranks, seed=2, asynchronous=True, timeout=0.5)
         with pytest.raises(CheckpointError, match=told):
@@ -124,7 +126,7 @@ def test_a_rank_without_progress_is_given_up_after_the_timeout(tmp_path: Path, s
         if ranks.rank != stuck:
             assert time.monotonic() - begun < 2.5
     finally:
-        writer.Save.write = write_data
+        writer._Save.write = write_data
     dist.barrier()
     assert seed_at(path, ranks) == 1
     assert beside(path) == []
@@ -134,8 +136,8 @@ DYING = """
 import os, signal, sys, time, torch, torch.distributed as dist
 from pathlib import Path
 from dist_ema.checkpoint import writer
-from dist_ema.checkpoint.api import CheckpointError
-from dist_ema.core.group import Ranks
+from dist_ema.core.errors import CheckpointError
+from dist_ema.core.group import Group
 from tests.cuts import write
 
 torch.set_num_threads(1)
@@ -148,8 +150,8 @@ if rank == 2:
     sys.exit()
 store = f"file://{directory}/store"
 dist.init_process_group("gloo", rank=rank, world_size=2, init_method=store)
-write(directory / "a", Ranks(), seed=1)
-write_data = writer.Save.write
+write(directory / "a", Group(), seed=1)
+write_data = writer._Save.write
 def dying(self, rank):
     report = write_data(self, rank)
     if rank == victim:
@@ -159,8 +161,8 @@ def dying(self, rank):
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
     return report
-writer.Save.write = dying
-handle, begun = write(directory / "a", Ranks(), seed=2, asynchronous=True), time.monotonic()
+writer._Save.write = dying
+handle, begun = write(directory / "a", Group(), seed=2, asynchronous=True), time.monotonic()
 try:
     handle.result()
 except CheckpointError as error:
@@ -220,7 +222,7 @@ def test_a_full_disk_is_told_of_on_every_rank(tmp_path: Path, filling: int):
     dist.barrier()
     if not os.path.ismount(disk):
         pytest.skip("mounting a tmpfs is not allowed")
-    write_data, remove_own = writer.Save.write, writer.Save.remove_own
+    write_data, remove_own = writer._Save.write, writer._Save.remove_own
 
     def fill_disk():
         with open(disk / "filler", "ab", buffering=0) as file, pytest.raises(OSError):
@@ -237,13 +239,13 @@ def test_a_full_disk_is_told_of_on_every_rank(tmp_path: Path, filling: int):
 
     try:
         write(path, ranks, seed=1)
-        writer.Save.write, writer.Save.remove_own = fill, lambda self: None
+        writer._Save.write, writer._Save.remove_own = fill, lambda self: None
         begun = time.monotonic()
         handle = write(path, ranks, seed=2, asynchronous=True)
         with pytest.raises(CheckpointError, match=r"shard-.*No space left on device"):
             handle.result()
         assert time.monotonic() - begun < 5
-        writer.Save.write, writer.Save.remove_own = write_data, remove_own
+        writer._Save.write, writer._Save.remove_own = write_data, remove_own
         assert seed_at(path, ranks) == 1
         dist.barrier()
         assert beside(path) == ["filler"]
@@ -254,7 +256,7 @@ def test_a_full_disk_is_told_of_on_every_rank(tmp_path: Path, filling: int):
             write(path, ranks, seed=2, asynchronous=True)  # refused while ranks meet
         assert seed_at(path, ranks) == 1
     finally:
-        writer.Save.write, writer.Save.remove_own = write_data, remove_own
+        writer._Save.write, writer._Save.remove_own = write_data, remove_own
         dist.barrier()
         if ranks.rank == 0:
             subprocess.run(["umount", "-l", str(disk)], check=False)
@@ -264,20 +266,20 @@ def test_a_full_disk_is_told_of_on_every_rank(tmp_path: Path, filling: int):
 @pytest.mark.parametrize("ending", ["well", "badly"])
 def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ending: str):
     ranks, path = Group(), tmp_path / "a"
-    outcome, limit = background.Letters.outcome, background._ACKNOWLEDGE_S
-    finish = writer.Save.finish
+    outcome, limit = background.StatusFiles.outcome, background._ACKNOWLEDGE_S
+    finish = writer._Save.finish
 
     def late(self, is_in_place):
-        while self._box.exists():
+        while self._directory.exists():
             time.sleep(0.01)
         return outcome(self, is_in_place)
 
     def fail(self, reports):
         raise OSError(5, "Input/output error", "manifest.json")
 
-    background.Letters.outcome, background._ACKNOWLEDGE_S = late, 0.05
+    background.StatusFiles.outcome, background._ACKNOWLEDGE_S = late, 0.05
     if ending == "badly":
-        writer.Save.finish = fail
+        writer._Save.finish = fail
     try:
         handle = write(path, ranks, seed=2, asynchronous=True)
         if ending == "well":
@@ -286,8 +288,8 @@ def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ending: 
             with pytest.raises(CheckpointError, match=r"gave the save up|Input/output error"):
                 handle.result()
     finally:
-        background.Letters.outcome, background._ACKNOWLEDGE_S = outcome, limit
-        writer.Save.finish = finish
+        background.StatusFiles.outcome, background._ACKNOWLEDGE_S = outcome, limit
+        writer._Save.finish = finish
     dist.barrier()
     assert path.exists() == (ending == "well")
     assert beside(path) == []
@@ -297,7 +299,7 @@ AT_EXIT = """
 import os, sys, time, torch, torch.distributed as dist
 from pathlib import Path
 from dist_ema.checkpoint import writer
-from dist_ema.core.group import Ranks
+from dist_ema.core.group import Group
 from tests.cuts import write
 
 torch.set_num_threads(1)
@@ -316,14 +318,14 @@ else:
 os.dup2(os.open(directory / f"{ending}-{rank}.txt", os.O_CREAT | os.O_WRONLY), 2)
 store = f"file://{directory}/{ending}.store"
 dist.init_process_group("gloo", rank=rank, world_size=2, init_method=store)
-write_data = writer.Save.write
+write_data = writer._Save.write
 def slow(self, *args):
     time.sleep(0.5)
     if ending == "badly" and rank == 1:
         raise OSError(28, "No space left on device", "shard")
     return write_data(self, *args)
-writer.Save.write = slow
-write(directory / ending / "a", Ranks(), seed=3, asynchronous=True)
+writer._Save.write = slow
+write(directory / ending / "a", Group(), seed=3, asynchronous=True)
 dist.destroy_process_group()
 """
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dist_ema.core.holders import find_holders
 
 from dist_ema.core.group import Group
+from dist_ema.core.replicas import find_holders
 from dist_ema.engines import select
 from tests.benchmarks import __main__ as command
 from tests.benchmarks import peers, plots, ranks, readme, report, scale, swap, trace, update
@@ -99,14 +99,11 @@ def test_files_are_measured():
 def test_the_simulated_world_is_what_real_ranks_hold(mesh: str):
     world = scale.world_of(TINY, *MESHES[mesh])
     weights = select(scale.sharded(TINY, *MESHES[mesh])).weights()
-    places = [f.meta for w in weights for f in w.fragments]
-    told = [place for place, _ in world.places(dist.get_rank())]
-    assert places == told, (places, told)
-    averaged = [not w.is_buffer for w in weights for _ in w.fragments]
-    holders = find_holders(places, averaged, Group())
-    every = [{place for place, _ in world.places(rank)} for rank in range(4)]
-    wanted = [tuple(r for r in range(4) if place in every[r]) for place in places]
-    assert holders == wanted, (holders, wanted)
+    metas = [f.meta for w in weights for f in w.fragments]
+    assert metas == world.held(dist.get_rank()), metas
+    every = [set(world.held(rank)) for rank in range(4)]
+    wanted = [tuple(r for r in range(4) if meta in every[r]) for meta in metas]
+    assert find_holders(metas, Group()) == wanted
 
 
 def simulated(body: Callable[..., Row], *arguments: Any) -> Row:

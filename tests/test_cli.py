@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import save_file
 
 from dist_ema import cli
-from dist_ema.checkpoint.api import save
+from dist_ema.checkpoint.writer import save
 from dist_ema.core.group import Group
 from tests.cuts import TENSORS, full, infos, parts_of, state_of, write
 
@@ -183,4 +183,4 @@ def test_the_module_is_the_command(tmp_path: Path):
         text=True,
     )
     assert done.returncode == 1
-    assert "manifest.json: is no manifest" in done.stderr
+    assert "manifest.json: is not the manifest" in done.stderr

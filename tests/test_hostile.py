@@ -22,9 +22,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from dist_ema.checkpoint import api, collector, consolidated, manifest, parsing, verify
 from dist_ema.checkpoint import directory as files
-from dist_ema.checkpoint.api import CheckpointError, load, save
+from dist_ema.checkpoint import loader, manifest
+from dist_ema.checkpoint.loader import load
+from dist_ema.checkpoint.reader import Checkpoint, problems
+from dist_ema.checkpoint.writer import save
+from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
 from tests.cuts import (
     SEVERAL_BLOCKS,
@@ -57,11 +60,10 @@ def refused(path: Path, ranks: Group, match: str | None = None, **options: Any) 
 
 def found_by_verify(path: Path) -> list[str]:
     try:
-        files, about = consolidated.open_any(path)
+        with Checkpoint(path) as checkpoint:
+            return list(problems(checkpoint))
     except CheckpointError as error:
         return [str(error)]
-    with files:
-        return list(verify.problems(files, about))
 
 
 # Damage.
@@ -178,8 +180,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
     refused(tmp_path / "torch", ranks, r"is not a checkpoint; .*\['model.pt'\]")
     refused(tmp_path / "text.safetensors", ranks, "is no safetensors file")
     refused(tmp_path / "torch" / "model.pt", ranks, "is no safetensors file")
-    refused(tmp_path / "manifest", ranks, "no manifest of a dist_ema checkpoint")
-    refused(tmp_path / "nothing", ranks, "no manifest of a dist_ema checkpoint")
+    refused(tmp_path / "manifest", ranks, "not the manifest of a dist_ema checkpoint")
+    refused(tmp_path / "nothing", ranks, "not the manifest of a dist_ema checkpoint")
     write(tmp_path / "a", ranks)
     dist.barrier()
     if ranks.rank == 0:
@@ -192,27 +194,27 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
 def test_what_changes_under_a_load_is_noticed(tmp_path: Path):
     ranks, path = Group(), tmp_path / "a"
     write(path, ranks, seed=1)
-    fill = api._fill
+    fill = loader._fill
 
-    def replaced(*args, copying):
-        fill(*args, copying=copying)
-        if copying:
+    def replaced(*args, copies):
+        fill(*args, copies=copies)
+        if copies:
             return
         dist.barrier()
         if ranks.rank == 0:
             write(path, Group.alone(), seed=2)
         dist.barrier()
 
-    api._fill = replaced
+    loader._fill = replaced
     try:  # the files that were open are those of the checkpoint that was opened
         assert seed_at(path, ranks) == 1
     finally:
-        api._fill = fill
+        loader._fill = fill
     assert seed_at(path, ranks) == 2
 
-    def altered(*args, copying):
-        fill(*args, copying=copying)
-        if copying:
+    def altered(*args, copies):
+        fill(*args, copies=copies)
+        if copies:
             return
         dist.barrier()
         if ranks.rank == 0:
@@ -222,12 +224,12 @@ def test_what_changes_under_a_load_is_noticed(tmp_path: Path):
                     opened.write(b"\x55")
         dist.barrier()
 
-    api._fill = altered
+    loader._fill = altered
     try:
         with pytest.raises(CheckpointError, match=r"is altered .* in part: load again"):
             load(path, {"ema": blank("rows", TENSORS, ranks)}, TENSORS, ranks)
     finally:
-        api._fill = fill
+        loader._fill = fill
 
 
 # Disks that ranks do not share, or that are full.
@@ -242,7 +244,7 @@ def test_a_directory_that_not_all_ranks_see_is_refused(tmp_path: Path, asynchron
     own.mkdir()
     path = Path("/proc/self/cwd/a")
     os.chdir(own)
-    patience, files.SEEN_WITHIN_S = files.SEEN_WITHIN_S, 0.2
+    patience, files.VISIBLE_WITHIN_S = files.VISIBLE_WITHIN_S, 0.2
     try:
         with pytest.raises(CheckpointError, match=r"rank 1: .* does not see .*/\.a\.tmp-"):
             write(path, ranks, asynchronous=asynchronous)
@@ -252,10 +254,10 @@ def test_a_directory_that_not_all_ranks_see_is_refused(tmp_path: Path, asynchron
         refused(path, ranks, r"rank 1: /proc/self/cwd/a: No such file")
         if ranks.rank == 1:
             write(path, Group.alone(), seed=1)
-        refused(path, ranks, "ranks have different checkpoints")
+        refused(path, ranks, "ranks see different checkpoints")
     finally:
         os.chdir(before)
-        files.SEEN_WITHIN_S = patience
+        files.VISIBLE_WITHIN_S = patience
 
 
 @pytest.fixture
@@ -422,34 +424,34 @@ EDITS = {
     "files['../x'] = files.pop(next(iter(files)))": r"'\.\./x' is not a plain name",
     "files['/etc/passwd'] = file": r"'/etc/passwd' is not a plain name",
     "files['.hidden'] = file": r"'\.hidden' is not a plain name",
-    "average['directory'] = '..'": r"directory '\.\.' is not a plain name",
-    "average['directory'] = 'a/b'": r"directory 'a/b' is not a plain name",
+    "average['directory'] = '..'": r"'\.\.' is not a plain name",
+    "average['directory'] = 'a/b'": r"'a/b' is not a plain name",
     "boxes['files'][0] = 7": r"'cube'.*in file 7 of 1",
-    "boxes['files'][0] = 'x'": r"'cube'.*files is",
+    "boxes['files'][0] = 'x'": r"'cube'.*'files' is",
     "boxes['files'].append(0)": r"'cube'.*of 2 boxes are",
-    "boxes['starts'][0] = -8": r"'cube'.*starts is \[-8",
+    "boxes['starts'][0] = -8": r"'cube'.*'starts' is \[-8",
     "boxes['starts'][0] = 1 << 62": r"'cube'.*are not in shard-",
     "boxes['starts'][0] += 4": "leaves a gap|overlaps|not in shard",
     "boxes['starts'][0] = others['starts'][0]": "overlaps|leaves a gap",
-    "boxes['starts'] *= 2": r"'cube': 1 boxes with starts",
+    "boxes['starts'] *= 2": r"'cube': starts of 1 boxes",
     "boxes['sizes'][0] = 1 << 50": r"'cube'.*a box at",
     "boxes['sizes'] = [1, 1, 1]": r"'cube'.*boxes hold 1 of 30",
-    "boxes['sizes'] = [3, 10]": r"'cube'.*sizes of 1 boxes are \(3, 10\)",
-    "boxes['offsets'][0] = -1": r"'cube'.*offsets is",
+    "boxes['sizes'] = [3, 10]": r"'cube'.*sizes of 1 boxes are \[3, 10\]",
+    "boxes['offsets'][0] = -1": r"'cube'.*'offsets' is",
     "boxes['offsets'][0] = 1": r"'cube'.*a box at",
-    "boxes['offsets'][0] = True": r"'cube'.*offsets is",
-    "boxes['offsets'][0] = 1 << 63": r"'cube'.*offsets is",
+    "boxes['offsets'][0] = True": r"'cube'.*'offsets' is",
+    "boxes['offsets'][0] = 1 << 63": r"'cube'.*'offsets' is",
     "boxes['checksums'] = []": r"'cube'.*checksums",
     "boxes['checksums'] *= 2": r"'cube': 1 blocks with checksums",
     "boxes['checksums'] = [1]": r"'cube'.*checksums",
-    "tensor['boxes'] = []": r"'cube': boxes is \[\]",
+    "tensor['boxes'] = []": r"'cube', 'boxes' is \[\]",
     "boxes.update((key, []) for key in boxes)": r"'cube': boxes hold 0 of 30",
     "boxes.update((key, boxes[key] * 2) for key in boxes)": r"'cube': boxes at .* overlap",
     "tensor['shape'] = [1 << 62, 1 << 62, 1 << 62]": r"'cube': shape",
     "tensor['shape'] = [0] * 100": r"'cube': shape",
     "tensor['dtype'] = 'F1024'": r"'cube': unknown dtype",
     "tensor['dtype'] = 'F64'": "overlaps|leaves a gap|not in shard",
-    "tensor['aliases'] = 'cube'": r"'cube': aliases",
+    "tensor['aliases'] = 'cube'": r"'cube', 'aliases' is",
     "file['header_bytes'] = 1 << 40": "a header of",
     "file['nbytes'] = 1 << 40": "are accounted for",
     "body['block_bytes'] = 1 << 40": "block_bytes is",
@@ -457,12 +459,12 @@ EDITS = {
     "body['block_bytes'] = 4097": "block_bytes is",
     "body['version'] = 1": "format version 1, this library reads 2",
     "body['averages'] = {}": "averages are in",
-    "body['averages']['b'] = average": "averages are in|state tells of",
-    "body['state']['step'] = '1'": "step is '1'",
-    "body['state']['averages'] = {}": "state tells of",
+    "body['averages']['b'] = average": "averages are in|state is of",
+    "body['state']['step'] = '1'": "'step' is '1'",
+    "body['state']['averages'] = {}": "state is of",
     "body['id'] = '1' * 32": "another id",
     "body['algorithm'] = 'crc32'": "another id or algorithm",
-    "average['tensors']['cube'] = 7": "'cube': is 7",
+    "average['tensors']['cube'] = 7": "'cube' is 7",
 }
 
 
@@ -515,20 +517,20 @@ def test_malice_is_refused_on_every_rank(tmp_path: Path):
     ids=range(11),
 )
 def test_texts_that_are_no_manifest_are_refused(body: bytes):
-    with pytest.raises(CheckpointError, match=r"^here: "):
-        parsing.parse(signed(body), "here")
+    with pytest.raises(CheckpointError, match=r"manifest|cut short|version"):
+        manifest.parse(signed(body))
 
 
 @pytest.mark.parametrize("data", [b"", b"\n", b"{}\n{}", b"[]", b"{" * 9999, b"\xff", b"7\n"])
 def test_first_lines_that_are_none_are_refused(data: bytes):
-    with pytest.raises(CheckpointError, match=r"^here: "):
-        parsing.parse(data, "here")
+    with pytest.raises(CheckpointError, match=r"manifest|cut short|version"):
+        manifest.parse(data)
 
 
 def test_an_unknown_checksum_is_named():
     line = {"format": "dist_ema", "id": "0" * 32, "algorithm": "md5", "checksum": "", "bytes": 2}
     with pytest.raises(CheckpointError, match="unknown checksum 'md5'; this version knows"):
-        parsing.parse(json.dumps(line).encode() + b"\n{}", "here")
+        manifest.parse(json.dumps(line).encode() + b"\n{}")
 
 
 @pytest.mark.ranks(0)
@@ -538,12 +540,12 @@ def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path):
     with open(path / "manifest.json", "wb") as file:
         file.truncate(1 << 40)  # sparse
     with PeakMemory() as peak:
-        refused(path, Group(), "is 1099511627776 bytes long, which no manifest is")
+        refused(path, Group(), "is 1099511627776 bytes long, more than any manifest")
     assert peak() < 16e6
     write(path.with_name("b"), Group())
     os.truncate(path.with_name("b") / "manifest.json", 900 << 20)
     with PeakMemory() as peak:
-        refused(path.with_name("b"), Group(), r"has 943718400 bytes, \d+ were written")
+        refused(path.with_name("b"), Group(), r"943718400 bytes, \d+ were written")
     assert peak() < 16e6
 
 
@@ -647,9 +649,9 @@ def test_the_collector_is_left_as_it_was(on: bool):
     (gc.enable if on else gc.disable)()
     try:
         with pytest.raises(CheckpointError):
-            parsing.parse(signed(b"{}"), "manifest.json")
+            manifest.parse(signed(b"{}"))
         assert gc.isenabled() == on
-        with collector.paused(), collector.paused():
+        with manifest.collector_paused(), manifest.collector_paused():
             assert not gc.isenabled()
         assert gc.isenabled() == on
     finally:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, Mod
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
-from dist_ema.checkpoint.manifest import CheckpointError
+from dist_ema.core.errors import CheckpointError
 from dist_ema.integrations.lightning import EMACallback
 from tests.net import FROZEN, loss_of
 from tests.oracle import worst_relative_error

@@ -30,11 +30,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import HalfLife, PowerFunction, ShardedEMA, cli, synthesize
-from dist_ema.checkpoint import combine, consolidated, shards, verify, writer
-from dist_ema.checkpoint.api import CheckpointError, save
-from dist_ema.checkpoint.blocks import Files
+from dist_ema.checkpoint import writer
+from dist_ema.checkpoint.reader import Checkpoint, Files, problems
+from dist_ema.checkpoint.writer import save
+from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
-from dist_ema.posthoc.synthesize import Synthesis, asked, sweep
+from dist_ema.posthoc import combine
+from dist_ema.posthoc.synthesize import SynthesisResult, parse_widths, sweep
 from dist_ema.schedule import Schedule, to_json
 from tests.cuts import (
     CUTS,
@@ -163,7 +165,7 @@ def test_the_step_may_be_said(tmp_path: Path):
 
 def test_a_bad_match_is_told(tmp_path: Path):
     paths, _ = kept_run(tmp_path / "run", [90, 100], [])
-    with pytest.warns(UserWarning, match=r"sigma_rel=0.25 at step 100 is matched badly"):
+    with pytest.warns(UserWarning, match=r"sigma_rel=0.25 at step 100 fits badly"):
         made = synthesize(paths, sigma_rel=0.25, out=tmp_path / "out")
     assert made.residual > 0.1
     with warnings.catch_warnings():
@@ -176,9 +178,9 @@ def test_the_result_is_a_checkpoint_that_says_where_it_is_from(tmp_path: Path):
     made = synthesize(map(str, paths), sigma_rel=0.09, out=str(tmp_path / "out"))
     assert made.path == tmp_path / "out"
     assert set(made.coefficients) == {(str(p), n) for p in paths for n in KEPT}
-    files, about = consolidated.open_any(tmp_path / "out")
-    with files:
-        assert list(verify.problems(files, about)) == []
+    with Checkpoint(tmp_path / "out") as checkpoint:
+        assert list(problems(checkpoint)) == []
+        about = checkpoint.manifest
     assert about.state["averages"]["ema"]["schedule"] == to_json(made.schedule)
     told = about.written["synthesized"]
     assert told["residual"] == made.residual
@@ -186,8 +188,8 @@ def test_the_result_is_a_checkpoint_that_says_where_it_is_from(tmp_path: Path):
         made.coefficients
     )
     state = json.loads(json.dumps(about.state))
-    with consolidated.open_any(paths[-1])[0] as files:
-        first = consolidated.open_any(paths[-1])[1].state
+    with Checkpoint(paths[-1]) as checkpoint:
+        first = checkpoint.state
     assert {k: v for k, v in state.items() if k != "averages"} == {
         k: v for k, v in first.items() if k != "averages"
     }
@@ -229,7 +231,7 @@ def values_at(step: int, number: int, tensors=TENSORS) -> dict[str, Tensor]:
     return full(tensors, 2 * step + number)
 
 
-def summed(made: Synthesis, tensors=TENSORS) -> dict[str, Tensor]:
+def summed(made: SynthesisResult, tensors=TENSORS) -> dict[str, Tensor]:
     """The sum that a synthesis says it is, from the numbers that `made_up` wrote."""
     total: dict[str, Tensor] = {}
     for (path, name), x in made.coefficients.items():
@@ -241,27 +243,19 @@ def summed(made: Synthesis, tensors=TENSORS) -> dict[str, Tensor]:
 
 
 def read(path: Path, tensors=TENSORS) -> dict[str, Tensor]:
-    """What a checkpoint of one average holds, whole, and that nothing is wrong with it."""
-    files, about = consolidated.open_any(path)
-    with files:
-        assert list(verify.problems(files, about)) == []
-        assert list(about.averages) == ["ema"]
-        found = {}
-        for fqn, saved in about.averages["ema"].tensors.items():
-            dtype = next(t.dtype for t in tensors if t.fqn == fqn)
-            found[fqn] = torch.zeros(saved.shape, dtype=dtype)
-            for box in saved.boxes:
-                data = bytearray(files.read_bytes(box.file, box.start, box.nbytes))
-                if data:
-                    part = torch.frombuffer(data, dtype=dtype).view(box.box.sizes)
-                    index = tuple(
-                        slice(o, o + n) for o, n in zip(box.box.offsets, box.box.sizes, strict=True)
-                    )
-                    found[fqn][index] = part
-    return found
+    """The tensors of a checkpoint of one average, which has no problems."""
+    dtypes = {t.fqn: t.dtype for t in tensors}
+    with Checkpoint(path) as checkpoint:
+        assert list(problems(checkpoint)) == []
+        assert list(checkpoint.averages) == ["ema"]
+        average = checkpoint.averages["ema"]
+        values = {f: torch.zeros(t.shape, dtype=dtypes[f]) for f, t in average.tensors.items()}
+        for fqn, value in values.items():
+            checkpoint.read(average, fqn, 0, value.view(-1))
+    return values
 
 
-def check_sum(made: Synthesis, tensors=TENSORS, **tolerance: float) -> None:
+def check_sum(made: SynthesisResult, tensors=TENSORS, **tolerance: float) -> None:
     torch.testing.assert_close(
         read(made.path, tensors), summed(made, tensors), **(tolerance or {"rtol": 2e-7, "atol": 0})
     )
@@ -275,7 +269,6 @@ def test_cuts_of_worlds_of_every_size_are_combined(tmp_path: Path, room: int):
     worlds = [first_ranks(size) for size in (1, 2, 3, 4)]
     paths = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "BLOCK_BYTES", 4096)
         patch.setattr(writer, "BLOCK_BYTES", 4096)
         patch.setattr(combine, "_SUMS_BYTES", room)
         cuts = [cut for cut in CUTS if cut != "crumbs"]
@@ -316,7 +309,6 @@ def test_every_dtype_is_combined(tmp_path: Path, dtype: torch.dtype):
 
 
 def test_a_sweep_reads_every_byte_once(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(writer, "BLOCK_BYTES", 4096)
     tensors = infos({"wide": (331, 97), "tall": (97, 331), "small": (3,)})
     paths = [made_up(tmp_path / f"a-{step}", step, tensors) for step in (10, 20, 30)]
@@ -438,7 +430,7 @@ def nothing_written(tmp_path: Path) -> bool:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"num_updates": 29}, "has had 29 updates by step 30, wanted 30"),
+        ({"num_updates": 29}, "has 29 updates at step 30, wanted 30"),
         ({"num_updates": 31}, "steps were skipped or counted twice"),
         ({"start_step": 30}, "saved at step 30, before its first update as a power function"),
         ({"start_step": 40}, "start_step=40, update_every=1.; it is a copy of the weights"),
@@ -470,7 +462,7 @@ def test_averages_of_another_run_are_refused(tmp_path: Path):
         synthesize([good, later], sigma_rel=0.07, out=tmp_path / "out")
     changed = {"narrow": NARROW, "wide": PowerFunction(sigma_rel=0.12)}
     other = made_up(tmp_path / "a-20", 20, schedules=changed)
-    with pytest.raises(CheckpointError, match="or the schedule was changed on the way"):
+    with pytest.raises(CheckpointError, match="or the schedule was changed during it"):
         synthesize([good, other], sigma_rel=0.07, out=tmp_path / "out")
     assert nothing_written(tmp_path)
 
@@ -544,7 +536,7 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path: Path):
         (paths, {"gamma": -1}, "above -1"),
         (paths, {"gamma": [1.0, 2.0]}, "must be a number"),
         (paths, {"gamma": 2, "step": 15}, "no checkpoint is of step 15; there are steps 10, 20"),
-        (paths, {"gamma": 2, "step": 20}, r"a-30: later than the step 20 that is wanted"),
+        (paths, {"gamma": 2, "step": 20}, r"a-30: later than the wanted step 20"),
         ([*paths, paths[0]], {"gamma": 2}, "a-10: is the same checkpoint as .*a-10"),
         ([*paths, tmp_path / "copy"], {"gamma": 2}, "copy: is the same checkpoint as .*a-10"),
         ([*paths, again], {"gamma": 2}, "has the same profile as"),
@@ -714,7 +706,7 @@ def test_the_command_tells_what_is_wrong(paths: list[Path], tmp_path: Path, caps
     assert nothing_written(tmp_path)
     status, _, err = run(capsys, *paths[-2:], "--out", out, "--sigma-rel", 0.25)
     assert status == 0
-    assert err.startswith(f"dist-ema: {out}: the profile of sigma_rel=0.25 at step 320 is matched")
+    assert err.startswith(f"dist-ema: {out}: the profile of sigma_rel=0.25 at step 320 fits badly")
 
 
 @pytest.mark.parametrize(
@@ -723,11 +715,11 @@ def test_the_command_tells_what_is_wrong(paths: list[Path], tmp_path: Path, caps
 )
 def test_a_range_that_makes_no_sense_is_refused(text: str):
     with pytest.raises(ValueError, match=r"--sweep|sigma_rel must be"):
-        asked(Path("x"), None, None, text)
+        parse_widths(Path("x"), None, None, text)
 
 
 def test_a_range_ends_where_it_says():
-    found = asked(Path("x"), None, None, "0.05:0.10:0.03")
+    found = parse_widths(Path("x"), None, None, "0.05:0.10:0.03")
     assert list(found) == [Path("x") / f"sigma_rel-{s}" for s in ("0.05", "0.08")]
     assert found[Path("x/sigma_rel-0.05")] == NARROW
 
@@ -775,7 +767,7 @@ def test_an_average_that_its_schedule_did_not_make_alone_is_refused(tmp_path: Pa
             other.load(tmp_path / source)
         other.update()
         other.save(tmp_path / "later")
-        with pytest.raises(CheckpointError, match="did not make it alone"):
+        with pytest.raises(CheckpointError, match=r"was not made by .* alone"):
             synthesize([tmp_path / "later"], sigma_rel=0.05, out=tmp_path / "out")
         other.reset()
         other.update()

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA
-from dist_ema.checkpoint.api import CheckpointError
+from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group, device_for
 from dist_ema.core.plan import averaged_names, make_plan
 from dist_ema.core.replicas import hash_on_device

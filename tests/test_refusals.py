@@ -93,10 +93,10 @@ def test_what_other_averages_are_asked_for_is_answered_with_the_right_call():
             getattr(ema, name)
         for call in calls.split():
             assert f"ema.{call}" in str(told.value)
-    for hint in hints._HINTS.values():
+    for hint in hints._ATTRIBUTES.values():
         for name in re.findall(r"ema\.(\w+)", hint):
             assert hasattr(ShardedEMA, name), name
-    for name in hints._HINTS:
+    for name in hints._ATTRIBUTES:
         assert not hasattr(ema, name)
     with pytest.raises(
         AttributeError, match=r"^'ShardedEMA' object has no attribute 'upd'$"

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dist_ema.checkpoint import stateful
-from dist_ema.checkpoint.api import CheckpointError
+from dist_ema.checkpoint import dcp as average_dcp
+from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Fragment
 from tests.cuts import CUTS, TENSORS, blank, differing, full, parts_of, state_of
@@ -25,10 +25,10 @@ class Stateful:
         self.averages, self.tensors, self.state = averages, tensors, state or state_of(averages)
 
     def state_dict(self):
-        return stateful.state_dict(self.averages, self.tensors, self.state)
+        return average_dcp.state_dict(self.averages, self.tensors, self.state)
 
     def load_state_dict(self, given):
-        self.state = stateful.load_state_dict(given, self.averages, self.tensors)
+        self.state = average_dcp.load_state_dict(given, self.averages, self.tensors)
 
 
 def averages_in(cut: str, ranks: Group) -> dict[str, list[Fragment]]:

@@ -1,21 +1,20 @@
-"""Saves that go on while training does: the thread, what ranks tell one another, and the end.
+"""Asynchronous saves: the thread that writes, and the status files through which ranks agree.
 
-[Note: letters]
-While a save is written in the background, the training that goes on may be inside any collective
-on any process group, or have destroyed them all. So the threads of a save use none. All planning
-is done before, on the calling thread. What remains to be told is how each rank fared and what its
-files hash to. It goes through files in a directory beside the checkpoint's, which is on a file
-system that all ranks share, or there would be no checkpoint.
+[Note: status files]
+While a save is written in the background, training may be inside a collective of any process group,
+or have destroyed all groups. So the threads of a save use none. All planning happens before, on the
+calling thread. What remains is whether each rank succeeded, and the checksums of its files. They go
+through files in a directory next to the checkpoint's, on the file system that all ranks share.
 
-While ranks still meet, each rank creates the files that it will tell through, with room for an
-error message, so that a full disk or a missing permission does not keep a rank from telling. It
-tells by writing to such a file and renaming it, from `.rank-3` to `rank-3`. Rank 0 waits for each
-rank, commits or gives up, and tells which in `outcome`; the others wait for that.
+Before the thread starts, each rank creates its status file, with space reserved for an error
+message, so that a full disk or a missing permission cannot prevent a report. A rank reports by
+writing the file and renaming it from `.rank-3` to `rank-3`. Rank 0 waits for every rank, commits or
+gives up, and reports the result in `outcome`; the others wait for it.
 
-Each rank holds a lock on its file while it takes part. The kernel drops the lock when the process
-ends, and that is how the others notice. It is a POSIX record lock: forked children do not inherit
-it, and NFS has it. Ranks try the locks out while they meet; a rank whose lock another rank does not
-see, because their hosts do not share locks, is given up only when nothing grows for `timeout`.
+Each rank holds a lock on its file while it takes part. The kernel releases the lock when the
+process ends, and so the others notice. It is a POSIX record lock: forked children do not inherit
+it, and NFS supports it. Before the thread starts, ranks check which locks they see. A rank whose
+lock is not visible, because hosts do not share locks, is given up when no file grows for `timeout`.
 """
 
 from __future__ import annotations
@@ -33,144 +32,156 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dist_ema.checkpoint.directory import becomes_visible, remove
-from dist_ema.checkpoint.manifest import CheckpointError
+from dist_ema.core.errors import CheckpointError
 
 TIMEOUT_S = 300.0  # without progress, until a rank is given up
-_LONGER_FOR_RANK_0_S = 30.0  # which tells the others when it has given a rank up
+_EXTRA_FOR_RANK_0_S = 30.0  # for rank 0 to tell the others that it gave up a rank
 _PROBE_EVERY_S = 1.0  # whether processes live; longer for many ranks
-_RESERVED_BYTES = 8192  # of each file for letters
-_ENDED = "ended before it had written its part: the process is gone, or could not report"
-_LONGEST_PROBLEM = _RESERVED_BYTES // 12 - 20  # characters, which JSON may write as 12 bytes each
-_ACKNOWLEDGE_S = 60.0  # for all ranks to read how the save ended
+_RESERVED_BYTES = 8192  # of each status file
+_LONGEST_PROBLEM = _RESERVED_BYTES // 12 - 20  # characters; JSON writes one as up to 12 bytes
+_ACKNOWLEDGE_S = 60.0  # for all ranks to read the outcome
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.002, 0.5
-_LOOKS = 30  # at the files that grow, before a stall is one: there may be thousands
+_NUM_LOOKS = 30  # at the growing files, per timeout: there may be thousands
+_ENDED = "ended before it had written its part: the process is gone, or could not report"
 
 
 class Handle:
-    """A save in the background."""
+    """An asynchronous save."""
 
     def __init__(self, path: Path, work: Callable[[], None]) -> None:
         self.path = path
         self._problem: Exception | None = None
-        self._told = False  # whether somebody asked how it ended
-        # No daemon: the interpreter waits for it before it ends.
-        self._thread = threading.Thread(target=self._run, args=(work,), name=f"save {path}")
+        self._is_known = False  # whether the caller has learned how the save ended
+        # Not a daemon: the interpreter waits for the thread before it exits.
+        self._thread = _SaveThread(target=self._run, args=(work,), name=f"save {path}")
+        self._thread.start()
 
     def __repr__(self) -> str:
-        return f"<save of {self.path}, {'done' if self.done() else 'under way'}>"
+        return f"<save of {self.path}, {'done' if self.done() else 'in progress'}>"
 
     def done(self) -> bool:
-        """Whether the save has ended, well or not. Local."""
+        """Whether the save has ended, successfully or not. Local."""
         return not self._thread.is_alive()
 
     def result(self, timeout: float | None = None) -> None:
         """Wait until the checkpoint is in its place. Local: any rank may call it, or none.
 
         Raises:
-            CheckpointError: it could not be written; the one that was there before is there still.
-                On every rank that asks.
-            TimeoutError: it is not written yet.
+            CheckpointError: it could not be written; an earlier checkpoint is unchanged. On every
+                rank that calls.
+            TimeoutError: it is not written after `timeout` seconds.
         """
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"{self.path}: is not written after {timeout} s")
-        self._told = True
+        self._is_known = True
         if self._problem is not None:
             raise self._problem
+
+    def new_problem(self) -> Exception | None:
+        """The error of a save that has ended, if nobody has learned of it yet."""
+        problem = None if self._is_known else self._problem
+        self._is_known = True
+        return problem
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
         except Exception as error:
             self._problem = error
+            atexit.register(self._print_problem)  # runs after the interpreter has waited
+
+    def _print_problem(self) -> None:
+        if (problem := self.new_problem()) is not None:
+            sys.stderr.write(f"dist_ema: the save of {self.path} is lost: {problem}\n")
 
 
-_last: Handle | None = None
+class _SaveThread(threading.Thread):
+    """The thread of an asynchronous save, found by its type."""
 
 
-def start(path: Path, work: Callable[[], None]) -> Handle:
-    """Begin a save in the background; `settle` has been called."""
-    global _last
-    _last = handle = Handle(path, work)
-    handle._thread.start()
-    return handle
+class BackgroundSaves:
+    """The asynchronous saves of one `ShardedEMA`, and the memory for copies of its values."""
+
+    def __init__(self) -> None:
+        self._last: Handle | None = None
+        # Reused: allocating new memory costs several times as much as copying to it.
+        self._staging: torch.Tensor | None = None
+
+    def start(self, path: Path, work: Callable[[], None]) -> Handle:
+        """Start a save, after `wait`."""
+        self._last = Handle(path, work)
+        return self._last
+
+    def wait(self) -> None:
+        """Wait for saves in progress in this process; warn if one failed without notice. Local."""
+        for thread in threading.enumerate():
+            if isinstance(thread, _SaveThread):
+                thread.join()
+        if self._last is not None and (problem := self._last.new_problem()) is not None:
+            warnings.warn(f"an earlier asynchronous save failed: {problem}", stacklevel=4)
+
+    def staging(self, nbytes: int, pinned: bool) -> torch.Tensor:
+        """At least so many bytes of host memory, the same as in the call before if possible."""
+        staging = self._staging
+        if staging is None or staging.numel() < nbytes or (pinned and not staging.is_pinned()):
+            self._staging = None  # freed before the next allocation
+            staging = self._staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        return staging
 
 
-def settle() -> None:
-    """Wait for the save under way in this process, and warn if it failed and nobody asked. Local.
+class StatusFiles:
+    """Status files of the ranks of one save; see [Note: status files]."""
 
-    There is never more than one: another would read and write beside it.
-    """
-    handle = _last
-    if handle is None:
-        return
-    handle._thread.join()
-    problem = _unheard(handle)
-    if problem is not None:
-        warnings.warn(f"an earlier save in the background failed: {problem}", stacklevel=4)
-
-
-def _unheard(handle: Handle) -> Exception | None:
-    if handle._told or handle._problem is None:
-        return None
-    handle._told = True
-    return handle._problem
-
-
-@atexit.register
-def _say_what_was_lost() -> None:
-    """Runs after the interpreter has waited for the thread."""
-    problem = None if _last is None else _unheard(_last)
-    if problem is not None and _last is not None:
-        sys.stderr.write(f"dist_ema: the save of {_last.path} is lost: {problem}\n")
-
-
-class Letters:
-    """What the ranks of one save tell one another, through files alone; see [Note: letters]."""
-
-    def __init__(self, box: Path, written: Path, rank: int, size: int, timeout: float) -> None:
-        """Create what this rank will tell through. Local; then every rank calls `meet`.
+    def __init__(
+        self, directory: Path, written: Path, rank: int, size: int, timeout: float
+    ) -> None:
+        """Create this rank's file. Local; then every rank calls `meet`.
 
         Args:
-            box: a directory for letters.
-            written: the one that grows while ranks write.
+            directory: of the status files.
+            written: the directory that ranks write to, whose growth is progress.
             timeout: seconds without progress until a rank is given up.
 
         Raises:
             OSError: the files cannot be created.
         """
-        self._box, self._written = box, written
+        self._directory, self._written = directory, written
         self._rank, self._size, self._timeout = rank, size, timeout
-        self._drafts: dict[str, int] = {}  # file descriptors of what is not told yet
-        self._others: set[int] = set()  # ranks whose locks this rank sees
+        self._drafts: dict[str, int] = {}  # file descriptors of what is not reported yet
+        self._visible: set[int] = set()  # ranks whose locks this rank sees
         try:
             for name in [f"rank-{rank}"] + ["outcome"] * (rank == 0):
-                self._drafts[name] = _reserve(box / f".{name}")
+                self._drafts[name] = _reserve(directory / f".{name}")
         except BaseException:
             self.close()
             raise
 
     def meet(self) -> None:
-        """Find the files of the ranks to hear of, and whether their locks are seen. Local.
+        """Check that the files of the other ranks are visible, and whether their locks are. Local.
 
         Raises:
             CheckpointError: another rank's file does not appear here.
         """
         others = range(1, self._size) if self._rank == 0 else [0]
         wanted = {f".rank-{rank}" for rank in others}
-        if not becomes_visible(lambda: wanted.issubset(os.listdir(self._box))):
-            absent = sorted(wanted.difference(os.listdir(self._box)))
-            raise CheckpointError(f"{self._box}: this rank does not see {', '.join(absent[:5])}")
-        self._others = {rank for rank in others if self._is_locked(rank) is True}
+        if not becomes_visible(lambda: wanted.issubset(os.listdir(self._directory))):
+            absent = sorted(wanted.difference(os.listdir(self._directory)))
+            raise CheckpointError(
+                f"{self._directory}: this rank does not see {', '.join(absent[:5])}"
+            )
+        self._visible = {rank for rank in others if self._is_locked(rank) is True}
 
     def close(self) -> None:
-        """Take part no more: release the lock."""
+        """Release the locks."""
         while self._drafts:
             os.close(self._drafts.popitem()[1])
 
     def report(self, content: Any) -> None:
-        """Tell rank 0 how this rank fared.
+        """Report to rank 0.
 
         Raises:
             CheckpointError: rank 0 does not wait any more.
@@ -183,98 +194,100 @@ class Letters:
             ) from error
 
     def reports(self) -> list[Any]:
-        """On rank 0: what each other rank reported, by rank from 1 on; None if it is unreadable.
+        """On rank 0: the reports of ranks 1, 2, ...; None for one that is unreadable.
 
-        A process that ended, or is not heard of, is reported as a problem of its rank.
+        The report of a process that ended, or made no progress, states that as its problem.
         """
-        told: dict[int, Any] = {}
-        watch, probe_at = _Watch(self._written, self._timeout), 0.0
-        while missing := self._missing(told):
+        reports: dict[int, Any] = {}
+        progress, probe_at = _Progress(self._written, self._timeout), 0.0
+        while missing := self._missing(reports):
             if time.monotonic() >= probe_at:
                 ended = [rank for rank in missing if self._has_ended(rank)]
-                for rank in set(self._missing(told)).intersection(ended):
-                    told[rank] = _problem(_ENDED)
+                for rank in set(self._missing(reports)).intersection(ended):
+                    reports[rank] = _problem(_ENDED)
                 probe_at = time.monotonic() + _PROBE_EVERY_S + len(missing) / 100
-            elif watch.stalled(len(missing)):
+            elif progress.has_stalled(len(missing)):
                 text = f"has made no progress for {self._timeout:g} s (timeout=)"
-                told |= {rank: _problem(text) for rank in self._missing(told)}
-        return [told[rank] for rank in sorted(told)]
+                reports |= {rank: _problem(text) for rank in self._missing(reports)}
+        return [reports[rank] for rank in sorted(reports)]
 
     def conclude(self, problem: str | None) -> None:
-        """On rank 0: tell every rank how the save ended, and clear the letters away."""
+        """On rank 0: report the outcome to every rank, and remove the status files."""
         try:
             self._send("outcome", {"problem": problem})
-        except OSError:  # the others see that the letters are gone, and look for the checkpoint
-            remove(self._box)
+        except OSError:  # the others see that the directory is gone, and look for the checkpoint
+            remove(self._directory)
         wait, now = _SHORTEST_WAIT_S, time.monotonic()
         deadline, probe_at = now + min(_ACKNOWLEDGE_S, self._timeout), now + _PROBE_EVERY_S
         ended: set[int] = set()
-        # A rank that made no progress has not reported, and is not waited for.
-        while (waiting := self._numbers("rank-") - ended) and time.monotonic() < deadline:
+        # Ranks without a report are not waited for.
+        while (waiting := self._ranks("rank-") - ended) and time.monotonic() < deadline:
             if time.monotonic() >= probe_at:
                 ended |= {rank for rank in waiting if self._has_ended(rank)}
                 probe_at = time.monotonic() + _PROBE_EVERY_S
             time.sleep(wait)
             wait = min(1.5 * wait, _LONGEST_WAIT_S)
-        remove(self._box)
+        remove(self._directory)
         self.close()
 
     def outcome(self, is_in_place: Callable[[], bool]) -> str | None:
-        """On the others: wait for how the save ended; None if well.
+        """On other ranks: wait for the outcome; None for success.
 
         Args:
-            is_in_place: whether the checkpoint can be seen, asked where rank 0 tells nothing.
+            is_in_place: whether the checkpoint is visible, called if rank 0 reports nothing.
         """
-        limit_s = self._timeout + min(self._timeout, _LONGER_FOR_RANK_0_S)
-        watch, probe_at = _Watch(self._written, limit_s), 0.0
+        limit_s = self._timeout + min(self._timeout, _EXTRA_FOR_RANK_0_S)
+        progress, probe_at = _Progress(self._written, limit_s), 0.0
         gone_since: float | None = None
-        lost: str | None = None
+        failure: str | None = None
         while True:
             content = self._read("outcome")
             if content is not None:
-                (self._box / f"rank-{self._rank}").unlink(missing_ok=True)
+                (self._directory / f"rank-{self._rank}").unlink(missing_ok=True)
                 self.close()
                 problem = content["problem"]
                 return None if problem is None else str(problem)
-            if lost is None and not self._box.exists():
+            if failure is None and not self._directory.exists():
                 gone_since = gone_since or time.monotonic()
                 if is_in_place() or time.monotonic() - gone_since > _ACKNOWLEDGE_S:
-                    lost = "rank 0 gave the save up"
-            if lost is not None:
-                with suppress(OSError):  # should rank 0 go on after all, it gives up
-                    os.rename(self._box / f"rank-{self._rank}", self._box / f"left-{self._rank}")
+                    failure = "rank 0 gave the save up"
+            if failure is not None:
+                own, left = f"rank-{self._rank}", f"left-{self._rank}"
+                with suppress(OSError):  # if rank 0 continues after all, it gives up
+                    os.rename(self._directory / own, self._directory / left)
                 self.close()
-                return None if is_in_place() else lost
+                return None if is_in_place() else failure
             if time.monotonic() >= probe_at:
                 if self._has_ended(0):  # the outcome is read once more
-                    lost = "rank 0: the process ended before the checkpoint was complete"
+                    failure = "rank 0: the process ended before the checkpoint was complete"
                 probe_at = time.monotonic() + _PROBE_EVERY_S
-            elif watch.stalled(gone_since):
-                lost = f"rank 0: has made no progress for {limit_s:g} s (timeout=)"
+            elif progress.has_stalled(gone_since):
+                failure = f"rank 0: has made no progress for {limit_s:g} s (timeout=)"
 
-    def _missing(self, told: dict[int, Any]) -> list[int]:
-        """Take in what has arrived; the ranks that have not reported."""
-        for rank in self._numbers("rank-").difference(told):
-            told[rank] = self._read(f"rank-{rank}")
-        for rank in self._numbers("left-"):
-            told[rank] = _problem("gave the save up, having waited too long for rank 0")
-        return [rank for rank in range(1, self._size) if rank not in told]
+    def _missing(self, reports: dict[int, Any]) -> list[int]:
+        """Read new reports; the ranks that have not reported."""
+        for rank in self._ranks("rank-").difference(reports):
+            reports[rank] = self._read(f"rank-{rank}")
+        for rank in self._ranks("left-"):
+            reports[rank] = _problem("gave the save up, having waited too long for rank 0")
+        return [rank for rank in range(1, self._size) if rank not in reports]
 
-    def _numbers(self, start: str) -> set[int]:
+    def _ranks(self, prefix: str) -> set[int]:
         with suppress(FileNotFoundError):
-            rests = [n.removeprefix(start) for n in os.listdir(self._box) if n.startswith(start)]
-            return {int(rest) for rest in rests if rest.isdigit()}
+            names = os.listdir(self._directory)
+            numbers = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+            return {int(number) for number in numbers if number.isdigit()}
         return set()
 
     def _has_ended(self, rank: int) -> bool:
-        """Whether a process is gone; False if its lock cannot tell."""
-        return rank in self._others and self._is_locked(rank) is False
+        """Whether a process has ended; False if its lock is not visible here."""
+        return rank in self._visible and self._is_locked(rank) is False
 
     def _is_locked(self, rank: int) -> bool | None:
-        """Whether another process holds the lock of a rank's file; None if that cannot be seen."""
+        """Whether another process holds the lock of a rank's file; None if that is unknown."""
         for name in (f".rank-{rank}", f"rank-{rank}"):
             with suppress(OSError):
-                fd = os.open(self._box / name, os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(self._directory / name, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except (BlockingIOError, PermissionError):
@@ -287,14 +300,14 @@ class Letters:
     def _send(self, name: str, content: dict[str, Any]) -> None:
         try:
             _overwrite(self._drafts[name], content)
-        except OSError as error:  # a full disk: what was reserved is there
+        except OSError as error:  # a full disk: the reserved space is left
             problem = content["problem"] or f"{error.strerror} (writing its report)"
             _overwrite(self._drafts[name], _problem(problem[:_LONGEST_PROBLEM]))
-        os.rename(self._box / f".{name}", self._box / name)
+        os.rename(self._directory / f".{name}", self._directory / name)
 
     def _read(self, name: str) -> Any:
         try:
-            return json.loads((self._box / name).read_text())
+            return json.loads((self._directory / name).read_text())
         except (OSError, ValueError):
             return None
 
@@ -304,17 +317,17 @@ def _problem(text: str) -> dict[str, Any]:
 
 
 def _reserve(path: Path) -> int:
-    """Create a file with room for a letter, and lock it. Returns its file descriptor.
+    """Create and lock a status file with reserved space. Returns its file descriptor.
 
-    The file must not be opened again in this process: closing it would drop the lock.
+    This process must not open the file again: closing it would release the lock.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:
             os.posix_fallocate(fd, 0, _RESERVED_BYTES)
-        except OSError:  # not on every file system
+        except OSError:  # not supported by every file system
             os.pwrite(fd, bytes(_RESERVED_BYTES), 0)
-        with suppress(OSError):  # no locks here: others do not see it, and know
+        with suppress(OSError):  # no locks here: other ranks notice in `meet`
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BaseException:
         os.close(fd)
@@ -330,23 +343,23 @@ def _overwrite(fd: int, content: object) -> None:
     os.fsync(fd)
 
 
-class _Watch:
-    """Waits a little longer each time, and sees when nothing has changed for too long."""
+class _Progress:
+    """Waits a little longer each time, and detects that nothing has changed for too long."""
 
     def __init__(self, written: Path, limit_s: float) -> None:
         self._written, self._limit_s = written, limit_s
-        self._seen: tuple[object, int] | None = None
+        self._last: tuple[object, int] | None = None
         self._changed = self._looked = time.monotonic()
         self._wait = _SHORTEST_WAIT_S
 
-    def stalled(self, state: object) -> bool:
-        """Whether neither `state` nor what is written has changed; sleeps if it is not yet so."""
+    def has_stalled(self, state: object) -> bool:
+        """Whether `state` and the written files have not changed for too long; else sleeps."""
         now = time.monotonic()
-        if now - self._looked > self._limit_s / _LOOKS:
+        if now - self._looked > self._limit_s / _NUM_LOOKS:
             self._looked = now
-            seen = (state, _bytes_below(self._written))
-            if seen != self._seen:
-                self._seen, self._changed = seen, now
+            current = (state, _bytes_below(self._written))
+            if current != self._last:
+                self._last, self._changed = current, now
             elif now - self._changed > self._limit_s:
                 return True
         time.sleep(self._wait)
@@ -355,13 +368,11 @@ class _Watch:
 
 
 def _bytes_below(directory: Path) -> int:
-    """The bytes in all files below a directory and those on disk, 0 if it is gone."""
+    """The sizes of all files below a directory plus their blocks, which grow during a sync."""
     total = 0
-    for place, _, names in os.walk(directory):
+    for parent, _, names in os.walk(directory):
         for name in names:
-            try:
-                found = os.stat(os.path.join(place, name))
-                total += found.st_size + 512 * found.st_blocks  # which grow while others sync
-            except OSError:
-                continue
+            with suppress(OSError):
+                status = os.stat(os.path.join(parent, name))
+                total += status.st_size + 512 * status.st_blocks
     return total

@@ -1,13 +1,13 @@
-"""Directories of checkpoints that appear whole or not at all.
+"""Atomic replacement of checkpoint directories.
 
 [Note: siblings]
-A directory `NAME` is written as `.NAME.tmp-xxxxxxxx` beside it and exchanged with what stands
-there; what stood there is then removed under that name. Where the file system cannot exchange two
-names, the old directory is `.NAME.old-xxxxxxxx` for the moment between two renames. Whatever a
-killed process left of these is put right by `clear_stale`, and read by `find`.
+A directory `NAME` is written as `.NAME.tmp-xxxxxxxx` in the same parent and exchanged with `NAME`;
+the old directory is then removed. On file systems that cannot exchange two names, the old directory
+is `.NAME.old-xxxxxxxx` between two renames. `clear_stale` cleans up after killed processes, and
+`find` reads what they left.
 
-Only files that a save writes are ever removed, by their names; see `is_ours`. Files of others that
-appear in a directory while it is replaced keep their path: they are moved to the new directory.
+Only files that a save writes are removed, by their names; see `is_own`. Other files that appear in
+a directory while it is replaced keep their path: they are moved to the new directory.
 """
 
 from __future__ import annotations
@@ -24,26 +24,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dist_ema.core.errors import CheckpointError
+
 _AT_FDCWD = -100
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # renameat2(2), Linux 3.15
 
 MANIFEST = "manifest.json"  # a directory without it is no checkpoint
 SHARD = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
-_LETTER = re.compile(r"\.?(rank-\d+|left-\d+|outcome)")  # of ranks that save in the background
+_STATUS = re.compile(r"\.?(rank-\d+|left-\d+|outcome)")  # status files of an asynchronous save
 
-SEEN_WITHIN_S = 30.0  # a network file system may show a new name that late on another host
+VISIBLE_WITHIN_S = 30.0  # delay of a network file system until another host sees a new name
 
 
 @contextmanager
 def replaced_directory(path: Path) -> Iterator[Path]:
-    """Give an empty sibling to write a checkpoint to; it takes the place of `path` if all is well.
+    """Yield an empty sibling to write a checkpoint to, which replaces `path` at the end.
 
-    At any instant `path` is the old directory or the new one (on file systems that cannot exchange
-    two names there is a moment when it is neither, and the old one stands beside it). If the block
-    raises, `path` is as it was and the sibling is gone.
-
-    Args:
-        path: directory; its parents are made.
+    At any time `path` is the old directory or the new one (on file systems that cannot exchange two
+    names, there is a moment when it is neither and the old one is beside it). If the block raises,
+    `path` is unchanged and the sibling is removed. Parents of `path` are created.
     """
     path = target(path)
     if path.exists() and not path.is_dir():
@@ -67,41 +66,90 @@ def replaced_directory(path: Path) -> Iterator[Path]:
         release(lock)
 
 
+def refuse_foreign(path: Path) -> None:
+    """Raise CheckpointError unless a path is free, empty, or a checkpoint without further files."""
+    while True:
+        before = _inode(path)
+        try:
+            problem = _obstacle(path)
+        except FileNotFoundError:  # another process is replacing it
+            continue
+        if problem is None:
+            return
+        if _inode(path) == before:  # not replaced meanwhile by another process
+            raise CheckpointError(f"{path}: {problem}")
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _obstacle(path: Path) -> str | None:
+    """Why a path must not be replaced, or None."""
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        return "exists and is no directory"
+    entries = sorted(entry.name for entry in path.iterdir())
+    if entries and MANIFEST not in entries:
+        return (
+            f"exists and is no checkpoint (it holds {', '.join(entries[:5])}); "
+            "remove it or save to another path"
+        )
+    if entries and not _is_manifest(path / MANIFEST):
+        return (
+            f"exists and is no checkpoint of dist_ema ({MANIFEST} is of another kind or "
+            "damaged); remove it or save to another path"
+        )
+    foreign = [entry for entry in entries if not is_own(path / entry)]
+    if foreign:
+        return (
+            f"holds files that are not part of the checkpoint ({', '.join(foreign[:5])}); "
+            "move them away or save to another path"
+        )
+    return None
+
+
+def _is_manifest(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(64).startswith(b'{"format":"dist_ema"')
+
+
 def target(path: Path) -> Path:
-    """The absolute path that is to be replaced: a link's target stands for the link."""
+    """The absolute path to replace: for a symbolic link, its target."""
     return path.resolve() if path.is_symlink() or ".." in path.parts else path.absolute()
 
 
 def refuse_working_directory(path: Path) -> None:
-    """Refuse to replace a directory that holds the working directory of this process.
+    """Raise CheckpointError if the working directory is `path` or below it.
 
-    Raises:
-        ValueError: relative paths would lead into the directory that was removed.
+    Relative paths would lead into the removed directory.
     """
     try:
         inside = Path.cwd().is_relative_to(path.resolve())
     except FileNotFoundError:  # the working directory was removed
         inside = False
     if inside:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} holds the working directory and cannot be replaced; give a directory below it"
         )
 
 
 def sibling(path: Path, kind: str) -> Path:
-    """A fresh hidden name beside a path; `kind` is one of those of `clear_stale`."""
+    """A new hidden name in the same parent; for `kind` see `clear_stale`."""
     return path.parent / f".{path.name}.{kind}-{uuid.uuid4().hex[:8]}"
 
 
 def clear_stale(path: Path) -> None:
-    """Remove what killed writers of this path left beside it.
+    """Remove what killed writers of this path left in its parent.
 
-    If there is nothing at the path, a checkpoint that a writer had put aside is put back.
-
-    What holds files of others is left alone, and so is what another process is writing, if it holds
-    the lock of `locked_sibling`. A directory is renamed before it is emptied, so that its writer,
-    if there is one that holds no lock, fails instead of putting an empty directory in the place of
-    a checkpoint.
+    If nothing is at the path, a checkpoint that a writer had renamed is put back. Directories with
+    other files are kept, and so are those that another process is writing, if it holds the lock of
+    `locked_sibling`. A directory is renamed before it is emptied, so that a writer without a lock
+    fails instead of replacing a checkpoint by an empty directory.
     """
     if not path.exists() and (old := _latest_old(path)) is not None:
         with suppress(OSError):  # another process has put it back or replaced it
@@ -109,7 +157,7 @@ def clear_stale(path: Path) -> None:
     for entry in _siblings(path, "tmp|old|mail|trash"):
         trash = sibling(path, "trash")
         try:
-            if _is_locked(entry) or any(map(_is_of_others, _foreign(entry))):
+            if _is_locked(entry) or any(map(_belongs_to_others, _foreign(entry))):
                 continue
             os.rename(entry, trash)
         except OSError:  # another process has renamed it
@@ -117,8 +165,8 @@ def clear_stale(path: Path) -> None:
         remove(trash)
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a save may have written an entry of a directory, all of it. By names alone."""
+def is_own(path: Path) -> bool:
+    """Whether a save may have written all of a directory entry, by names alone."""
     if path.is_dir() and not path.is_symlink():
         names = os.listdir(path)
         return bool(names) and all(map(SHARD.fullmatch, names))
@@ -126,27 +174,27 @@ def is_ours(path: Path) -> bool:
 
 
 def _foreign(directory: Path) -> list[Path]:
-    """What is no part of a checkpoint in its directory, and in those of its averages."""
+    """Files that are no part of a checkpoint, in its directory and those of its averages."""
     foreign = []
     with suppress(OSError):
         for entry in directory.iterdir():
             inside = list(entry.iterdir()) if entry.is_dir() and not entry.is_symlink() else []
             if any(SHARD.fullmatch(each.name) for each in inside):
                 foreign += [each for each in inside if not SHARD.fullmatch(each.name)]
-            elif not is_ours(entry):
+            elif not is_own(entry):
                 foreign.append(entry)
     return foreign
 
 
-def _is_of_others(path: Path) -> bool:
-    """Whether what is no part of a checkpoint is neither a letter nor a directory to write to."""
+def _belongs_to_others(path: Path) -> bool:
+    """Whether a foreign file is neither a status file nor an empty directory."""
     if path.is_dir() and not path.is_symlink():
         return any(path.iterdir())
-    return _LETTER.fullmatch(path.name) is None
+    return _STATUS.fullmatch(path.name) is None
 
 
 def remove(directory: Path) -> None:
-    """Remove what a save writes to a directory, and what is empty then. Files of others stay."""
+    """Remove what a save writes to a directory, and the directory if it is empty then."""
     with suppress(OSError):
         for entry in list(directory.iterdir()):
             with suppress(OSError):
@@ -155,17 +203,17 @@ def remove(directory: Path) -> None:
                         if SHARD.fullmatch(each.name):
                             each.unlink()
                     entry.rmdir()
-                elif is_ours(entry) or _LETTER.fullmatch(entry.name):
+                elif is_own(entry) or _STATUS.fullmatch(entry.name):
                     entry.unlink()
         directory.rmdir()
 
 
 def locked_sibling(path: Path, kind: str) -> tuple[Path, int]:
-    """Make a sibling that `clear_stale` of other processes leaves alone.
+    """Create a sibling that `clear_stale` of other processes does not remove.
 
     Returns:
-        The directory, and the file descriptor that holds its lock. The kernel releases the lock
-        when this process ends; `release` does it earlier.
+        The directory, and the file descriptor that holds its lock, for `release`. The kernel
+        releases the lock when this process ends.
     """
     while True:
         directory = sibling(path, kind)
@@ -179,7 +227,7 @@ def locked_sibling(path: Path, kind: str) -> tuple[Path, int]:
 
 
 def _lock(directory: Path) -> int | None:
-    """Let `clear_stale` leave a directory alone; None if it does not exist."""
+    """Lock a directory against `clear_stale`; None if it does not exist."""
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -190,7 +238,7 @@ def _lock(directory: Path) -> int | None:
 
 
 def release(fd: int) -> None:
-    """Release a lock, also where a forked child has inherited the descriptor."""
+    """Release a lock, even if a forked child has inherited the descriptor."""
     try:
         fcntl.flock(fd, fcntl.LOCK_UN)
     except OSError:  # a file system without locks
@@ -215,7 +263,7 @@ def _is_locked(directory: Path) -> bool:
 
 
 def find(path: Path) -> Path:
-    """The directory to read for a path: itself, or the one that a killed writer had put aside."""
+    """The directory to read for a path: itself, or the one that a killed writer had renamed."""
     path = target(path)
     if path.exists():
         return path
@@ -223,8 +271,8 @@ def find(path: Path) -> Path:
 
 
 def becomes_visible(is_visible: Callable[[], bool]) -> bool:
-    """Wait until another host's files are visible here; False if they are not after a while."""
-    deadline = time.monotonic() + SEEN_WITHIN_S
+    """Wait until another host's files are visible here; False after `VISIBLE_WITHIN_S`."""
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
     while not is_visible():
         if time.monotonic() > deadline:
             return False
@@ -242,12 +290,12 @@ def sync(path: Path) -> None:
 
 
 def put_in_place(new: Path, path: Path) -> None:
-    """Let a sibling take the place of a path, in one step where the system can; durable after.
+    """Replace a path by a sibling, atomically where the file system can, and sync.
 
-    What is in it must be on disk already. Files of others that are at the path by now go over.
+    The sibling's files must be on disk. Other files that are in `path` by now are moved to it.
 
     Raises:
-        OSError: the system refuses, or `new` is no checkpoint (any more). `path` is as it was.
+        OSError: the system refuses, or `new` is no checkpoint. `path` is unchanged.
     """
     (new / MANIFEST).stat()
     sync(new)
@@ -279,7 +327,7 @@ def put_in_place(new: Path, path: Path) -> None:
 
 
 def _clear_replaced(old: Path, path: Path) -> None:
-    """Remove what was replaced, and move what others wrote there to the same names below `path`."""
+    """Remove a replaced directory, after moving other files in it to the same names in `path`."""
     with suppress(OSError):  # another process has cleared it away
         for each in _foreign(old):
             to = path / each.relative_to(old)
@@ -307,19 +355,19 @@ def _latest_old(path: Path) -> Path | None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Let two directories change names in one step; False where the system cannot."""
+    """Exchange the names of two directories atomically; False where the system cannot."""
     return _renameat2(a, b, _RENAME_EXCHANGE) == 0
 
 
 def _rename_to_free_name(source: Path, to: Path) -> None:
-    """Rename, unless there is something of the new name: then nothing happens."""
+    """Rename, unless the new name exists."""
     code = _renameat2(source, to, _RENAME_NOREPLACE)
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP) and not os.path.lexists(to):
         os.rename(source, to)
 
 
 def _renameat2(a: Path, b: Path, flags: int) -> int:
-    """An error number; 0 if all is well."""
+    """Returns an error number, 0 for success."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):

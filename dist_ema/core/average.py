@@ -133,9 +133,7 @@ class Average:
         children = [module._modules for module in self._modules]
         self._parents, self._leaves = [c for c in children if c], [c for c in children if not c]
         self._averaged_buffers = Registered(
-            (r.registry, r.name)
-            for r in registrations(self.model)
-            if r.is_buffer and r.fqn in self.plan.averaged
+            r for r in registrations(self.model) if r.is_buffer and r.fqn in self.plan.averaged
         )
         self._frozen = [
             (w.fqn, w.tensor)

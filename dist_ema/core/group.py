@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dist_ema.core.errors import CheckpointError
+
 _LOG = logging.getLogger(__name__)
 
 # Its name since torch 2.13, where the older one warns.
@@ -26,18 +28,11 @@ _BROADCAST_BYTES = 32 << 20  # at a time
 _GLOO_GATHER_BYTES = 2 << 20  # of all ranks, at a time
 _GATHER_BYTES = 8 << 20
 _GATHER_BYTES_OF_A_RANK = 1 << 18
-_ERRORS: dict[str, type[Exception]] = {
+_ERRORS = {
     error.__name__: error
     for error in (
-        ValueError,
-        TypeError,
-        RuntimeError,
-        MemoryError,
-        OSError,
-        FileExistsError,
-        FileNotFoundError,
-        NotADirectoryError,
-        PermissionError,
+        *(ValueError, TypeError, RuntimeError, MemoryError, OSError, CheckpointError),
+        *(FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError),
     )
 }
 
@@ -95,7 +90,13 @@ class Group:
         return dist.P2POp(operation, tensor, peer, group=self.process_group)
 
     @contextmanager
-    def together(self, call: str = "", values: Mapping[str, str] | None = None) -> Iterator[None]:
+    def together(
+        self,
+        call: str = "",
+        values: Mapping[str, str] | None = None,
+        *,
+        error: type[Exception] | None = None,
+    ) -> Iterator[None]:
         """Run a local block, then compare: if it raises on any rank, raise on every rank.
 
         Collective: every rank calls it. Costs an all-reduce of three integers where all is well.
@@ -104,20 +105,24 @@ class Group:
             call: the public call that begins with this block. Ranks in different calls raise, and
                 a rank that waits names the ranks that have not arrived.
             values: texts that must be equal on all ranks, by label.
+            error: the type to raise in place of any other.
 
         Raises:
             RuntimeError: ranks are in different calls, or differ in a label that is no argument.
             ValueError: ranks differ in the value of an argument.
-            Exception: what the block raised; on other ranks an error with the same text.
+            Exception: what the block raised; if several ranks fail, with the texts of all. The same
+                on every rank.
         """
         problem: Exception | None = None
         try:
             yield
-        except Exception as error:
-            problem = error
+        except Exception as raised:
+            problem = raised
         if self.size == 1:
             if problem is not None:
-                raise problem
+                if error is None or isinstance(problem, error):
+                    raise problem
+                raise error(describe(problem)) from problem
             return
         self._refuse_destroyed_group()
         labels = {"the call": call} | dict(values or {})
@@ -126,15 +131,14 @@ class Group:
             failed, highest, lowest = self.maxima([int(problem is not None), bits, -bits])
         if not failed and highest == -lowest:
             return
-        own = None if problem is None else (type(problem).__name__, str(problem))
+        own = None if problem is None else (type(problem).__name__, describe(problem))
         reports = self.all_gather((own, labels))
-        if problem is not None:
-            raise problem
-        for rank, (reported, _) in enumerate(reports):
-            if reported is not None:
-                kind, text = reported
-                raise _ERRORS.get(kind, RuntimeError)(f"rank {rank}: {text}")
-        _raise_difference(call, [labels for _, labels in reports])
+        failures = [failure for failure, _ in reports]
+        if any(failures):
+            text = merge_errors([failure and failure[1] for failure in failures])
+            kind = next(failure[0] for failure in failures if failure)
+            raise (error or _ERRORS.get(kind, RuntimeError))(text) from problem
+        _raise_difference(call, [labels for _, labels in reports], error)
 
     def _refuse_destroyed_group(self) -> None:
         try:
@@ -299,18 +303,42 @@ class Group:
         return [r[1 : 1 + r[0]] for r in rows.view(self.size, -1).cpu().numpy()]
 
 
-def _raise_difference(call: str, reports: Sequence[Mapping[str, str]]) -> NoReturn:
+def _raise_difference(
+    call: str, reports: Sequence[Mapping[str, str]], error: type[Exception] | None
+) -> NoReturn:
     """Name the first label in which ranks differ."""
     for label in dict.fromkeys(label for labels in reports for label in labels):
         values = [labels.get(label, "absent") for labels in reports]
         rank = next((r for r, value in enumerate(values) if value != values[0]), None)
         if rank is not None:
-            error = ValueError if label.startswith("argument ") else RuntimeError
-            raise error(
+            kind = ValueError if label.startswith("argument ") else RuntimeError
+            raise (error or kind)(
                 f"{call}: {label} is {values[0]} on rank 0 and {values[rank]} on rank {rank}; "
                 "every rank must make the same calls with the same arguments, update() included"
             )
     raise AssertionError("digests differ and values do not")
+
+
+def describe(problem: Exception) -> str:
+    """The text of an error that is raised again on other ranks, as the type is not kept."""
+    if isinstance(problem, OSError) and problem.filename:
+        return f"{problem.filename}: {problem.strerror}"
+    known = type(problem).__name__ in _ERRORS
+    return str(problem) if known else f"{type(problem).__name__}: {problem}"
+
+
+def merge_errors(texts: Sequence[str | None]) -> str:
+    """The errors of all ranks in one text, each once. None for ranks without an error."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        if text is not None:
+            ranks_of.setdefault(text, []).append(rank)
+    if len(ranks_of) == 1 and None not in texts:
+        return next(iter(ranks_of))
+    return "; ".join(
+        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {text}"
+        for text, ranks in ranks_of.items()
+    )
 
 
 def _default_store() -> Any:

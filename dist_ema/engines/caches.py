@@ -1,9 +1,11 @@
-"""What torch computes from weights and caches by the identity of a tensor.
+"""What torch keeps of weights besides their storage: caches, and graphs for a backward pass.
 
 Private name, checked in torch 2.8 to 2.15: `torch.nn.utils.parametrize._cache`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch.nn.utils import parametrize
@@ -12,11 +14,17 @@ from dist_ema.core.requirements import require_names
 
 
 def require_caches() -> None:
-    """Raise RuntimeError if this version of torch caches otherwise. Local."""
+    """Raise RuntimeError if this version of torch caches in another way. Local."""
     require_names(parametrize, "_cache", "torch")
 
 
-def drop_caches() -> None:
-    """Clear the caches of autocast and of `parametrize.cached()`. Local."""
+def outdate(weights: Iterable[torch.Tensor] = ()) -> None:
+    """Clear the caches of autocast and of `parametrize.cached()`. Local.
+
+    Args:
+        weights: gathered tensors, whose change autograd does not see by itself. It refuses a
+            backward pass through their earlier values from now on.
+    """
+    torch.autograd.graph.increment_version(list(weights))
     torch.clear_autocast_cache()
     parametrize._cache.clear()

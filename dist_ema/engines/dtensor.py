@@ -1,10 +1,9 @@
 """Placements on a mesh: FSDP2, HSDP, tensor parallelism, expert parallelism, and their products.
 
 [Note: the sharded parameter]
-Under FSDP2 `module.parameters()` answers by the moment: shards before a forward, gathered tensors
-after one that does not reshard, shards of another mesh with an integer `reshard_after_forward`.
-The optimizer writes one thing only, the sharded parameter that each `FSDPParam` keeps, and that is
-what is listed here, whatever is gathered.
+`parameters()` of an FSDP2 model returns shards before a forward, gathered tensors after one that
+does not reshard, and shards of another mesh with an integer `reshard_after_forward`. The optimizer
+always writes the sharded parameter that each `FSDPParam` keeps, which is what this engine lists.
 
 Private names, checked in torch 2.8 to 2.15: `FSDPModule._get_fsdp_state`,
 `FSDPState._fsdp_param_groups` (`_fsdp_param_group` before 2.12), `FSDPParamGroup.fsdp_params`,
@@ -28,19 +27,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dist_ema.core.engine import (
-    Cut,
-    Engine,
-    Registered,
-    cut_whole,
-    is_wrapper,
-    outdate_graphs,
-    pointer,
-)
+from dist_ema.core.engine import Cut, Engine, Registered, is_wrapper, pointer
 from dist_ema.core.layout import Box, Fragment, FragmentMeta, Shape, dense_order
 from dist_ema.core.names import Registration, is_instance, registrations
 from dist_ema.core.requirements import require_names
-from dist_ema.engines.caches import drop_caches
+from dist_ema.engines.caches import outdate
 
 _SHARD = attrgetter("sharded_param._local_tensor")  # of an `FSDPParam`
 Run = tuple[int, int, int]  # start in the global dim, start in the local dim, length
@@ -53,40 +44,34 @@ class DTensorEngine(Engine):
         super().__init__(model)
         self._fsdp_modules: list[Any] = [m for m in model.modules() if _is_fsdp2(m)]
         self._managed: dict[tuple[int, str], Any] = {
-            (id(info.module), info.param_name): fsdp_param
-            for fsdp_param in _fsdp_params(self._fsdp_modules)
-            for info in _places(fsdp_param)
+            key: fsdp_param
+            for module in self._fsdp_modules
+            for group in _param_groups(module)
+            for fsdp_param in group.fsdp_params
+            for key in _keys(fsdp_param)
         }
         self._fsdp_params = list({id(p): p for p in self._managed.values()}.values())
         self._watched = [p for p in self._fsdp_params if not is_wrapper(_SHARD(p))]
         self._warn_of_cut_ties()
-        unmanaged = [
-            registration
-            for registration in registrations(model)
-            if not registration.is_buffer
-            and (id(registration.owner), registration.name) not in self._managed
+        others = [
+            r
+            for r in registrations(model)
+            if not r.is_buffer and (id(r.owner), r.name) not in self._managed
         ]
-        cut = {
-            id(registration)
-            for registration in unmanaged
-            if isinstance(registration.tensor, DTensor)
-        }
-        self._distributed = Registered((s.registry, s.name) for s in unmanaged if id(s) in cut)
-        self._whole = Registered((s.registry, s.name) for s in unmanaged if id(s) not in cut)
+        self._distributed = Registered(r for r in others if isinstance(r.tensor, DTensor))
+        self._whole = Registered(r for r in others if not isinstance(r.tensor, DTensor))
 
     @staticmethod
     def claims(model: nn.Module) -> bool:
         return any(_is_fsdp2(m) for m in model.modules()) or any(
-            isinstance(registration.tensor, DTensor) for registration in registrations(model)
+            isinstance(r.tensor, DTensor) for r in registrations(model)
         )
-
-    def _cut(self, registration: Registration, tensor: torch.Tensor) -> Cut:
-        return _cut(registration, tensor)
 
     def stamp(self) -> list[int]:
         sharded = list(map(torch.Tensor.data_ptr, map(_SHARD, self._watched)))
-        cut = [pointer(_local(tensor)) for tensor in self._distributed.tensors()]
-        return sharded + cut + self._whole.addresses()
+        distributed = self._distributed.tensors()
+        shards = [pointer(t._local_tensor if isinstance(t, DTensor) else t) for t in distributed]
+        return sharded + shards + self._whole.addresses()
 
     def process_groups(self) -> list[dist.ProcessGroup]:
         tensors = [p.sharded_param for p in self._fsdp_params]
@@ -100,10 +85,9 @@ class DTensorEngine(Engine):
         ]
 
     def release(self) -> None:
-        # Gathered weights would survive a write to the shards and be read by the next forward,
-        # on the root at least: it does not reshard after forward by default. `module.reshard()` is
-        # not enough: it keeps an all-gather that nobody has waited for, and does nothing after an
-        # exception in a forward.
+        # The next forward would read weights that are gathered already (on the root at least, which
+        # does not reshard after forward by default). `module.reshard()` is not enough: it keeps an
+        # all-gather that was not waited for, and does nothing after an exception in a forward.
         for module in self._fsdp_modules:
             for group in _param_groups(module):
                 group.wait_for_unshard()
@@ -112,36 +96,49 @@ class DTensorEngine(Engine):
     def publish(self) -> None:
         self.release()
         gathered = (getattr(p, "_unsharded_param", None) for p in self._fsdp_params)
-        outdate_graphs(tensor for tensor in gathered if tensor is not None)
-        drop_caches()
+        outdate(tensor for tensor in gathered if tensor is not None)
 
     def _warn_of_cut_ties(self) -> None:
-        """A weight tied across two `fully_shard` units is two weights from then on."""
-        fqns = {(id(s.owner), s.name): s.fqn for s in registrations(self._model) if not s.is_buffer}
-        names: dict[int, list[str]] = {}
-        for fsdp_param in self._fsdp_params:
-            info = fsdp_param._module_info
-            fqn = fqns.get((id(info.module), info.param_name))
-            if fqn is None:  # the module was replaced
-                continue
-            uid = getattr(fsdp_param, "_orig_param_uid", id(fsdp_param))  # since torch 2.12
-            names.setdefault(uid, []).append(fqn)
-        cut = [tie for tie in names.values() if len(tie) > 1]
-        if cut:
+        """Warn of weights that were tied across `fully_shard` units and are several weights now."""
+        names: dict[int, dict[int, str]] = {}  # by the identity that a weight had, then that of now
+        for registration in registrations(self._model):
+            fsdp_param = self._managed.get((id(registration.owner), registration.name))
+            if fsdp_param is not None:
+                uid = getattr(fsdp_param, "_orig_param_uid", id(fsdp_param))  # since torch 2.12
+                names.setdefault(uid, {}).setdefault(id(fsdp_param), registration.fqn)
+        ties = [" and ".join(tie.values()) for tie in names.values() if len(tie) > 1]
+        if ties:
             warnings.warn(
                 "fully_shard cut tied weights apart, and they train and are averaged as different "
-                f"weights now: {'; '.join(' and '.join(tie) for tie in cut)}; shard the modules "
-                "that share a weight in one call",
+                f"weights now: {'; '.join(ties)}; shard the modules that share a weight in one "
+                "call",
                 stacklevel=6,
             )
 
-    def _locate(self, registration: Registration) -> torch.Tensor:
-        if not registration.is_buffer:
-            fsdp_param = self._managed.get((id(registration.owner), registration.name))
-            if fsdp_param is not None:
-                sharded: torch.Tensor = fsdp_param.sharded_param
-                return sharded
-        return registration.tensor
+    def _tensor(self, registration: Registration) -> torch.Tensor:
+        fsdp_param = self._managed.get((id(registration.owner), registration.name))
+        if fsdp_param is None:
+            return registration.tensor
+        sharded: torch.Tensor = fsdp_param.sharded_param
+        return sharded
+
+    def _cut(self, registration: Registration, tensor: torch.Tensor) -> Cut:
+        if not isinstance(tensor, DTensor):
+            return super()._cut(registration, tensor)
+        fqn, shape, local = registration.fqn, tuple(tensor.shape), tensor._local_tensor.detach()
+        indices = _global_indices(tensor)
+        if indices is None or local.numel() == 0:
+            return shape, ()
+        sizes = tuple(len(index) for index in indices)
+        if sizes != tuple(local.shape):
+            raise ValueError(f"placements {tensor.placements} give {sizes}, holds {local.shape}")
+        runs = [_runs(index) for index in indices]
+        if any(len(r) > 1 for r in runs):
+            return shape, tuple(_split(fqn, shape, local, runs))
+        order = dense_order(local)
+        flat = (local if order is None else local.permute(order)).view(-1)
+        box = Box(tuple(r[0][0] for r in runs), tuple(local.shape))
+        return shape, (Fragment(FragmentMeta(fqn, shape, box, order), flat),)
 
 
 def _is_fsdp2(module: nn.Module) -> bool:
@@ -164,43 +161,12 @@ def _param_groups(fsdp_module: Any) -> list[Any]:
     return groups
 
 
-def _fsdp_params(fsdp_modules: Sequence[Any]) -> Iterator[Any]:
-    for module in fsdp_modules:
-        for group in _param_groups(module):
-            yield from group.fsdp_params
-
-
-def _places(fsdp_param: Any) -> Iterator[Any]:
-    """Every (module, param_name) that registers this parameter: tied ones are several."""
+def _keys(fsdp_param: Any) -> Iterator[tuple[int, str]]:
+    """(id of the module, name) of each registration of this parameter: tied ones have several."""
     info = fsdp_param._module_info
-    yield info
+    yield id(info.module), info.param_name
     for module, name in zip(info.shared_modules, info.shared_param_names, strict=True):
-        yield type(info)(module, name)
-
-
-def _local(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def _cut(registration: Registration, tensor: torch.Tensor) -> Cut:
-    if not isinstance(tensor, DTensor):
-        return cut_whole(registration, tensor)
-    fqn = registration.fqn
-    shape = tuple(tensor.shape)
-    local = tensor._local_tensor.detach()
-    indices = _global_indices(tensor)
-    if indices is None or local.numel() == 0:
-        return shape, ()
-    found = tuple(len(index) for index in indices)
-    if found != tuple(local.shape):
-        raise ValueError(f"placements {tensor.placements} give {found}, holds {local.shape}")
-    runs = [_runs(index) for index in indices]
-    if all(len(r) == 1 for r in runs):
-        order = dense_order(local)
-        flat = (local if order is None else local.permute(order)).view(-1)
-        box = Box(tuple(r[0][0] for r in runs), tuple(local.shape))
-        return shape, (Fragment(FragmentMeta(fqn, shape, box, order), flat, flat),)
-    return shape, tuple(_split(fqn, shape, local, runs))
+        yield id(module), name
 
 
 def _global_indices(tensor: DTensor) -> list[Sequence[int]] | None:
@@ -215,8 +181,8 @@ def _global_indices(tensor: DTensor) -> list[Sequence[int]] | None:
     indices: list[Sequence[int]] = [range(size) for size in tensor.shape]
     for dim in range(len(indices)):
         for axis, num_parts in _order_of_cuts(tensor, dim):
-            # Not the coordinate: where a mesh's ranks do not rise, it differs from the rank in the
-            # group, which is what torch cuts by.
+            # torch cuts by the rank in the group. The coordinate differs where ranks of the mesh
+            # are not in ascending order.
             num_chunks, position = mesh.size(axis), mesh.get_local_rank(axis)
             parts = (_chunk(indices[dim], num_parts, part) for part in range(num_parts))
             cut = [_chunk(part, num_chunks, position) for part in parts]
@@ -225,7 +191,7 @@ def _global_indices(tensor: DTensor) -> list[Sequence[int]] | None:
 
 
 def _order_of_cuts(tensor: DTensor, dim: int) -> list[tuple[int, int]]:
-    """The mesh axes that cut a dim, in order, each with the number of parts that it cuts alike."""
+    """The mesh axes that cut a dim, in order, each with the number of parts that it cuts."""
     cuts: list[tuple[int, int]] = []
     for axis, placement in reversed(list(enumerate(tensor.placements))):
         if isinstance(placement, Replicate):
@@ -250,7 +216,7 @@ def _chunk(index: Sequence[int], num_chunks: int, position: int) -> Sequence[int
 
 
 def _runs(index: Sequence[int]) -> list[Run]:
-    """Cut a list of global indices into stretches without gaps."""
+    """Split a list of global indices into runs without gaps."""
     if isinstance(index, range):
         return [(index.start, 0, len(index))]
     starts = [i for i in range(len(index)) if i == 0 or index[i] != index[i - 1] + 1]
@@ -263,8 +229,7 @@ def _split(
 ) -> Iterator[Fragment]:
     """Boxes, each contiguous in the local tensor, of a part with gaps in some dim.
 
-    All dims after the last one with gaps are in one stretch; those before it are told one index at
-    a time, or else a box would not be contiguous.
+    Dims before the last one with gaps are split index by index, so that each box is contiguous.
     """
     if not local.is_contiguous():
         raise ValueError(f"local shard with gaps and strides {local.stride()} is not contiguous")
@@ -278,4 +243,4 @@ def _split(
         box = Box(tuple(c[0] for c in combination), tuple(c[2] for c in combination))
         start = sum(c[1] * stride for c, stride in zip(combination, local.stride(), strict=True))
         view = flat[start : start + box.numel]
-        yield Fragment(FragmentMeta(fqn, shape, box), view, view)
+        yield Fragment(FragmentMeta(fqn, shape, box), view)

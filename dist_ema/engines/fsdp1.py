@@ -1,11 +1,13 @@
 """FSDP1: each unit keeps its weights end to end in one flat parameter, cut evenly over ranks.
 
 [Note: the shard]
-What `parameters()` gives depends on the moment and on `use_orig_params`: shards of odd shapes,
-gathered weights, low-precision ones, or nothing but the flat parameter. The optimizer writes one
-thing only, the local shard of the flat parameter, and that is what is listed here. Of each original
-parameter the unit knows which range of it lies where in the shard. Between them lies padding, which
-is part of no weight.
+`parameters()` of an FSDP1 model returns shards of odd shapes, gathered weights, low-precision
+copies or flat parameters, depending on the moment and on `use_orig_params`. The optimizer always
+writes the local shard of the flat parameter, which is what this engine lists. The unit knows which
+range of each original parameter lies where in the shard. Padding between them is not listed.
+
+A weight that is tied across two units without `use_orig_params` becomes two weights. FSDP1 leaves
+no trace of the tie, so that no warning is possible.
 
 Private names, checked in torch 2.8 to 2.15: `FullyShardedDataParallel._handle`, `._inter_node_pg`;
 of the handle `flat_param`, `process_group`, `uses_sharded_strategy`; of the flat parameter
@@ -16,9 +18,7 @@ of the handle `flat_param`, `process_group`, `uses_sharded_strategy`; of the fla
 
 from __future__ import annotations
 
-import itertools
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,68 +27,51 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema.core.engine import (
-    Cut,
-    Engine,
-    Registered,
-    Weight,
-    cut_range,
-    cut_whole,
-    outdate_graphs,
-    pointer,
-)
-from dist_ema.core.layout import Shape, dense_order
+from dist_ema.core.engine import Cut, Engine, Registered, Weight, cut_range, pointer
+from dist_ema.core.layout import dense_order
 from dist_ema.core.names import Registration, is_instance, registrations
 from dist_ema.core.requirements import require_names
-from dist_ema.engines.caches import drop_caches
+from dist_ema.engines.caches import outdate
 
 _RUNTIME = "torch.distributed.fsdp._runtime_utils"
-_OF_FLAT_PARAMETERS = (
+_HANDLE = "flat_param process_group uses_sharded_strategy"
+_FLAT_PARAMETER = (
     "_params _param_infos _shared_param_infos _shard_param_infos _shapes _strides _param_extensions"
 )
-_RARE = 4  # weights of one shape, at most, that may be one weight cut apart
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Original:
-    """A parameter as the user's module had it, now part of a unit's flat parameter."""
+    """A parameter of the user's module that is a part of a unit's flat parameter now."""
 
     handle: Any
     index: int  # in the lists of the flat parameter
 
     @property
-    def shape(self) -> Shape:
-        return tuple(self.handle.flat_param._shapes[self.index])
-
-    @property
     def tensor(self) -> torch.Tensor:
-        """One object for all places of a tied parameter, with the `requires_grad` it trains by."""
+        """One object for all registrations of a tied parameter, with its `requires_grad`."""
         flat = self.handle.flat_param
-        if flat._params is not None:
-            parameter: torch.Tensor = flat._params[self.index]
-            return parameter
         info = flat._param_infos[self.index]
-        view: torch.Tensor = getattr(info.module, info.param_name)
-        return view
+        uses_orig_params = flat._params is not None
+        tensor: torch.Tensor = (
+            flat._params[self.index] if uses_orig_params else getattr(info.module, info.param_name)
+        )
+        return tensor
 
     def cut(self, registration: Registration) -> Cut:
         flat, index = self.handle.flat_param, self.index
         if flat._param_extensions[index] is not None:
             raise ValueError("FSDP1 over tensor parallelism is not supported; use fully_shard()")
-        # Strided but dense parameters (channels-last) are laid down in the order of their storage.
-        order = dense_order(torch.empty_strided(self.shape, flat._strides[index], device="meta"))
-        start, view = self.held()
-        return cut_range(registration, shape=self.shape, start=start, view=view, order=order)
-
-    def held(self) -> tuple[int, torch.Tensor]:
-        """Where this rank's range of the parameter starts, in storage order, and its values."""
-        part = self.handle.flat_param._shard_param_infos[self.index]
-        shard = _shard(self.handle).detach()
-        if not part.in_shard:
-            return 0, shard[:0]
-        return part.intra_param_start_idx, shard.narrow(
-            0, part.offset_in_shard, part.numel_in_shard
-        )
+        # Dense strided parameters (channels-last) are flattened in the order of their storage.
+        shape = tuple(flat._shapes[index])
+        order = dense_order(torch.empty_strided(shape, flat._strides[index], device="meta"))
+        part, start, view = flat._shard_param_infos[index], 0, _shard(self.handle).detach()
+        if part.in_shard:
+            start = part.intra_param_start_idx
+            view = view.narrow(0, part.offset_in_shard, part.numel_in_shard)
+        else:
+            view = view[:0]
+        return cut_range(registration, shape=shape, start=start, view=view, order=order)
 
 
 class Fsdp1Engine(Engine):
@@ -100,22 +83,16 @@ class Fsdp1Engine(Engine):
         self._handles = [unit._handle for unit in self._units]
         require_names(sys.modules[_RUNTIME], "_reshard", "torch")
         for handle in self._handles:
-            require_names(handle, "flat_param process_group uses_sharded_strategy", "torch")
-            require_names(handle.flat_param, _OF_FLAT_PARAMETERS, "torch")
+            require_names(handle, _HANDLE, "torch")
+            require_names(handle.flat_param, _FLAT_PARAMETER, "torch")
         self._originals = {
-            (id(module), name): original
-            for handle in self._handles
-            for module, name, original in _originals(handle)
+            key: original for handle in self._handles for key, original in _originals(handle)
         }
-        self._flat_parameters: dict[int, torch.Tensor] = {}  # by ids of `Weight.tensor`
+        self._flat_parameters: dict[int, torch.Tensor] = {}  # by the id of `Weight.tensor`
         self._taken = {id(p) for handle in self._handles for p in handle.flat_param._params or ()}
         self._others = Registered(
-            (registration.registry, registration.name)
-            for registration in registrations(model)
-            if not registration.is_buffer
-            and (id(registration.owner), registration.name) not in self._originals
+            r for r in registrations(model) if not r.is_buffer and self._original(r) is None
         )
-        self._warn_of_cut_ties()
 
     @staticmethod
     def claims(model: nn.Module) -> bool:
@@ -141,49 +118,21 @@ class Fsdp1Engine(Engine):
         from torch.distributed.fsdp._runtime_utils import _reshard
 
         for unit in self._units:
-            handle = unit._handle
-            gathered = list(_gathered(handle))
+            gathered = list(_gathered(unit._handle))
             if gathered:
-                _reshard(unit, handle, True)
-                # FSDP frees the one of two precisions that the mode of the module asks for now.
+                _reshard(unit, unit._handle, True)
+                # Where there are two precisions, FSDP frees one, by the mode of the module.
                 for tensor in gathered:
                     tensor.untyped_storage().resize_(0)
 
     def publish(self) -> None:
         self.release()
-        outdate_graphs(handle.flat_param for handle in self._handles)
-        drop_caches()
-
-    def _warn_of_cut_ties(self) -> None:
-        """A weight tied across two units is two weights from then on.
-
-        No trace of the tie is left but equal values, looked for among weights of a rare shape.
-        """
-        alike: dict[Shape, dict[_Original, str]] = {}
-        for registration in registrations(self._model):
-            original = self._original(registration)
-            if original is not None and original.tensor.requires_grad:
-                alike.setdefault(original.shape, {}).setdefault(original, registration.fqn)
-        for fqns in alike.values():
-            if len(fqns) > _RARE:
-                continue
-            for a, b in itertools.combinations(fqns, 2):
-                if a.handle is not b.handle and _same_values(a, b):
-                    warnings.warn(
-                        f"{fqns[a]} and {fqns[b]} hold the same values in two FSDP units; if they "
-                        "were tied, they train and are averaged as different weights now: wrap the "
-                        "modules that share a weight in one unit",
-                        stacklevel=6,
-                    )
+        outdate(handle.flat_param for handle in self._handles)
 
     def _original(self, registration: Registration) -> _Original | None:
-        return (
-            None
-            if registration.is_buffer
-            else self._originals.get((id(registration.owner), registration.name))
-        )
+        return self._originals.get((id(registration.owner), registration.name))
 
-    def _locate(self, registration: Registration) -> torch.Tensor:
+    def _tensor(self, registration: Registration) -> torch.Tensor:
         original = self._original(registration)
         if original is None:
             return registration.tensor
@@ -200,7 +149,7 @@ class Fsdp1Engine(Engine):
                 "is tied to a weight that another FSDP unit has taken, and is a shard of it now; "
                 "wrap both modules in one unit, or untie them"
             )
-        return cut_whole(registration, tensor)
+        return super()._cut(registration, tensor)
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
@@ -208,39 +157,25 @@ def _is_fsdp1(module: nn.Module) -> bool:
     return is_instance(module, library, "FullyShardedDataParallel")
 
 
-def _originals(handle: Any) -> Iterator[tuple[nn.Module, str, _Original]]:
-    """Every (module, name) that registered a parameter of this unit: tied ones have several."""
+def _originals(handle: Any) -> Iterator[tuple[tuple[int, str], _Original]]:
+    """The parameters of a unit by (id of the module, name): tied ones have several."""
     flat = handle.flat_param
     originals = {}
     for index, info in enumerate(flat._param_infos):
-        originals[id(info.module), info.param_name] = original = _Original(handle, index)
-        yield info.module, info.param_name, original
+        originals[id(info.module), info.param_name] = _Original(handle, index)
+    yield from originals.items()
     for info in flat._shared_param_infos:
         first = originals[id(info.prim_module), info.prim_param_name]
-        yield info.module, info.param_name, first
-
-
-def _same_values(a: _Original, b: _Original) -> bool:
-    """Whether this rank sees that two weights of one shape are equal, and no constants."""
-    (first_a, values_a), (first_b, values_b) = a.held(), b.held()
-    first = max(first_a, first_b)
-    part_a, part_b = values_a[first - first_a :], values_b[first - first_b :]
-    common = min(part_a.numel(), part_b.numel())
-    if not common or not torch.equal(part_a[:common], part_b[:common]):
-        return False
-    return bool((part_a[:common] != part_a[0]).any())
+        yield (id(info.module), info.param_name), first
 
 
 def _shard(handle: Any) -> torch.Tensor:
     """This rank's part of the flat parameter; all of it where nothing is sharded."""
-    flat: Any = handle.flat_param
     # There is no shard before the first forward. Without sharding the flat parameter itself is
     # viewed, so that autograd notices a write between forward and backward.
-    shard: torch.Tensor | None = getattr(flat, "_local_shard", None)
-    if shard is None or not handle.uses_sharded_strategy:
-        whole_flat: torch.Tensor = flat
-        return whole_flat
-    return shard
+    flat: torch.Tensor = handle.flat_param
+    shard = getattr(flat, "_local_shard", None) if handle.uses_sharded_strategy else None
+    return flat if shard is None else shard
 
 
 def _gathered(handle: Any) -> Iterator[torch.Tensor]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from dist_ema.core.engine import Engine, Registered
 from dist_ema.core.names import registrations
-from dist_ema.engines.caches import drop_caches
+from dist_ema.engines.caches import outdate
 
 
 class PlainEngine(Engine):
@@ -16,20 +16,16 @@ class PlainEngine(Engine):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._parameters = [module._parameters for module in model.modules()]
-        self._registered = Registered(
-            (registration.registry, registration.name)
-            for registration in registrations(model)
-            if not registration.is_buffer
-        )
+        self._registries = [module._parameters for module in model.modules()]
+        self._parameters = Registered(r for r in registrations(model) if not r.is_buffer)
 
     @staticmethod
     def claims(model: nn.Module) -> bool:
         return True
 
     def publish(self) -> None:
-        drop_caches()
+        outdate()
 
     def stamp(self) -> list[int]:
-        # Parameters that came since are no part of the average: they make another layout.
-        return [*self._registered.addresses(), sum(map(len, self._parameters))]
+        # The number of parameters changes if some were added since, which are not averaged.
+        return [*self._parameters.addresses(), sum(map(len, self._registries))]

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from dist_ema.checkpoint.manifest import CheckpointError
+from dist_ema.core.errors import CheckpointError
 from dist_ema.core.names import unwrap
 from dist_ema.ema import ShardedEMA
 from dist_ema.integrations.base import load_from

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from dist_ema.checkpoint.directory import find
-from dist_ema.checkpoint.manifest import CheckpointError
+from dist_ema.core.errors import CheckpointError
 from dist_ema.ema import ShardedEMA
 from dist_ema.options import EMAKeywords, EMAOptions
 from dist_ema.schedule import Schedule

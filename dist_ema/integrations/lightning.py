@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
-from dist_ema.checkpoint.manifest import CheckpointError
+from dist_ema.core.errors import CheckpointError
 from dist_ema.ema import ShardedEMA
 from dist_ema.integrations.base import RESTART, AveragingCallback, Decay, load_from
 from dist_ema.options import EMAKeywords

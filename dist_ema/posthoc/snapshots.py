@@ -1,187 +1,171 @@
-"""The power-function averages that checkpoints hold, and all that keeps them from being combined.
+"""Power-function averages in checkpoints, and the checks that they can be combined.
 
-[Note: what a stored average is]
-Its profile (see [Note: profiles]) is that of its schedule only if its updates were the schedule's
-from the first to the last. The state of a checkpoint tells: `step`, `start_step` and `update_every`
-say how many updates there must have been, `num_updates` how many there were, and the decay last
-applied is that of the last of them. Steps that were skipped (`update(step=...)` with gaps), a
-schedule that was changed on the way and an average that was begun anew in a resumed run are seen by
-that, or noted when a checkpoint is loaded, and refused.
+[Note: the profile of a snapshot]
+An average has the profile of its schedule (see [Note: profiles]) only if the schedule made all of
+its updates. The state of a checkpoint shows that: `step`, `start_step` and `update_every` say how
+many updates there must have been, `num_updates` how many there were, and the last decay applied is
+that of the last of them. Skipped steps (`update(step=...)` with gaps), a changed schedule and an
+average that was started again in a resumed run are detected by that, or noted when a checkpoint is
+loaded, and refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dist_ema.checkpoint.blocks import Files, check_file
-from dist_ema.checkpoint.consolidated import open_any
-from dist_ema.checkpoint.manifest import CheckpointError, Manifest, SavedAverage
+from dist_ema.checkpoint.manifest import SavedAverage
+from dist_ema.checkpoint.reader import Checkpoint
+from dist_ema.core.errors import CheckpointError
 from dist_ema.posthoc.profiles import Profile
 from dist_ema.schedule import PowerFunction, decay_at, from_json
 
 SYNTHESIZED = "synthesized"  # key of `Manifest.written`
-_SHOWN = 8  # tensors in a message
+_MAX_NAMES = 8  # tensors in a message
 _MAX_OPEN = 512  # files at a time, over all checkpoints
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One power-function average of one checkpoint, open to be read."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """A power-function average in an open checkpoint."""
 
     path: Path
     name: str
     schedule: PowerFunction
     step: int
     profile: Profile
-    files: Files
-    about: Manifest
+    checkpoint: Checkpoint
     average: SavedAverage
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.average.tensors.values())
 
     def __str__(self) -> str:
         return f"{self.path} ({self.name!r})"
 
 
-def open_all(paths: Sequence[Path], closing: ExitStack) -> list[Stored]:
-    """Every power-function average of these checkpoints, in the order of steps. Reads manifests.
+def open_snapshots(paths: Sequence[Path], stack: ExitStack) -> list[Snapshot]:
+    """Every power-function average of some checkpoints, ordered by step. Reads the manifests.
 
-    Other averages beside one in the same checkpoint are left out.
+    Other averages in the same checkpoints are ignored.
 
     Args:
-        closing: closes the files when it is closed.
+        stack: closes the checkpoints.
 
     Raises:
-        CheckpointError: a checkpoint is cut short or none, has no such average or another profile
-            than its schedule says, or was synthesized.
-        ValueError: a checkpoint is given twice, or two averages have one profile.
+        CheckpointError: a checkpoint is damaged, was synthesized, has no such average, or one with
+            another profile than its schedule's; or they are not of one run.
+        ValueError: a checkpoint is given twice, or two averages have the same profile.
     """
-    found: list[Stored] = []
-    seen: dict[str, Path] = {}
+    snapshots: list[Snapshot] = []
+    path_of: dict[str, Path] = {}
     for path in paths:
-        files, about = open_any(path)
-        closing.enter_context(files)
-        files.max_open = max(1, _MAX_OPEN // len(paths))
-        if about.id and about.id in seen:
-            raise ValueError(f"{path}: is the same checkpoint as {seen[about.id]}; give it once")
-        seen[about.id] = path
-        found += _averages(path, files, about)
-    found.sort(key=lambda stored: (stored.step, stored.profile.gamma))
-    _refuse_twins(found)
-    _refuse_other_rules(found)
-    return found
+        checkpoint = stack.enter_context(Checkpoint(path))
+        checkpoint.files.max_open = max(1, _MAX_OPEN // len(paths))
+        first = path_of.setdefault(checkpoint.manifest.id or str(path), path)
+        if first is not path:
+            raise ValueError(f"{path}: is the same checkpoint as {first}; give it once")
+        snapshots += _snapshots(path, checkpoint)
+    snapshots.sort(key=lambda one: (one.step, one.profile.gamma))
+    _refuse_other_runs(snapshots)
+    return snapshots
 
 
-def at_step(stored: Sequence[Stored], step: int | None) -> Stored:
-    """An average at the step for which one is wanted, which must be the last that is given.
-
-    Raises:
-        ValueError: no checkpoint is of this step, or one is of a later one.
-    """
-    steps = sorted({one.step for one in stored})
-    told = ", ".join(map(str, steps[:8])) + (", ..." if len(steps) > 8 else "")
+def snapshot_at(snapshots: Sequence[Snapshot], step: int | None) -> Snapshot:
+    """A snapshot of a step, by default the last. It must be the last step that is given."""
+    steps = sorted({one.step for one in snapshots})
     if step is not None and step not in steps:
-        raise ValueError(f"no checkpoint is of step {step}; there are steps {told}")
+        more = ", ..." if len(steps) > 8 else ""
+        listed = ", ".join(map(str, steps[:8])) + more
+        raise ValueError(f"no checkpoint is of step {step}; there are steps {listed}")
     wanted = steps[-1] if step is None else step
-    late = [str(one.path) for one in stored if one.step > wanted]
+    late = dict.fromkeys(str(one.path) for one in snapshots if one.step > wanted)
     if late:
         raise ValueError(
-            f"{', '.join(dict.fromkeys(late))}: later than the step {wanted} that is wanted; an "
-            "average at a step is made of what was saved up to it, so leave them out"
+            f"{', '.join(late)}: later than the wanted step {wanted}; an average at a step is made "
+            "of checkpoints up to it, so leave them out"
         )
-    return next(one for one in stored if one.step == wanted)
+    return next(one for one in snapshots if one.step == wanted)
 
 
-def refuse_other_models(stored: Sequence[Stored], like: Stored) -> None:
-    """Refuse averages of other tensors than those of one of them.
+def match_tensors(snapshot: Snapshot, like: Snapshot) -> dict[str, str]:
+    """The name in `snapshot` of each tensor of `like`: tied tensors may have another one.
 
     Raises:
-        CheckpointError: names, shapes or dtypes differ; it lists them for the first such average.
+        CheckpointError: tensors, shapes or dtypes differ; they are listed.
     """
-    for other in stored:
-        differences = list(_differences(other.average, like.average))
-        if differences:
-            more = len(differences) - _SHOWN
-            raise CheckpointError(
-                f"{other}: is of another model than {like}: {'; '.join(differences[:_SHOWN])}"
-                + (f"; and {more} more" if more > 0 else "")
-            )
+    saved = snapshot.average.tensors
+    names: dict[str, str] = {}
+    differences = []
+    for fqn, tensor in like.average.tensors.items():
+        wanted = {fqn, *tensor.aliases}
+        candidates = [n for n in (fqn, *tensor.aliases) if n in saved]
+        candidates += [n for n, t in saved.items() if wanted & set(t.aliases)]
+        if not candidates:
+            differences.append(f"{fqn} is missing")
+            continue
+        names[fqn] = candidates[0]
+        other = saved[candidates[0]]
+        if other.shape != tensor.shape:
+            differences.append(f"{fqn} has shape {other.shape}, wanted {tensor.shape}")
+        if other.dtype != tensor.dtype:
+            differences.append(f"{fqn} has dtype {other.dtype}, wanted {tensor.dtype}")
+    differences += [f"{n} is unexpected" for n in saved if n not in names.values()]
+    if differences:
+        more = len(differences) - _MAX_NAMES
+        raise CheckpointError(
+            f"{snapshot}: is of another model than {like}: {'; '.join(differences[:_MAX_NAMES])}"
+            + (f"; and {more} more" if more > 0 else "")
+        )
+    return names
 
 
-def check_all(stored: Sequence[Stored]) -> None:
-    """Refuse files that are missing, cut short or have an altered header, before any is read."""
-    for one in stored:
-        for name in one.average.files:
-            check_file(one.files, one.about, one.average, name)
-
-
-def counterpart(average: SavedAverage, fqn: str, aliases: Sequence[str]) -> str | None:
-    """The name that an average has for a tensor: it may be tied, and known by another name."""
-    for name in (fqn, *aliases):
-        if name in average.tensors:
-            return name
-    wanted = {fqn, *aliases}
-    return next((n for n, t in average.tensors.items() if wanted & set(t.aliases)), None)
-
-
-def _averages(path: Path, files: Files, about: Manifest) -> Iterator[Stored]:
-    if not about.state:
+def _snapshots(path: Path, checkpoint: Checkpoint) -> Iterator[Snapshot]:
+    if not checkpoint.state:
         raise CheckpointError(
             f"{path}: holds plain weights without counters and schedules; give checkpoints that "
             "ShardedEMA.save wrote"
         )
-    if SYNTHESIZED in about.written:
+    if SYNTHESIZED in checkpoint.manifest.written:
         raise CheckpointError(
-            f"{path}: was synthesized; its profile is only near to that of its schedule. Give the "
+            f"{path}: was synthesized, so its profile is only close to its schedule's; give "
             "checkpoints that were saved during the run"
         )
-    told: dict[str, str] = {}
-    any_found = False
-    for name, average in about.averages.items():
-        schedule = about.state["averages"][name]["schedule"]
-        told[name] = str(schedule.get("kind"))
-        if told[name] == "PowerFunction":
-            any_found = True
-            yield _stored(path, name, files, about, average)
-    if not any_found:
-        raise CheckpointError(
-            f"{path}: has no average with a PowerFunction schedule, but "
-            + ", ".join(f"{name!r} with {kind}" for name, kind in told.items())
-        )
+    averages = checkpoint.state["averages"]
+    kinds = {name: str(averages[name]["schedule"].get("kind")) for name in checkpoint.averages}
+    if "PowerFunction" not in kinds.values():
+        listed = ", ".join(f"{name!r} with {kind}" for name, kind in kinds.items())
+        raise CheckpointError(f"{path}: has no average with a PowerFunction schedule, but {listed}")
+    for name, kind in kinds.items():
+        if kind == "PowerFunction":
+            yield _snapshot(path, name, checkpoint)
 
 
-def _stored(path: Path, name: str, files: Files, about: Manifest, average: SavedAverage) -> Stored:
-    state, own = about.state, about.state["averages"][name]
+def _snapshot(path: Path, name: str, checkpoint: Checkpoint) -> Snapshot:
+    state, own = checkpoint.state, checkpoint.state["averages"][name]
     where = f"{path} ({name!r})"
     try:
         schedule = from_json(own["schedule"])
         assert isinstance(schedule, PowerFunction)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    every, start = _whole(state, "update_every", 1, where), _whole(state, "start_step", 0, where)
+    every, start = _count(state, "update_every", 1, where), _count(state, "start_step", 0, where)
     step, num_updates = state["step"], state["num_updates"]
+    rule = f"(start_step={start}, update_every={every})"
     count = (step - start) // every
     if count < 1:
         raise CheckpointError(
             f"{where}: was saved at step {step}, before its first update as a power function "
-            f"(start_step={start}, update_every={every}); it is a copy of the weights"
+            f"{rule}; it is a copy of the weights"
         )
     if num_updates != start + count:
         raise CheckpointError(
-            f"{where}: has had {num_updates} updates by step {step}, wanted {start + count} "
-            f"(start_step={start}, update_every={every}); steps were skipped or counted twice, so "
-            "its profile is not known"
+            f"{where}: has {num_updates} updates at step {step}, wanted {start + count} {rule}; "
+            "steps were skipped or counted twice, so its profile is not known"
         )
     if own.get("mixed"):
         raise CheckpointError(
-            f"{where}: {schedule} did not make it alone: it was loaded from an average with "
+            f"{where}: was not made by {schedule} alone: it was loaded from an average with "
             "another schedule, or from a synthesized one"
         )
     decay, expected = own["decay"], decay_at(schedule, count * every, every)
@@ -190,59 +174,39 @@ def _stored(path: Path, name: str, files: Files, about: Manifest, average: Saved
             f"{where}: its last decay is {decay}, and {schedule} has {expected} at step {step}; "
             "it was not made by this schedule"
         )
-    profile = Profile(schedule.gamma, count)
-    return Stored(path, name, schedule, step, profile, files, about, average)
+    profile, average = Profile(schedule.gamma, count), checkpoint.averages[name]
+    return Snapshot(path, name, schedule, step, profile, checkpoint, average)
 
 
-def _whole(state: Any, key: str, least: int, where: str) -> int:
+def _count(state: Mapping[str, object], key: str, least: int, where: str) -> int:
     value = state.get(key)
     if type(value) is not int or not least <= value < 1 << 63:
         raise CheckpointError(f"{where}: {key} is {value!r}, wanted a whole number >= {least}")
     return value
 
 
-def _refuse_twins(found: Sequence[Stored]) -> None:
-    first: dict[Profile, Stored] = {}
-    for one in found:
-        if one.profile in first:
+def _refuse_other_runs(snapshots: Sequence[Snapshot]) -> None:
+    """Raise if snapshots have the same profile, or were not kept by one run with fixed options."""
+    by_profile: dict[Profile, Snapshot] = {}
+    by_name: dict[str, Snapshot] = {}
+    for one in snapshots:
+        same = by_profile.setdefault(one.profile, one)
+        if same is not one:
             raise ValueError(
-                f"{one} has the same profile as {first[one.profile]}: {one.schedule} after "
-                f"{one.profile.count} updates; give one of them"
+                f"{one} has the same profile as {same}: {one.schedule} after {one.profile.count} "
+                "updates; give one of them"
             )
-        first[one.profile] = one
-
-
-def _refuse_other_rules(found: Sequence[Stored]) -> None:
-    """Refuse averages that were not kept side by side under one set of options."""
-    by_name: dict[str, Stored] = {}
-    for one in found:
+        first = snapshots[0]
         for key in ("start_step", "update_every"):
-            ours, theirs = one.about.state[key], found[0].about.state[key]
-            if ours != theirs:
+            values = one.checkpoint.state[key], first.checkpoint.state[key]
+            if values[0] != values[1]:
                 raise CheckpointError(
-                    f"{one} has {key}={ours}, and {found[0]} has {theirs}; they are not of one run"
+                    f"{one} has {key}={values[0]}, and {first} has {values[1]}; they are not of "
+                    "one run"
                 )
-        first = by_name.setdefault(one.name, one)
-        if one.schedule != first.schedule:
+        named = by_name.setdefault(one.name, one)
+        if one.schedule != named.schedule:
             raise CheckpointError(
-                f"{one} has {one.schedule}, and {first} has {first.schedule}; they are not of one "
-                "run, or the schedule was changed on the way"
+                f"{one} has {one.schedule}, and {named} has {named.schedule}; they are not of one "
+                "run, or the schedule was changed during it"
             )
-
-
-def _differences(found: SavedAverage, wanted: SavedAverage) -> Iterator[str]:
-    used = set()
-    for fqn, tensor in wanted.tensors.items():
-        name = counterpart(found, fqn, tensor.aliases)
-        if name is None:
-            yield f"{fqn} is missing"
-            continue
-        used.add(name)
-        other = found.tensors[name]
-        if other.shape != tensor.shape:
-            yield f"{fqn} has shape {other.shape}, wanted {tensor.shape}"
-        if other.dtype != tensor.dtype:
-            yield f"{fqn} has dtype {other.dtype}, wanted {tensor.dtype}"
-    for name in found.tensors:
-        if name not in used:
-            yield f"{name} is unexpected"

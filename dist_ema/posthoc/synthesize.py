@@ -5,8 +5,7 @@
     ...                                 # ema.update() every step, ema.save(...) from time to time
     synthesize(["run/ema-001000", "run/ema-002000"], sigma_rel=0.07, out="run/ema-0.07")
 
-After arXiv 2312.02696, section 3. `dist_ema.posthoc.profiles` fits the profile;
-`dist_ema.checkpoint.combine` streams the weights.
+After arXiv 2312.02696, section 3. `profiles` fits the profile, `combine` streams the weights.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import os
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
@@ -22,24 +21,22 @@ from pathlib import Path
 
 import torch
 
-from dist_ema.checkpoint.combine import Result, Term, combine
-from dist_ema.checkpoint.directory import replaced_directory, target
-from dist_ema.checkpoint.manifest import CheckpointError
-from dist_ema.checkpoint.reader import Source
-from dist_ema.checkpoint.writer import refuse_foreign, written_by
-from dist_ema.posthoc.profiles import Fit, Profile, fit
+from dist_ema.checkpoint.directory import refuse_foreign, replaced_directory, target
+from dist_ema.checkpoint.writer import written_by
+from dist_ema.core.errors import CheckpointError
+from dist_ema.core.safetensors import torch_dtype
+from dist_ema.posthoc.combine import Output, combine
+from dist_ema.posthoc.profiles import Profile, fit
 from dist_ema.posthoc.snapshots import (
     SYNTHESIZED,
-    Stored,
-    at_step,
-    check_all,
-    counterpart,
-    open_all,
-    refuse_other_models,
+    Snapshot,
+    match_tensors,
+    open_snapshots,
+    snapshot_at,
 )
 from dist_ema.schedule import PowerFunction, decay_at, to_json
 
-NAME = "ema"  # of the one average of a result
+NAME = "ema"  # of the average of a result
 _MAX_GAMMA = 30_000.0  # beyond it the fit of long runs is no longer exact
 _MAX_WIDTHS = 256
 _BAD_RESIDUAL = 0.1
@@ -48,13 +45,13 @@ Progress = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Synthesis:
-    """An average that was synthesized, and how well."""
+class SynthesisResult:
+    """A synthesized average, and how well it fits."""
 
     path: Path  # the checkpoint that was written
-    schedule: PowerFunction  # wanted
+    schedule: PowerFunction
     step: int
-    residual: float  # of the profile: norm of what no sum of the stored ones has, relative
+    residual: float  # norm of the difference to the wanted profile, relative to the profile's
     coefficients: dict[tuple[str, str], float]  # by checkpoint and name of the average in it
 
     def __str__(self) -> str:
@@ -66,13 +63,13 @@ class Synthesis:
 
     @property
     def problem(self) -> str | None:
-        """What to warn of, if the profile is matched badly."""
+        """A warning, if the profile fits badly."""
         if self.residual <= _BAD_RESIDUAL:
             return None
         return (
             f"{self.path}: the profile of sigma_rel={self.schedule.sigma_rel:.4g} at step "
-            f"{self.step} is matched badly, with a residual of {self.residual:.0%}; save more "
-            "often, or keep averages of widths on both sides of it"
+            f"{self.step} fits badly, with a residual of {self.residual:.0%}; save more often, or "
+            "keep averages of a smaller and a larger width"
         )
 
 
@@ -83,110 +80,115 @@ def synthesize(
     sigma_rel: float | None = None,
     step: int | None = None,
     out: str | Path,
-) -> Synthesis:
+) -> SynthesisResult:
     """Write the power-function average of another width, from checkpoints of one run.
 
-    The checkpoints hold averages that `ShardedEMA` kept with `PowerFunction` schedules, two or more
-    widths as a rule, and may have been saved by different engines and world sizes. The result is
-    the best least-squares fit to the average that would have been kept with this width, under the
-    same `start_step` and `update_every`. It is a sharded checkpoint of one average, named "ema",
-    cut like the checkpoint at `step`: `ShardedEMA.load` and `dist-ema inspect`, `verify` and
-    `export` take it. A width that is stored at `step` is copied bit for bit.
+    The checkpoints hold averages that `ShardedEMA` kept with `PowerFunction` schedules, usually two
+    or more widths, and may have been saved by different engines and world sizes. The result is the
+    least-squares fit to the average that would have been kept with this width, under the same
+    `start_step` and `update_every`. It is a sharded checkpoint of one average, named "ema", sharded
+    like the checkpoint at `step`, for `ShardedEMA.load` and `dist-ema inspect`, `verify` and
+    `export`. A width that is stored at `step` is copied bit for bit.
 
     Local: one process, without a process group; do not call it on several ranks. Reads every
-    checkpoint once, checking checksums; the sums are made in float64. Memory: about 150 MB, and the
-    manifests.
+    checkpoint once and verifies checksums; sums are computed in float64. Memory: about 150 MB, and
+    the manifests.
 
     Args:
         checkpoints: directories, in any order. All of them are used.
         gamma: exponent of the wanted profile; or
         sigma_rel: its standard deviation relative to the training so far, at most 0.3002.
-        step: at which the average is wanted, one that is stored; the last if None.
-        out: directory to be written. A checkpoint that is there is replaced at one instant.
+        step: step of the wanted average, which must be stored; the last if None.
+        out: directory to write. A checkpoint in it is replaced atomically.
 
     Warns:
         UserWarning: the residual of the profile is above 0.1.
 
     Raises:
-        CheckpointError: a checkpoint is cut short, altered, or of another model (names, shapes and
-            dtypes are listed), run or schedule; or the result would not be finite.
-        ValueError: not exactly one width is given; no checkpoint is of `step`, or one is of a later
-            step; one is given twice; `out` is among them. Nothing is written.
+        CheckpointError: a checkpoint is damaged, or of another model (names, shapes and dtypes are
+            listed), run or schedule; or the result would not be finite.
+        ValueError: not exactly one width is given; no checkpoint is of `step`, or one is later; one
+            is given twice; `out` is among them. Nothing is written.
     """
     wanted = PowerFunction(gamma, sigma_rel=sigma_rel)
-    (made,) = sweep(checkpoints, {Path(out): wanted}, step=step)
-    if made.problem:
-        warnings.warn(made.problem, stacklevel=2)
-    return made
+    (result,) = sweep(checkpoints, {Path(out): wanted}, step=step)
+    if result.problem:
+        warnings.warn(result.problem, stacklevel=2)
+    return result
 
 
 def sweep(
     checkpoints: Iterable[str | Path],
-    wanted: dict[Path, PowerFunction],
+    wanted: Mapping[Path, PowerFunction],
     *,
     step: int | None = None,
     progress: Progress = lambda total: nullcontext(lambda nbytes: None),
-) -> list[Synthesis]:
-    """Write several widths in one pass over the files, as `synthesize` does one. Local.
+) -> list[SynthesisResult]:
+    """Write several widths in one pass over the files; see `synthesize`. Local.
 
     Args:
-        wanted: the widths, by the directory to be written.
-        progress: given the bytes to be read, a context that gives a function to be called with the
-            bytes that were read since the last call.
+        wanted: the widths, by the directory to write.
+        progress: called with the bytes to read; a context manager of a function that is called with
+            the bytes read since the last call.
     """
-    paths = _paths(checkpoints)
-    narrow = [schedule.gamma for schedule in wanted.values() if schedule.gamma > _MAX_GAMMA]
-    if narrow:
+    if isinstance(checkpoints, str | os.PathLike):
+        raise ValueError(f"checkpoints is {checkpoints!r}, wanted a list of paths")
+    paths = [Path(path) for path in checkpoints]
+    if not paths:
+        raise ValueError("no checkpoints are given")
+    largest = max((schedule.gamma for schedule in wanted.values()), default=0.0)
+    if largest > _MAX_GAMMA:
         raise ValueError(
-            f"gamma is {max(narrow):g}, wanted at most {_MAX_GAMMA:g}: so narrow a profile is the "
+            f"gamma is {largest:g}, wanted at most {_MAX_GAMMA:g}: so narrow a profile is the "
             "weights of the last few steps"
         )
-    _check_outs(list(wanted), paths)
-    with ExitStack() as closing:
-        stored = open_all(paths, closing)
-        like = at_step(stored, step)
-        refuse_other_models(stored, like)
+    _check_outputs(list(wanted), paths)
+    with ExitStack() as stack:
+        snapshots = open_snapshots(paths, stack)
+        like = snapshot_at(snapshots, step)
+        for one in snapshots:
+            match_tensors(one, like)
         noise = _noise(like)
-        check_all(stored)
+        for one in snapshots:
+            for name in one.average.files:
+                one.checkpoint.check_file(one.average, name)
         count = like.profile.count
         profiles = [Profile(schedule.gamma, count) for schedule in wanted.values()]
-        fits = fit([one.profile for one in stored], profiles, noise)
-        made = [
-            Synthesis(
+        fits = fit([one.profile for one in snapshots], profiles, noise)
+        keys = [(str(one.path), one.name) for one in snapshots]
+        results = [
+            SynthesisResult(
                 target(path),
                 schedule,
                 like.step,
-                found.residual,
-                {
-                    (str(one.path), one.name): x
-                    for one, x in zip(stored, found.coefficients, strict=True)
-                },
+                fitted.residual,
+                dict(zip(keys, fitted.coefficients, strict=True)),
             )
-            for (path, schedule), found in zip(wanted.items(), fits, strict=True)
+            for (path, schedule), fitted in zip(wanted.items(), fits, strict=True)
         ]
-        _write(stored, like, made, fits, progress)
-    return made
+        _write(snapshots, like, results, progress)
+    return results
 
 
-def asked(
-    out: Path, gamma: float | None, sigma_rel: float | None, between: str | None
+def parse_widths(
+    out: Path, gamma: float | None, sigma_rel: float | None, widths: str | None
 ) -> dict[Path, PowerFunction]:
-    """What the command line asks for: one width, or "FROM:TO:BY" of sigma_rel, both ends in it.
+    """The widths of the command line: one, or "FROM:TO:BY" of sigma_rel with both ends.
 
     Raises:
         ValueError: this is no range, or no power function has such a width.
     """
-    if between is None:
+    if widths is None:
         return {out: PowerFunction(gamma, sigma_rel=sigma_rel)}
     try:
-        # In decimals: names are as they are written, and 0.1 is the float that a run was given.
-        first, last, by = map(Decimal, between.split(":"))
+        # Decimals: names are as written, and 0.1 is the same float as in the run.
+        first, last, by = map(Decimal, widths.split(":"))
         num = int((last - first) / by) + 1 if last >= first and by > 0 else 0
     except (ValueError, ArithmeticError):
         num = 0
     if not 0 < num <= _MAX_WIDTHS:
         raise ValueError(
-            f"--sweep is {between!r}, wanted FROM:TO:BY such as 0.05:0.25:0.05, of at most "
+            f"--sweep is {widths!r}, wanted FROM:TO:BY such as 0.05:0.25:0.05, of at most "
             f"{_MAX_WIDTHS} widths"
         )
     return {
@@ -195,100 +197,80 @@ def asked(
     }
 
 
+def _check_outputs(outputs: Sequence[Path], checkpoints: Sequence[Path]) -> None:
+    if not 0 < len(outputs) <= _MAX_WIDTHS:
+        raise ValueError(
+            f"{len(outputs)} widths are wanted, the limit is {_MAX_WIDTHS} in one pass"
+        )
+    places = [target(out).resolve() for out in outputs]
+    for out, place in zip(outputs, places, strict=True):
+        for path in checkpoints:
+            other = target(path).resolve()
+            if place.is_relative_to(other) or other.is_relative_to(place):
+                raise ValueError(f"out {out} would be written over the checkpoint {path}")
+    if len(set(places)) < len(places):
+        raise ValueError(
+            f"several widths would be written to one of {', '.join(map(str, outputs))}"
+        )
+
+
+def _noise(like: Snapshot) -> float:
+    """The relative error of stored numbers: the epsilon of the coarsest dtype."""
+    noise = 0.0
+    for fqn, tensor in like.average.tensors.items():
+        dtype = torch_dtype(tensor.dtype)
+        if not (dtype.is_floating_point or dtype.is_complex) or tensor.dtype.startswith("F8"):
+            raise CheckpointError(f"{like}: {fqn} has dtype {tensor.dtype}, which no average has")
+        noise = max(noise, torch.finfo(dtype).eps)
+    return noise
+
+
 def _write(
-    stored: Sequence[Stored],
-    like: Stored,
-    made: Sequence[Synthesis],
-    fits: Sequence[Fit],
+    snapshots: Sequence[Snapshot],
+    like: Snapshot,
+    results: Sequence[SynthesisResult],
     progress: Progress,
 ) -> None:
-    used = [i for i in range(len(stored)) if any(found.coefficients[i] for found in fits)]
-    terms = [_term(stored[i], like) for i in used]
-    with ExitStack() as replacing:
-        results = []
-        for one, found in zip(made, fits, strict=True):
-            refuse_foreign(one.path)
+    coefficients = [list(result.coefficients.values()) for result in results]
+    used = [i for i in range(len(snapshots)) if any(row[i] for row in coefficients)]
+    with ExitStack() as stack:
+        outputs = []
+        for result, row in zip(results, coefficients, strict=True):
+            refuse_foreign(result.path)
             try:
-                directory = replacing.enter_context(replaced_directory(one.path))
+                directory = stack.enter_context(replaced_directory(result.path))
             except OSError as error:
-                raise CheckpointError(f"{one.path}: {error.strerror or error}") from error
-            results.append(
-                Result(
+                raise CheckpointError(f"{result.path}: {error.strerror or error}") from error
+            origin = {
+                "sigma_rel": result.schedule.sigma_rel,
+                "residual": result.residual,
+                "from": [
+                    {"checkpoint": path, "average": name, "coefficient": x}
+                    for (path, name), x in result.coefficients.items()
+                ],
+            }
+            outputs.append(
+                Output(
                     directory,
                     uuid.uuid4().hex,
                     NAME,
-                    [found.coefficients[i] for i in used],
-                    _state(like, one.schedule),
-                    written_by(1) | {SYNTHESIZED: _account(one)},
+                    [row[i] for i in used],
+                    _state(like, result.schedule),
+                    written_by(1) | {SYNTHESIZED: origin},
                 )
             )
-        with progress(sum(stored[i].nbytes for i in used)) as advance:
+        selected = [snapshots[i] for i in used]
+        with progress(sum(one.average.nbytes for one in selected)) as advance:
             try:
-                combine(terms, _term(like, like), results, advance)
+                combine(selected, like, outputs, advance)
             except OSError as error:
-                raise CheckpointError(
-                    f"{error.filename or made[0].path}: {error.strerror or error}"
-                ) from error
+                path = error.filename or results[0].path
+                raise CheckpointError(f"{path}: {error.strerror or error}") from error
 
 
-def _paths(checkpoints: Iterable[str | Path]) -> list[Path]:
-    if isinstance(checkpoints, str | os.PathLike):
-        raise ValueError(f"checkpoints is {checkpoints!r}, wanted a list of paths")
-    paths = [Path(path) for path in checkpoints]
-    if not paths:
-        raise ValueError("no checkpoints are given")
-    return paths
-
-
-def _check_outs(outs: Sequence[Path], checkpoints: Sequence[Path]) -> None:
-    if not 0 < len(outs) <= _MAX_WIDTHS:
-        raise ValueError(f"{len(outs)} widths are wanted; 1 to {_MAX_WIDTHS} are made in one pass")
-    taken = {target(path).resolve(): path for path in checkpoints}
-    for out in outs:
-        place = target(out).resolve()
-        for other, path in taken.items():
-            if place == other or place.is_relative_to(other) or other.is_relative_to(place):
-                raise ValueError(f"out {out} would be written over the checkpoint {path}")
-    if len({target(out).resolve() for out in outs}) < len(outs):
-        raise ValueError(f"several widths would be written to one of {', '.join(map(str, outs))}")
-
-
-def _noise(like: Stored) -> float:
-    """The relative error of stored numbers: the epsilon of the coarsest dtype among them."""
-    found = 0.0
-    for fqn, tensor in like.average.tensors.items():
-        dtype = Source(like.average, fqn, tensor).dtype
-        if not (dtype.is_floating_point or dtype.is_complex) or tensor.dtype.startswith("F8"):
-            raise CheckpointError(f"{like}: {fqn} has dtype {tensor.dtype}, which no average has")
-        found = max(found, torch.finfo(dtype).eps)
-    return found
-
-
-def _term(stored: Stored, like: Stored) -> Term:
-    names = {}
-    for fqn, tensor in like.average.tensors.items():
-        own = counterpart(stored.average, fqn, tensor.aliases)
-        assert own is not None  # of another model, which is refused
-        names[fqn] = own
-    return Term(stored.files, stored.about, stored.average, names)
-
-
-def _state(like: Stored, schedule: PowerFunction) -> dict[str, object]:
-    """The counters with which the average goes on as if it had been kept."""
-    state, every = like.about.state, like.about.state["update_every"]
+def _state(like: Snapshot, schedule: PowerFunction) -> dict[str, object]:
+    """The counters with which the average continues as if it had been kept."""
+    state, every = like.checkpoint.state, like.checkpoint.state["update_every"]
     decay = decay_at(schedule, like.profile.count * every, every)
-    return {
-        **state,  # what it says of the model too
-        "averages": {NAME: {"schedule": to_json(schedule), "decay": decay, "mixed": True}},
-    }
-
-
-def _account(made: Synthesis) -> dict[str, object]:
-    return {
-        "sigma_rel": made.schedule.sigma_rel,
-        "residual": made.residual,
-        "from": [
-            {"checkpoint": path, "average": name, "coefficient": x}
-            for (path, name), x in made.coefficients.items()
-        ],
-    }
+    average = {"schedule": to_json(schedule), "decay": decay, "mixed": True}
+    return {**state, "averages": {NAME: average}}  # with the model layout

@@ -16,7 +16,7 @@ import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from unittest import mock
 
 import torch
@@ -27,15 +27,14 @@ from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA
 from dist_ema import ema as ema_module
-from dist_ema.checkpoint import checksums, manifest, parsing
-from dist_ema.checkpoint.writer import Orders, Report, Save
+from dist_ema.checkpoint import manifest, writer
 from dist_ema.core.gather import Gatherer
 from dist_ema.core.layout import Fragment, FragmentMeta, TensorMeta
 from dist_ema.core.names import registrations
 from tests.benchmarks.launch import alone
 from tests.benchmarks.measure import peak_memory
 from tests.benchmarks.report import Row, Table
-from tests.benchmarks.simulated import SimulatedRanks, World
+from tests.benchmarks.simulated import SimulatedGroup, World
 from tests.benchmarks.sizes import Config, Sizes
 
 T = TypeVar("T")
@@ -85,9 +84,7 @@ def world_of(config: Config, num_replicas: int, num_shards: int) -> World:
     """What each rank of a mesh holds of the decoder."""
     with torch.device("meta"):
         model = Decoder(config)
-    tensors = tuple(
-        (slot.fqn, tuple(slot.tensor.shape), slot.is_buffer) for slot in registrations(model)
-    )
+    tensors = tuple((r.fqn, tuple(r.tensor.shape), r.is_buffer) for r in registrations(model))
     return World(tensors, num_replicas, num_shards)
 
 
@@ -95,48 +92,41 @@ def sharded(config: Config, num_replicas: int, num_shards: int) -> nn.Module:
     """The decoder as a rank of the mesh has it, its own shards with storage. Collective."""
     with torch.device("meta"):
         model = Decoder(config)
-    if num_replicas > 1:
-        mesh = init_device_mesh(
-            "cpu", (num_replicas, num_shards), mesh_dim_names=("replicate", "shard")
-        )
-    else:
-        mesh = init_device_mesh("cpu", (num_shards,), mesh_dim_names=("shard",))
+    sizes = (num_replicas, num_shards) if num_replicas > 1 else (num_shards,)
+    names = ("replicate", "shard")[-len(sizes) :]
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model.to_empty(device="cpu")
 
 
-def fake_group(rank: int, size: int) -> None:
-    """Be one rank of a process group that communicates nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-
-
 class Simulation:
     """One rank of a mesh, in a process that has no process group yet."""
 
     def __init__(self, config: Config, num_replicas: int, num_shards: int, rank: int) -> None:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
         torch.set_num_threads(1)
         self.world = world_of(config, num_replicas, num_shards)
-        self.rank = rank
-        fake_group(self.rank, self.world.size)
-        start = time.perf_counter()
-        self.model = sharded(config, num_replicas, num_shards)
-        self.seconds_to_shard = time.perf_counter() - start
-        (self.ema, self.ranks), seconds = clocked(self.build)
-        self.seconds = seconds - self.ranks.seconds
+        dist.init_process_group("fake", rank=rank, world_size=self.world.size, store=FakeStore())
+        self.model, self.seconds_to_shard = clocked(
+            lambda: sharded(config, num_replicas, num_shards)
+        )
+        (self.ema, self.group), seconds = clocked(self.build)
+        self.seconds = seconds - self.group.seconds
+        self.plan = self.ema._average.plan
+        held = {f.meta for w in self.plan.weights for f in w.fragments}
+        assert held == set(self.world.averaged(rank))  # the world is right about this rank
+        assert self.world.owned(rank) == [f.meta for f in self.plan.parameters]
 
-    def build(self) -> tuple[ShardedEMA, SimulatedRanks]:
-        ranks = SimulatedRanks(self.world)
-        with mock.patch.object(ema_module, "Ranks", lambda group: ranks), ranks.counting():
-            return ShardedEMA(self.model), ranks
+    def build(self) -> tuple[ShardedEMA, SimulatedGroup]:
+        group = SimulatedGroup(self.world)
+        with mock.patch.object(ema_module, "Group", lambda _: group):
+            return ShardedEMA(self.model), group
 
-    def construction(self) -> dict[str, Any]:
-        """What the rank's average costs to build."""
-        self.check()
-        traffic = self.ranks.traffic
+    def plan_bytes(self) -> int:
+        """What Python holds for an average, without its values."""
         gc.collect()
         tracemalloc.start()
         traced, _ = self.build()
@@ -144,106 +134,78 @@ class Simulation:
         gc.collect()
         held, _peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        plan = traced._average.plan
+        plan, storage = traced._average.plan, traced._average.storage
         views = [f for w in plan.weights for f in w.fragments] + plan.fragments
         num_views = len({id(v) for f in views for v in (f.view, f.forward_view)})
-        return {
-            "seconds": self.seconds,
-            "seconds_of_fully_shard": self.seconds_to_shard,
-            "plan_bytes": held
-            + TENSOR_BYTES * (num_views + len(traced._average.storage.values[0])),
-            "average_bytes": traced.nbytes,
-            "sent_bytes": traffic.sent,
-            "received_bytes": traffic.received,
-            "by_call": dict(self.ranks.by_call),
-        }
+        return held + TENSOR_BYTES * (num_views + len(storage.values[0]))
 
-    def check(self) -> None:
-        """The simulated world holds on this rank what the model does."""
-        plan = self.ema._average.plan
-        told = [place for place, averaged in self.world.places(self.rank) if averaged]
-        assert sorted(map(repr, told)) == sorted(
-            repr(f.meta) for w in plan.weights for f in w.fragments
-        )
-        assert self.world.owned(self.rank) == [p.meta for p in plan.parameters]
-
-    def gathering(self) -> dict[str, Any]:
-        """What the routes to rank 0 cost to make, here and by what is told to rank 0."""
+    def gathering(self) -> dict[str, float]:
+        """What it costs rank 0 to plan a gather, the reports of other ranks included."""
+        group = SimulatedGroup(self.world)
+        group.given.append(self._report_to_gatherer)
+        before = peak_memory(reset=True)
         values = self.ema._average.storage.values[0]
-        ranks = SimulatedRanks(self.world)
-        ranks.given.append(self._catalogue)
-        before = peak_memory(reset=True)
-        _, seconds = clocked(lambda: Gatherer(self.ema._average.plan, values, [], ranks))
+        _, seconds = clocked(lambda: Gatherer(self.plan, values, [], group))
         return {
-            "seconds": seconds - ranks.seconds,
-            "peak_bytes": peak_memory() - before,
-            "sent_bytes": ranks.traffic.sent,
-            "received_bytes": ranks.traffic.received,
+            "gather: plan s": seconds - group.seconds,
+            "gather: told MB": group.received / 1e6,
+            "gather: tells MB": group.sent / 1e6,
+            "gather: peak MB": (peak_memory() - before) / 1e6,
         }
 
-    def _catalogue(self, rank: int) -> tuple[list[TensorMeta], list[tuple[int, FragmentMeta]]]:
-        """What a rank tells rank 0 when a gather is prepared."""
-        places = self.world.owned(rank)
-        shapes = {place.fqn: place.shape for place in places}
-        entries = [TensorMeta(fqn, (), shape, torch.float32, True) for fqn, shape in shapes.items()]
-        return entries, list(enumerate(places))
+    def _report_to_gatherer(
+        self, rank: int
+    ) -> tuple[list[TensorMeta], list[tuple[int, FragmentMeta]]]:
+        owned = self.world.owned(rank)
+        shapes = {meta.fqn: meta.shape for meta in owned}
+        tensors = [TensorMeta(fqn, (), shape, torch.float32) for fqn, shape in shapes.items()]
+        return tensors, list(enumerate(owned))
 
-    def saving(self, directory: Path) -> dict[str, Any]:
-        """What a save costs rank 0 apart from its own data, and a load every rank."""
+    def saving(self, directory: Path) -> dict[str, float]:
+        """What a save costs rank 0 apart from its own data, and what a load costs every rank."""
         before = peak_memory(reset=True)
-        data, found = self._manifest(directory)
-        found["peak_bytes_rank0"] = peak_memory() - before
-        before = peak_memory(reset=True)
-        about, found["seconds_to_parse_manifest"] = clocked(
-            lambda: parsing.parse(data, "manifest.json")
-        )
-        tensors = about.averages["ema"].tensors.values()
-        return found | {
-            "manifest_bytes": len(data),
-            "boxes": sum(len(tensor.boxes) for tensor in tensors),
-            "peak_bytes_parse": peak_memory() - before,
-        }
-
-    def _manifest(self, directory: Path) -> tuple[bytes, dict[str, Any]]:
-        """The manifest as rank 0 writes it, and what it took. No data is written."""
-        own, planning = clocked(lambda: self._report(directory, self.ema._parts()["ema"], 0))
+        own, plan_s = clocked(lambda: self._save(directory, self.plan.fragments).write(0))
         others = [
-            self._report(directory, self._parts_of(rank), rank)
+            self._save(directory, [on_meta(meta) for meta in self.world.owned(rank)]).write(rank)
             for rank in range(1, self.world.size)
         ]
         save = self._save(directory, [])
-        data, making = clocked(lambda: manifest.dump(save._manifest([own, *others])))
-        return data, {
-            "seconds_to_plan": planning,
-            "seconds_to_make_manifest": making,
-            "received_bytes_rank0": sum(len(pickle.dumps(each)) for each in others),
+        data, made_s = clocked(lambda: manifest.dump(save._manifest([own, *others])))
+        saved = {
+            "save: plan s": plan_s,
+            "save: told MB": sum(len(pickle.dumps(report)) for report in others) / 1e6,
+            "save: peak MB": (peak_memory() - before) / 1e6,
+            "manifest MB": len(data) / 1e6,
+            "made s": made_s,
+        }
+        before = peak_memory(reset=True)
+        parsed, seconds = clocked(lambda: manifest.parse(data))
+        tensors = parsed.averages["ema"].tensors.values()
+        return {
+            "boxes": sum(len(tensor.boxes) for tensor in tensors),
+            **saved,
+            "parsed s": seconds,
+            "parsed: peak MB": (peak_memory() - before) / 1e6,
         }
 
-    def _report(self, directory: Path, parts: Sequence[Fragment], rank: int) -> Report:
-        return self._save(directory, parts).write(rank)
-
-    def _save(self, directory: Path, parts: Sequence[Fragment]) -> UnwrittenSave:
-        orders = Orders(str(directory), "", "0" * 32, checksums.FAST)
-        return UnwrittenSave(directory / "ema", {"ema": parts}, self._tensors(), STATE, orders)
-
-    def _parts_of(self, rank: int) -> list[Fragment]:
-        return [
-            Fragment(place, torch.empty(place.numel, device="meta"))
-            for place in self.world.owned(rank)
-        ]
-
-    def _tensors(self) -> list[TensorMeta]:
-        return [TensorMeta(n, (), shape, torch.float32) for n, shape in self.world.parameters]
+    def _save(self, directory: Path, fragments: Sequence[Fragment]) -> UnwrittenSave:
+        tensors = [TensorMeta(n, (), shape, torch.float32) for n, shape in self.world.parameters]
+        save = UnwrittenSave(directory / "ema", {"ema": fragments}, tensors, STATE)
+        save.orders = writer._Orders(str(directory), "", "0" * 32)
+        return save
 
 
-class UnwrittenSave(Save):
+def on_meta(meta: FragmentMeta) -> Fragment:
+    return Fragment(meta, torch.empty(meta.numel, device="meta"))
+
+
+class UnwrittenSave(writer._Save):
     """A save that reports what a rank would write, with made-up checksums."""
 
     def _write_file(
         self, path: Path, header: bytes, tensors: Sequence[tuple[str, torch.Tensor]]
-    ) -> tuple[list[list[str]], str]:
-        sums = [["0" * 16] * -(-t.nbytes // manifest.BLOCK_BYTES) for _, t in tensors]
-        return sums, "0" * 16
+    ) -> list[list[str]]:
+        return [["0" * 16] * -(-t.nbytes // manifest.BLOCK_BYTES) for _, t in tensors]
 
 
 def clocked(act: Callable[[], T]) -> tuple[T, float]:
@@ -257,66 +219,54 @@ def clocked(act: Callable[[], T]) -> tuple[T, float]:
 def run(device: str, sizes: Sizes) -> list[Table]:
     """Simulated on the CPU, whatever the device."""
     built = Table("construction", "Building the average", CONSTRUCTION_NOTE)
-    told = Table("rank0", "What rank 0 is told", RANK0_NOTE)
+    on_rank0 = Table("rank0", "What rank 0 is told", RANK0_NOTE)
     moved = Table("data", "What moves", DATA_NOTE)
+    replicated = sizes.num_replicas, sizes.num_shards // sizes.num_replicas
     meshes = {
         f"FSDP2 {sizes.num_shards}": (1, sizes.num_shards),
-        f"HSDP {sizes.num_replicas} x {sizes.num_shards // sizes.num_replicas}": (
-            sizes.num_replicas,
-            sizes.num_shards // sizes.num_replicas,
-        ),
+        f"HSDP {replicated[0]} x {replicated[1]}": replicated,
     }
     for name, mesh in meshes.items():
         sys.stderr.write(f"tests.benchmarks.scale: {name}\n")
         built.rows.append({"mesh": name} | alone(construction, sizes.decoder, *mesh, 0))
         few = replace(sizes.decoder, layers=sizes.layers)
-        told.rows.append({"mesh": name} | alone(planning, few, *mesh))
+        on_rank0.rows.append({"mesh": name} | alone(planning, few, *mesh))
         moved.rows.append({"mesh": name} | data(world_of(sizes.decoder, *mesh)))
-    return [built, told, moved]
+    return [built, on_rank0, moved]
 
 
 def construction(config: Config, num_replicas: int, num_shards: int, rank: int) -> Row:
     """A row of what one rank needs to build its average. In a process of its own."""
     simulation = Simulation(config, num_replicas, num_shards, rank)
-    found = simulation.construction()
     return {
         "billion parameters": simulation.world.numel / 1e9,
         "rank": rank,
-        "seconds": found["seconds"],
-        "fully_shard seconds": found["seconds_of_fully_shard"],
-        "plan MB": found["plan_bytes"] / 1e6,
-        "average MB": found["average_bytes"] / 1e6,
-        "sent MB": found["sent_bytes"] / 1e6,
-        "received MB": found["received_bytes"] / 1e6,
+        "seconds": simulation.seconds,
+        "fully_shard seconds": simulation.seconds_to_shard,
+        "plan MB": simulation.plan_bytes() / 1e6,
+        "average MB": simulation.ema.nbytes / 1e6,
+        "sent MB": simulation.group.sent / 1e6,
+        "received MB": simulation.group.received / 1e6,
     }
 
 
 def planning(config: Config, num_replicas: int, num_shards: int) -> Row:
-    """A row of what rank 0 needs to route a gather and to save. In a process of its own."""
+    """A row of what rank 0 needs to plan a gather and to save. In a process of its own."""
     simulation = Simulation(config, num_replicas, num_shards, 0)
     gathered = simulation.gathering()
     with tempfile.TemporaryDirectory() as directory:
         saved = simulation.saving(Path(directory))
     return {
         "billion parameters": simulation.world.numel / 1e9,
-        "boxes": saved["boxes"],
-        "gather: plan s": gathered["seconds"],
-        "gather: told MB": gathered["received_bytes"] / 1e6,
-        "gather: tells MB": gathered["sent_bytes"] / 1e6,
-        "gather: peak MB": gathered["peak_bytes"] / 1e6,
-        "save: plan s": saved["seconds_to_plan"],
-        "save: told MB": saved["received_bytes_rank0"] / 1e6,
-        "save: peak MB": saved["peak_bytes_rank0"] / 1e6,
-        "manifest MB": saved["manifest_bytes"] / 1e6,
-        "made s": saved["seconds_to_make_manifest"],
-        "parsed s": saved["seconds_to_parse_manifest"],
-        "parsed: peak MB": saved["peak_bytes_parse"] / 1e6,
+        "boxes": saved.pop("boxes"),
+        **gathered,
+        **saved,
     }
 
 
 def data(world: World) -> Row:
     """A row of the averaged bytes that move, by what each rank owns."""
-    owned = [sum(place.numel for place in world.owned(rank)) for rank in range(world.size)]
+    owned = [sum(meta.numel for meta in world.owned(rank)) for rank in range(world.size)]
     return {
         "save: GB to disk, of a rank": 4 * max(owned) / 1e9,
         "gather fp32: GB to rank 0": 4 * (world.numel - owned[0]) / 1e9,
