@@ -1,7 +1,4 @@
-"""`EMAOptions`: the arguments of `ShardedEMA` besides the model, validated.
-
-A new option is a field of `EMAOptions`, a key of `EMAKeywords` and a parameter of `ShardedEMA`.
-"""
+"""`EMAOptions`: the arguments of `ShardedEMA` besides the model, validated."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ DEFAULT_NAME = "ema"
 
 
 class EMAKeywords(TypedDict, total=False):
-    """The keyword-only arguments of `ShardedEMA`, for functions that pass them on."""
+    """The keyword-only arguments of `ShardedEMA`. A new one is also a field of `EMAOptions`."""
 
     multi_avg_fn: MultiAvgFn | None
     update_every: int

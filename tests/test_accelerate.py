@@ -289,21 +289,6 @@ def test_a_function_that_is_tried_again_registers_again(kept: bool, num_ranks: i
 
 
 @pytest.mark.ranks(0)
-def test_an_average_is_registered_once():
-    from accelerate import Accelerator
-
-    with accelerated("alone") as session:
-        ema = registered(session)
-        with pytest.raises(ValueError, match="registered as 'ema' with this accelerator already"):
-            register(session.accelerator, ema, name="again")
-        with pytest.raises(ValueError, match="as 'ema' with another accelerator already"):
-            register(Accelerator(cpu=True), ema)
-        session.accelerator.free_memory()
-        with pytest.raises(ValueError, match="register each ShardedEMA once"):
-            register(session.accelerator, ema)
-
-
-@pytest.mark.ranks(0)
 def test_a_checkpoint_is_free_of_an_average_that_nobody_has(tmp_path: Path):
     with accelerated("alone") as session:
         registered(session)  # and let go
@@ -334,3 +319,11 @@ def test_what_does_not_belong_together_is_refused():
         with pytest.raises(ValueError, match=r"a Net that .* not prepared; it has prepared: Net"):
             register(accelerator, other)
         register(Accelerator(cpu=True), other)  # before it prepares any
+        register(accelerator, ema)
+        with pytest.raises(ValueError, match="registered as 'ema' with this accelerator already"):
+            register(accelerator, ema, name="again")
+        with pytest.raises(ValueError, match="as 'ema' with another accelerator already"):
+            register(Accelerator(cpu=True), ema)
+        accelerator.free_memory()
+        with pytest.raises(ValueError, match="register each ShardedEMA once"):
+            register(accelerator, ema)

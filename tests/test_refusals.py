@@ -169,6 +169,14 @@ def test_a_bad_value_on_one_rank_is_refused_on_every_rank(world: World):
         ShardedEMA(training.model, 1.5 if rank() == 1 else 0.9)
     with pytest.raises(ValueError, match="decay"):
         ShardedEMA(training.model, 0.99 if rank() == 1 else 0.9)
+    for options in (
+        {"update_every": 2},
+        {"params": lambda *_: True},
+        {"decay": {"ema": 0.9, "b": 0}},
+    ):
+        label = f"argument {next(iter(options))} is .* on rank 0 and .* on rank 1"
+        with pytest.raises(ValueError, match=label):
+            ShardedEMA(training.model, **options if rank() == 1 else {})
     check_usable(world, training)
 
 

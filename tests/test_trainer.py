@@ -172,7 +172,10 @@ def test_every_evaluation_sees_an_average_of_zeros_and_training_sees_none_of_it(
 def test_a_stopped_and_resumed_run_is_bit_identical_to_one_that_went_on(kind: str, tmp_path: Path):
     def run(directory: str, resume: Any = None, **arguments: Any) -> tuple[Any, ...]:
         arguments |= {"seed": 3 if resume else 0, "resume": resume}
+        if resume is True:
+            arguments["restore_callback_states_from_checkpoint"] = True  # not of this one
         with trained(kind, tmp_path / directory, **arguments) as (trainer, callback):
+            assert [c for c in trainer.callback_handler.callbacks if c is callback] == [callback]
             live, average = full_weights(kind, trainer), averages(callback)
             told = [losses(e) for e in trainer.state.log_history if "eval_first_loss" in e]
             steps = (callback.ema.step, callback.ema.num_updates)
@@ -310,10 +313,12 @@ def test_a_trainer_with_a_train_of_its_own_resumes_the_average(how: str, tmp_pat
     own = {"passes on": PassesOn, "resumes itself": ResumesItself, "behind": Behind}[how]
     with trainer_of("alone", tmp_path, trainer_class=own) as trainer:
         callback = ema_callback(DECAY).attach(trainer)
-        told = nullcontext()
+        expects = nullcontext()
         if how == "behind":
-            told = pytest.warns(UserWarning, match="average is taken from here; training goes on")
-        with told:
+            expects = pytest.warns(
+                UserWarning, match="average is taken from here; training goes on"
+            )
+        with expects:
             trainer.train(**{"resume_from_checkpoint": True} if how == "passes on" else {})
         assert (callback.ema.step, trainer.state.global_step) == (4, 4)
     if how != "behind":
@@ -349,8 +354,8 @@ def test_a_best_checkpoint_without_the_average_leaves_the_last_one_and_says_so(
         weights = recorder("alone", trainer)
         trainer.add_callback(Loses())
         match = r"the best checkpoint has no average.* of step 4, .*copy_at_end has not replaced"
-        told = pytest.raises if missing == "raise" else pytest.warns
-        with told(CheckpointError if missing == "raise" else UserWarning, match=match):
+        expects = pytest.raises if missing == "raise" else pytest.warns
+        with expects(CheckpointError if missing == "raise" else UserWarning, match=match):
             trainer.train()
         assert (trainer.state.best_global_step, callback.ema.step) == (1, 4)
         assert_average_of(callback, weights)
@@ -387,23 +392,17 @@ def test_an_export_at_a_file_is_refused_before_the_first_step(export: str, tmp_p
 
 
 @pytest.mark.ranks(0)
-def test_the_callback_stays_the_same_object_when_states_of_callbacks_are_restored(tmp_path: Path):
-    with trained("alone", tmp_path, **SAVES):
-        source = str(tmp_path / "checkpoint-2")
-    restores = {"restore_callback_states_from_checkpoint": True}
-    with trained("alone", tmp_path, resume=source, **restores) as (trainer, callback):
-        assert [c for c in trainer.callback_handler.callbacks if c is callback] == [callback]
-        assert callback.ema.step == 4
-
-
-@pytest.mark.ranks(0)
-def test_a_second_training_builds_the_average_anew(tmp_path: Path):
+def test_a_second_training_builds_the_average_anew_and_another_model_is_told_of(tmp_path: Path):
     with trained("alone", tmp_path) as (trainer, callback):
         first = callback.ema
         weights = recorder("alone", trainer)
         trainer.train()
         assert callback.ema is not first and callback.ema.step == 4
         assert_average_of(callback, weights)
+        trainer.evaluate()
+        trainer.model = trainer.model_wrapped = copy.deepcopy(trainer.model)
+        with pytest.warns(UserWarning, match="trainer.model is not the model that was trained"):
+            trainer.evaluate()
 
 
 @pytest.mark.ranks(0)
@@ -473,15 +472,6 @@ def test_a_callback_that_is_not_attached_or_twice_says_so(tmp_path: Path):
         trainer.add_callback(callback)  # transformers adds it once more
         with pytest.raises(RuntimeError, match="2 times among the Trainer's callbacks"):
             trainer.train()
-
-
-@pytest.mark.ranks(0)
-def test_another_model_in_the_place_of_the_trained_one_is_told_of(tmp_path: Path):
-    with trained("alone", tmp_path) as (trainer, _):
-        trainer.evaluate()
-        trainer.model = trainer.model_wrapped = copy.deepcopy(trainer.model)
-        with pytest.warns(UserWarning, match="trainer.model is not the model that was trained"):
-            trainer.evaluate()
 
 
 @pytest.mark.ranks(0)

@@ -30,17 +30,12 @@ def register(
     step; call it before the next `accumulate` block opens. With fp16 and a fused optimizer,
     accelerate does not report a skipped step, which counts. `accelerator.save_state(path)` calls
     `ema.save(path/name)`, and `load_state` loads it or raises a `CheckpointError`: both become
-    collective, on a shared file system. Only a weak reference to the average is kept, and
-    `accelerator.free_memory()` frees its name.
+    collective. Only a weak reference to the average is kept; `free_memory()` frees its name.
 
     Args:
         accelerator: the one whose `prepare` returned the averaged model.
         name: directory in each checkpoint; each registered average needs its own.
-        optimizer: the prepared optimizer whose steps count, where one accelerator trains several
-            models. None: a step that any optimizer skips does not count.
-
-    Raises:
-        TypeError, ValueError: an argument is not a prepared one, or is registered already.
+        optimizer: the prepared optimizer whose steps count. None: a step counts if none skipped it.
     """
     if not isinstance(accelerator, Accelerator):
         raise TypeError(f"accelerator is a {type(accelerator).__name__}, wanted an Accelerator")

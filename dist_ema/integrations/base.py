@@ -18,9 +18,7 @@ from dist_ema.schedule import Schedule
 
 Decay = float | Schedule | Mapping[str, float | Schedule]
 
-RESTART = (
-    "it starts again with missing='restart': the average starts from the weights of the checkpoint"
-)
+RESTART = "it starts again with missing='restart': it starts from the weights of the checkpoint"
 
 
 def load_from(ema: ShardedEMA, path: Path) -> bool:

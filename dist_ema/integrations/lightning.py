@@ -1,7 +1,6 @@
 """`EMACallback`: averaged weights in a Trainer of `lightning` or `pytorch_lightning`.
 
-Tested with single-device, DDP and `ModelParallelStrategy`; `FSDPStrategy` and `DeepSpeedStrategy`
-need a GPU and are not tested.
+Tested with one device, DDP and `ModelParallelStrategy`; `FSDPStrategy` and others need a GPU.
 
 [Note: Lightning's events]
 Some strategies load a checkpoint after `on_fit_start`, so the average is built at `on_train_start`.
@@ -42,15 +41,12 @@ KEY = "dist_ema"  # in a checkpoint that is a file; the folder in one that is a 
 class EMACallback(AveragingCallback, Callback):
     """Averages the weights that a `Trainer` trains, evaluates with the average, saves and resumes.
 
-    The average is updated at the end of each batch in which an optimizer stepped and no gradient
-    scaler skipped the step. After `fit`, `callback.ema` is the `ShardedEMA`, unless the strategy
-    spawned its processes. Validation, test and predict use the average; afterwards, also on an
-    exception, weights and buffers are what they were. Checkpoints hold live weights.
-
-    A checkpoint that is one file also holds the average as whole tensors, gathered on rank 0:
-    `torch.load(path)["dist_ema"]["averages"]["ema"]`. A folder of shards holds it in a folder
-    `dist_ema`. `fit(ckpt_path=...)` continues it, bit for bit, under any strategy and number of
-    devices; `test(ckpt_path=...)` tests it.
+    The average, `self.ema`, is updated at the end of each batch in which an optimizer stepped and
+    no gradient scaler skipped the step. Validation, test and predict use it; afterwards, also on an
+    exception, weights and buffers are what they were. Checkpoints hold live weights, and beside
+    them the average: one file has whole tensors, gathered on rank 0, under
+    `torch.load(path)["dist_ema"]["averages"]["ema"]`, a folder of shards has a folder `dist_ema`.
+    `fit(ckpt_path=...)` and `test(ckpt_path=...)` load it on any number of devices.
 
     Args:
         decay, options: as for `ShardedEMA`. Names of weights are those in the LightningModule.
@@ -97,8 +93,7 @@ class EMACallback(AveragingCallback, Callback):
         self._stepped = False
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        ran = trainer.fit_loop.epoch_loop.total_batch_idx >= 0
-        if ran and self.ema is not None and self.ema.step == 0:
+        if self.ema and self.ema.step == 0 and trainer.fit_loop.epoch_loop.total_batch_idx >= 0:
             text = "with manual optimization, step what self.optimizers() returns"
             warnings.warn(f"EMACallback saw no optimizer step; {text}", stacklevel=2)
 
@@ -207,11 +202,9 @@ class EMACallback(AveragingCallback, Callback):
                 self._show()
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if not self._evaluates:
-            return
-        if trainer.state.fn != "fit":
+        if self._evaluates and trainer.state.fn != "fit":
             self._build_or_load()
-        if self._current() is not None:
+        if self._evaluates and self._current() is not None:
             self._show()
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
@@ -236,8 +229,7 @@ class EMACallback(AveragingCallback, Callback):
 def _writes_folder(strategy: Any) -> bool:
     """Whether every rank writes to a checkpoint. By private names of Lightning 2.6."""
     names = {cls.__name__ for cls in type(strategy).__mro__}  # each package has its own classes
-    if "ModelParallelStrategy" in names:
-        return bool(strategy._save_distributed_checkpoint)
     if "FSDPStrategy" in names:
         return bool(strategy._state_dict_type == "sharded")
-    return "DeepSpeedStrategy" in names
+    is_sharded = "ModelParallelStrategy" in names and strategy._save_distributed_checkpoint
+    return is_sharded or "DeepSpeedStrategy" in names

@@ -31,18 +31,16 @@ class EMACallback(AveragingCallback, TrainerCallback):
     """Averages the weights that a Trainer trains, and evaluates, saves and resumes with them.
 
     Each `train()` builds the average, `self.ema`, and updates it after each optimizer step that was
-    not skipped. `evaluate()` and `predict()` use it; otherwise the model holds raw weights, after
-    training too. It is in the directory `ema` of each checkpoint that `on_save` sees, and
-    `train(resume_from_checkpoint=...)` loads it on any number of processes.
-
-    With `load_best_model_at_end`, the average becomes the best one at the end, and the model gets
-    the raw weights of that checkpoint. If that has no average, the last one remains.
+    not skipped. `evaluate()` and `predict()` use it; otherwise the model holds raw weights. Each
+    checkpoint has it in the directory `ema`; `train(resume_from_checkpoint=...)` loads it on any
+    number of processes. With `load_best_model_at_end`, it becomes the best one at the end, and the
+    model gets the raw weights of that checkpoint.
 
     Args:
         decay, options: as for `ShardedEMA`. Steps are optimizer steps, not batches.
         evaluate: whether to evaluate with averaged weights; or the name of one of several averages.
-        export: directory for `from_pretrained`, written when training ends: the averaged weights
-            (of several averages, the evaluated one), the config and the processing class.
+        export: directory for `from_pretrained`, written when training ends, with config and
+            processing class. Of several averages, the evaluated one.
         copy_at_end: make the model the average when training ends, for `trainer.save_model()`.
         missing: when a checkpoint has no average, "raise", or "restart" with a warning: the average
             starts from the weights of the checkpoint.
@@ -74,9 +72,9 @@ class EMACallback(AveragingCallback, TrainerCallback):
             raise ValueError("this EMACallback is attached to a Trainer already; make another one")
         callbacks = trainer.callback_handler.callbacks
         if any(isinstance(other, EMACallback) and other is not self for other in callbacks):
-            example = "decay={'short': 0.999, 'long': 0.9999}"
             raise ValueError(
-                f"this Trainer has an EMACallback already; several averages are one's: {example}"
+                "this Trainer has an EMACallback already; several averages are one callback's: "
+                "decay={'short': 0.999, 'long': 0.9999}"
             )
         if self not in callbacks:
             trainer.add_callback(self)
@@ -95,7 +93,13 @@ class EMACallback(AveragingCallback, TrainerCallback):
     def _evaluate(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._evaluates or self._is_shown or not self._times_listed():
             return inner(*args, **kwargs)
-        self._warn_of_raw_weights()
+        if self.ema is None and not self._has_warned:
+            self._has_warned = True
+            text = "there is no average yet, train() makes it: an evaluation uses the raw weights"
+            warnings.warn(text, stacklevel=3)  # the caller of evaluate()
+        elif self.ema is not None and unwrap(self._trainer.model) is not unwrap(self.ema.model):
+            text = "trainer.model is not the model that was trained, and is evaluated as it is"
+            warnings.warn(text, stacklevel=3)
         with self._showing():
             return inner(*args, **kwargs)
 
@@ -119,7 +123,6 @@ class EMACallback(AveragingCallback, TrainerCallback):
             )
         ema, step = self._build(self._trainer.model_wrapped), state.global_step
         with ema.group.together():
-            # What would fail at the end, or count wrongly.
             if (times := self._times_listed()) > 1:
                 raise RuntimeError(
                     f"this EMACallback is {times} times among the Trainer's callbacks, and would "
@@ -179,15 +182,3 @@ class EMACallback(AveragingCallback, TrainerCallback):
     def _times_listed(self) -> int:
         """How often the Trainer calls this callback for an event; 0 once it is removed."""
         return sum(other is self for other in self._trainer.callback_handler.callbacks)
-
-    def _warn_of_raw_weights(self) -> None:
-        """Warn if an evaluation does not use the average. Local."""
-        if self.ema is None and not self._has_warned:
-            self._has_warned = True
-            problem = "there is no average yet, train() makes it"
-        elif self.ema and unwrap(self._trainer.model) is not unwrap(self.ema.model):
-            problem = "trainer.model is not the model that was trained and averaged"
-        else:
-            return
-        text = f"{problem}: evaluate() and predict() use the raw weights"
-        warnings.warn(text, stacklevel=4)  # the caller of evaluate()
