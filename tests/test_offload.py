@@ -23,7 +23,7 @@ from dist_ema import HalfLife, ShardedEMA
 from dist_ema.core import lerp
 from dist_ema.core.accelerator import SideStreams, synchronize_if_initialized
 from tests.oracle import worst_relative_error
-from tests.runs import EXACT, MAX_RELATIVE_ERROR, start
+from tests.runs import MAX_RELATIVE_ERROR, same, start
 from tests.worlds import World, rank, worlds
 from tests.worlds_deepspeed import WORLDS as ZERO_WORLDS
 
@@ -49,7 +49,7 @@ def check_offloaded(world: World) -> None:
         with run.ema.average_parameters():
             averaged = run.training.evaluate()
             assert not torch.equal(averaged, before)
-        torch.testing.assert_close(run.training.evaluate(), before, **EXACT)
+        same(run.training.evaluate(), before)
 
 
 @worlds("plain", "plain_bf16", "ddp-2", "fsdp2-3", "hsdp")
@@ -89,7 +89,7 @@ def test_the_way_there_and_back_changes_no_bit(options: dict[str, Any], dtype: t
             ema.update()
     for name in resident.names:
         found, wanted = offloaded.gather_state_dict(name), resident.gather_state_dict(name)
-        torch.testing.assert_close(found, wanted, **EXACT)
+        same(found, wanted)
         assert offloaded.drift(name) == resident.drift(name)
 
 
@@ -136,7 +136,7 @@ def test_buffers_are_read_before_the_next_forward_writes_to_them():
             mock.patch.object(lerp._Track, "run", later),
         ):
             found = final(buffers, overlap=True)
-        torch.testing.assert_close(found, wanted, **EXACT)
+        same(found, wanted)
 
 
 @pytest.mark.parametrize(
