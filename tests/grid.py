@@ -14,28 +14,29 @@ import torch
 
 from tests.net import FROZEN, TRAINABLE
 from tests.runs import Run, check_average, same, start
-from tests.worlds import World, evaluate, from_rank_0
+from tests.worlds import World, evaluate, from_rank_0, parametrized
 
 Body = Callable[..., None]
 
 
-def over(rows: Iterable[World], *bodies: Body) -> dict[str, Body]:
+def over(table: Iterable[World], *bodies: Body) -> dict[str, Body]:
     """The same test bodies under their own names, run on these worlds in place of their own.
 
     A test file adds them to itself: `globals().update(over(ROWS, test_swap.test_this, ...))`.
     """
-    pairs = [
-        pytest.param(world, num_ranks, id=f"{world.name}-{num_ranks}")
-        for world in rows
-        for num_ranks in world.ranks
-    ]
-    mark = pytest.mark.parametrize(("world", "num_ranks"), pairs)
+    mark = parametrized(table)
     return {body.__name__: mark(_without_worlds(body)) for body in bodies}
 
 
-def named(rows: Iterable[World], *names: str) -> list[World]:
+def rows(table: Iterable[World], *names: str) -> pytest.MarkDecorator:
+    """Run a body on some worlds, each with its first number of ranks."""
+    firsts = {world.name: world.ranks[0] for world in table}
+    return parametrized(named(table, *names), lambda world, n: n == firsts[world.name])
+
+
+def named(table: Iterable[World], *names: str) -> list[World]:
     """Some rows of a table."""
-    by_name = {world.name: world for world in rows}
+    by_name = {world.name: world for world in table}
     return [by_name[name] for name in names]
 
 

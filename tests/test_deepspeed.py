@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ from tests import grid, test_average, test_cost, test_several, test_swap
 from tests.grid import lerped_tensors, named, over
 from tests.net import FROZEN, TRAINABLE, Net, batch_of_tokens, loss_of
 from tests.runs import DECAY, Run, same, start
-from tests.worlds import World, evaluate, from_rank_0
+from tests.worlds import World, evaluate, from_rank_0, parametrized
 from tests.worlds_deepspeed import WORLDS, Zero, library, skip_without_overflow_checks
 
 KINDS = named(WORLDS, "z0_bf16", "z1_bf16", "z2_bf16", "z3", "z3_bf16_cut")
@@ -59,21 +60,10 @@ globals().update(
 )
 
 
-def rows(*names: str) -> pytest.MarkDecorator:
-    """Each world with its first number of ranks."""
-    return pytest.mark.parametrize(
-        ("world", "num_ranks"),
-        [pytest.param(w, w.ranks[0], id=f"{w.name}-{w.ranks[0]}") for w in named(WORLDS, *names)],
-    )
+rows = functools.partial(grid.rows, WORLDS)
 
 
-every_world = pytest.mark.parametrize(
-    ("world", "num_ranks"),
-    [pytest.param(w, n, id=f"{w.name}-{n}") for w in WORLDS for n in w.ranks],
-)
-
-
-@every_world
+@parametrized(WORLDS)
 def test_copies_show_the_average_while_masters_stay(world: World):
     run = start(world).train(2)
     engine = world.engine

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -73,12 +75,7 @@ globals().update(
 CPU = {"device_id": torch.device("cpu")}
 
 
-def rows(*names: str) -> pytest.MarkDecorator:
-    """Each world with its first number of ranks."""
-    return pytest.mark.parametrize(
-        ("world", "num_ranks"),
-        [pytest.param(w, w.ranks[0], id=f"{w.name}-{w.ranks[0]}") for w in named(WORLDS, *names)],
-    )
+rows = functools.partial(grid.rows, WORLDS)
 
 
 @rows("full", "full_flat", "full_nested", "full_root_only", "full_mixed")
@@ -158,7 +155,8 @@ def test_evaluation_in_full_precision_reads_the_average(world: World, monkeypatc
 @rows("full", "full_flat", "grad_op_flat_mixed")
 def test_shards_come_back_after_an_exception_inside_a_forward(world: World):
     run = start(world).train(2)
-    shards = [u._handle.flat_param._local_shard for u in units_of(run)]
+    units = FullyShardedDataParallel.fsdp_modules(unwrapped(run.training.model))
+    shards = [unit._handle.flat_param._local_shard for unit in units]
     before = [shard.clone() for shard in shards]
     average = run.ema.gather_state_dict()
 
@@ -240,7 +238,3 @@ def test_a_weight_that_thaws_is_refused(world: World):
         parameter.requires_grad_(True)
     with pytest.raises(RuntimeError, match=r"frozen\.\w+.*params='all'"):
         run.ema.update()
-
-
-def units_of(run) -> list[FullyShardedDataParallel]:
-    return FullyShardedDataParallel.fsdp_modules(unwrapped(run.training.model))
