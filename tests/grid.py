@@ -13,30 +13,30 @@ import pytest
 import torch
 
 from tests.net import FROZEN, TRAINABLE
-from tests.oracle import worst_relative_error
-from tests.runs import EXACT, MAX_RELATIVE_ERROR, Run, live_buffers, start
-from tests.worlds import World, evaluate, from_rank_0, rank, state_of
+from tests.runs import Run, check_average, same, start
+from tests.worlds import World, evaluate, from_rank_0, parametrized
 
 Body = Callable[..., None]
 
 
-def over(rows: Iterable[World], *bodies: Body) -> dict[str, Body]:
+def over(table: Iterable[World], *bodies: Body) -> dict[str, Body]:
     """The same test bodies under their own names, run on these worlds in place of their own.
 
     A test file adds them to itself: `globals().update(over(ROWS, test_swap.test_this, ...))`.
     """
-    pairs = [
-        pytest.param(world, num_ranks, id=f"{world.name}-{num_ranks}")
-        for world in rows
-        for num_ranks in world.ranks
-    ]
-    mark = pytest.mark.parametrize(("world", "num_ranks"), pairs)
+    mark = parametrized(table)
     return {body.__name__: mark(_without_worlds(body)) for body in bodies}
 
 
-def named(rows: Iterable[World], *names: str) -> list[World]:
+def rows(table: Iterable[World], *names: str) -> pytest.MarkDecorator:
+    """Run a body on some worlds, each with its first number of ranks."""
+    firsts = {world.name: world.ranks[0] for world in table}
+    return parametrized(named(table, *names), lambda world, n: n == firsts[world.name])
+
+
+def named(table: Iterable[World], *names: str) -> list[World]:
     """Some rows of a table."""
-    by_name = {world.name: world for world in rows}
+    by_name = {world.name: world for world in table}
     return [by_name[name] for name in names]
 
 
@@ -52,41 +52,22 @@ def _without_worlds(body: Body) -> Body:
     return copy
 
 
-def test_an_average_of_zeros_makes_a_model_of_zeros(world: World):
-    run = start(world, params="all").train(1)
-    zeros = {name: torch.zeros_like(weight) for name, weight in run.weights[0].items()}
-    wanted = evaluate(world.plain_twin({**state_of(zeros), **live_state_buffers(run)}))
-    for values in run.ema._average.storage.values:
-        for value in values:
-            value.zero_()
-    before = run.training.evaluate()
-    with run.ema.average_parameters():
-        torch.testing.assert_close(run.training.evaluate(), wanted, **EXACT)
-    torch.testing.assert_close(run.training.evaluate(), before, **EXACT)
-
-
-def test_weights_that_do_not_train_are_averaged_with_all_and_shown(world: World):
+def test_weights_that_do_not_train_are_averaged_with_all_and_shown(world: World, tmp_path):
     """By a predicate, with some that do: the others are read as they live."""
     chosen = {*FROZEN, "blocks.0.l1.weight", "tiny"}
-    run = start(world, params=lambda fqn, parameter: fqn in chosen)
-    first = run.weights[0]
-    for values in run.ema._average.storage.values:
-        for value in values:
-            value.mul_(3)
+    run, other = (start(world, seed=s, params=lambda fqn, _: fqn in chosen) for s in (0, 1))
+    other.ema.save(tmp_path / "other")
+    run.ema.load(tmp_path / "other")
     live = run.train(1).weights[-1]
-    state = run.ema.gather_state_dict()
-    if rank() == 0:
-        wanted = {n: 0.9 * 3 * first[n].double() + 0.1 * live[n].double() for n in chosen}
-        assert worst_relative_error(state, wanted) <= MAX_RELATIVE_ERROR
-        for name in set(TRAINABLE) - chosen:
-            assert torch.equal(state[name], live[name].float()), name
-    state = from_rank_0(state)
+    first = other.weights[0]
+    check_average(run.ema, {n: 0.9 * first[n].double() + 0.1 * live[n].double() for n in chosen})
+    state = from_rank_0(run.ema.gather_state_dict())
+    for name in set(TRAINABLE) - chosen:
+        assert torch.equal(state[name], live[name].float()), name
     before = run.training.evaluate()
-    with run.ema.average_parameters():
-        shown = run.training.evaluate()
-    torch.testing.assert_close(shown, evaluate(world.plain_twin(state)), **EXACT)
-    torch.testing.assert_close(run.training.evaluate(), before, **EXACT)
-    torch.testing.assert_close(run.training.full_weights(), live, **EXACT)
+    same(run.averaged_logits(), evaluate(world.plain_twin(state)))
+    same(run.training.evaluate(), before)
+    same(run.training.full_weights(), live)
 
 
 def test_a_backward_pass_never_mixes_weights_and_average(world: World):
@@ -100,10 +81,9 @@ def test_a_backward_pass_never_mixes_weights_and_average(world: World):
                 return step_or_refusal(run, loss)
         return step_or_refusal(run, loss)
 
-    bare = step_or_refusal(run := start(world).train(1), run.training.loss(1))
     around = step(forward_inside=False, backward_inside=False)
     if around is not None:
-        torch.testing.assert_close(around, bare, **EXACT)
+        same(around, step_or_refusal(run := start(world).train(1), run.training.loss(1)))
     assert step(forward_inside=True, backward_inside=False) is None
     assert step(forward_inside=False, backward_inside=True) is None
 
@@ -133,8 +113,3 @@ def lerped_tensors(run: Run) -> int:
     with mock.patch.object(torch, "_foreach_lerp_", spy):
         assert run.ema.update()
     return sum(counts)
-
-
-def live_state_buffers(run: Run) -> dict[str, torch.Tensor]:
-    """The persistent buffers, by the names that the bare `Net` gives them."""
-    return {n: b for n, b in live_buffers(run.training).items() if n in ("running", "num_batches")}

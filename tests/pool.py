@@ -37,7 +37,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -49,7 +50,6 @@ GRACE_S = 1.0  # how long the other ranks may go on after the first one has fail
 COLLECTIVE_TIMEOUT = timedelta(seconds=30)
 LOG_TAIL_CHARS = 6000
 MAX_THREADS = 64
-TRANSPORT = "gloo/transport"  # in the message of an error that another rank's end causes
 
 # One thread a worker: there are more workers than cores. deepspeed picks its accelerator when it is
 # imported, and must not look for a GPU; the Hugging Face libraries must not look for a network.
@@ -83,14 +83,10 @@ PRELOAD = [
 class RankFailure(AssertionError):
     """A body failed, died or hung on one or more ranks; the message has each rank's traceback."""
 
-    def __init__(self, message: str, *, outside_python: bool = False) -> None:
-        """`outside_python`: a thread that runs no Python crashed, and nothing else failed."""
-        super().__init__(message)
-        self.outside_python = outside_python
+    crashed = False  # the first rank to fail was killed by a signal
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A test body and its arguments."""
 
     module: str
@@ -155,9 +151,9 @@ class WorkerPool:
                 return None
             if not hung and outcomes == {"skipped"}:
                 return reports[0].text
-            failure = RankFailure(
-                self._describe(reports, hung), outside_python=self._crashed_outside_python(reports)
-            )
+            failure = RankFailure(self._describe(reports, hung))
+            failed = [report for report in reports.values() if report.outcome == "failed"]
+            failure.crashed = bool(failed) and min(failed, key=lambda report: report.at).signaled
         except BaseException:
             self.close()
             raise
@@ -168,7 +164,6 @@ class WorkerPool:
         """Kill the workers: they hold nothing that must be written, and gloo may hang at exit."""
         for worker in self._workers:
             worker.kill()
-        for worker in self._workers:
             worker.join()
         for pipe in self._pipes:
             pipe.close()
@@ -220,23 +215,6 @@ class WorkerPool:
             lines.append(f"--- ranks {skipped} skipped, which only all ranks together may do ---\n")
         return "\n" + "".join(lines)
 
-    def _crashed_outside_python(self, reports: Mapping[int, Report]) -> bool:
-        """Whether a worker crashed in a thread that is none of Python's, and nothing else failed.
-
-        `faulthandler` writes which one was the current thread, if Python knows it. Other ranks may
-        fail because of it, in gloo's transport.
-        """
-        failed = {rank: r for rank, r in reports.items() if r.outcome == "failed"}
-        crashed = {rank for rank, report in failed.items() if report.signaled}
-        others = [report.text for rank, report in failed.items() if rank not in crashed]
-        logs = [self._log(rank) for rank in crashed]
-        return (
-            bool(crashed)
-            and all("Fatal Python error" in log for log in logs)
-            and not any("\nCurrent thread" in log for log in logs)
-            and all(TRANSPORT in text.rstrip().rsplit("\n", 1)[-1] for text in others)
-        )
-
     def _log(self, rank: int) -> str:
         text = (Path(self._directory.name) / f"rank{rank}.log").read_text(errors="replace")
         return f"[output of rank {rank}]\n{text[-LOG_TAIL_CHARS:]}\n" if text.strip() else ""
@@ -250,14 +228,13 @@ class PoolKeeper:
         self._may_repeat = True
 
     def run(self, task: Task, num_ranks: int, timeout_s: float = TIMEOUT_S) -> str | None:
-        """As `WorkerPool.run`; once more, with a warning, after the first crash outside of Python.
-
-        The temporary directory is empty again then.
+        """As `WorkerPool.run`; the first crash (of a thread of gloo, say) is a warning, and the
+        body runs again, with an empty temporary directory.
         """
         try:
             return self.get(num_ranks).run(task, timeout_s)
         except RankFailure as error:
-            if not (error.outside_python and self._may_repeat):
+            if not (error.crashed and self._may_repeat):
                 raise
             self._may_repeat = False
             warnings.warn(f"run once more after a crash:\n{error}", stacklevel=2)
@@ -281,26 +258,11 @@ class PoolKeeper:
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[ForkServerContext]:
-    """To start processes from: it starts itself with the first, and keeps what that one found."""
+    """To start processes from. It starts with the first one, and keeps that one's environment."""
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    with _environment(ENVIRONMENT):
+    with mock.patch.dict(os.environ, ENVIRONMENT):
         yield context
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """The fork server inherits the environment of the moment in which the first pool starts it."""
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
 
 
 def _serve(rank: int, num_ranks: int, directory: str, pipe: Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from dist_ema import ShardedEMA
 from tests.net import ALIASES, TRAINABLE
-from tests.oracle import Oracle
-from tests.worlds import Training, World, worlds
+from tests.oracle import Oracle, worst_relative_error
+from tests.worlds import Training, World, rank, worlds
 
 DECAY = 0.9
 EXACT = {"rtol": 0, "atol": 0}
@@ -48,6 +49,15 @@ class Run:
         self.next_step += 1
         return self
 
+    def check(self, decay: float = DECAY, **options: Any) -> None:
+        """The gathered average is that of the recorded weights. Collective."""
+        check_average(self.ema, self.oracle(decay, **options).average)
+
+    def averaged_logits(self, name: str | None = None) -> Tensor:
+        """What the model computes with an average. Collective."""
+        with self.ema.average_parameters(name):
+            return self.training.evaluate()
+
     def oracle(self, decay: float = DECAY, *, every: bool = False, **counting: int) -> Oracle:
         """The float64 average of the weights that train, or of every weight."""
         names = list(self.weights[0]) if every else TRAINABLE
@@ -56,6 +66,19 @@ class Run:
         for weights in recorded[1:]:
             oracle.update(weights)
         return oracle
+
+
+def check_average(ema: ShardedEMA, wanted: Mapping[str, Tensor], name: str | None = None) -> None:
+    """What rank 0 gathers is `wanted`, but for rounding in fp32. Collective."""
+    state = ema.gather_state_dict(name)
+    if rank() == 0:
+        error = worst_relative_error(state, wanted)
+        assert error <= MAX_RELATIVE_ERROR, error
+
+
+def same(found: Any, wanted: Any) -> None:
+    """Raise unless both hold the same tensors, bit for bit."""
+    torch.testing.assert_close(found, wanted, **EXACT)
 
 
 def make_ema(training: Training, decay: Any = DECAY, **options: Any) -> ShardedEMA:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 from unittest import mock
@@ -14,9 +15,8 @@ from dist_ema import ShardedEMA
 from tests import grid, test_average, test_cost, test_several, test_swap
 from tests.grid import lerped_tensors, named, over
 from tests.net import FROZEN, TRAINABLE, Net, batch_of_tokens, loss_of
-from tests.oracle import worst_relative_error
-from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR, Run, start
-from tests.worlds import World, evaluate, from_rank_0, rank
+from tests.runs import DECAY, Run, same, start
+from tests.worlds import World, evaluate, from_rank_0, parametrized
 from tests.worlds_deepspeed import WORLDS, Zero, library, skip_without_overflow_checks
 
 KINDS = named(WORLDS, "z0_bf16", "z1_bf16", "z2_bf16", "z3", "z3_bf16_cut")
@@ -54,27 +54,16 @@ globals().update(
         test_swap.test_a_swap_works_in_inference_mode,
         test_several.test_each_of_several_averages_is_what_it_would_be_alone,
         grid.test_a_backward_pass_never_mixes_weights_and_average,
-        grid.test_an_average_of_zeros_makes_a_model_of_zeros,
+        test_swap.test_an_average_of_zeros_makes_a_model_of_zeros,
         grid.test_weights_that_do_not_train_are_averaged_with_all_and_shown,
     )
 )
 
 
-def rows(*names: str) -> pytest.MarkDecorator:
-    """Each world with its first number of ranks."""
-    return pytest.mark.parametrize(
-        ("world", "num_ranks"),
-        [pytest.param(w, w.ranks[0], id=f"{w.name}-{w.ranks[0]}") for w in named(WORLDS, *names)],
-    )
+rows = functools.partial(grid.rows, WORLDS)
 
 
-every_world = pytest.mark.parametrize(
-    ("world", "num_ranks"),
-    [pytest.param(w, n, id=f"{w.name}-{n}") for w in WORLDS for n in w.ranks],
-)
-
-
-@every_world
+@parametrized(WORLDS)
 def test_copies_show_the_average_while_masters_stay(world: World):
     run = start(world).train(2)
     engine = world.engine
@@ -88,20 +77,18 @@ def test_copies_show_the_average_while_masters_stay(world: World):
         shown = engine.shown_weights(run.training)
         if run.ema.source == "master":
             inside = run.training.full_weights()
-            torch.testing.assert_close(
-                {n: inside[n] for n in TRAINABLE}, {n: masters[n] for n in TRAINABLE}, **EXACT
-            )
+            same({n: inside[n] for n in TRAINABLE}, {n: masters[n] for n in TRAINABLE})
     for name in TRAINABLE:
         assert torch.equal(shown[name], state[name].to(shown[name].dtype)), name
     after = engine.shown_weights(run.training)
     for name in TRAINABLE:
         assert torch.equal(after[name], masters[name].to(after[name].dtype)), name
     if "torch_autocast" not in engine.config:
-        torch.testing.assert_close(after, before, **EXACT)
-    torch.testing.assert_close(run.training.full_weights(), masters, **EXACT)
-    torch.testing.assert_close(logits, evaluate(world.plain_twin(state)), **EXACT)
+        same(after, before)
+    same(run.training.full_weights(), masters)
+    same(logits, evaluate(world.plain_twin(state)))
     assert not torch.equal(logits, live)
-    torch.testing.assert_close(run.training.evaluate(), live, **EXACT)
+    same(run.training.evaluate(), live)
 
 
 @rows("z2_bf16", "z3", "z3_bf16_cut")
@@ -117,8 +104,8 @@ def test_weights_come_back_after_an_exception_inside_a_forward(world: World):
         with run.ema.average_parameters():
             run.training.evaluate()
     hook.remove()
-    torch.testing.assert_close(run.training.evaluate(), live, **EXACT)
-    torch.testing.assert_close(run.train(1).weights, bare.train(1).weights, **EXACT)
+    same(run.training.evaluate(), live)
+    same(run.train(1).weights, bare.train(1).weights)
 
 
 @rows("z0_bf16", "z1_bf16", "z1_bf16_optimizer")
@@ -174,9 +161,7 @@ def test_updates_are_the_optimizer_steps_under_gradient_accumulation(name: str):
         if i % 4 == 3:
             run.weights.append(run.training.full_weights())
     assert (run.ema.step, run.ema.num_updates) == (2, 2)
-    state = run.ema.gather_state_dict()
-    if rank() == 0:
-        assert worst_relative_error(state, run.oracle().average) <= MAX_RELATIVE_ERROR
+    run.check()
 
 
 @pytest.mark.ranks(2)
@@ -191,9 +176,7 @@ def test_a_step_that_overflows_is_no_update(name: str):
             run.weights.append(run.training.full_weights())
     assert run.training.model.skipped_steps == 1
     assert (run.ema.step, run.ema.num_updates) == (3, 3)
-    state = run.ema.gather_state_dict()
-    if rank() == 0:
-        assert worst_relative_error(state, run.oracle().average) <= MAX_RELATIVE_ERROR
+    run.check()
 
 
 @pytest.mark.ranks(2)
@@ -261,14 +244,12 @@ def test_the_average_follows_states_that_are_offloaded_and_reloaded(world: World
     with pytest.raises(RuntimeError, match="reload_states"):
         run.ema.average_parameters().__enter__()
     engine.reload_states()
-    torch.testing.assert_close(run.ema.gather_state_dict(), state, **EXACT)
+    same(run.ema.gather_state_dict(), state)
     run.train(2)
     with run.ema.average_parameters():
         run.training.evaluate()
     run.train(1)
-    state = run.ema.gather_state_dict()
-    if rank() == 0:
-        assert worst_relative_error(state, run.oracle().average) <= MAX_RELATIVE_ERROR
+    run.check()
 
 
 @rows("z3", "z3_bf16_cut")
@@ -284,13 +265,11 @@ def test_stage_3_follows_copies_that_are_offloaded_and_reloaded(world: World):
     with pytest.raises(RuntimeError, match="reload_states"):
         run.ema.average_parameters().__enter__()
     run.training.model.reload_states()
-    torch.testing.assert_close(run.ema.gather_state_dict(), state, **EXACT)
+    same(run.ema.gather_state_dict(), state)
     with run.ema.average_parameters():
         assert not torch.equal(run.training.evaluate(), live)
-    torch.testing.assert_close(run.training.evaluate(), live, **EXACT)
-    state = run.train(1).ema.gather_state_dict()
-    if rank() == 0:
-        assert worst_relative_error(state, run.oracle().average) <= MAX_RELATIVE_ERROR
+    same(run.training.evaluate(), live)
+    run.train(1).check()
 
 
 @rows("z1_bf16", "z2_offload_bf16", "z3_bf16_cut")
@@ -300,13 +279,11 @@ def test_a_loaded_checkpoint_is_seen(world: World, tmp_path):
     saved = run.weights[-1]
     run.train(2)
     run.training.model.load_checkpoint(str(tmp_path), tag="t")
-    torch.testing.assert_close(run.training.full_weights(), saved, **EXACT)
+    same(run.training.full_weights(), saved)
     run.ema.reset()
     assert run.ema.drift() == 0
     run.weights = [saved]
-    state = run.train(2).ema.gather_state_dict()
-    if rank() == 0:
-        assert worst_relative_error(state, run.oracle().average) <= MAX_RELATIVE_ERROR
+    run.train(2).check()
 
 
 @rows("z1", "z2_bf16")
@@ -400,9 +377,7 @@ def test_stage_3_in_fp32_may_have_one_storage_for_master_and_copy():
         assert master.data_ptr() == copy.data_ptr()
     run.train(2)
     check_swap(world, run)
-    state = run.train(1).ema.gather_state_dict()
-    if rank() == 0:
-        assert worst_relative_error(state, run.oracle().average) <= MAX_RELATIVE_ERROR
+    run.train(1).check()
 
 
 @pytest.mark.ranks(2)
@@ -419,9 +394,7 @@ def test_stage_0_with_a_fused_optimizer_keeps_masters_in_flat_buffers():
         assert run.ema.update()
         run.weights.append(fused_masters(run))
     check_swap(world, run)
-    state = run.ema.gather_state_dict()
-    if rank() == 0:
-        assert worst_relative_error(state, run.oracle().average) <= MAX_RELATIVE_ERROR
+    run.check()
 
 
 def start_fused(world: World) -> Run:
@@ -449,10 +422,9 @@ def check_swap(world: World, run: Run) -> None:
     """The forward computes with the average, and then with the weights, bit for bit."""
     state = from_rank_0(run.ema.gather_state_dict())
     live = run.training.evaluate()
-    with run.ema.average_parameters():
-        shown = run.training.evaluate()
-    torch.testing.assert_close(shown, world.parallel_twin(state).evaluate(), **EXACT)
-    torch.testing.assert_close(run.training.evaluate(), live, **EXACT)
+    shown = run.averaged_logits()
+    same(shown, world.parallel_twin(state).evaluate())
+    same(run.training.evaluate(), live)
     assert not torch.equal(shown, live)
 
 
@@ -462,8 +434,7 @@ def test_many_swaps_show_the_same_average_and_the_same_weights():
     run = start(named(WORLDS, "z3")[0]).train(2)
     live, shown = run.training.evaluate(), None
     for _ in range(10):
-        with run.ema.average_parameters():
-            logits = run.training.evaluate()
+        logits = run.averaged_logits()
         shown = logits if shown is None else shown
         assert torch.equal(logits, shown)
         assert torch.equal(run.training.evaluate(), live)

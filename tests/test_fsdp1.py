@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -12,7 +14,7 @@ from tests import grid, test_average, test_cost, test_several, test_swap
 from tests.grid import lerped_tensors, named, over
 from tests.net import TRAINABLE, Net, batch_of_tokens, loss_of
 from tests.oracle import worst_relative_error
-from tests.runs import EXACT, MAX_RELATIVE_ERROR, make_ema, start
+from tests.runs import MAX_RELATIVE_ERROR, make_ema, same, start
 from tests.worlds import World, evaluate, rank
 from tests.worlds_fsdp1 import WORLDS, Fsdp1, unwrapped
 
@@ -53,7 +55,7 @@ globals().update(
         test_swap.test_copy_to_makes_the_average_the_live_weights,
         test_several.test_each_of_several_averages_is_what_it_would_be_alone,
         grid.test_a_backward_pass_never_mixes_weights_and_average,
-        grid.test_an_average_of_zeros_makes_a_model_of_zeros,
+        test_swap.test_an_average_of_zeros_makes_a_model_of_zeros,
         grid.test_weights_that_do_not_train_are_averaged_with_all_and_shown,
     )
     | over(
@@ -66,20 +68,14 @@ globals().update(
     )
     | over(
         named(WORLDS, "no_shard", "hybrid"),
-        test_average.test_whole_replicas_give_the_bits_of_split_ones,
-        test_swap.test_whole_replicas_show_what_split_ones_show,
+        test_swap.test_whole_replicas_give_and_show_what_split_ones_do,
     )
 )
 
 CPU = {"device_id": torch.device("cpu")}
 
 
-def rows(*names: str) -> pytest.MarkDecorator:
-    """Each world with its first number of ranks."""
-    return pytest.mark.parametrize(
-        ("world", "num_ranks"),
-        [pytest.param(w, w.ranks[0], id=f"{w.name}-{w.ranks[0]}") for w in named(WORLDS, *names)],
-    )
+rows = functools.partial(grid.rows, WORLDS)
 
 
 @rows("full", "full_flat", "full_nested", "full_root_only", "full_mixed")
@@ -104,7 +100,7 @@ def test_a_swap_before_the_first_forward_shows_the_average(world: World):
     with ema.average_parameters():
         shown = training.evaluate()
     live = training.evaluate()
-    torch.testing.assert_close(shown, world.train().evaluate(), **EXACT)
+    same(shown, world.train().evaluate())
     assert not torch.equal(live, shown)
 
 
@@ -137,7 +133,7 @@ def test_casting_after_wrapping_leaves_the_shards_that_are_averaged(world: World
     state, wanted = run.ema.gather_state_dict(), bare.ema.gather_state_dict()
     if rank() == 0:
         for name in TRAINABLE:
-            torch.testing.assert_close(state[name], wanted[name], **EXACT)
+            same(state[name], wanted[name])
 
 
 @rows("grad_op_flat_mixed", "full_mixed")
@@ -146,21 +142,21 @@ def test_evaluation_in_full_precision_reads_the_average(world: World, monkeypatc
     monkeypatch.setenv("FSDP_USE_FULL_PREC_IN_EVAL", "1")
     run = start(world).train(2)
     live = run.training.evaluate()  # leaves gathered weights, and the module in training mode
-    with run.ema.average_parameters():
-        shown = run.training.evaluate()
+    shown = run.averaged_logits()
     state = run.ema.gather_state_dict()
-    torch.testing.assert_close(run.training.evaluate(), live, **EXACT)
+    same(run.training.evaluate(), live)
     assert not torch.equal(shown, live)
     if rank() == 0:
         twin = Net(**world.net)
         twin.load_state_dict(state)
-        torch.testing.assert_close(shown, evaluate(twin), **EXACT)
+        same(shown, evaluate(twin))
 
 
 @rows("full", "full_flat", "grad_op_flat_mixed")
 def test_shards_come_back_after_an_exception_inside_a_forward(world: World):
     run = start(world).train(2)
-    shards = [u._handle.flat_param._local_shard for u in units_of(run)]
+    units = FullyShardedDataParallel.fsdp_modules(unwrapped(run.training.model))
+    shards = [unit._handle.flat_param._local_shard for unit in units]
     before = [shard.clone() for shard in shards]
     average = run.ema.gather_state_dict()
 
@@ -173,9 +169,9 @@ def test_shards_come_back_after_an_exception_inside_a_forward(world: World):
         with run.ema.average_parameters():
             run.training.evaluate()
     hook.remove()
-    torch.testing.assert_close(shards, before, **EXACT)
-    torch.testing.assert_close(run.training.evaluate(), live, **EXACT)
-    torch.testing.assert_close(run.ema.gather_state_dict(), average, **EXACT)
+    same(shards, before)
+    same(run.training.evaluate(), live)
+    same(run.ema.gather_state_dict(), average)
 
 
 @pytest.mark.ranks(2)
@@ -193,7 +189,7 @@ def test_memory_formats_and_empty_weights_are_averaged():
     ema.update()
     state = ema.gather_state_dict()
     if rank() == 0:
-        torch.testing.assert_close(state, {name: 2 * p for name, p in first.items()}, **EXACT)
+        same(state, {name: 2 * p for name, p in first.items()})
 
 
 @pytest.mark.ranks(2, 3)
@@ -242,7 +238,3 @@ def test_a_weight_that_thaws_is_refused(world: World):
         parameter.requires_grad_(True)
     with pytest.raises(RuntimeError, match=r"frozen\.\w+.*params='all'"):
         run.ema.update()
-
-
-def units_of(run) -> list[FullyShardedDataParallel]:
-    return FullyShardedDataParallel.fsdp_modules(unwrapped(run.training.model))

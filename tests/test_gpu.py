@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_ema import ShardedEMA, update_bn
 from dist_ema.core.accelerator import SideStreams
 from tests.oracle import Oracle, worst_relative_error
-from tests.runs import EXACT, MAX_RELATIVE_ERROR
+from tests.runs import MAX_RELATIVE_ERROR, same
 
 DECAY = 0.9
 MB = 1 << 20
@@ -318,8 +318,8 @@ def test_a_swap_needs_a_few_chunks(device: torch.device, options: Any):
     assert extra <= A_FEW_CHUNKS, extra / MB
     state = ema.gather_state_dict()
     torch.testing.assert_close(averaged, training.evaluate_with(state), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(training.evaluate(), raw, **EXACT)
-    torch.testing.assert_close(training.weights(), training.recorded[-1], **EXACT)
+    same(training.evaluate(), raw)
+    same(training.weights(), training.recorded[-1])
 
 
 # Precision.
@@ -356,7 +356,7 @@ def test_autocast_computes_with_the_weights_that_are_shown(device: torch.device)
             outputs.append(training.model(x).detach())
     raw, averaged, again = outputs
     assert not torch.equal(averaged, raw)
-    torch.testing.assert_close(again, raw, **EXACT)
+    same(again, raw)
 
 
 @BEHIND
@@ -372,8 +372,8 @@ def test_bf16_weights_are_averaged_in_fp32(device: torch.device, behind: Any):
     with ema.average_parameters():
         averaged = training.evaluate()
     torch.testing.assert_close(averaged, training.evaluate_with(state), rtol=0.02, atol=0.02)
-    torch.testing.assert_close(training.evaluate(), raw, **EXACT)
-    torch.testing.assert_close(training.weights(), training.recorded[-1], **EXACT)
+    same(training.evaluate(), raw)
+    same(training.weights(), training.recorded[-1])
 
 
 # What users do.
@@ -396,7 +396,7 @@ def test_a_compiled_model_follows_the_swap(device: torch.device):
         wanted = training.evaluate_with(ema.gather_state_dict())
         torch.testing.assert_close(averaged, wanted, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(averaged, raw, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(training.evaluate(), raw, **EXACT)
+        same(training.evaluate(), raw)
     training.step(6)
     ema.update()
     assert training.error(ema) <= MAX_RELATIVE_ERROR
@@ -413,9 +413,9 @@ def test_files_of_an_average_on_a_device(device: torch.device, options: Any, tmp
     ema.save(tmp_path / "later", asynchronous=True).result()
     ema.export(tmp_path / "fp32")
     ema.export(tmp_path / "bf16", dtype=torch.bfloat16, method="rank0")
-    torch.testing.assert_close(load_file(tmp_path / "fp32" / "model.safetensors"), wanted, **EXACT)
+    same(load_file(tmp_path / "fp32" / "model.safetensors"), wanted)
     narrow = {n: t.bfloat16() if t.is_floating_point() else t for n, t in wanted.items()}
-    torch.testing.assert_close(load_file(tmp_path / "bf16" / "model.safetensors"), narrow, **EXACT)
+    same(load_file(tmp_path / "bf16" / "model.safetensors"), narrow)
     dcp.save({"ema": ema}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     for source in ("now", "later", "fp32", "dcp"):
         other = ShardedEMA(training.model, DECAY, **options)
@@ -423,7 +423,7 @@ def test_files_of_an_average_on_a_device(device: torch.device, options: Any, tmp
             dcp.load({"ema": other}, checkpoint_id=tmp_path / "dcp", no_dist=True)
         else:
             other.load(tmp_path / source)
-        torch.testing.assert_close(other.gather_state_dict(), wanted, **EXACT)
+        same(other.gather_state_dict(), wanted)
         other.update()
     ema.copy_to()
     torch.testing.assert_close(
@@ -445,7 +445,7 @@ def test_a_teacher_and_batch_norm_on_a_device(device: torch.device):
     with ema.average_parameters():
         update_bn(training.batches, training.model)
         assert not torch.equal(training.net.norm.running_mean, before)
-    torch.testing.assert_close(training.net.norm.running_mean, before, **EXACT)
+    same(training.net.norm.running_mean, before)
 
 
 def test_a_model_that_moves_to_the_host_and_back(device: torch.device):
@@ -562,7 +562,7 @@ def check(
     with ema.average_parameters():
         averaged = evaluate()
         assert not torch.equal(averaged, raw)
-    torch.testing.assert_close(evaluate(), raw, **EXACT)
+    same(evaluate(), raw)
     wanted = ema.gather_state_dict()
     ema.save(path / "ema")
     ema.save(path / "later", asynchronous=True).result()
@@ -570,12 +570,12 @@ def check(
     ema.export(path / "rank0", method="rank0")
     for name in ("hf", "rank0") if dist.get_rank() == 0 else ():
         found_in = load_file(path / name / "model.safetensors")
-        torch.testing.assert_close({n: found_in[n] for n in wanted}, wanted, **EXACT)
+        same({n: found_in[n] for n in wanted}, wanted)
     ema.reset()
     assert ema.drift() == 0
     ema.load(path / "ema")
     assert ema.drift() > 0
-    torch.testing.assert_close(ema.gather_state_dict(), wanted, **EXACT)
+    same(ema.gather_state_dict(), wanted)
     ema.copy_to()
     assert ema.drift() == 0
     dist.barrier()

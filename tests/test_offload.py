@@ -22,15 +22,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from dist_ema import HalfLife, ShardedEMA
 from dist_ema.core import lerp
 from dist_ema.core.accelerator import SideStreams, synchronize_if_initialized
-from tests.oracle import worst_relative_error
-from tests.runs import EXACT, MAX_RELATIVE_ERROR, start
-from tests.worlds import World, rank, worlds
+from tests.grid import rows
+from tests.runs import same, start
+from tests.worlds import World, worlds
 from tests.worlds_deepspeed import WORLDS as ZERO_WORLDS
 
-some_worlds = pytest.mark.parametrize(
-    ("world", "num_ranks"),
-    [pytest.param(w, w.ranks[0], id=w.name) for w in ZERO_WORLDS if w.name in ("z2_bf16", "z3")],
-)
 CROSSING = {"target": lerp, "attribute": "_crosses", "new": lambda average, live: True}
 
 
@@ -41,15 +37,10 @@ def check_offloaded(world: World) -> None:
         # Neighbours have staging of their own.
         stagings = [b.staged_averages[0].data_ptr() for b in batches]
         assert all(a != b for a, b in itertools.pairwise(stagings))
-        state = run.ema.gather_state_dict()
-        if rank() == 0:
-            wanted = run.oracle(start_step=1, update_every=2).average
-            assert worst_relative_error(state, wanted) <= MAX_RELATIVE_ERROR
+        run.check(start_step=1, update_every=2)
         before = run.training.evaluate()
-        with run.ema.average_parameters():
-            averaged = run.training.evaluate()
-            assert not torch.equal(averaged, before)
-        torch.testing.assert_close(run.training.evaluate(), before, **EXACT)
+        assert not torch.equal(run.averaged_logits(), before)
+        same(run.training.evaluate(), before)
 
 
 @worlds("plain", "plain_bf16", "ddp-2", "fsdp2-3", "hsdp")
@@ -57,7 +48,7 @@ def test_an_average_on_another_device_is_the_same(world: World):
     check_offloaded(world)
 
 
-@some_worlds
+@rows(ZERO_WORLDS, "z2_bf16", "z3")
 def test_an_average_on_another_device_is_the_same_under_deepspeed(world: World):
     check_offloaded(world)
 
@@ -89,7 +80,7 @@ def test_the_way_there_and_back_changes_no_bit(options: dict[str, Any], dtype: t
             ema.update()
     for name in resident.names:
         found, wanted = offloaded.gather_state_dict(name), resident.gather_state_dict(name)
-        torch.testing.assert_close(found, wanted, **EXACT)
+        same(found, wanted)
         assert offloaded.drift(name) == resident.drift(name)
 
 
@@ -136,7 +127,7 @@ def test_buffers_are_read_before_the_next_forward_writes_to_them():
             mock.patch.object(lerp._Track, "run", later),
         ):
             found = final(buffers, overlap=True)
-        torch.testing.assert_close(found, wanted, **EXACT)
+        same(found, wanted)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import sys
 import time
 
@@ -26,10 +25,12 @@ def run(pools: PoolKeeper, body, *, num_ranks=2, timeout_s=30.0, **arguments):
     return pools.get(num_ranks).run(Task(__name__, body.__name__, arguments), timeout_s)
 
 
-def passes(amount=1.0):
+def passes(path=None, amount=1.0):
     total = torch.full((), amount)
     dist.all_reduce(total)
     assert total.item() == amount * dist.get_world_size()
+    if path is not None:
+        (path / f"{os.getpid()}").touch()
 
 
 def fails_on_rank_1():
@@ -51,8 +52,13 @@ def dies_on_rank_1():
     dist.barrier()
 
 
-def crashes_in_a_thread_of_c_on_rank_1():
-    if dist.get_rank() == 1:
+def hangs_on_rank_0():
+    if dist.get_rank() == 0:
+        time.sleep(60)
+
+
+def crashes_on_rank_1():
+    if dist.get_rank() == 1:  # in a thread of C
         libc, thread = ctypes.CDLL(None), ctypes.c_ulong()
         libc.pthread_create(ctypes.byref(thread), None, libc.abort, None)
     dist.barrier()
@@ -63,23 +69,7 @@ def fails_on_rank_0_and_then_crashes_on_rank_1():
     if dist.get_rank() == 0:
         raise ValueError("boom")
     time.sleep(0.3)
-    crashes_in_a_thread_of_c_on_rank_1()
-
-
-def fails_after_words_of_a_crash():
-    print("Fatal Python error: in a program that the body started", flush=True)
-    raise ValueError("boom")
-
-
-def crashes_in_python_on_rank_1():
-    if dist.get_rank() == 1:
-        os.kill(os.getpid(), signal.SIGSEGV)
-    dist.barrier()
-
-
-def hangs_on_rank_0():
-    if dist.get_rank() == 0:
-        time.sleep(60)
+    crashes_on_rank_1()
 
 
 def skips():
@@ -91,14 +81,12 @@ def skips_on_rank_1():
         pytest.skip("not today")
 
 
-def says_pid(path):
-    (path / f"{os.getpid()}").touch()
-
-
-def has_no_group():
+def has_no_group_and_the_state_that_every_test_has():
     assert not dist.is_initialized()
     assert torch.get_num_threads() == 1
     assert os.environ["DS_ACCELERATOR"] == "cpu"
+    assert torch.is_grad_enabled()
+    assert torch.initial_seed() == 0
 
 
 def leaves_state_behind():
@@ -106,74 +94,37 @@ def leaves_state_behind():
     torch.set_grad_enabled(False)
 
 
-def sees_the_state_that_every_test_sees():
-    assert torch.is_grad_enabled()
-    assert torch.initial_seed() == 0
-
-
-def test_arguments_reach_every_rank(pools):
-    assert run(pools, passes, amount=2.5) is None
-
-
 def test_a_pool_is_used_again(pools, tmp_path):
-    run(pools, says_pid, path=tmp_path)
-    run(pools, says_pid, path=tmp_path)
+    for _ in range(2):
+        assert run(pools, passes, amount=2.5, path=tmp_path) is None
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_failing_rank_is_reported_at_once_with_what_it_printed(pools):
-    start = time.monotonic()
-    with pytest.raises(RankFailure, match="boom") as failure:
-        run(pools, fails_on_rank_1)
-    text = str(failure.value)
-    assert time.monotonic() - start < 15  # not the timeout of the barrier that rank 0 waits in
-    assert text.index("--- rank 1") < text.index("--- rank 0")
-    assert "said before the failure" in text
-    assert "barrier" in text, "the stack of the rank that was left waiting"
-
-
-def test_the_first_rank_to_fail_is_printed_first(pools):
-    with pytest.raises(RankFailure) as failure:
-        run(pools, fails_on_both_ranks_rank_1_first)
-    assert str(failure.value).index("boom 1") < str(failure.value).index("boom 0")
-
-
 @pytest.mark.parametrize(
-    ("body", "outside_python"),
+    ("body", "crashed", "texts"),
     [
-        (crashes_in_a_thread_of_c_on_rank_1, True),
-        (crashes_in_python_on_rank_1, False),
-        (fails_on_rank_0_and_then_crashes_on_rank_1, False),
-        (fails_after_words_of_a_crash, False),
-        (dies_on_rank_1, False),
-        (fails_on_rank_1, False),
+        # The last is the stack of the rank that was left waiting.
+        (fails_on_rank_1, False, ["--- rank 1", "boom", "said before", "--- rank 0", "barrier"]),
+        (fails_on_both_ranks_rank_1_first, False, ["boom 1", "boom 0"]),
+        (dies_on_rank_1, False, ["--- rank 1", "exit code 3", "last words", "--- rank 0"]),
+        (crashes_on_rank_1, True, ["--- rank 1", "exit code -6", "Fatal Python error"]),
+        (fails_on_rank_0_and_then_crashes_on_rank_1, False, ["--- rank 0", "boom"]),
+        (hangs_on_rank_0, False, ["--- rank 0 of 2: still running", "hangs_on_rank_0"]),
+        (skips_on_rank_1, False, ["ranks [1] skipped"]),
     ],
 )
-def test_a_crash_outside_of_python_is_told_from_others(pools, body, outside_python):
+def test_a_failure_is_reported_at_once_in_the_order_in_which_ranks_failed(
+    pools, body, crashed, texts
+):
+    start = time.monotonic()
     with pytest.raises(RankFailure) as failure:
-        run(pools, body)
-    assert failure.value.outside_python == outside_python, str(failure.value)
-
-
-def test_a_dead_worker_is_seen_at_once(pools):
-    start = time.monotonic()
-    with pytest.raises(RankFailure, match="exit code 3") as failure:
-        run(pools, dies_on_rank_1)
-    assert time.monotonic() - start < 15
-    assert "last words" in str(failure.value)
-
-
-def test_the_test_after_a_failure_gets_a_fresh_pool(pools):
-    with pytest.raises(RankFailure):
-        run(pools, fails_on_rank_1)
-    assert run(pools, passes) is None
-
-
-def test_a_hanging_rank_is_killed_at_its_limit(pools):
-    start = time.monotonic()
-    with pytest.raises(RankFailure, match="still running"):
-        run(pools, hangs_on_rank_0, timeout_s=2.0)
-    assert time.monotonic() - start < 15
+        run(pools, body, timeout_s=2.0 if body is hangs_on_rank_0 else 30.0)
+    assert time.monotonic() - start < 15  # not the timeout of the barrier that others wait in
+    message, at = str(failure.value), 0
+    for text in texts:
+        at = message.index(text, at)
+    assert failure.value.crashed == crashed
+    assert run(pools, passes) is None, "the next test has a fresh pool"
 
 
 def test_a_skip_on_every_rank_is_a_skip(pools):
@@ -181,24 +132,15 @@ def test_a_skip_on_every_rank_is_a_skip(pools):
     assert pools.get(2).usable
 
 
-def test_a_skip_on_some_ranks_is_a_failure(pools):
-    with pytest.raises(RankFailure, match="skipped"):
-        run(pools, skips_on_rank_1)
+def test_a_test_does_not_inherit_state(pools):
+    run(pools, leaves_state_behind, num_ranks=NO_GROUP)
+    run(pools, has_no_group_and_the_state_that_every_test_has, num_ranks=NO_GROUP)
 
 
 def test_an_argument_that_cannot_be_pickled_leaves_the_next_test_a_pool(pools):
     with pytest.raises((TypeError, AttributeError)):
         run(pools, passes, amount=lambda: None)
     assert run(pools, passes) is None
-
-
-def test_one_worker_without_a_process_group(pools):
-    assert run(pools, has_no_group, num_ranks=NO_GROUP) is None
-
-
-def test_a_test_does_not_inherit_state(pools):
-    run(pools, leaves_state_behind)
-    run(pools, sees_the_state_that_every_test_sees)
 
 
 @pytest.mark.ranks(1, 2)
@@ -223,22 +165,19 @@ def crashes_on_rank_1_the_first_time(marks, tmp_path):
     dist.barrier()
     (tmp_path / f"{dist.get_rank()}").touch()
     if first:
-        crashes_in_a_thread_of_c_on_rank_1()
+        crashes_on_rank_1()
 
 
-def test_a_body_runs_again_after_a_crash_outside_of_python_but_only_one(tmp_path):
+def test_a_body_runs_again_after_a_crash_but_only_one(tmp_path):
     keeper = PoolKeeper()
+    warned = pytest.warns(UserWarning, match="run once more after a crash")
+    refused = pytest.raises(RankFailure, match="exit code -6")
     try:
-        for name in ("first", "second"):
+        for name, outcome in (("first", warned), ("second", refused)):
             arguments = {"marks": tmp_path / f"{name}-marks", "tmp_path": tmp_path / name}
             for path in arguments.values():
                 path.mkdir()
-            task = Task(__name__, "crashes_on_rank_1_the_first_time", arguments)
-            if name == "first":
-                with pytest.warns(UserWarning, match="run once more after a crash"):
-                    keeper.run(task, 2)
-            else:
-                with pytest.raises(RankFailure, match="exit code -6"):
-                    keeper.run(task, 2)
+            with outcome:
+                keeper.run(Task(__name__, "crashes_on_rank_1_the_first_time", arguments), 2)
     finally:
         keeper.close()

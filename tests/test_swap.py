@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import gc
 import itertools
 import os
 import signal
@@ -14,6 +15,7 @@ import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from dist_ema import ShardedEMA
 from tests.net import FROZEN, TRAINABLE
 from tests.pool import fork_server
-from tests.runs import EXACT, Run, a_few_worlds, live_buffers, make_ema, start
+from tests.runs import Run, a_few_worlds, live_buffers, make_ema, same, start
 from tests.worlds import (
     Training,
     World,
@@ -49,18 +51,17 @@ def test_the_forward_under_the_swap_is_that_of_a_plain_model(world: World):
     run = start(world).train(1).train_unrecorded()
     training = run.training
     with run.ema.average_parameters():  # nothing is gathered, or what the backward left gathered
-        shown = training.evaluate()
-        torch.testing.assert_close(training.evaluate(), shown, **EXACT)
+        averaged = training.evaluate()
+        same(training.evaluate(), averaged)
     live = training.evaluate()
-    with run.ema.average_parameters():  # now live weights are gathered, and must not be used
-        torch.testing.assert_close(training.evaluate(), shown, **EXACT)
-    torch.testing.assert_close(training.evaluate(), live, **EXACT)
+    same(run.averaged_logits(), averaged)  # now live weights are gathered, and must not be used
+    same(training.evaluate(), live)
     average = from_rank_0(run.ema.gather_state_dict())
-    torch.testing.assert_close(world.parallel_twin(average).evaluate(), shown, **EXACT)
-    for state, logits in ((average, shown), (average | state_of(training.full_weights()), live)):
+    same(world.parallel_twin(average).evaluate(), averaged)
+    for state, logits in ((average, averaged), (average | state_of(training.full_weights()), live)):
         plain = evaluate(world.plain_twin(state))
         torch.testing.assert_close(logits, plain, **world.forward_tolerance)
-    assert not torch.equal(shown, live)
+    assert not torch.equal(averaged, live)
 
 
 @every_world(not_compiled)
@@ -68,12 +69,10 @@ def test_every_averaged_weight_shows_the_average(world: World):
     run = start(world).train(2)
     state = from_rank_0(run.ema.gather_state_dict())
     with run.ema.average_parameters():
-        shown = run.training.full_weights()
+        inside = run.training.full_weights()
+    same({n: inside[n] for n in FROZEN}, {n: run.weights[-1][n] for n in FROZEN})
     for name in TRAINABLE:
-        wanted = state[name].to(world.engine.weights_dtype)
-        assert torch.equal(shown[name], wanted), name
-    for name in FROZEN:
-        assert torch.equal(shown[name], run.weights[-1][name]), name
+        assert torch.equal(inside[name], state[name].to(world.engine.weights_dtype)), name
 
 
 @every_world()
@@ -87,9 +86,9 @@ def test_weights_and_buffers_come_back_bit_for_bit(world: World):
         training.loss(5)  # in training mode, so that batch statistics move
         training.net.mask.add_(1)
         assert not torch.equal(training.net.running, buffers["running"])
-    torch.testing.assert_close(live_buffers(training), buffers, **EXACT)
-    torch.testing.assert_close(training.evaluate(), live, **EXACT)
-    torch.testing.assert_close(training.full_weights(), run.weights[-1], **EXACT)
+    same(live_buffers(training), buffers)
+    same(training.evaluate(), live)
+    same(training.full_weights(), run.weights[-1])
     assert [id(p) for p in training.parameters().values()] == objects
 
 
@@ -101,9 +100,9 @@ def test_weights_come_back_after_an_exception(world: World):
         with run.ema.average_parameters():
             run.training.evaluate()
             raise Interruption
-    torch.testing.assert_close(run.training.evaluate(), live, **EXACT)
-    torch.testing.assert_close(run.training.full_weights(), run.weights[-1], **EXACT)
-    torch.testing.assert_close(run.ema.gather_state_dict(), average, **EXACT)
+    same(run.training.evaluate(), live)
+    same(run.training.full_weights(), run.weights[-1])
+    same(run.ema.gather_state_dict(), average)
     run.train(1)
     with run.ema.average_parameters():
         assert not torch.equal(run.training.evaluate(), live)
@@ -111,21 +110,15 @@ def test_weights_come_back_after_an_exception(world: World):
 
 @every_world(not_compiled)
 def test_training_after_a_swap_is_bit_identical_to_training_without(world: World):
-    def train(swap: bool) -> tuple[Run, dict[str, Tensor]]:
-        run = start(world)
-        for i in range(4):
-            run.train_unrecorded()
-            if swap and i in (0, 2):
-                with run.ema.average_parameters():
-                    run.training.evaluate()
-        return run, run.ema.gather_state_dict()
-
-    (swapped, average), (bare, wanted) = train(True), train(False)
-    torch.testing.assert_close(average, wanted, **EXACT)
-    torch.testing.assert_close(
-        swapped.training.full_weights(), bare.training.full_weights(), **EXACT
-    )
-    torch.testing.assert_close(live_buffers(swapped.training), live_buffers(bare.training), **EXACT)
+    swapped, bare = start(world), start(world)
+    for i in range(4):
+        swapped.train_unrecorded()
+        bare.train_unrecorded()
+        if i in (0, 2):
+            swapped.averaged_logits()
+    same(swapped.ema.gather_state_dict(), bare.ema.gather_state_dict())
+    same(swapped.training.full_weights(), bare.training.full_weights())
+    same(live_buffers(swapped.training), live_buffers(bare.training))
 
 
 def gradients_or_refusal(training: Training, loss: Tensor) -> dict[str, Tensor] | None:
@@ -137,75 +130,56 @@ def gradients_or_refusal(training: Training, loss: Tensor) -> dict[str, Tensor] 
         assert "modified by an inplace operation" in str(error), error
         return None
     grads = {name: parameter.grad for name, parameter in training.parameters().items()}
-    return {
-        name: (grad.to_local() if isinstance(grad, DTensor) else grad).clone()
-        for name, grad in grads.items()
-        if grad is not None
-    }
+    return {name: local_part(grad).clone() for name, grad in grads.items() if grad is not None}
 
 
-def check_refused_or_equal(found: dict[str, Tensor] | None, wanted: dict[str, Tensor]) -> None:
-    if dist.is_initialized():
-        refused = [None] * num_ranks()
-        dist.all_gather_object(refused, found is None)
-        assert len(set(refused)) == 1, refused
-    if found is not None:
-        torch.testing.assert_close(found, wanted, **EXACT)
-
-
+@pytest.mark.parametrize("inside", [False, True])
 @every_world()
-def test_a_swap_between_forward_and_backward_is_an_error_or_harmless(world: World):
-    bare = start(world).train(1).training
-    wanted = gradients_or_refusal(bare, bare.loss(1))
+def test_a_swap_between_forward_and_backward_is_an_error_or_harmless(world: World, inside: bool):
+    """The forward pass runs before the block or inside, the backward pass after it."""
     run = start(world).train(1)
-    loss = run.training.loss(1)
-    with run.ema.average_parameters():
-        run.training.evaluate()
-    check_refused_or_equal(gradients_or_refusal(run.training, loss), wanted)
-
-
-@every_world()
-def test_a_backward_after_the_swap_of_a_forward_inside_is_an_error_or_right(world: World):
-    run = start(world).train(1)
-    with run.ema.average_parameters():
+    with run.ema.average_parameters() if inside else contextlib.nullcontext():
         wanted = gradients_or_refusal(run.training, run.training.loss(1))
     assert wanted is not None
     run = start(world).train(1)
+    loss = None if inside else run.training.loss(1)
     with run.ema.average_parameters():
-        loss = run.training.loss(1)
-    check_refused_or_equal(gradients_or_refusal(run.training, loss), wanted)
+        if inside:
+            loss = run.training.loss(1)
+        else:
+            run.training.evaluate()
+    grads = gradients_or_refusal(run.training, loss)
+    if dist.is_initialized():
+        refused = [None] * num_ranks()
+        dist.all_gather_object(refused, grads is None)
+        assert len(set(refused)) == 1, refused
+    if grads is not None:
+        same(grads, wanted)
 
 
 @every_world(not_compiled)
-def test_an_average_of_zeros_makes_a_model_of_zeros(world: World):
+def test_an_average_of_zeros_makes_a_model_of_zeros(world: World, tmp_path):
+    run = start(world, params="all").train(1)
+    zeros = {name: torch.zeros_like(weight) for name, weight in run.weights[0].items()}
     net = world.make_net()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.zero_()
-    training = world.train(net)
-    zeros = training.evaluate()
-    ema = make_ema(training, decay=1.0, params="all")
-    with torch.no_grad():
-        for parameter in training.parameters().values():
-            parameter.copy_(torch.full_like(parameter, 0.5))
-    ema.update()
-    assert not torch.equal(training.evaluate(), zeros)
-    with ema.average_parameters():
-        assert torch.equal(training.evaluate(), zeros)
-        for name, weight in training.full_weights().items():
-            assert not weight.any(), name
-    for name, weight in training.full_weights().items():
-        assert (weight == 0.5).all(), name
+    net.load_state_dict(zeros, strict=False)
+    Run(other := world.train(net), make_ema(other, params="all"), []).ema.save(tmp_path / "zeros")
+    run.ema.load(tmp_path / "zeros")
+    before = run.training.evaluate()
+    buffers = {n: b for n, b in live_buffers(run.training).items() if n != "mask"}
+    wanted = evaluate(world.plain_twin(state_of(zeros) | buffers))
+    same(run.averaged_logits(), wanted)
+    same(run.training.evaluate(), before)
+    assert not torch.equal(before, wanted)
 
 
 @a_few_worlds
 def test_a_swap_works_in_inference_mode(world: World):
     run = start(world).train(2)
-    with run.ema.average_parameters():
-        wanted = run.training.evaluate()
-    with torch.inference_mode(), run.ema.average_parameters():
-        torch.testing.assert_close(run.training.evaluate().clone(), wanted, **EXACT)
-    torch.testing.assert_close(run.training.full_weights(), run.weights[-1], **EXACT)
+    wanted = run.averaged_logits()
+    with torch.inference_mode():
+        same(run.averaged_logits().clone(), wanted)
+    same(run.training.full_weights(), run.weights[-1])
     run.train(1)
 
 
@@ -217,54 +191,47 @@ def test_averaged_buffers_are_shown_and_come_back(world: World, buffers: str):
     state = run.ema.gather_state_dict()
     with run.ema.average_parameters():
         shown = live_buffers(run.training)
-    torch.testing.assert_close(live_buffers(run.training), before, **EXACT)
+    same(live_buffers(run.training), before)
     assert torch.equal(shown["running"], before["running"]) == (buffers == "copy")
     if rank() == 0:
-        torch.testing.assert_close(shown["running"], state["running"], **EXACT)
+        same(shown["running"], state["running"])
 
 
 @a_few_worlds
-def test_nothing_reads_or_writes_the_average_inside(world: World, tmp_path):
+def test_nothing_reads_or_writes_an_average_of_the_model_inside(world: World, tmp_path):
     run = start(world).train(2)
-    ema = run.ema
-    refused = {
-        "update": ema.update,
-        "reset": ema.reset,
-        "drift": ema.drift,
-        "gather_state_dict": ema.gather_state_dict,
-        "gather_tensors": lambda: list(ema.gather_tensors()),
-        "copy_to": ema.copy_to,
-        "export": lambda: ema.export(tmp_path / "export"),
-        "average_parameters": lambda: ema.average_parameters().__enter__(),
-    }
-    before = ema.gather_state_dict(), ema.step, ema.num_updates
-    with ema.average_parameters():
-        shown = run.training.evaluate()
-        for name, call in refused.items():
-            with pytest.raises(RuntimeError, match="average_parameters"):
-                call()
-            assert torch.equal(run.training.evaluate(), shown), name
-    assert not (tmp_path / "export").exists()
-    after = ema.gather_state_dict(), ema.step, ema.num_updates
-    torch.testing.assert_close(after[0], before[0], **EXACT)
-    assert after[1:] == before[1:]
-    torch.testing.assert_close(run.training.full_weights(), run.weights[-1], **EXACT)
+    other = make_ema(run.training, decay=0.5)
+    averages = (run.ema, other)
 
+    def state() -> object:
+        return [(a.gather_state_dict(), a.step, a.num_updates) for a in averages]
 
-@a_few_worlds
-def test_each_of_several_averages_is_shown_by_its_name(world: World):
-    run = start(world, {"fast": 0.5, "slow": 0.99}).train(3)
-    with pytest.raises(ValueError, match="slow"):
-        run.ema.average_parameters().__enter__()
-    shown = {}
-    for name in ("fast", "slow", "fast"):
-        with run.ema.average_parameters(name):
-            shown[name] = run.training.full_weights()
-    for name, weights in shown.items():
-        state = from_rank_0(run.ema.gather_state_dict(name))
-        for fqn in TRAINABLE:
-            assert torch.equal(weights[fqn], state[fqn]), (name, fqn)
-    torch.testing.assert_close(run.training.full_weights(), run.weights[-1], **EXACT)
+    before = state()
+    path = tmp_path / "never"
+    with run.ema.average_parameters():
+        logits = run.training.evaluate()
+        for ema in averages:
+            for call in (
+                ema.update,
+                ema.reset,
+                ema.drift,
+                ema.copy_to,
+                ema.state_dict,
+                ema.gather_state_dict,
+                lambda ema=ema: list(ema.gather_tensors()),
+                lambda ema=ema: ema.average_parameters().__enter__(),
+                lambda ema=ema: ema.save(path),
+                lambda ema=ema: ema.load(path),
+                lambda ema=ema: ema.export(path),
+                lambda: ShardedEMA(run.training.net),
+            ):
+                with pytest.raises(RuntimeError, match=r"inside average_parameters\(\)"):
+                    call()
+        same(run.training.evaluate(), logits)
+    assert not path.exists()
+    same(state(), before)
+    same(run.training.full_weights(), run.weights[-1])
+    assert other.update()
 
 
 @every_world(not_compiled)
@@ -276,10 +243,11 @@ def test_copy_to_makes_the_average_the_live_weights(world: World):
     live = run.training.full_weights()
     for name in TRAINABLE:
         assert torch.equal(live[name], state[name].to(world.engine.weights_dtype)), name
-    found = run.training.evaluate()
-    torch.testing.assert_close(world.parallel_twin(state).evaluate(), found, **EXACT)
-    run.training.train_step(3)
-    assert not torch.equal(run.training.full_weights()["emb.weight"], live["emb.weight"])
+    assert run.ema.drift() == 0 or world.engine.weights_dtype != torch.float32
+    same(world.parallel_twin(state).evaluate(), run.training.evaluate())
+    run.train(1)
+    assert run.ema.drift() > 0
+    assert not torch.equal(run.weights[-1]["emb.weight"], live["emb.weight"])
 
 
 @a_few_worlds
@@ -288,38 +256,34 @@ def test_copy_to_fills_a_plain_module_on_every_rank(world: World):
     state = from_rank_0(run.ema.gather_state_dict())
     net = world.make_net(seed=1)
     run.ema.copy_to(net)
-    torch.testing.assert_close(dict(net.state_dict()), state, **EXACT)
+    same(dict(net.state_dict()), state)
     assert net.head.weight is net.emb.weight
-    torch.testing.assert_close(run.training.full_weights(), run.weights[-1], **EXACT)
-    other = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="weight"):
+    same(run.training.full_weights(), run.weights[-1])
+    other = world.make_net(seed=9, hidden=14)
+    before = {n: t.clone() for n, t in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"blocks\.0\."):
         run.ema.copy_to(other)
+    same(dict(other.state_dict()), before)
     run.ema.gather_state_dict()
 
 
-@worlds("ddp-2", "ddp-3", "hsdp", "fsdp2_tp", "tp")
-def test_whole_replicas_show_what_split_ones_show(world: World):
-    split, whole = (start(world, replicas=kind).train(2) for kind in ("split", "whole"))
-    with split.ema.average_parameters():
-        wanted = split.training.evaluate()
-    with whole.ema.average_parameters():
-        torch.testing.assert_close(whole.training.evaluate(), wanted, **EXACT)
-    torch.testing.assert_close(
-        whole.training.full_weights(), split.training.full_weights(), **EXACT
-    )
+@worlds("plain", "ddp-2", "ddp-3", "hsdp", "fsdp2_tp", "tp")
+def test_whole_replicas_give_and_show_what_split_ones_do(world: World):
+    split, whole = (start(world, replicas=kind).train(3) for kind in ("split", "whole"))
+    same(whole.ema.gather_state_dict(), split.ema.gather_state_dict())
+    same(whole.averaged_logits(), split.averaged_logits())
+    same(whole.training.full_weights(), split.training.full_weights())
 
 
 @worlds("ddp-2", "hsdp", "tp")
 def test_replicas_that_differ_are_refused_at_every_swap_before_anything_is_written(world: World):
     run = start(world).train(1)
-    with run.ema.average_parameters():
-        pass
-    weight = run.training.parameters()["emb.weight"].detach()
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    run.averaged_logits()
+    local = local_part(run.training.parameters()["emb.weight"].detach())
     if rank() == 1:
         local.view(-1)[[0, 1]] = local.view(-1)[[1, 0]]  # which a plain sum would not show
+    before = local.clone()
     for _ in range(2):
-        before = local.clone()
         with pytest.raises(RuntimeError, match="replicas='whole'") as error:
             with run.ema.average_parameters():
                 raise AssertionError("the block was entered")
@@ -342,40 +306,27 @@ def test_replicas_that_differ_are_refused_when_the_average_is_built():
 @worlds("ddp-2", "hsdp", "tp")
 def test_replicas_that_differ_stay_apart_when_kept_whole(world: World):
     run = start(world, replicas="whole")
-    with torch.no_grad():
-        for parameter in run.training.parameters().values():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            local.mul_(1 + rank() * 1e-3)
+    held = [local_part(p.detach()) for p in run.training.parameters().values()]
+    for tensor in held:
+        tensor.mul_(1 + rank() * 1e-3)
+    before = [tensor.clone() for tensor in held]
+    run.averaged_logits()
+    same(held, before)
 
-    def held() -> dict[str, Tensor]:
-        found = run.training.parameters().items()
-        return {n: (p.to_local() if isinstance(p, DTensor) else p).clone() for n, p in found}
 
-    before = held()
-    with run.ema.average_parameters():
-        run.training.evaluate()
-    torch.testing.assert_close(held(), before, **EXACT)
+def local_part(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @pytest.mark.ranks(0)
 @pytest.mark.parametrize("going", ["in", "out"])
 def test_ctrl_c_leaves_weights_and_average_as_they_were(going: str):
     """Wherever it comes: before each copy that a swap makes."""
-
-    def parts() -> list[Tensor]:
-        held: list[Tensor] = [*model.parameters(), *model.buffers(), *ema._values(None)]
-        return [t.detach().clone() for t in held]
-
-    model = torch.nn.Sequential(
-        torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 700).bfloat16()
-    )
+    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Linear(3, 700).bfloat16())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # bf16 without a master
-        ema = ShardedEMA(model, 0.5, buffers="average")
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data.add_(1)
-    ema.update()
-    before = parts()
+        _, ema = small_average(model, buffers="average")
+    before = parts(model, ema)
     interrupted = 0
     for at in itertools.count():
         interrupts = Interrupts(at)
@@ -387,11 +338,16 @@ def test_ctrl_c_leaves_weights_and_average_as_they_were(going: str):
                 block.__exit__(None, None, None)
         except KeyboardInterrupt:
             interrupted += 1
-        ema._average.marks.refuse("a test")
-        torch.testing.assert_close(parts(), before, **EXACT)
+        same(parts(model, ema), before)  # which raises inside of a block
         if not interrupts.came:
             break
     assert interrupted > 15
+
+
+def parts(model: nn.Module, ema: ShardedEMA) -> list[Tensor]:
+    """Copies of the live tensors, then the average."""
+    live = [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+    return [*live, *ema.gather_state_dict().values()]
 
 
 class Interrupts(TorchFunctionMode):
@@ -410,13 +366,15 @@ class Interrupts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def small_average(**options: Any) -> tuple[nn.Sequential, ShardedEMA]:
+def small_average(
+    model: nn.Module | None = None, **options: Any
+) -> tuple[nn.Sequential, ShardedEMA]:
     """A model in one process whose average is not its weights."""
-    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)) if model is None else model
     ema = ShardedEMA(model, 0.5, **options)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.add_(1)
     ema.update()
     return model, ema
 
@@ -424,58 +382,38 @@ def small_average(**options: Any) -> tuple[nn.Sequential, ShardedEMA]:
 @a_few_worlds
 def test_one_autocast_around_a_swap_shows_each_side(world: World):
     run = start(world).train(2)
+    calls = (run.training.evaluate, run.averaged_logits, run.training.evaluate)
 
-    def outputs() -> tuple[Tensor, Tensor, Tensor]:
-        live = run.training.evaluate()
-        with run.ema.average_parameters():
-            shown = run.training.evaluate()
-        return live, shown, run.training.evaluate()
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16)
 
-    def each_alone() -> tuple[Tensor, Tensor, Tensor]:
-        def once() -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                return run.training.evaluate()
-
-        live = once()
-        with run.ema.average_parameters():
-            shown = once()
-        return live, shown, once()
-
-    wanted = each_alone()
+    wanted = []
+    for call in calls:
+        with autocast():
+            wanted.append(call())
     assert not torch.equal(wanted[0], wanted[1])
-    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
-        torch.testing.assert_close(outputs(), wanted, **EXACT)
+    with autocast(), torch.enable_grad():
+        same([call() for call in calls], wanted)
 
 
 @pytest.mark.ranks(0)
-def test_caches_are_dropped_by_every_call_that_writes_weights():
-    x = torch.randn(2, 5)
-    teacher = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
-    for model, ema, read in (
-        (*small_average(), None),
-        (*small_average(into=teacher), teacher),
-    ):
-        with torch.autocast("cpu", torch.bfloat16), nn.utils.parametrize.cached():
-            shown = read or model
-            before = shown(x)
-            if read is None:
-                ema.copy_to()
-            else:
-                ema.update()
-            after = shown(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(after, shown(x))
-        assert not torch.equal(after, before)
+@pytest.mark.parametrize("call", ["copy_to", "update"])
+def test_caches_are_dropped_by_every_call_that_writes_weights(call: str):
+    x, teacher = torch.randn(2, 5), nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    model, ema = small_average(**({"into": teacher} if call == "update" else {}))
+    written = teacher if call == "update" else model
+    with torch.autocast("cpu", torch.bfloat16), nn.utils.parametrize.cached():
+        before = written(x)
+        getattr(ema, call)()
+        after = written(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(after, written(x))
+    assert not torch.equal(after, before)
 
 
 @pytest.mark.ranks(0)
 def test_a_parametrization_that_is_cached_is_computed_again():
-    model = nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))
-    ema = ShardedEMA(model, 0.5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    ema.update()
+    model, ema = small_average(nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)))
     live = model.weight.clone()
     with nn.utils.parametrize.cached():
         assert torch.equal(model.weight, live)
@@ -489,29 +427,20 @@ def test_a_parametrization_that_is_cached_is_computed_again():
 def test_a_forward_that_fails_leaves_nothing_gathered(world: World, inside: bool):
     run = start(world).train(2)
     training = run.training
-    live = training.evaluate()
-    with run.ema.average_parameters():
-        shown = training.evaluate()
+    live, averaged = training.evaluate(), run.averaged_logits()
 
-    def fail() -> None:
-        def raises(*_: Any) -> None:
-            raise Interruption
+    def fail(*_: Any) -> None:
+        raise Interruption
 
-        handle = training.net.blocks[-1].l2.register_forward_pre_hook(raises)
-        try:
-            with pytest.raises(Interruption):
-                training.loss(3)
-        finally:
-            handle.remove()
-
-    if not inside:
-        fail()
-    with run.ema.average_parameters():
-        if inside:
-            fail()
-        else:
-            torch.testing.assert_close(training.evaluate(), shown, **EXACT)
-    torch.testing.assert_close(training.evaluate(), live, **EXACT)
+    hook = training.net.blocks[-1].l2.register_forward_pre_hook(fail)
+    with run.ema.average_parameters() if inside else contextlib.nullcontext():
+        with pytest.raises(Interruption):
+            training.loss(3)
+    hook.remove()
+    if inside:
+        same(training.evaluate(), live)
+    same(run.averaged_logits(), averaged)
+    same(training.evaluate(), live)
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -519,64 +448,26 @@ def test_a_forward_that_fails_leaves_nothing_gathered(world: World, inside: bool
 def test_an_unshard_that_nobody_waited_for_is_dropped(world: World, inside: bool):
     run = start(world).train(2)
     training = run.training
-    live = training.evaluate()
-    with run.ema.average_parameters():
-        shown = training.evaluate()
+    live, averaged = training.evaluate(), run.averaged_logits()
     if not inside:
         training.net.unshard(async_op=True)
     with run.ema.average_parameters():
-        torch.testing.assert_close(training.evaluate(), shown, **EXACT)
+        same(training.evaluate(), averaged)
         if inside:
             training.net.unshard(async_op=True)
-    torch.testing.assert_close(training.evaluate(), live, **EXACT)
+    same(training.evaluate(), live)
 
 
 @pytest.mark.ranks(0)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_of_the_engine_on_the_way_out_leaves_live_weights(error: type[BaseException]):
+def test_an_error_on_the_way_out_leaves_live_weights(error: type[BaseException]):
     model, ema = small_average()
-    live = [p.clone() for p in model.parameters()]
-    average = ema.gather_state_dict()
-
-    calls = itertools.count()
-
-    def fails() -> None:
-        if next(calls):  # on the way out
-            raise error("the engine")
-
-    ema._average.engine.release = fails  # type: ignore[method-assign]
-    with pytest.raises(error, match="the engine"):
+    before = parts(model, ema)
+    fails = mock.patch.object(torch.accelerator, "current_accelerator", side_effect=error("device"))
+    with pytest.raises(error, match="device"), contextlib.ExitStack() as stack:
         with ema.average_parameters():
-            pass
-    del ema._average.engine.release
-    torch.testing.assert_close(list(model.parameters()), live, **EXACT)
-    torch.testing.assert_close(ema.gather_state_dict(), average, **EXACT)
-
-
-@a_few_worlds
-def test_another_average_of_a_shown_model_refuses(world: World):
-    run = start(world).train(2)
-    net = run.training.net
-    other = make_ema(run.training, decay=0.5)
-    before = other.gather_state_dict()
-    with run.ema.average_parameters():
-        for call in (
-            other.update,
-            other.reset,
-            other.drift,
-            other.copy_to,
-            other.state_dict,
-            other.gather_state_dict,
-            lambda: other.average_parameters().__enter__(),
-            lambda: other.save("never"),
-            lambda: other.load("never"),
-            lambda: other.export("never"),
-            lambda: ShardedEMA(net),
-        ):
-            with pytest.raises(RuntimeError, match=r"inside average_parameters\(\)"):
-                call()
-    torch.testing.assert_close(other.gather_state_dict(), before, **EXACT)
-    assert other.update()
+            stack.enter_context(fails)
+    same(parts(model, ema), before)
 
 
 @pytest.mark.ranks(0)
@@ -607,7 +498,7 @@ def test_an_optimizer_step_inside_the_block_is_told_and_undone_in_the_weights(wo
         with run.ema.average_parameters():
             run.training.train_step(2)
     if not masters:
-        torch.testing.assert_close(run.training.full_weights(), live, **EXACT)
+        same(run.training.full_weights(), live)
 
 
 @pytest.mark.ranks(0)
@@ -616,13 +507,14 @@ def test_a_write_inside_the_block_is_told_by_name():
     emb = nn.Embedding(3, 5, max_norm=0.1)
     bounded = ShardedEMA(emb)
     live = [p.clone() for p in (*model.parameters(), emb.weight)]
-    with pytest.warns(UserWarning, match=r"written to inside average_parameters.*: 1\.bias\."):
+    text = r"written to inside average_parameters.*: {}\."
+    with pytest.warns(UserWarning, match=text.format(r"1\.bias")):
         with ema.average_parameters(), torch.no_grad():
             model[1].bias.add_(1)
-    with pytest.warns(UserWarning, match=r"written to inside average_parameters.*: weight\."):
+    with pytest.warns(UserWarning, match=text.format("weight")):
         with bounded.average_parameters():
             emb(torch.tensor([1]))
-    torch.testing.assert_close([*model.parameters(), emb.weight], live, **EXACT)
+    same([*model.parameters(), emb.weight], live)
 
 
 @every_world(not_compiled)
@@ -644,21 +536,16 @@ def test_frozen_constants_of_compiled_code_are_refused():
     with config.patch(freezing=True), pytest.raises(RuntimeError, match="freezing"):
         with ema.average_parameters():
             pass
-    torch.testing.assert_close(list(model.parameters()), live, **EXACT)
+    same(list(model.parameters()), live)
 
 
 @every_world(lambda world: world.name in ("ddp", "fsdp2", "hsdp"))
 def test_a_swap_that_is_cut_short_is_marked_until_values_are_loaded(world: World):
     run = start(world).train(2)
-    share = run.ema._average._publish
-
-    def lost(**_: object) -> None:
-        raise RuntimeError("a peer is gone")
-
-    with pytest.raises(RuntimeError, match="a peer is gone"):
+    lost = mock.patch.object(torch, "clear_autocast_cache", side_effect=RuntimeError("it is gone"))
+    with pytest.raises(RuntimeError, match="it is gone"), contextlib.ExitStack() as stack:
         with run.ema.average_parameters():
-            run.ema._average._publish = lost  # type: ignore[method-assign]
-    run.ema._average._publish = share  # type: ignore[method-assign]
+            stack.enter_context(lost)
     for call in (run.ema.update, run.ema.gather_state_dict, run.ema.copy_to):
         with pytest.raises(RuntimeError, match=r"way back .* failed"):
             call()
@@ -687,7 +574,7 @@ def test_a_process_group_that_was_destroyed_is_told():
     for call in (lambda: ema.average_parameters().__enter__(), ema.gather_state_dict, ema.copy_to):
         with pytest.raises(RuntimeError, match=r"process group .* has been destroyed"):
             call()
-    torch.testing.assert_close(list(model.parameters()), live, **EXACT)
+    same(list(model.parameters()), live)
 
 
 def test_a_peer_that_dies_inside_leaves_a_model_that_is_marked():
@@ -719,7 +606,7 @@ def _one_dies_inside(rank: int, port: int) -> None:
         with ema.average_parameters():
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-    torch.testing.assert_close(ema._values(None), average, **EXACT)
+    same(ema._values(None), average)
     for call in (ema.update, ema.state_dict):
         with pytest.raises(RuntimeError, match="Load the model's weights again"):
             call()
@@ -733,25 +620,22 @@ def _one_dies_inside(rank: int, port: int) -> None:
 @pytest.mark.ranks(0)
 def test_a_signal_at_any_line_of_a_swap_leaves_everything_as_it_was():
     model, ema = small_average()
-
-    def parts() -> list[Tensor]:
-        return [t.detach().clone() for t in (*model.parameters(), *ema._values(None))]
-
-    before = parts()
+    before = parts(model, ema)
     for at in itertools.count():
         lines = itertools.count()
-        raised = False
+        raised = interrupted = False
 
         def trace(frame: types.FrameType, event: str, _: object, /, at: int = at) -> Any:
             nonlocal raised
-            if not frame.f_code.co_filename.endswith(("/binding.py", "/swap.py", "/contextlib.py")):
+            if not frame.f_code.co_filename.endswith(("/average.py", "/swap.py", "/contextlib.py")):
                 return None
             if event == "line" and next(lines) == at:
                 raised = True
                 signal.raise_signal(signal.SIGINT)
             return trace
 
-        outer, interrupted = sys.gettrace(), False
+        outer = sys.gettrace()
+        gc.disable()  # an exception in a finalizer would be ignored
         sys.settrace(trace)
         try:
             with ema.average_parameters():
@@ -760,9 +644,10 @@ def test_a_signal_at_any_line_of_a_swap_leaves_everything_as_it_was():
             interrupted = True
         finally:
             sys.settrace(outer)
+            gc.enable()
         assert interrupted == raised
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        torch.testing.assert_close(parts(), before, **EXACT)
+        same(parts(model, ema), before)
         if not raised:
             break
     assert at > 200
@@ -794,7 +679,7 @@ def test_an_update_in_another_thread_never_meets_a_swap():
         finally:
             stop.set()
         assert future.result()
-    torch.testing.assert_close(list(model.parameters()), live, **EXACT)
+    same(list(model.parameters()), live)
     for _ in range(60):
         ema.update()
     assert ema.drift() < 1e-6

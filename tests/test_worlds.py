@@ -6,9 +6,8 @@ import torch
 import torch.distributed as dist
 
 from tests.net import FROZEN, PARAMETERS
+from tests.runs import same
 from tests.worlds import World, evaluate, every_world, state_of
-
-EXACT = {"rtol": 0, "atol": 0}
 
 
 @every_world()
@@ -17,7 +16,7 @@ def test_a_world_trains_and_its_full_weights_are_those_of_the_net(world: World):
     training = world.train()
     start = training.full_weights()
     assert tuple(start) == PARAMETERS
-    torch.testing.assert_close(start, expected, **EXACT)
+    same(start, expected)
 
     for i in range(2):
         training.train_step(i)
@@ -28,7 +27,7 @@ def test_a_world_trains_and_its_full_weights_are_those_of_the_net(world: World):
         everywhere = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, end)
         for there in everywhere:
-            torch.testing.assert_close(there, end, **EXACT)
+            same(there, end)
 
 
 @every_world()
@@ -42,6 +41,6 @@ def test_a_world_computes_what_its_twins_compute(world: World):
     state = {**state_of(training.full_weights()), **buffers}
     logits = training.evaluate()
     assert logits.dtype == world.compute_dtype
-    torch.testing.assert_close(world.parallel_twin(state).evaluate(), logits, **EXACT)
+    same(world.parallel_twin(state).evaluate(), logits)
     torch.testing.assert_close(evaluate(world.plain_twin(state)), logits, **world.forward_tolerance)
     assert not torch.equal(world.train(seed=1).evaluate(), logits)

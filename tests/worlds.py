@@ -12,7 +12,7 @@ To add an engine: subclass `Engine`, add rows to `WORLDS`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -389,7 +389,7 @@ WORLDS = [
 
 def every_world(where: Callable[[World], bool] = lambda world: True) -> pytest.MarkDecorator:
     """Run the body, which takes `world`, on every row of the table that `where` lets through."""
-    return _parametrize(lambda world, num_ranks: where(world))
+    return parametrized(WORLDS, lambda world, num_ranks: where(world))
 
 
 def not_compiled(world: World) -> bool:
@@ -402,15 +402,18 @@ def worlds(*names: str) -> pytest.MarkDecorator:
     known = {world.name for world in WORLDS} | {f"{w.name}-{n}" for w in WORLDS for n in w.ranks}
     if unknown := set(names) - known:
         raise ValueError(f"no such world: {sorted(unknown)}")
-    return _parametrize(
-        lambda world, num_ranks: world.name in names or f"{world.name}-{num_ranks}" in names
+    return parametrized(
+        WORLDS, lambda world, num_ranks: bool({world.name, f"{world.name}-{num_ranks}"} & {*names})
     )
 
 
-def _parametrize(chosen: Callable[[World, int], bool]) -> pytest.MarkDecorator:
+def parametrized(
+    table: Iterable[World], chosen: Callable[[World, int], bool] = lambda world, num_ranks: True
+) -> pytest.MarkDecorator:
+    """Run the body on rows of a table, on their numbers of ranks."""
     rows = [
         pytest.param(world, num_ranks, id=f"{world.name}-{num_ranks or 'alone'}")
-        for world in WORLDS
+        for world in table
         for num_ranks in world.ranks
         if chosen(world, num_ranks)
     ]

@@ -156,6 +156,7 @@ def masters_of_unfused(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict
 BF16 = {"bf16": {}, "compute_dtype": torch.bfloat16}
 # Another class of optimizer than for other stages and gradients.
 BF16_OPTIMIZER = {"config": {"data_types": {"grad_accum_dtype": "fp32"}}, **BF16}
+ROUND_ROBIN = {"round_robin_gradients": True}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 AUTOCAST = {
     "config": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
@@ -193,50 +194,31 @@ def persistence(threshold: int) -> dict[str, Any]:
     return {"stage3_param_persistence_threshold": threshold}
 
 
+def _row(name: str, *ranks: int, **engine: Any) -> World:
+    kind = AutocastWorld if "autocast" in name else World
+    return kind(name=name, ranks=ranks, engine=Zero(**engine))
+
+
 WORLDS = [
-    World(name="z0", ranks=(2,), engine=Zero()),
-    World(name="z0_bf16", ranks=(3,), engine=Zero(**BF16)),
-    World(name="z1", ranks=(3,), engine=Zero(stage=1)),
-    World(name="z1_bf16", ranks=(2,), engine=Zero(stage=1, **BF16)),
-    World(name="z1_bf16_optimizer", ranks=(2,), engine=Zero(stage=1, **BF16_OPTIMIZER)),
-    World(
-        name="z1_round_robin",
-        ranks=(4,),
-        engine=Zero(stage=1, zero={"round_robin_gradients": True}),
-    ),
-    World(
-        name="z1_aligned_bf16",
-        ranks=(3,),
-        engine=Zero(
-            stage=1, zero={"round_robin_gradients": True, "parameter_alignment": True}, **BF16
-        ),
-    ),
-    AutocastWorld(name="z1_autocast", ranks=(2,), engine=Zero(stage=1, **AUTOCAST)),
-    World(name="z2", ranks=(2, 4), engine=Zero(stage=2)),
-    World(name="z2_bf16", ranks=(3,), engine=Zero(stage=2, **BF16)),
-    World(name="z2_offload_bf16", ranks=(2,), engine=Zero(stage=2, zero=OFFLOAD, **BF16)),
-    World(name="z3", ranks=(2,), engine=Zero(stage=3)),
-    World(name="z3_on_three", ranks=(3,), engine=Zero(stage=3)),
-    World(name="z3_bf16", ranks=(4,), engine=Zero(stage=3, **BF16)),
-    World(name="z3_bf16_cut", ranks=(3,), engine=Zero(stage=3, zero=persistence(0), **BF16)),
-    World(
-        name="z3_sub_groups",
-        ranks=(2,),
-        engine=Zero(stage=3, zero={"sub_group_size": 20, **persistence(20)}, **BF16),
-    ),
-    World(name="z3_offload", ranks=(2,), engine=Zero(stage=3, zero=OFFLOAD)),
-    World(
-        name="z3_offload_all",
-        ranks=(2,),
-        engine=Zero(stage=3, zero={"offload_param": {"device": "cpu"}, **OFFLOAD}, **BF16),
-    ),
-    World(name="z3_init", ranks=(3,), engine=Zero(stage=3, zero_init=True, **BF16)),
-    World(
-        name="z3_hpz",
-        ranks=(4,),
-        engine=Zero(stage=3, zero={"zero_hpz_partition_size": 2, **persistence(0)}, **BF16),
-    ),
-    AutocastWorld(
-        name="z3_autocast", ranks=(2,), engine=Zero(stage=3, zero=persistence(0), **AUTOCAST)
-    ),
+    _row("z0", 2, stage=0),
+    _row("z0_bf16", 3, stage=0, **BF16),
+    _row("z1", 3, stage=1),
+    _row("z1_bf16", 2, stage=1, **BF16),
+    _row("z1_bf16_optimizer", 2, stage=1, **BF16_OPTIMIZER),
+    _row("z1_round_robin", 4, stage=1, zero=ROUND_ROBIN),
+    _row("z1_aligned_bf16", 3, stage=1, zero={"parameter_alignment": True} | ROUND_ROBIN, **BF16),
+    _row("z1_autocast", 2, stage=1, **AUTOCAST),
+    _row("z2", 2, 4, stage=2),
+    _row("z2_bf16", 3, stage=2, **BF16),
+    _row("z2_offload_bf16", 2, stage=2, zero=OFFLOAD, **BF16),
+    _row("z3", 2, stage=3),
+    _row("z3_on_three", 3, stage=3),
+    _row("z3_bf16", 4, stage=3, **BF16),
+    _row("z3_bf16_cut", 3, stage=3, zero=persistence(0), **BF16),
+    _row("z3_sub_groups", 2, stage=3, zero={"sub_group_size": 20} | persistence(20), **BF16),
+    _row("z3_offload", 2, stage=3, zero=OFFLOAD),
+    _row("z3_offload_all", 2, stage=3, zero={"offload_param": {"device": "cpu"}} | OFFLOAD, **BF16),
+    _row("z3_init", 3, stage=3, zero_init=True, **BF16),
+    _row("z3_hpz", 4, stage=3, zero={"zero_hpz_partition_size": 2} | persistence(0), **BF16),
+    _row("z3_autocast", 2, stage=3, zero=persistence(0), **AUTOCAST),
 ]
