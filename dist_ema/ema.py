@@ -701,20 +701,20 @@ class ShardedEMA:
     def _resume(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that was saved; from the start if it is empty."""
         own = self._state()
-        told = [
+        notes = [
             f"the average {name!r} was saved with {saved['schedule']}, and goes on with "
             f"{own['averages'][name]['schedule']}, as ShardedEMA was built"
             for name, saved in state.get("averages", {}).items()
             if name in self.names
             and not same_rule(saved["schedule"], own["averages"][name]["schedule"])
         ]
-        told += [
+        notes += [
             f"the average was saved with {label}={state[label]}, and goes on with "
             f"{label}={own[label]}, as ShardedEMA was built"
             for label in ("update_every", "start_step")
             if state.get(label, own[label]) != own[label]
         ]
-        for text in told:
+        for text in notes:
             warnings.warn(text, stacklevel=3)
         self._mixed = {
             name

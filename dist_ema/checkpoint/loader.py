@@ -114,7 +114,7 @@ def _load(
                 sources = _match(checkpoint, list(averages), tensors, others, strict, notes)
             except CheckpointError as error:
                 raise CheckpointError(f"{checkpoint.directory}: {error}") from None
-            used = {id(a): a for found in sources.values() for a, _ in found.values()}
+            used = {id(a): a for of_average in sources.values() for a, _ in of_average.values()}
             files = [(average, name) for average in used.values() for name in average.files]
             for average, name in files[group.rank :: group.size]:
                 checkpoint.check_file(average, name)

@@ -327,11 +327,11 @@ class Checkpoint:
         header = self.files.read_bytes(path, 0, min(saved.header_bytes, MAX_HEADER_BYTES))
         try:
             entries = json.loads(header[8:])
-            found = json.loads(entries.pop("__metadata__")["DCP_SHARDING_INFO"])
+            offsets_there = json.loads(entries.pop("__metadata__")["DCP_SHARDING_INFO"])
         except (LookupError, TypeError, ValueError, RecursionError, AttributeError):
-            entries = found = None
+            entries = offsets_there = None
         length = int.from_bytes(header[:8], "little") + 8
-        if (length, entries, found) != (saved.header_bytes, expected, offsets):
+        if (length, entries, offsets_there) != (saved.header_bytes, expected, offsets):
             raise CheckpointError(f"{self.directory / path}: the header differs from the manifest")
         return header
 

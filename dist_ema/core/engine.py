@@ -85,13 +85,13 @@ class Engine(ABC):
         """Where the model's modules register buffers. Local, without a walk over the tensors."""
         return [module._buffers for module in self._model.modules()]
 
-    def _list(self, found: Iterable[Registration]) -> list[Weight]:
+    def _list(self, registered: Iterable[Registration]) -> list[Weight]:
         """Each distinct tensor once, under its first name.
 
         One that cannot be cut has a `problem`, which matters only if it is averaged or read.
         """
         tied: dict[int, tuple[torch.Tensor, list[Registration]]] = {}
-        for registration in found:
+        for registration in registered:
             tensor = self._tensor(registration)
             tied.setdefault(id(tensor), (tensor, []))[1].append(registration)
         weights = []
@@ -228,8 +228,8 @@ def refuse_freezing() -> None:
 class Registered:
     """Tensors by where they are registered, and their addresses with no Python work for each."""
 
-    def __init__(self, found: Iterable[Registration]) -> None:
-        kept = [r for r in found if not is_wrapper(r.registry.get(r.name))]
+    def __init__(self, registered: Iterable[Registration]) -> None:
+        kept = [r for r in registered if not is_wrapper(r.registry.get(r.name))]
         self._registries = [r.registry for r in kept]
         self._names = [r.name for r in kept]
 

@@ -12,11 +12,11 @@ CHECKED = {"torch": "2.8 to 2.15", "deepspeed": "0.16.4 to 0.19.8"}  # private n
 
 def require(package: str) -> None:
     """Raise ImportError if the package is older than supported. Local."""
-    found, wanted = str(importlib.import_module(package).__version__), MINIMUM[package]
-    if _numbers(found) < _numbers(wanted):
+    installed, wanted = str(importlib.import_module(package).__version__), MINIMUM[package]
+    if _numbers(installed) < _numbers(wanted):
         raise ImportError(
             f"dist_ema needs {package} {wanted} or newer, and this environment has {package} "
-            f"{found}: upgrade it, with pip install '{package}>={wanted}' say"
+            f"{installed}: upgrade it, with pip install '{package}>={wanted}' say"
         )
 
 
@@ -29,10 +29,10 @@ def require_names(owner: object, names: str, package: str) -> None:
     """
     missing = [name for name in names.split() if not hasattr(owner, name)]
     if missing:
-        found = importlib.import_module(package).__version__
+        installed = importlib.import_module(package).__version__
         where = getattr(owner, "__name__", type(owner).__name__)
         raise RuntimeError(
-            f"dist_ema reads {', '.join(missing)} of {where}, which {package} {found} does not "
+            f"dist_ema reads {', '.join(missing)} of {where}, which {package} {installed} does not "
             f"have; install {package} {CHECKED[package]}, or a newer dist_ema"
         )
 

@@ -16,10 +16,10 @@ from dist_ema.core.storage import AverageStorage
 
 
 class Teacher:
-    """A module cut as the student is, so that each rank averages into what it holds. Local.
+    """A module that is sharded as the student is: each rank averages into its own shards. Local.
 
-    Shards that differ would be averaged into the wrong weights in silence, so every fragment of the
-    student must have its own of the same place.
+    Every fragment of the student must have one of the same tensor and box here: others would be
+    averaged into the wrong weights without an error.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Teacher:
     ) -> None:
         """
         Raises:
-            ValueError: the teacher is cut in another way; the weights are named.
+            ValueError: the teacher is sharded in another way; the weights are named.
         """
         if not isinstance(module, nn.Module):
             raise ValueError(f"into is a {type(module).__name__}, wanted a torch.nn.Module")
@@ -39,7 +39,7 @@ class Teacher:
         self._engine = select(module)
         if type(self._engine) is not type(student):
             raise ValueError(
-                f"into is cut by {type(self._engine).__name__}, the model by "
+                f"into is sharded by {type(self._engine).__name__}, the model by "
                 f"{type(student).__name__}; wrap both in the same way"
             )
         self._buffer_stamp: list[int] | None = None
@@ -50,7 +50,7 @@ class Teacher:
             for weight in plan.weights
             for fragment in weight.fragments
         ):
-            raise ValueError("into shares weights with the model; give a module of its own")
+            raise ValueError("into shares weights with the model; pass a separate module")
 
     def storage(self, plan: Plan) -> AverageStorage:
         """The average in the teacher's own storage, where gaps belong to other weights."""
@@ -82,14 +82,14 @@ class Teacher:
     def copy_buffers(self, student: Engine, averaged: frozenset[str]) -> None:
         """Copy buffers that are not averaged from the student, as they are registered now.
 
-        One that the teacher lacks, or has in another shape, becomes a copy of the student's.
+        A buffer that the teacher lacks, or has in another shape, is registered as a copy.
         """
         registries = (student.buffer_registries(), self._engine.buffer_registries())
         if self._buffer_stamp != _stamp_of(registries):
             self._pair_buffers(student, averaged)
             self._buffer_stamp = _stamp_of(registries)
-        for mine, theirs in self._buffer_pairs:
-            mine.copy_(theirs)
+        for target, source in self._buffer_pairs:
+            target.copy_(source)
 
     def _pair_buffers(self, student: Engine, averaged: frozenset[str]) -> None:
         self._adopt_buffers(student, averaged)
@@ -102,14 +102,14 @@ class Teacher:
         ]
 
     def _adopt_buffers(self, student: Engine, averaged: frozenset[str]) -> None:
-        """Register copies of the student's buffers that this module lacks, or has as others."""
+        """Register copies of buffers of the student that this module lacks, or has otherwise."""
         own = {name: w for w in self._engine.buffers() for name in (w.fqn, *w.aliases)}
         modules = dict(named_modules(self._module))
         for weight in student.buffers():
-            mine = own.get(weight.fqn)
+            buffer = own.get(weight.fqn)
             if weight.fqn in averaged or weight.problem:
                 continue
-            if mine is None or _kind(mine) != _kind(weight):
+            if buffer is None or _kind(buffer) != _kind(weight):
                 copied = weight.tensor.detach().clone()
                 for fqn in (weight.fqn, *weight.aliases):
                     owner, _, name = fqn.rpartition(".")
@@ -117,43 +117,41 @@ class Teacher:
                         modules[owner].register_buffer(name, copied, persistent=weight.persistent)
 
     def refresh(self) -> None:
-        """Let the teacher's next forward pass read what was averaged."""
+        """Let the next forward pass of the teacher read the new average."""
         self._engine.release()
         self._engine.publish()
 
     def _bind(self, plan: Plan) -> None:
-        theirs = {w.fqn: w for w in self._engine.weights()}
-        wrong = [
-            problem
-            for weight in plan.weights
-            if (problem := _difference(weight, theirs.get(weight.fqn))) is not None
-        ]
-        if wrong:
-            raise ValueError(f"into has another layout than the model: {'; '.join(wrong)}")
-        self._dtypes = {fqn: w.tensor.dtype for fqn, w in theirs.items()}
+        weights = {w.fqn: w for w in self._engine.weights()}
+        problems = [_difference(weight, weights.get(weight.fqn)) for weight in plan.weights]
+        if any(problems):
+            listed = "; ".join(filter(None, problems))
+            raise ValueError(f"into has another layout than the model: {listed}")
+        self._dtypes = {fqn: w.tensor.dtype for fqn, w in weights.items()}
         self._fragments: dict[FragmentMeta, Fragment] = {
-            f.meta: f for w in theirs.values() for f in w.fragments
+            f.meta: f for w in weights.values() for f in w.fragments
         }
         self._stamp = self._engine.stamp()
         self._buffer_stamp = None
 
 
 def _kind(buffer: Weight) -> object:
-    """What a teacher's buffer and the student's must have in common to be copied in place."""
+    """What the buffers of teacher and student must have in common to be copied in place."""
     dtype = buffer.tensor.dtype
-    kind = None if dtype.is_floating_point else dtype  # a teacher may have a precision of its own
+    kind = None if dtype.is_floating_point else dtype  # a teacher may have another precision
     return {buffer.fqn, *buffer.aliases}, buffer.shape, kind
 
 
-def _difference(mine: Weight, theirs: Weight | None) -> str | None:
-    if theirs is None:
-        return f"{mine.fqn} is missing"
-    if theirs.shape != mine.shape:
-        return f"{mine.fqn} has shape {theirs.shape}, the model's {mine.shape}"
-    if [f.meta for f in theirs.fragments] != [f.meta for f in mine.fragments]:
-        return f"{mine.fqn} is sharded in another way"
-    if any(not f.in_place for f in theirs.fragments):
-        return f"{mine.fqn} is a copy that its engine overwrites from a master"
+def _difference(student: Weight, teacher: Weight | None) -> str | None:
+    """Why a weight of the teacher cannot hold the average of a student's; None if it can."""
+    if teacher is None:
+        return f"{student.fqn} is missing"
+    if teacher.shape != student.shape:
+        return f"{student.fqn} has shape {teacher.shape}, the model's {student.shape}"
+    if [f.meta for f in teacher.fragments] != [f.meta for f in student.fragments]:
+        return f"{student.fqn} is sharded in another way"
+    if any(not f.in_place for f in teacher.fragments):
+        return f"{student.fqn} is a copy that its engine overwrites from a master"
     return None
 
 

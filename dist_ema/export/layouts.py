@@ -117,8 +117,8 @@ def layout_from_directory(directory: Path | None) -> ModelLayout:
     Raises:
         ValueError: a configuration is not a JSON mapping.
     """
-    found = (directory / name for name in _CONFIGS) if directory is not None else ()
-    configs = {path.name: read_config(path) for path in found if path.is_file()}
+    result = (directory / name for name in _CONFIGS) if directory is not None else ()
+    configs = {path.name: read_config(path) for path in result if path.is_file()}
     config = configs.get("config.json", {})
     if "_class_name" in config:
         library = "diffusers"
@@ -225,7 +225,7 @@ def unregistered_tensors(
         ValueError: a tensor may have been computed from an averaged weight. On every rank.
         RuntimeError: ranks hold different ones.
     """
-    found: dict[str, torch.Tensor] = {}
+    result: dict[str, torch.Tensor] = {}
     hashes: dict[str, str] = {}
     with group.together(call, hashes):  # compares what the block puts into `hashes`
         extra = differing_names(model)[0]
@@ -249,8 +249,8 @@ def unregistered_tensors(
             data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
             label = f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_64_hexdigest(data)}"
             hashes[f"state_dict()[{key!r}]"] = label
-            found[key] = tensor
-    return found
+            result[key] = tensor
+    return result
 
 
 def _library_layout(module: nn.Module, extra: Iterable[str]) -> ModelLayout:

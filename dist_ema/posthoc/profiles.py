@@ -76,8 +76,8 @@ def weights(profile: Profile, counts: Array) -> Array:
     with np.errstate(divide="ignore"):  # the first update: log 0, which is right
         lost = -np.expm1(exponent * np.log1p(-1 / counts))
     risen = np.exp(exponent * np.log(np.minimum(counts / n, 1.0)))
-    found: Array = np.where(counts <= n, risen * lost, 0.0)
-    return found
+    result: Array = np.where(counts <= n, risen * lost, 0.0)
+    return result
 
 
 def fit(stored: Sequence[Profile], wanted: Sequence[Profile], noise: float) -> list[Fit]:
