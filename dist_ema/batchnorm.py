@@ -1,4 +1,4 @@
-"""Batch-norm statistics of averaged weights, over the batches of every rank."""
+"""Batch-norm statistics of averaged weights, over the batches of all ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm  # the base that torch's own update_bn looks for
+from torch.nn.modules.batchnorm import _BatchNorm  # as in torch's own update_bn
 
 from dist_ema.core.group import Group
 from dist_ema.core.names import ddp_modules
@@ -24,23 +24,23 @@ def update_bn(
 ) -> None:
     """Recompute the running statistics of batch-norm layers with one pass over some batches.
 
-    What `torch.optim.swa_utils.update_bn` does, over all ranks: each rank passes its own batches
-    through the model, and every rank ends with the statistics of one process that saw them all (the
-    mean over batches). Averaged weights need it, since their activations are not those whose
-    statistics were kept in training. Inside `average_parameters()` it holds until the block ends.
+    Does what `torch.optim.swa_utils.update_bn` does, over all ranks: each rank passes its own
+    batches through the model, and every rank gets the statistics of one process with all batches
+    (the mean over batches). Averaged weights need this, since their activations differ from those
+    in training. Inside `average_parameters()`, the statistics are used until the block ends.
 
     Args:
-        loader: batches of this rank; of a tuple or list the first element is the input. Under FSDP
-            every rank needs as many, since each forward pass communicates.
+        loader: batches of this rank; the first element of a tuple or list is the input. Under FSDP
+            every rank needs as many batches, since each forward pass communicates.
         model: any module, wrapped or not.
-        device: where batches are moved to first; None: they stay.
+        device: to move batches to; None leaves them where they are.
         process_group: the ranks that share their statistics; the default group if None.
 
     Raises:
-        ValueError: no rank passed any batch. Statistics are as before.
+        ValueError: no rank passed any batch. The statistics are unchanged.
 
-    Collective: every rank calls it. Two numbers a channel are all-reduced at the end. Momenta and
-    training modes are restored, also on an exception; then the statistics are, too.
+    Collective: every rank calls it. One all-reduce of two numbers per channel. Momenta and training
+    modes are restored; after an exception, the statistics are too.
     """
     layers = [
         m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
@@ -66,10 +66,10 @@ def update_bn(
 
 @contextmanager
 def _cumulative(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
-    """Let layers average over batches from nothing, each rank for itself, in training mode."""
+    """Let layers average over the batches of this rank, in training mode."""
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]
-    # Before each forward DDP would send rank 0's statistics to all.
+    # Before each forward pass DDP would broadcast the statistics of rank 0.
     ddp = [(module, module.require_forward_param_sync) for module in ddp_modules(model)]
     try:
         model.train()
@@ -89,7 +89,7 @@ def _cumulative(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
 
 
 def _combine(layers: list[_BatchNorm], group: Group) -> None:
-    """Average the statistics of all ranks, weighted by the batches that each saw."""
+    """Average the statistics of all ranks, weighted by their numbers of batches."""
     rows = []
     for layer in layers:
         mean, variance, count = (x.double().view(-1) for x in _statistics(layer))
@@ -105,7 +105,7 @@ def _combine(layers: list[_BatchNorm], group: Group) -> None:
         means, variances, total, sums = sums.split(
             [channels, channels, 1, len(sums) - 2 * channels - 1]
         )
-        if not total:  # a layer that no forward pass used keeps its fresh statistics, as in torch
+        if not total:  # an unused layer keeps its reset statistics, as in torch
             continue
         running_mean.copy_(means / total)
         running_var.copy_(variances / total)

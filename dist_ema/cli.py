@@ -1,13 +1,13 @@
-"""Checkpoints looked at from the shell: no process group, no engine, no model.
+"""The command line: checkpoints without a process group, an engine or a model.
 
-    dist-ema inspect PATH [--json]      what a checkpoint holds
-    dist-ema verify PATH                read it all and compare every checksum
+    dist-ema inspect PATH [--json]      show what a checkpoint holds
+    dist-ema verify PATH                read all of it and compare every checksum
     dist-ema export PATH OUT [--dtype bf16] [--base DIR]
                                         a consolidated checkpoint, for from_pretrained
     dist-ema synthesize PATH... --out DIR (--gamma G | --sigma-rel S | --sweep FROM:TO:BY)
                                         averages of other widths, from those kept in a run
 
-Exit status: 0 if all is well, 1 if the checkpoint is not, 2 if the command makes no sense.
+Exit status: 0 for success, 1 if the checkpoint is damaged, 2 for invalid arguments.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = run(options)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # whoever reads the output has seen enough
+    except BrokenPipeError:  # the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (CheckpointError, OSError) as error:
@@ -104,20 +104,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _inspect(options: argparse.Namespace) -> int:
     with Checkpoint(options.path) as checkpoint:
-        told = _summary(checkpoint)
+        summary = _summary(checkpoint)
     if options.json:
-        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        sys.stdout.write(json.dumps(summary, indent=2) + "\n")
         return 0
-    written = told["written"]
-    _say(f"{told['path']}: {_size(told['nbytes'])} in {told['num_files']} files")
+    written = summary["written"]
+    _say(f"{summary['path']}: {_size(summary['nbytes'])} in {summary['num_files']} files")
     if written:
         _say(
             f"written by {written.get('world_size')} ranks, {written.get('time')}, "
             f"dist_ema {written.get('dist_ema')}, torch {written.get('torch')}"
         )
-    if told["state"]:
-        _say(f"step {told['state']['step']}, {told['state']['num_updates']} updates")
-    for name, average in told["averages"].items():
+    if state := summary["state"]:
+        _say(f"step {state['step']}, {state['num_updates']} updates")
+    for name, average in summary["averages"].items():
         _say("")
         _say(
             f"average {name or '(without a name)'}: {len(average['tensors'])} tensors, "
@@ -142,17 +142,17 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
-    about = checkpoint.manifest
-    states = about.state.get("averages", {})
-    averages = about.averages
+    manifest = checkpoint.manifest
+    states = manifest.state.get("averages", {})
+    averages = manifest.averages
     return {
         "path": str(checkpoint.directory),
-        "id": about.id,
-        "checksum": about.algorithm,
+        "id": manifest.id,
+        "checksum": manifest.algorithm,
         "nbytes": sum(f.nbytes for a in averages.values() for f in a.files.values()),
         "num_files": sum(len(a.files) for a in averages.values()),
-        "written": dict(about.written),
-        "state": dict(about.state),
+        "written": dict(manifest.written),
+        "state": dict(manifest.state),
         "averages": {n: states.get(n, {}) | _average_summary(a) for n, a in averages.items()},
     }
 
@@ -182,7 +182,7 @@ def _schedule(schedule: Mapping[str, Any]) -> str:
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Columns as wide as they must be; the first two left, numbers right."""
+    """Aligned columns: the first three to the left, numbers to the right."""
     printable = [head, *(tuple(map(_printable, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*printable, strict=True)]
     for row in printable:
@@ -198,13 +198,16 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     with Checkpoint(options.path) as checkpoint:
-        about = checkpoint.manifest
-        if not about.algorithm:
+        manifest = checkpoint.manifest
+        if not manifest.algorithm:
             raise CheckpointError(
                 f"{options.path}: has no manifest.json, so there are no checksums to compare"
             )
         boxes = [
-            saved for a in about.averages.values() for t in a.tensors.values() for saved in t.boxes
+            saved
+            for a in manifest.averages.values()
+            for t in a.tensors.values()
+            for saved in t.boxes
         ]
         nbytes = sum(saved.nbytes for saved in boxes)
         with _progress(nbytes) as advance:
@@ -214,7 +217,7 @@ def _verify(options: argparse.Namespace) -> int:
     if problems:
         _say(f"{checkpoint.directory}: damaged, {len(problems)} problems")
         return 1
-    _say(f"{checkpoint.directory}: good; {len(boxes)} boxes, {_size(nbytes)}, {about.algorithm}")
+    _say(f"{checkpoint.directory}: good; {len(boxes)} boxes, {_size(nbytes)}, {manifest.algorithm}")
     return 0
 
 
@@ -222,10 +225,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from dist_ema.export import offline  # here, for it takes torch
+    from dist_ema.export import offline  # imports torch
 
     try:
-        told = offline.export(
+        result = offline.export(
             options.path,
             options.out,
             name=options.name,
@@ -239,8 +242,8 @@ def _export(options: argparse.Namespace) -> int:
         sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
         return 2
     _say(
-        f"{options.out}: {_size(told['nbytes'])} in the layout of {told['library']}, "
-        f"{', '.join(told['files'])}"
+        f"{options.out}: {_size(result['nbytes'])} in the layout of {result['library']}, "
+        f"{', '.join(result['files'])}"
     )
     return 0
 
@@ -249,37 +252,37 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _synthesize(options: argparse.Namespace) -> int:
-    from dist_ema.posthoc import synthesize as posthoc  # here, for it takes torch
+    from dist_ema.posthoc import synthesize as posthoc  # imports torch
 
     try:
         wanted = posthoc.parse_widths(options.out, options.gamma, options.sigma_rel, options.sweep)
-        made = posthoc.sweep(options.paths, wanted, step=options.step, progress=_progress)
+        results = posthoc.sweep(options.paths, wanted, step=options.step, progress=_progress)
     except ValueError as error:
         sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
         return 2
-    for one in made:
-        _say(str(one))
-        if one.problem:
-            sys.stderr.write(f"dist-ema: {_printable(one.problem)}\n")
+    for result in results:
+        _say(str(result))
+        if result.problem:
+            sys.stderr.write(f"dist-ema: {_printable(result.problem)}\n")
     return 0
 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal: tqdm's where it is installed, else a percentage."""
+    """A progress bar of tqdm on a terminal, or a percentage where tqdm is not installed."""
     if not sys.stderr.isatty():
         yield lambda nbytes: None
         return
     try:
         tqdm = importlib.import_module("tqdm").tqdm
     except ImportError:
-        done, shown = 0, 0.0
+        done, printed = 0, 0.0
 
         def advance(nbytes: int) -> None:
-            nonlocal done, shown
+            nonlocal done, printed
             done += nbytes
-            if time.monotonic() - shown > _PROGRESS_EVERY_S:
-                shown = time.monotonic()
+            if time.monotonic() - printed > _PROGRESS_EVERY_S:
+                printed = time.monotonic()
                 sys.stderr.write(f"\r{done * 100 // max(total, 1)} %")
                 sys.stderr.flush()
 
@@ -295,7 +298,7 @@ def _say(text: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """The text without what a terminal would obey: names come from a file."""
+    """The text without control characters: names come from a file."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Never, NoReturn
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import nn
 
 from dist_ema.checkpoint import dcp
@@ -28,26 +27,19 @@ from dist_ema.core.gather import Gatherer, one_by_one, whole_tensors, write_into
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Fragment, TensorMeta
 from dist_ema.core.lerp import MultiAvgFn, squared_norms
-from dist_ema.core.names import registrations, unwrap
-from dist_ema.core.safetensors import dtype_name
+from dist_ema.core.names import registrations
 from dist_ema.engines import select
-from dist_ema.export.layouts import (
-    card_of,
-    differing_names,
-    refuse_differing_names,
-    tensors_beside,
-)
+from dist_ema.export.layouts import model_state, unregistered_tensors
 from dist_ema.export.live import export
 from dist_ema.hints import (
     PICKLES,
     no_attribute,
     no_call,
-    no_keyword,
     no_module,
     no_name,
     no_safetensors,
 )
-from dist_ema.options import DEFAULT_NAME, Options, schedules_of
+from dist_ema.options import DEFAULT_NAME, EMAOptions
 from dist_ema.schedule import Constant, HalfLife, Schedule, decay_at, highest, same_rule
 
 _LOG = logging.getLogger(__name__)
@@ -56,48 +48,47 @@ _LOG = logging.getLogger(__name__)
 class ShardedEMA:
     """An average of a model's weights, kept only for the bytes that this rank owns.
 
-    Build it when the model is as it will be trained: after `fully_shard`, DDP or
+    Build it when the model is ready for training: after `fully_shard`, DDP or
     `accelerator.prepare`, with what they return. The average starts as a copy of the live weights;
     each update with decay d makes it `d * average + (1 - d) * live`. Collective: every rank calls
-    the constructor; two small exchanges find out which ranks hold equal weights.
+    the constructor. Two small exchanges tell which ranks hold equal weights.
 
     Args:
-        model: a plain module (also in one process), DDP, FSDP2, HSDP or tensor-parallel module,
-            compiled or not, or what accelerate returned for one of these.
-        decay: part of the average that is kept per optimizer step, in [0, 1]; or a schedule
-            (t, delta) -> decay; or a mapping of names to either, for several averages that are kept
-            in one pass over the live weights.
-        multi_avg_fn: in place of a decay, a function in the convention of torch's `AveragedModel`,
+        model: a plain module (also in one process), a DDP, FSDP, HSDP or tensor-parallel module,
+            compiled or not, a `DeepSpeedEngine`, or what accelerate returned for one of these.
+        decay: share of the average that is kept per optimizer step, in [0, 1]; or a schedule
+            (t, delta) -> decay; or a mapping of names to either, for several averages that are
+            updated in one pass over the live weights.
+        multi_avg_fn: replaces the decay: a function in the convention of torch's `AveragedModel`,
             (averaged tensors, live tensors, updates before). The first update copies. It must be
-            elementwise: it sees 1-D pieces of weights, in lists of one dtype, several times an
+            elementwise: it gets 1-D pieces of weights, in lists of one dtype, several times per
             update.
         update_every: apply every k-th call, with the decay of k steps at once.
-        start_step: the first calls that copy the weights. 1 makes the first update copy.
-        params: "trainable", "all", or a predicate (fqn, parameter) -> bool. What is not averaged
-            costs nothing, and is read live when gathering.
-        buffers: "copy" uses live buffers; "average" averages the persistent floating-point ones
-            too; a predicate (fqn, buffer) -> bool averages those that it chooses, and copies the
+        start_step: number of initial calls that copy the weights instead of averaging them.
+        params: "trainable", "all", or a predicate (fqn, parameter) -> bool. Parameters that are
+            not averaged cost nothing, and are read live when gathering.
+        buffers: "copy" uses live buffers; "average" averages persistent floating-point buffers
+            too; a predicate (fqn, buffer) -> bool averages those that it selects and copies the
             rest (an expert bias yes, the vectors of spectral norm no).
-        replicas: "split" lets ranks that hold equal weights average a slice each; "whole" keeps
-            all that a rank holds.
-        dtype: of the average. The live weights' own is no good if it is narrower than fp32: at a
-            decay of 0.9999 a bf16 average stops moving.
-        device: "cpu" offloads the average to (pinned) host memory, and each update lets chunks of
-            it come to the accelerator and go back, behind the forward pass that follows; None keeps
-            it beside the weights.
-        overlap: run updates on a side stream behind the forward pass that follows. The next step of
-            any `torch.optim` optimizer waits for it, and so does whatever reads the average; what
-            writes to the weights otherwise must not be called between `update()` and that. Of no
-            effect without an accelerator.
-        into: a second module, cut as the model is (beside a DDP model, a plain one), whose weights
-            become the average (a teacher,
-            as in DINO, BYOL, mean teacher). It starts as a copy of the model and is ready for a
-            forward pass after each update. Its own dtype counts; replicas keep it whole.
+        replicas: "split": ranks that hold equal weights average a slice each; "whole": each rank
+            averages all that it holds.
+        dtype: of the average. At a decay of 0.9999 a bf16 average stops moving.
+        device: "cpu" offloads the average to (pinned) host memory; each update copies chunks of it
+            to the accelerator and back, behind the forward pass that follows. None keeps it beside
+            the weights.
+        overlap: run updates on a side stream, behind the forward pass that follows. The next step
+            of any `torch.optim` optimizer waits for it, and so does everything that reads the
+            average; nothing else may write to the weights in between. No effect without an
+            accelerator.
+        into: a second module, sharded as the model is (for a DDP model, a plain one), whose weights
+            become the average: a teacher, as in DINO, BYOL, mean teacher. It starts as a copy of
+            the model, and is ready for a forward pass after each update. Its own dtype is used;
+            replicas keep it whole.
         process_group: the ranks that together hold the model; the default group if None.
 
     Raises:
         ValueError: an argument is out of range, or nothing is averaged. On every rank.
-        TypeError: `model` is no module. On every rank.
+        TypeError: `model` is not a module. On every rank.
     """
 
     def __init__(
@@ -119,37 +110,52 @@ class ShardedEMA:
         **unknown: Never,
     ) -> None:
         self._group = Group(process_group)
-        with self._group.together("ShardedEMA()"):
-            if unknown:
-                raise no_keyword(unknown)
+        arguments: dict[str, str] = {}  # compared between ranks when the block ends
+        with self._group.together("ShardedEMA()", arguments):
+            self._options = EMAOptions.of(
+                decay=decay,
+                multi_avg_fn=multi_avg_fn,
+                update_every=update_every,
+                start_step=start_step,
+                params=params,
+                buffers=buffers,
+                replicas=replicas,
+                dtype=dtype,
+                device=device,
+                overlap=overlap,
+                into=into,
+                process_group=process_group,
+                **unknown,
+            )
             if not isinstance(model, nn.Module):
                 raise no_module(model)
-            self._options = Options(
-                schedules_of(decay),
-                multi_avg_fn,
-                update_every,
-                start_step,
-                params,
-                buffers,
-                replicas,
-                dtype,
-                None if device is None else torch.device(device),
-                overlap,
-                into is not None,
-            )
-        self._options.agree(self._group)
+            arguments.update(self._options.arguments())
         self._average = Average(model, self._options, into, self._group, select)
         self._step = self._num_updates = 0
         self._num_resets = 0  # since the build or a load: ranks must agree
         self._decays: list[float] | None = None
         self._applied_steps = self._average.engine.applied_steps()
-        # Whether an optimizer step has just happened; the glue to a framework sets it where the
-        # framework knows and the engine does not. Local and cheap: every update() asks.
-        self._gate: Callable[[], bool] | None = None
+        # Returns whether an optimizer step has just happened, where the engine does not know. Local
+        # and cheap: every update() calls it. Set by dist_ema.integrations.
+        self.gate: Callable[[], bool] | None = None
         self._saves = BackgroundSaves()
         self._mixed: set[str] = set()  # averages that not their schedule alone has made
         self._warn_of_low_precision(dtype)
         self._warn_of_standstill(dtype)
+
+    # Used by dist_ema.integrations.
+
+    @property
+    def group(self) -> Group:
+        """The ranks that together hold the model. Used by `dist_ema.integrations`."""
+        return self._group
+
+    def refuse_non_finite(self) -> None:
+        """Raise a `CheckpointError` that names tensors with NaN or Inf. Used by integrations.
+
+        Collective: every rank calls it. An all-reduce of one integer.
+        """
+        refuse_non_finite(non_finite_names(self._fragments()), self._group)
 
     # What the average is at.
 
@@ -247,7 +253,7 @@ class ShardedEMA:
             if self._applied_steps is not None and applied_steps <= self._applied_steps:
                 self._applied_steps = applied_steps  # fewer: the engine has gone back
                 return False
-        elif self._gate is not None and not self._gate():
+        elif self.gate is not None and not self.gate():
             return False
         now = self._step + 1 if step is None else operator.index(step)
         applies = self._fold(now - self._options.start_step)
@@ -382,14 +388,14 @@ class ShardedEMA:
         Collective: every rank calls it. Each byte is sent to rank 0 once, in bounded buckets.
         """
         state: dict[str, torch.Tensor] = {}
-        beside = self._beside("gather_state_dict()")
         gatherer, values = self._gathered("gather_state_dict()", name, dtype)
+        unregistered = self._unregistered("gather_state_dict()")
         for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
             for fqn in (entry.fqn, *entry.aliases):
                 state[fqn] = tensor
         if self._group.rank != 0:
             return {}
-        state |= beside
+        state |= unregistered
         order = {
             registration.fqn: i for i, registration in enumerate(registrations(self._average.model))
         }
@@ -402,8 +408,8 @@ class ShardedEMA:
 
         Collective: every rank calls it and exhausts the iterator, which is empty off rank 0.
         """
-        beside = self._beside("gather_tensors()")
         gatherer, values = self._gathered("gather_tensors()", name, dtype)
+        unregistered = self._unregistered("gather_tensors()")
         num_updates = self._num_updates
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -417,7 +423,7 @@ class ShardedEMA:
                 for fqn in (entry.fqn, *entry.aliases):
                     yield fqn, tensor
             if self._group.rank == 0:
-                yield from beside.items()
+                yield from unregistered.items()
 
         return tensors()
 
@@ -481,11 +487,9 @@ class ShardedEMA:
             weights_name=weights_name,
             method=method,
         )
-        with self._group.together():
-            differing = differing_names(self._average.model)
         export(
             Path(path),
-            lambda: self._card(*differing),
+            self._average.model,
             gatherer,
             values,
             self._group,
@@ -528,7 +532,7 @@ class ShardedEMA:
         """
         self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
         state = self._state()
-        model = self._model()
+        model = model_state(self._average.model, self._average.others(), self._group.rank)
         if self._group.rank == 0:  # which writes the manifest
             state["model"] = model
         return save(
@@ -659,13 +663,6 @@ class ShardedEMA:
                 raise ValueError(f"timeout is {timeout!r}, wanted a positive number of seconds")
             self._average.follow()
 
-    def refuse_non_finite(self) -> None:
-        """Raise CheckpointError on every rank if an average holds NaN or Inf. Collective.
-
-        For integrations, which write the averages themselves.
-        """
-        refuse_non_finite(non_finite_names(self._fragments()), self._group)
-
     def _fragments(self) -> dict[str, list[Fragment]]:
         """What this rank holds of each average."""
         fragments = self._average.plan.fragments
@@ -779,56 +776,9 @@ class ShardedEMA:
         gatherer = self._average.gatherer(values)
         return gatherer, [*values, *(fragment.view for fragment in gatherer.rest)]
 
-    def _beside(self, call: str) -> dict[str, torch.Tensor]:
-        """What `state_dict()` has and no module holds, on the CPU. Collective: every rank calls it.
-
-        Raises:
-            ValueError: one of them may depend on averaged weights.
-            RuntimeError: ranks have different ones.
-        """
-        found: dict[str, torch.Tensor] = {}
-        problem: Exception | None = None
-        try:
-            self._average.marks.refuse(call)
-            module = unwrap(self._average.model)
-            extra = differing_names(self._average.model)[0]
-            found = tensors_beside(module, extra, self._average.plan.averaged)
-        except Exception as error:
-            problem = error
-        found = {fqn: tensor.to("cpu", copy=True) for fqn, tensor in found.items()}
-        values = {f"state_dict()[{fqn!r}]": _hash_of(tensor) for fqn, tensor in found.items()}
-        with self._group.together(call, values):
-            if problem is not None:
-                raise problem
-        return found
-
-    def _card(self, extra: Mapping[str, Any], missing: Sequence[str]) -> dict[str, Any]:
-        """The layout of the model's library, if names of `state_dict()` differ as told. Local."""
-        card = card_of(unwrap(self._average.model), extra)
-        refuse_differing_names(card, extra, missing)
-        return card
-
-    def _model(self) -> dict[str, Any]:
-        """What an export from a checkpoint must know of the model, as JSON; {} off rank 0."""
-        try:
-            differing = differing_names(self._average.model)
-            if self._group.rank != 0:
-                return {}
-            return {"card": self._card(*differing), "others": self._others()}
-        except Exception as problem:  # of a library: no reason not to save
-            return {"problem": f"{type(problem).__name__}: {problem}"}
-
-    def _others(self) -> dict[str, Any]:
-        """What the state dict has beside the average, as JSON."""
-        return {
-            w.fqn: {
-                "shape": list(w.shape),
-                "dtype": dtype_name(w.tensor.dtype) or str(w.tensor.dtype),
-                "aliases": list(w.aliases),
-            }
-            for w in self._average.others()
-            if w.persistent
-        }
+    def _unregistered(self, call: str) -> dict[str, torch.Tensor]:
+        average = self._average
+        return unregistered_tensors(call, average.model, average.plan.averaged, self._group)
 
     def _values(self, name: str | None) -> list[torch.Tensor]:
         """One average, a tensor for each of the plan's pieces."""
@@ -878,12 +828,6 @@ class ShardedEMA:
                 "use mixed precision (MixedPrecisionPolicy, autocast) if that matters",
                 stacklevel=3,
             )
-
-
-def _hash_of(tensor: torch.Tensor) -> str:
-    """A hash of a CPU tensor's dtype, shape and bytes."""
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_64_hexdigest(data)}"
 
 
 def _diffusers_step(path: Path) -> int | None:

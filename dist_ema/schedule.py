@@ -1,4 +1,4 @@
-"""Decay rules in Python floats: how much of the average an update keeps. No tensors, no torch.
+"""Decay schedules: which share of the average an update keeps. Python floats, no torch.
 
 [Note: t and delta]
 A schedule is a callable `(t, delta) -> decay` with 1 <= delta <= t: the decay that carries the
@@ -12,9 +12,9 @@ of other libraries at their k-th update, each with `update_every=1`:
 
 [Note: composition]
 `Constant`, `HalfLife`, `PowerFunction` and `EqualWeight` compose: the decay over a + b steps is
-the product of the decay over the first a and the decay over the last b, so `update_every` changes
-which weights are seen and nothing else. `Warmup` and `Cosine` raise the decay at t to delta, as if
-it had held since t - delta: while they rise, that is a little more than the product.
+the product of the decays over the first a and the last b steps, so `update_every` only changes
+which weights are averaged. `Warmup` and `Cosine` use the decay at t to the power delta, which is
+slightly more than the product while they rise.
 """
 
 import functools
@@ -23,9 +23,10 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from numbers import Real
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, TypeAlias
 
 Schedule: TypeAlias = Callable[[int, int], float]
@@ -69,13 +70,13 @@ class HalfLife:
 
 @dataclass(frozen=True, slots=True)
 class Warmup:
-    """A decay that rises towards `decay`, so that the first weights are soon forgotten.
+    """A decay that rises towards `decay`, so that the first weights are forgotten quickly.
 
         min(decay, (1 + t) / (10 + t)) ** delta                     without `inv_gamma`
         min(decay, 1 - (1 + t / inv_gamma) ** -power) ** delta      with it
 
     The first is TensorFlow's `ExponentialMovingAverage(num_updates)`, torch-ema's, and diffusers'
-    `EMAModel` as it comes; the second is diffusers' `use_ema_warmup`, ema-pytorch's `EMA` and
+    default; the second is diffusers' `use_ema_warmup`, ema-pytorch's `EMA` and
     timm's `ModelEmaV3(use_warmup)`, all with their lower bound on the decay left at 0.
     """
 
@@ -113,9 +114,9 @@ class PowerFunction:
 
         sigma_rel = (gamma + 1) ** 0.5 * (gamma + 2) ** -1 * (gamma + 3) ** -0.5
 
-    `sigma_rel` is at most 0.3002 (`EqualWeight` has 0.2887); where two exponents have the same,
-    the larger is meant, as in the paper's algorithm 2. The first decay, at t = delta, is 0: the
-    initial weights get no weight at all, and `start_step` is best left at 0.
+    `sigma_rel` is at most 0.3002 (`EqualWeight` has 0.2887); if two exponents have the same, the
+    larger is used, as in the paper's algorithm 2. The first decay, at t = delta, is 0: the initial
+    weights do not count, and `start_step` is best left at 0.
     """
 
     gamma: float  # above -1; 0 weighs all steps alike
@@ -174,7 +175,7 @@ class Cosine:
 
 
 def as_schedule(value: object) -> Schedule:
-    """Turn what a user gave as a decay into a schedule: a number is a `Constant`."""
+    """The schedule of a `decay` argument: a number is a `Constant`."""
     if isinstance(value, Real | str):  # a bool is a Real; Constant refuses it, and the str, by name
         return Constant(value)  # type: ignore[arg-type]
     wanted = "a decay is a number in [0, 1], a schedule, or a callable (t, delta) -> float"
@@ -185,7 +186,7 @@ def as_schedule(value: object) -> Schedule:
         raise TypeError(f"{wanted}, not {value!r}")
     try:
         signature = inspect.signature(value)
-    except (TypeError, ValueError):  # some builtins have none; what they return is checked later
+    except (TypeError, ValueError):  # some builtins have none; `decay_at` checks what they return
         return value
     try:
         signature.bind(1, 1)
@@ -195,29 +196,28 @@ def as_schedule(value: object) -> Schedule:
 
 
 def decay_at(schedule: Schedule, t: int, delta: int) -> float:
-    """Call the schedule and refuse anything but a number in [0, 1]: one NaN ruins an average."""
+    """The decay of a schedule; ValueError unless it is a number in [0, 1]."""
     decay: object = schedule(t, delta)
     if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= float(decay) <= 1:
-        shown = repr(schedule) if type(schedule) in _KINDS.values() else _name(schedule)
+        name = repr(schedule) if type(schedule) in _KINDS else _name(schedule)
         raise ValueError(
-            f"schedule {shown} gave {decay!r} at t={t}, delta={delta}; "
+            f"schedule {name} gave {decay!r} at t={t}, delta={delta}; "
             "a decay is a Python number in [0, 1]"
         )
     return float(decay)
 
 
 def to_json(schedule: Schedule) -> dict[str, Any]:
-    """Describe a schedule in JSON values. A custom callable is told by its name, never stored."""
-    kind = type(schedule).__name__
-    if _KINDS.get(kind) is not type(schedule):
+    """A schedule as JSON. A custom callable is described by its name, and not stored."""
+    if not isinstance(schedule, _KINDS) or type(schedule) not in _KINDS:
         return {"kind": "callable", "name": _name(schedule)}
-    return {"kind": kind} | {name: getattr(schedule, name) for name in _fields(type(schedule))}
+    return {"kind": type(schedule).__name__} | asdict(schedule)
 
 
 def same_rule(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Whether two schedules, as `to_json` describes them, are the same as far as is known.
+    """Whether two schedules in JSON are the same, as far as is known.
 
-    Of callables the `code_hash`, under "code", is compared too, if one version of Python made both.
+    For callables, the `code_hash` under "code" is compared if both are of one version of Python.
     """
     codes = [str(rule.get("code") or "") for rule in (saved, own)]
     versions = [code.partition(":")[0] for code in codes]
@@ -227,7 +227,7 @@ def same_rule(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
 
 
 def highest(schedule: Schedule, delta: int) -> float | None:
-    """The decay of an update that a schedule comes to and stays at; None where it has none."""
+    """The largest decay of a schedule that ends constant; None for others."""
     if isinstance(schedule, Constant | HalfLife):
         return schedule(delta, delta)
     if isinstance(schedule, Warmup):
@@ -236,7 +236,7 @@ def highest(schedule: Schedule, delta: int) -> float | None:
 
 
 def from_json(value: object) -> Schedule:
-    """Rebuild what `to_json` wrote; ValueError on anything else."""
+    """The schedule that `to_json` described; ValueError for anything else."""
     kind = value.get("kind") if isinstance(value, Mapping) else None
     if not isinstance(value, Mapping) or not isinstance(kind, str):
         raise ValueError(f"a saved schedule is a mapping with a 'kind', not {value!r}")
@@ -245,24 +245,18 @@ def from_json(value: object) -> Schedule:
             f"a custom schedule ({value.get('name')!r}) is not stored in a checkpoint; "
             "pass the callable again"
         )
-    if kind not in _KINDS:
-        raise ValueError(f"unknown schedule {kind!r}; this version knows {', '.join(_KINDS)}")
-    found, wanted = set(value) - {"kind"}, set(_fields(_KINDS[kind]))
-    if found != wanted:
-        raise ValueError(
-            f"saved {kind} has the fields {sorted(map(str, found))}, wanted {sorted(wanted)}"
-        )
-    schedule: Schedule = _KINDS[kind](**{name: value[name] for name in wanted})
+    kinds: dict[str, Any] = {cls.__name__: cls for cls in _KINDS}
+    if kind not in kinds:
+        raise ValueError(f"unknown schedule {kind!r}; this version knows {', '.join(kinds)}")
+    given = {str(key): field for key, field in value.items() if key != "kind"}
+    wanted = [field.name for field in fields(kinds[kind])]
+    if sorted(given) != sorted(wanted):
+        raise ValueError(f"saved {kind} has the fields {sorted(given)}, wanted {sorted(wanted)}")
+    schedule: Schedule = kinds[kind](**given)
     return schedule
 
 
-_KINDS: dict[str, type[Any]] = {
-    cls.__name__: cls for cls in (Constant, HalfLife, Warmup, PowerFunction, Cosine)
-}
-
-
-def _fields(cls: type[Any]) -> list[str]:
-    return [field.name for field in fields(cls)]
+_KINDS = (Constant, HalfLife, Warmup, PowerFunction, Cosine)
 
 
 def _name(value: object) -> str:
@@ -272,44 +266,38 @@ def _name(value: object) -> str:
 
 
 def code_hash(value: object) -> str:
-    """A hash of a callable's code and the plain values that it closes over or is given."""
-    told = repr(_told(value, 0)).encode()
-    version = f"{sys.implementation.cache_tag}"
-    return f"{version}:{hashlib.sha256(told).hexdigest()[:16]}"
+    """A hash of a callable's code and the plain values in its closure and arguments."""
+    described = repr(_describe(value, 0)).encode()
+    return f"{sys.implementation.cache_tag}:{hashlib.sha256(described).hexdigest()[:16]}"
 
 
-def _told(value: object, depth: int) -> object:
-    """What is compared of a callable: values whose repr is the same in every process."""
+def _describe(value: object, depth: int) -> object:
+    """What is hashed of a callable: values whose `repr` is the same in every process."""
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return repr(value)
     if depth > 8:
         return type(value).__qualname__
     if isinstance(value, tuple | list):
-        return [_told(item, depth + 1) for item in value]
+        return [_describe(item, depth + 1) for item in value]
     if isinstance(value, dict):
-        return [(repr(key), _told(item, depth + 1)) for key, item in value.items()]
+        return [(repr(key), _describe(item, depth + 1)) for key, item in value.items()]
     if isinstance(value, CodeType):
-        return [value.co_code.hex(), value.co_names, _told(value.co_consts, depth + 1)]
+        return [value.co_code.hex(), value.co_names, _describe(value.co_consts, depth + 1)]
     if isinstance(value, FunctionType):
-        closed = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        closed = []
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # an empty cell
+                closed.append(cell.cell_contents)
         parts = [value.__code__, value.__defaults__, value.__kwdefaults__, closed]
-        return [_told(part, depth + 1) for part in parts]
+        return [_describe(part, depth + 1) for part in parts]
     if isinstance(value, functools.partial):
-        return [_told(part, depth + 1) for part in (value.func, value.args, value.keywords)]
+        return [_describe(part, depth + 1) for part in (value.func, value.args, value.keywords)]
     if isinstance(value, MethodType):
-        return _told(value.__func__, depth + 1)
+        return _describe(value.__func__, depth + 1)
     call = vars(type(value)).get("__call__")
     if isinstance(call, FunctionType):
-        return [type(value).__qualname__, _told(call, depth + 1)]
+        return [type(value).__qualname__, _describe(call, depth + 1)]
     return type(value).__qualname__
-
-
-def _is_filled(cell: CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def _number(label: str, value: object) -> float:
@@ -317,12 +305,12 @@ def _number(label: str, value: object) -> float:
         raise ValueError(f"{label} must be a number, not {value!r}")
     try:
         return float(value)
-    except OverflowError:  # an int too large for a float; every range check refuses inf
+    except OverflowError:  # an int too large for a float; range checks refuse inf
         return math.inf
 
 
 def _store_fraction(schedule: object, name: str) -> None:
-    """Replace a field by its float, which must lie in [0, 1]."""
+    """Convert a field to a float, which must be in [0, 1]."""
     label = f"{type(schedule).__name__}: {name}"
     number = _number(label, getattr(schedule, name))
     if not 0 <= number <= 1:
@@ -331,7 +319,7 @@ def _store_fraction(schedule: object, name: str) -> None:
 
 
 def _store_above(schedule: object, name: str, bound: float) -> None:
-    """Replace a field by its float, which must be finite and above `bound`."""
+    """Convert a field to a float, which must be finite and above `bound`."""
     label = f"{type(schedule).__name__}: {name}"
     number = _number(label, getattr(schedule, name))
     if not bound < number < math.inf:
@@ -340,7 +328,7 @@ def _store_above(schedule: object, name: str, bound: float) -> None:
 
 
 def _relative_width(x: float) -> float:
-    """sigma_rel of the exponent gamma = x - 1, written so that no square can overflow."""
+    """sigma_rel of the exponent gamma = x - 1, without squares that may overflow."""
     return math.sqrt(x / (x + 2)) / (x + 1)
 
 

@@ -17,6 +17,21 @@ from safetensors.torch import load_file
 from tests.models import load
 
 
+def contents(path: Path) -> dict[str, bytes]:
+    """The files of a directory."""
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def written(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of an export; no name is in two files."""
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        part = load_file(file)
+        assert not part.keys() & state.keys()
+        state |= part
+    return state
+
+
 def check(path: Path) -> None:
     name, dtype_name = path.name.split("-")
     dtype = getattr(torch, dtype_name)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dist_ema import Constant, Cosine, EqualWeight, HalfLife, PowerFunction, ShardedEMA, Warmup
+from dist_ema.options import EMAKeywords, EMAOptions
 from tests.net import Net
 from tests.runs import start
 from tests.worlds import World, rank, worlds
@@ -201,29 +205,53 @@ def test_a_warned_decay_stands_still_in_fp32_and_moves_in_fp64():
         assert (ema.gather_state_dict()["weight"].item() != before) == moves
 
 
+SEVERAL = {"a": 0.9, "b": 0.99}
+LIGHTNING, TRAINER = "lightning", "transformers"
+
+
+def callback_of(library: str, **options: Any) -> Any:
+    """Imported in the workers only: the libraries take seconds."""
+    return import_module(f"dist_ema.integrations.{library}").EMACallback(**options)
+
+
 @alone
-def test_what_other_averages_take_and_are_called_with_is_answered():
-    net = Net()
-    with pytest.raises(TypeError, match=r"'beta' \(decay here\), 'use_buffers' \(buffers=") as told:
-        ShardedEMA(net, beta=0.9, use_buffers=True, unheard_of=1)
-    assert "'unheard_of'" in str(told.value)
-    ema = ShardedEMA(net)
-    assert ema.model is net
-    assert type(ema.step) is int  # so that it can be saved anywhere
-    with pytest.raises(TypeError, match=r"ema\.average_parameters\(\)"):
-        ema(torch.zeros(1))
-    for name in (
-        "ema",
-        "set",
-        "state",
-        "update_bn",
-        "num_averaged",
-        "copy_params_from_model_to_ema",
-    ):
-        with pytest.raises(AttributeError, match=f"'{name}': .*`"):
-            getattr(ema, name)
-    with pytest.raises(Exception, match=r"weights_only=True.*safetensors"):
-        ema.load("x.pth.tar")
+@pytest.mark.parametrize("library", [LIGHTNING, TRAINER])
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        ({"decay": 1.5}, ValueError, "decay"),
+        ({"update_every": 0}, ValueError, "update_every is 0"),
+        ({"beta": 0.9, "x": 1}, TypeError, r"'beta' \(decay here\), 'x'"),
+        ({"missing": "ignore"}, ValueError, "missing is 'ignore', wanted 'raise' or 'restart'"),
+        ({"evaluate": "long"}, ValueError, "evaluate is 'long'"),
+        ({"decay": SEVERAL}, ValueError, "several averages, .*'a', 'b'.*; say by evaluate="),
+        ({"decay": SEVERAL, "evaluate": "c"}, ValueError, "evaluate is 'c'"),
+    ],
+)
+def test_callbacks_refuse_at_once_what_sharded_ema_refuses(library, wrong, error, match):
+    with pytest.raises(error, match=match):
+        callback_of(library, **wrong)
+
+
+@alone
+def test_callbacks_refuse_what_only_they_take():
+    with pytest.raises(ValueError, match="say by evaluate="):
+        callback_of(TRAINER, decay=SEVERAL, evaluate=False, export="x")
+    with pytest.raises(ValueError, match="optimizer is -1, wanted a number from 0"):
+        callback_of(LIGHTNING, optimizer=-1)
+    for optimizer in ("g", 1.0, True):
+        with pytest.raises(TypeError, match=f"optimizer is {optimizer!r}, wanted the number"):
+            callback_of(LIGHTNING, optimizer=optimizer)
+    for evaluate in ("b", False):
+        callback_of(LIGHTNING, decay=SEVERAL, evaluate=evaluate)
+
+
+def test_an_option_is_a_field_a_key_and_a_parameter():
+    fields = {field.name: field.default for field in dataclasses.fields(EMAOptions)}
+    parameters = dict(inspect.signature(ShardedEMA).parameters)
+    del parameters["model"], parameters["unknown"]
+    assert {name: p.default for name, p in parameters.items()} == fields
+    assert {"decay", *EMAKeywords.__annotations__} == set(fields)
 
 
 @worlds("ddp-2", "fsdp2-2")

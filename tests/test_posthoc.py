@@ -767,7 +767,7 @@ def test_an_average_that_its_schedule_did_not_make_alone_is_refused(tmp_path: Pa
             other.load(tmp_path / source)
         other.update()
         other.save(tmp_path / "later")
-        with pytest.raises(CheckpointError, match="was not made by .* alone"):
+        with pytest.raises(CheckpointError, match=r"was not made by .* alone"):
             synthesize([tmp_path / "later"], sigma_rel=0.05, out=tmp_path / "out")
         other.reset()
         other.update()

@@ -66,7 +66,10 @@ def test_parameters_in_place_of_the_model_say_how_users_of_others_move_over():
 
 @pytest.mark.ranks(0)
 def test_what_other_averages_are_asked_for_is_answered_with_the_right_call():
-    ema = ShardedEMA(Net(), 0.9)
+    net = Net()
+    ema = ShardedEMA(net, 0.9)
+    assert ema.model is net
+    assert type(ema.step) is int  # so that it can be saved anywhere
     answers = {
         "module": "average_parameters() copy_to(module) gather_state_dict()",
         "ema_model": "average_parameters() copy_to(module) gather_state_dict()",
@@ -78,22 +81,35 @@ def test_what_other_averages_are_asked_for_is_answered_with_the_right_call():
         "save_pretrained": "export(path) save(path)",
         "n_averaged": "num_updates",
         "get_decay": "decay",
+        "ema": "average_parameters()",
+        "set": "load(path) reset()",
+        "state": "gather_tensors()",
+        "update_bn": "model average_parameters()",
+        "num_averaged": "num_updates",
+        "copy_params_from_model_to_ema": "reset()",
     }
     for name, calls in answers.items():
         with pytest.raises(AttributeError, match=f"no attribute '{name}': ") as told:
             getattr(ema, name)
         for call in calls.split():
             assert f"ema.{call}" in str(told.value)
-    for hint in hints._HINTS.values():
+    for hint in hints._ATTRIBUTES.values():
         for name in re.findall(r"ema\.(\w+)", hint):
             assert hasattr(ShardedEMA, name), name
-    for name in hints._HINTS:
+    for name in hints._ATTRIBUTES:
         assert not hasattr(ema, name)
     with pytest.raises(
         AttributeError, match=r"^'ShardedEMA' object has no attribute 'upd'$"
     ) as told:
         ema.upd  # noqa: B018
     assert (told.value.name, told.value.obj) == ("upd", ema)  # Python's "Did you mean" looks there
+    with pytest.raises(TypeError, match=r"ema\.average_parameters\(\)"):
+        ema(torch.zeros(1))
+    with pytest.raises(Exception, match=r"weights_only=True.*safetensors"):
+        ema.load("x.pth.tar")
+    with pytest.raises(TypeError, match=r"'beta' \(decay here\), 'use_buffers' \(buffers=") as told:
+        ShardedEMA(ema.model, beta=0.9, use_buffers=True, unheard_of=1)
+    assert "'unheard_of'" in str(told.value)
 
 
 @two_worlds
@@ -153,6 +169,14 @@ def test_a_bad_value_on_one_rank_is_refused_on_every_rank(world: World):
         ShardedEMA(training.model, 1.5 if rank() == 1 else 0.9)
     with pytest.raises(ValueError, match="decay"):
         ShardedEMA(training.model, 0.99 if rank() == 1 else 0.9)
+    for options in (
+        {"update_every": 2},
+        {"params": lambda *_: True},
+        {"decay": {"ema": 0.9, "b": 0}},
+    ):
+        label = f"argument {next(iter(options))} is .* on rank 0 and .* on rank 1"
+        with pytest.raises(ValueError, match=label):
+            ShardedEMA(training.model, **options if rank() == 1 else {})
     check_usable(world, training)
 
 
@@ -220,8 +244,8 @@ def test_a_weight_that_freezes_is_averaged_on(world: World):
 def test_bad_steps_and_dtypes_are_refused_and_change_nothing(world: World):
     run = start(world).train(2)
     before = run.ema.gather_state_dict()
-    for step in (-1, 1.5, True, "3"):
-        with pytest.raises(ValueError, match="step"):
+    for step in (-1, 1.0, 1.5, True, "3"):
+        with pytest.raises(ValueError, match="wanted the number of an optimizer step"):
             run.ema.update(step=step)
     for dtype in (torch.int32, "float32"):
         with pytest.raises(ValueError, match="dtype"):
@@ -255,7 +279,7 @@ def test_a_process_group_without_torch_distributed_is_refused():
         ShardedEMA(Net(), process_group=object())
 
 
-def test_a_submodule_that_was_replaced_is_noticed_whatever_its_address():
+def test_a_submodule_that_was_replaced_or_a_parameter_that_came_later_is_noticed():
     """A new module may get the `id` of one that is gone."""
     for _ in range(20):
         model = nn.Module()
@@ -265,9 +289,6 @@ def test_a_submodule_that_was_replaced_is_noticed_whatever_its_address():
         model.b = nn.Linear(4, 9)
         with pytest.raises(RuntimeError, match="parameters were replaced"):
             ema.update()
-
-
-def test_a_parameter_that_came_later_is_noticed():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     ema = ShardedEMA(model, 0.5)
     model[1].extra = nn.Parameter(torch.ones(2))
@@ -284,9 +305,6 @@ def test_one_process_where_several_were_started_is_warned_of(monkeypatch):
 def test_the_number_of_a_step_may_be_of_any_kind_of_integer():
     ema = ShardedEMA(nn.Linear(2, 2))
     assert ema.update(step=np.int64(3)) and ema.step == 3
-    for step in (True, -1, 1.0, "1"):
-        with pytest.raises(ValueError, match="wanted the number of an optimizer step"):
-            ema.update(step=step)
 
 
 class Quantized(torch.Tensor):

@@ -6,6 +6,8 @@ import copy
 import math
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,36 @@ def recorder(kind: str, trainer: Any) -> list[dict[str, Tensor]]:
     return weights
 
 
+@contextmanager
+def trained(
+    *args: Any, zeros: bool = False, resume: Any = None, **options: Any
+) -> Iterator[tuple[Any, Any]]:
+    """A Trainer that has trained, and its callback: of an average, or of zeros."""
+    with trainer_of(*args, **options) as trainer:
+        callback = ema_callback(DECAY, multi_avg_fn=to_zero if zeros else None).attach(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        yield trainer, callback
+
+
+SAVES = {"save_strategy": "steps", "save_steps": 2}
+EVALUATES = {"eval_strategy": "steps", "eval_steps": 1}
+KEEPS_BEST = {
+    **EVALUATES,
+    **SAVES,
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_first_loss",
+}
+
+
+def assert_average_of(callback: Any, weights: list[dict[str, Tensor]]) -> None:
+    """The average is the float64 one of the weights that a recorder kept."""
+    oracle = Oracle(weights[0], DECAY)
+    for after in weights[1:]:
+        oracle.update(after)
+    assert worst_relative_error(averages(callback), oracle.average) <= MAX_RELATIVE_ERROR
+
+
 def averages(callback: Any) -> dict[str, Tensor]:
     """The averaged state dict, on every rank."""
     return from_rank_0(callback.ema.gather_state_dict())
@@ -88,19 +120,12 @@ def test_the_average_is_that_of_the_weights_after_each_optimizer_step(kind: str,
         assert trainer.accelerator.num_processes == num_ranks()
         assert CUT_BY[kind] in repr(ema)
         assert (ema.step, ema.num_updates, trainer.state.global_step) == (3, 3, 3)
-        oracle = Oracle(weights[0], DECAY)
-        for after in weights[1:]:
-            oracle.update(after)
-        state = ema.gather_state_dict()
-        if rank() == 0:
-            assert worst_relative_error(state, oracle.average) <= MAX_RELATIVE_ERROR
+        assert_average_of(callback, weights)
 
 
 @every_kind
 def test_metrics_are_those_of_a_plain_model_that_loads_the_average(kind: str, tmp_path: Path):
-    with trainer_of(kind, tmp_path) as trainer:
-        callback = ema_callback(DECAY).attach(trainer)
-        trainer.train()
+    with trained(kind, tmp_path) as (trainer, callback):
         before = full_weights(kind, trainer)
         found = losses(trainer.evaluate())
         predicted = losses(trainer.predict(EVALUATED["first"]).metrics)
@@ -122,14 +147,10 @@ def test_every_evaluation_sees_an_average_of_zeros_and_training_sees_none_of_it(
     with trainer_of(kind, tmp_path) as trainer:
         trainer.train()
         wanted = full_weights(kind, trainer)
-    evaluates = {"eval_strategy": "steps", "eval_steps": 1}
-    saves = {"save_strategy": "steps", "save_steps": 2}
-    with trainer_of(kind, tmp_path, **evaluates, **saves) as trainer:
-        ema_callback(multi_avg_fn=to_zero).attach(trainer)
-        trainer.train()
-    with trainer_of(kind, tmp_path, eval_on_start=True, **evaluates) as trainer:
-        callback = ema_callback(multi_avg_fn=to_zero).attach(trainer)
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with trained(kind, tmp_path, **EVALUATES, **SAVES, zeros=True):
+        source = str(tmp_path / "checkpoint-2")
+    again = {"zeros": True, "resume": source, "eval_on_start": True, **EVALUATES}
+    with trained(kind, tmp_path, **again) as (trainer, callback):
         # But for those of the first run: two data sets after each of two steps.
         told = [losses(entry) for entry in trainer.state.log_history[4:]]
         told += [losses(trainer.evaluate()), losses(trainer.evaluate(EVALUATED["first"]))]
@@ -150,24 +171,19 @@ def test_every_evaluation_sees_an_average_of_zeros_and_training_sees_none_of_it(
 @every_kind
 def test_a_stopped_and_resumed_run_is_bit_identical_to_one_that_went_on(kind: str, tmp_path: Path):
     def run(directory: str, resume: Any = None, **arguments: Any) -> tuple[Any, ...]:
-        with trainer_of(
-            kind, tmp_path / directory, seed=3 if resume else 0, **arguments
-        ) as trainer:
-            callback = ema_callback(DECAY).attach(trainer)
-            trainer.train(resume_from_checkpoint=resume)
-            told = [e for e in trainer.state.log_history if "eval_first_loss" in e]
-            return (
-                {name: averages(callback)[name] for name in full_weights(kind, trainer)},
-                full_weights(kind, trainer),
-                [losses(entry) for entry in told],
-                (callback.ema.step, callback.ema.num_updates),
-            )
+        arguments |= {"seed": 3 if resume else 0, "resume": resume}
+        if resume is True:
+            arguments["restore_callback_states_from_checkpoint"] = True  # not of this one
+        with trained(kind, tmp_path / directory, **arguments) as (trainer, callback):
+            assert [c for c in trainer.callback_handler.callbacks if c is callback] == [callback]
+            live, average = full_weights(kind, trainer), averages(callback)
+            told = [losses(e) for e in trainer.state.log_history if "eval_first_loss" in e]
+            steps = (callback.ema.step, callback.ema.num_updates)
+            return {name: average[name] for name in live}, live, told, steps
 
-    evaluates = {"eval_strategy": "steps", "eval_steps": 1}
-    saves = {"save_strategy": "steps", "save_steps": 2}
-    wanted = run("one", **evaluates)
+    wanted = run("one", **EVALUATES)
     assert wanted[-1] == (4, 4)
-    run("two", **evaluates, **saves)
+    run("two", **EVALUATES, **SAVES)
     two = tmp_path / "two"
     if rank() == 0:
         (two / "checkpoint-2").rename(tmp_path / "elsewhere")
@@ -175,27 +191,18 @@ def test_a_stopped_and_resumed_run_is_bit_identical_to_one_that_went_on(kind: st
     barrier()
     # From a directory outside of that of the run, and then from the last one inside.
     torch.testing.assert_close(
-        run("three", str(tmp_path / "elsewhere"), **evaluates), wanted, **EXACT
+        run("three", str(tmp_path / "elsewhere"), **EVALUATES), wanted, **EXACT
     )
     if rank() == 0:
         shutil.rmtree(two / "checkpoint-4")
         (tmp_path / "elsewhere").rename(two / "checkpoint-2")
     barrier()
-    torch.testing.assert_close(run("two", True, **evaluates), wanted, **EXACT)
+    torch.testing.assert_close(run("two", True, **EVALUATES), wanted, **EXACT)
 
 
 @every_kind
 def test_the_best_average_is_what_is_left_and_what_is_exported(kind: str, tmp_path: Path):
-    arguments = {
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "save_total_limit": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_first_loss",
-    }
-    with trainer_of(kind, tmp_path / "run", **arguments) as trainer:
+    with trainer_of(kind, tmp_path / "run", save_total_limit=1, **KEEPS_BEST) as trainer:
         callback = ema_callback(DECAY, export=tmp_path / "best").attach(trainer)
         with pytest.warns(UserWarning, match="model holds the raw weights of that checkpoint"):
             trainer.train()
@@ -263,8 +270,7 @@ def test_a_step_that_overflows_is_no_update(kind: str, optim: str, tmp_path: Pat
 
 @pytest.mark.ranks(2)
 def test_a_checkpoint_without_the_average_is_refused_or_started_from(tmp_path: Path):
-    saves = {"save_strategy": "steps", "save_steps": 2}
-    with trainer_of("ddp", tmp_path, **saves) as trainer:
+    with trainer_of("ddp", tmp_path, **SAVES) as trainer:
         trainer.train()
     checkpoint = str(tmp_path / "checkpoint-2")
     with trainer_of("ddp", tmp_path, seed=1) as trainer:
@@ -277,10 +283,7 @@ def test_a_checkpoint_without_the_average_is_refused_or_started_from(tmp_path: P
         with pytest.warns(UserWarning, match="without the average; it starts again"):
             trainer.train(resume_from_checkpoint=checkpoint)
         assert callback.ema.step == 2
-        oracle = Oracle(weights[0], DECAY)
-        for after in weights[1:]:
-            oracle.update(after)
-        assert worst_relative_error(averages(callback), oracle.average) <= MAX_RELATIVE_ERROR
+        assert_average_of(callback, weights)
 
 
 @pytest.mark.ranks(0)
@@ -291,8 +294,8 @@ def test_a_trainer_with_a_train_of_its_own_resumes_the_average(how: str, tmp_pat
     source = str(tmp_path / "checkpoint-2")
 
     class PassesOn(Trainer):
-        def train(self, *args: Any, **kwargs: Any) -> Any:
-            return super().train(*args, **kwargs)
+        def train(self, **kwargs: Any) -> Any:
+            return super().train(**kwargs)
 
     class ResumesItself(Trainer):
         def train(self) -> Any:
@@ -305,21 +308,18 @@ def test_a_trainer_with_a_train_of_its_own_resumes_the_average(how: str, tmp_pat
         def _init_training_state(self, *args: Any) -> Any:
             return super()._init_training_state(*args[:3], source, args[-1])
 
-    saves = {"save_strategy": "steps", "save_steps": 2}
-    with trainer_of("alone", tmp_path, **saves) as trainer:
-        ema_callback(DECAY).attach(trainer)
-        trainer.train()
+    with trained("alone", tmp_path, **SAVES):
         (tmp_path / "checkpoint-4").rename(tmp_path / "later")
     own = {"passes on": PassesOn, "resumes itself": ResumesItself, "behind": Behind}[how]
     with trainer_of("alone", tmp_path, trainer_class=own) as trainer:
         callback = ema_callback(DECAY).attach(trainer)
-        if how == "passes on":
-            trainer.train(resume_from_checkpoint=True)
-        elif how == "resumes itself":
-            trainer.train()
-        else:
-            with pytest.warns(UserWarning, match="average is taken from here; training goes on"):
-                trainer.train()
+        expects = nullcontext()
+        if how == "behind":
+            expects = pytest.warns(
+                UserWarning, match="average is taken from here; training goes on"
+            )
+        with expects:
+            trainer.train(**{"resume_from_checkpoint": True} if how == "passes on" else {})
         assert (callback.ema.step, trainer.state.global_step) == (4, 4)
     if how != "behind":
         return
@@ -347,33 +347,19 @@ def test_a_best_checkpoint_without_the_average_leaves_the_last_one_and_says_so(
             if state.global_step == 3:
                 shutil.rmtree(tmp_path / "run" / "checkpoint-1" / "ema")
 
-    arguments = {
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_first_loss",
-    }
     best = tmp_path / "best"
-    with trainer_of("alone", tmp_path / "run", **arguments) as trainer:
+    with trainer_of("alone", tmp_path / "run", **KEEPS_BEST) as trainer:
         options = {"export": best, "copy_at_end": True, "missing": missing}
         callback = ema_callback(DECAY, **options).attach(trainer)
         weights = recorder("alone", trainer)
         trainer.add_callback(Loses())
         match = r"the best checkpoint has no average.* of step 4, .*copy_at_end has not replaced"
-        if missing == "raise":
-            with pytest.raises(CheckpointError, match=match):
-                trainer.train()
-        else:
-            with pytest.warns(UserWarning, match=match):
-                trainer.train()
+        expects = pytest.raises if missing == "raise" else pytest.warns
+        with expects(CheckpointError if missing == "raise" else UserWarning, match=match):
+            trainer.train()
         assert (trainer.state.best_global_step, callback.ema.step) == (1, 4)
-        oracle = Oracle(weights[0], DECAY)
-        for after in weights[1:]:
-            oracle.update(after)
+        assert_average_of(callback, weights)
         state = averages(callback)
-        assert worst_relative_error(state, oracle.average) <= MAX_RELATIVE_ERROR
         torch.testing.assert_close(full_weights("alone", trainer), weights[1], **EXACT)
     torch.testing.assert_close(reloaded(best), state, **EXACT)
 
@@ -406,32 +392,17 @@ def test_an_export_at_a_file_is_refused_before_the_first_step(export: str, tmp_p
 
 
 @pytest.mark.ranks(0)
-def test_the_callback_stays_the_same_object_when_states_of_callbacks_are_restored(tmp_path: Path):
-    saves = {"save_strategy": "steps", "save_steps": 2}
-    with trainer_of("alone", tmp_path, **saves) as trainer:
-        ema_callback(DECAY).attach(trainer)
-        trainer.train()
-    restores = {"restore_callback_states_from_checkpoint": True}
-    with trainer_of("alone", tmp_path, **restores) as trainer:
-        callback = ema_callback(DECAY).attach(trainer)
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-        assert [c for c in trainer.callback_handler.callbacks if c is callback] == [callback]
-        assert callback.ema.step == 4
-
-
-@pytest.mark.ranks(0)
-def test_a_second_training_builds_the_average_anew(tmp_path: Path):
-    with trainer_of("alone", tmp_path) as trainer:
-        callback = ema_callback(DECAY).attach(trainer)
-        trainer.train()
+def test_a_second_training_builds_the_average_anew_and_another_model_is_told_of(tmp_path: Path):
+    with trained("alone", tmp_path) as (trainer, callback):
         first = callback.ema
         weights = recorder("alone", trainer)
         trainer.train()
         assert callback.ema is not first and callback.ema.step == 4
-        oracle = Oracle(weights[0], DECAY)
-        for after in weights[1:]:
-            oracle.update(after)
-        assert worst_relative_error(averages(callback), oracle.average) <= MAX_RELATIVE_ERROR
+        assert_average_of(callback, weights)
+        trainer.evaluate()
+        trainer.model = trainer.model_wrapped = copy.deepcopy(trainer.model)
+        with pytest.warns(UserWarning, match="trainer.model is not the model that was trained"):
+            trainer.evaluate()
 
 
 @pytest.mark.ranks(0)
@@ -446,9 +417,7 @@ def test_a_metric_may_evaluate_and_an_error_in_it_leaves_the_weights(tmp_path: P
             raise RuntimeError("a metric of the user's")
         return {}
 
-    with trainer_of("alone", tmp_path, compute_metrics=metrics) as trainer:
-        callback = ema_callback(multi_avg_fn=to_zero).attach(trainer)
-        trainer.train()
+    with trained("alone", tmp_path, compute_metrics=metrics, zeros=True) as (trainer, callback):
         live = full_weights("alone", trainer)
         with pytest.raises(RuntimeError, match="a metric of the user's"):
             trainer.evaluate()
@@ -458,9 +427,7 @@ def test_a_metric_may_evaluate_and_an_error_in_it_leaves_the_weights(tmp_path: P
 
 @pytest.mark.ranks(0)
 def test_an_evaluation_in_bf16_after_training_leaves_the_average_as_it_is(tmp_path: Path):
-    with trainer_of("alone", tmp_path, bf16_full_eval=True) as trainer:
-        callback = ema_callback(DECAY).attach(trainer)
-        trainer.train()
+    with trained("alone", tmp_path, bf16_full_eval=True) as (trainer, callback):
         live, state = full_weights("alone", trainer), averages(callback)
         found = losses(trainer.evaluate())
         assert found == losses(trainer.evaluate())
@@ -508,21 +475,8 @@ def test_a_callback_that_is_not_attached_or_twice_says_so(tmp_path: Path):
 
 
 @pytest.mark.ranks(0)
-def test_another_model_in_the_place_of_the_trained_one_is_told_of(tmp_path: Path):
-    with trainer_of("alone", tmp_path) as trainer:
-        ema_callback(DECAY).attach(trainer)
-        trainer.train()
-        trainer.evaluate()
-        trainer.model = trainer.model_wrapped = copy.deepcopy(trainer.model)
-        with pytest.warns(UserWarning, match="trainer.model is not the model that was trained"):
-            trainer.evaluate()
-
-
-@pytest.mark.ranks(0)
 def test_a_callback_that_is_removed_shows_nothing_more(tmp_path: Path):
-    with trainer_of("alone", tmp_path) as trainer:
-        first = ema_callback(multi_avg_fn=to_zero).attach(trainer)
-        trainer.train()
+    with trained("alone", tmp_path, zeros=True) as (trainer, first):
         of_zeros = losses(trainer.evaluate())
         with first.raw_weights():
             raw = losses(trainer.evaluate())
@@ -535,20 +489,3 @@ def test_a_callback_that_is_removed_shows_nothing_more(tmp_path: Path):
         averaged = losses(trainer.evaluate())
         with second.raw_weights():
             assert losses(trainer.evaluate()) == averaged != of_zeros
-
-
-@pytest.mark.ranks(0)
-@pytest.mark.parametrize(
-    ("wrong", "match"),
-    [
-        ({"decay": 1.5}, "decay"),
-        ({"update_every": 0}, "update_every is 0"),
-        ({"missing": "ignore"}, "missing is 'ignore'"),
-        ({"evaluate": "long"}, "evaluate is 'long'"),
-        ({"decay": {"a": 0.9, "b": 0.99}}, "say by evaluate="),
-        ({"decay": {"a": 0.9, "b": 0.99}, "evaluate": False, "export": "x"}, "say by evaluate="),
-    ],
-)
-def test_arguments_out_of_range_are_refused_at_once(wrong: dict[str, Any], match: str):
-    with pytest.raises(ValueError, match=match):
-        ema_callback(**wrong)

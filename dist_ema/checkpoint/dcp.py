@@ -76,6 +76,14 @@ def load_state_dict(
                 f"has no average named {', '.join(map(repr, absent))}; it has "
                 f"{', '.join(map(repr, saved))}"
             )
+        missing = [
+            f"{name}, {fqn}"
+            for name, of_average in values.items()
+            for fqn in of_average
+            if fqn not in given["averages"][name]
+        ]
+        if missing:
+            raise CheckpointError(f"lacks tensors of this average: {'; '.join(missing[:8])}")
         pairs = [
             (f"{name}, {fqn}", value, given["averages"][name][fqn])
             for name, of_average in values.items()

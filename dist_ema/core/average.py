@@ -30,7 +30,7 @@ from dist_ema.core.swap import Buffers, DeferredSignals, Marks, Swap, WrittenWei
 from dist_ema.core.teacher import Teacher
 
 if TYPE_CHECKING:
-    from dist_ema.options import Options
+    from dist_ema.options import EMAOptions
 
 Select = Callable[[nn.Module], Engine]
 
@@ -41,7 +41,7 @@ class Average:
     def __init__(
         self,
         model: nn.Module,
-        options: Options,
+        options: EMAOptions,
         into: nn.Module | None,
         group: Group,
         select: Select,

@@ -31,7 +31,7 @@ _GATHER_BYTES_OF_A_RANK = 1 << 18
 _ERRORS = {
     error.__name__: error
     for error in (
-        *(ValueError, TypeError, RuntimeError, MemoryError, OSError, CheckpointError),
+        *(ValueError, TypeError, RuntimeError, ImportError, MemoryError, OSError, CheckpointError),
         *(FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError),
     )
 }

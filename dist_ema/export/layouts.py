@@ -1,95 +1,182 @@
-"""What each library expects of a directory of weights, told of a model by its card.
+"""Model layouts: which files each library reads, and the names of tensors in them.
 
     transformers   model.safetensors, config.json with the dtype that was written, generation config
     diffusers      diffusion_pytorch_model.safetensors, config.json
     peft           adapter_model.safetensors, adapter_config.json: of the active adapter only,
                    without its name in those of tensors; one file, since `PeftModel` reads no index
-    otherwise      model.safetensors, aliases of tied weights in the metadata as `save_model` does
+    plain          model.safetensors, aliases of tied weights in the metadata as `save_model` does
 
-Checked with transformers 5.23, diffusers 0.42, peft 0.21, safetensors 0.8. transformers' names are
-those of the model in memory, as `save_pretrained(save_original_format=False)` writes them; the code
-of a custom model is not copied. `from_pretrained` casts in silence to the dtype in `config.json`,
-so it is always written.
+Checked with transformers 5.23, diffusers 0.42, peft 0.21, safetensors 0.8. Names of a transformers
+model are those that `save_pretrained(save_original_format=False)` writes; the code of a custom
+model is not copied. `from_pretrained` casts to the dtype in `config.json` without a warning, so the
+dtype is always written.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
+from dist_ema.core.engine import Weight
+from dist_ema.core.group import Group
 from dist_ema.core.names import class_of, ddp_modules, is_instance, registrations, unwrap
-from dist_ema.export.card import Card, make_card
+from dist_ema.core.safetensors import dtype_name
 
+_WEIGHTS_NAMES = {
+    "transformers": "model.safetensors",
+    "diffusers": "diffusion_pytorch_model.safetensors",
+    "peft": "adapter_model.safetensors",
+    "plain": "model.safetensors",
+}
+_CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 _WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_TRANSFORMERS = ("transformers.modeling_utils", "PreTrainedModel")
-_PLAIN = (torch.Tensor, nn.Parameter)
-_DIFFUSERS = ("diffusers.models.modeling_utils", "ModelMixin")
+_FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
 
 
-def card_of(module: nn.Module, extra: Iterable[str] = ()) -> dict[str, Any]:
-    """The card of an unwrapped module. Local, and without network.
+@dataclass(frozen=True)
+class ModelLayout:
+    """What a library expects of a directory of weights. A checkpoint keeps it as JSON."""
+
+    library: str  # transformers, diffusers, peft or plain
+    weights_name: str  # of the library's weights file
+    texts: Mapping[str, str]  # file name -> contents, of the configurations
+    dtype_at: Mapping[str, Sequence[Sequence[str]]]  # file name -> paths of keys that hold a dtype
+    names: Mapping[str, str] | None  # fqn -> name in the file; None: all tensors by their fqns
+    ignored: Sequence[str]  # fqns that the library does not write
+
+    def name_of(self, fqns: Iterable[str]) -> str | None:
+        """The name under which a tensor of these names is written; None if it is left out."""
+        if self.names is not None:
+            return next((self.names[fqn] for fqn in fqns if fqn in self.names), None)
+        return next((fqn for fqn in fqns if fqn not in self.ignored), None)
+
+    def config_files(self, dtype: torch.dtype) -> dict[str, str]:
+        """The contents of the configurations, with the dtype of the averaged weights."""
+        texts = dict(self.texts)
+        for name, paths in self.dtype_at.items():
+            config = json.loads(texts[name])
+            for *outer, last in paths:
+                part = config
+                for key in outer:
+                    part = part[key]
+                part[last] = str(dtype).removeprefix("torch.")
+            texts[name] = _json_text(config)
+        return texts
+
+
+def _layout(
+    library: str,
+    configs: Mapping[str, Any],
+    *,
+    dtype_at: Mapping[str, Sequence[Sequence[str]]] | None = None,
+    names: Mapping[str, str] | None = None,
+    ignored: Iterable[str] = (),
+) -> ModelLayout:
+    texts = {name: _json_text(config) for name, config in configs.items()}
+    weights_name = _WEIGHTS_NAMES[library]
+    return ModelLayout(library, weights_name, texts, dtype_at or {}, names, sorted(ignored))
+
+
+def layout_from_json(value: object) -> ModelLayout:
+    """A layout that a checkpoint holds.
+
+    Raises:
+        ValueError: it is malformed, or has files that no library reads.
+    """
+    try:
+        layout = ModelLayout(**value)  # type: ignore[arg-type]
+        names = layout.names if layout.names is not None else {}
+        is_valid = (
+            layout.weights_name == _WEIGHTS_NAMES[layout.library]
+            and set(layout.dtype_at) <= set(layout.texts) <= set(_CONFIGS)
+            and all(isinstance(name, str) and name for item in names.items() for name in item)
+            and all(isinstance(text, str) for text in (*layout.texts.values(), *layout.ignored))
+        )
+        layout.config_files(torch.float32)
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
+        is_valid = False
+    if not is_valid:
+        raise ValueError("the layout of the model is malformed")
+    return layout
+
+
+def layout_from_directory(directory: Path | None) -> ModelLayout:
+    """The layout of the model whose configurations are in a directory; plain if there are none.
+
+    Raises:
+        ValueError: a configuration is not a JSON mapping.
+    """
+    found = (directory / name for name in _CONFIGS) if directory is not None else ()
+    configs = {path.name: read_config(path) for path in found if path.is_file()}
+    config = configs.get("config.json", {})
+    if "_class_name" in config:
+        library = "diffusers"
+    elif "model_type" in config or "architectures" in config:
+        library = "transformers"
+    else:
+        return _layout("plain", {})
+    dtype_paths = []
+    for path, part in {"": config, **config}.items():
+        if not isinstance(part, dict):
+            continue
+        if {"dtype", "torch_dtype"} & part.keys() or (library == "transformers" and not path):
+            part.pop("torch_dtype", None)  # read only where the newer key is absent
+            dtype_paths.append([path, "dtype"] if path else ["dtype"])
+    return _layout(library, configs, dtype_at={"config.json": dtype_paths})
+
+
+def model_state(model: nn.Module, others: Iterable[Weight], rank: int) -> dict[str, Any]:
+    """What an export from a checkpoint must know of the model, as JSON; {} off rank 0.
+
+    Every rank calls it. Raises nothing: a problem of a library is stored, and the save goes on.
 
     Args:
-        extra: names that only `state_dict()` has.
+        others: weights and buffers that are not averaged.
+    """
+    try:
+        extra, missing = differing_names(model)
+        if rank != 0:
+            return {}
+        return {
+            "card": asdict(layout_of(model, extra, missing)),
+            "others": {
+                w.fqn: {
+                    "shape": list(w.shape),
+                    "dtype": dtype_name(w.tensor.dtype) or str(w.tensor.dtype),
+                    "aliases": list(w.aliases),
+                }
+                for w in others
+                if w.persistent
+            },
+        }
+    except Exception as problem:
+        return {"problem": f"{type(problem).__name__}: {problem}"}
+
+
+def layout_of(model: nn.Module, extra: Mapping[str, Any], missing: Sequence[str]) -> ModelLayout:
+    """The layout of a model in memory. Local, without network.
+
+    Args:
+        extra, missing: the result of `differing_names`.
 
     Raises:
-        ValueError: no file of its library can hold the model as it is; it says what can.
+        ValueError: the library's files cannot hold the model. Loaders accept missing and unknown
+            names without an error, so `state_dict()` must have the names of the tensors.
     """
-    if is_instance(module, "peft.peft_model", "PeftModel"):
-        return _adapter_card(module, "", extra)
-    if is_instance(module, "peft.mixed_model", "PeftMixedModel"):
-        raise ValueError("peft cannot save mixed adapters; use gather_state_dict()")
-    injected = getattr(module, "_hf_peft_config_loaded", False)
-    if is_instance(module, *_TRANSFORMERS):
-        return (
-            _adapter_card(module, "base_model.model.", extra) if injected else _model_card(module)
-        )
-    if is_instance(module, *_DIFFUSERS):
-        return _diffusers_card(module, injected)
-    return make_card("plain", {})
-
-
-def differing_names(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
-    """What `state_dict()` of the unwrapped model has that no module holds, and the reverse.
-
-    Quantized layers add the state of their quantization, for example. Every rank calls it: a
-    sharded module may gather or reshard in `state_dict()`.
-    """
-    fsdp1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
-    module = unwrap(model)
-    if ddp_modules(module) or any(is_instance(m, *fsdp1) for m in model.modules()):
-        return {}, []  # FSDP1 answers by a gather, with names of its own
-    state = {
-        _without_wrappers(key): value for key, value in module.state_dict(keep_vars=True).items()
-    }
-    registered = {
-        registration.fqn for registration in registrations(module) if registration.persistent
-    }
-    extra = {key: value for key, value in state.items() if key not in registered}
-    return extra, sorted(registered - state.keys())
-
-
-def refuse_differing_names(card: Card, extra: Mapping[str, Any], missing: Sequence[str]) -> None:
-    """Refuse names of `state_dict()` that are to be written and are not those of the tensors.
-
-    Loaders take wrong and missing names in silence, so nothing may be written under them.
-
-    Raises:
-        ValueError: names are missing, or are others; they are listed.
-    """
-    names = card["names"]
-    if names is not None:  # only these are written
-        extra, missing = {}, [fqn for fqn in missing if fqn in names]
+    layout = _library_layout(unwrap(model), extra)
+    if layout.names is not None:  # other names are not written
+        extra, missing = {}, [fqn for fqn in missing if fqn in layout.names]
     states = [key for key in extra if key.endswith("_extra_state")]
     if states:
         warnings.warn(
@@ -97,51 +184,96 @@ def refuse_differing_names(card: Card, extra: Mapping[str, Any], missing: Sequen
             "exported",
             stacklevel=2,
         )
-    more = sorted(extra.keys() - states)
-    if more or missing:
+    unknown = sorted(extra.keys() - states)
+    if unknown or missing:
         raise ValueError(
             "state_dict() names other tensors than the modules hold, so the library would not find "
-            f"what is exported: only in state_dict() {more}, only in modules {list(missing)}; use "
-            "gather_state_dict() and write it as the model does"
+            f"what is exported: only in state_dict() {unknown}, only in modules {list(missing)}; "
+            "use gather_state_dict() and write it as the model does"
         )
+    return layout
 
 
-def tensors_beside(
-    module: nn.Module, extra: Mapping[str, Any], averaged: Set[str]
+def differing_names(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
+    """What `state_dict()` of the unwrapped model has that no module registers, and the reverse.
+
+    Quantized layers add the state of their quantization, for example. Every rank calls it: a
+    sharded module may gather or reshard in `state_dict()`.
+    """
+    module = unwrap(model)
+    if ddp_modules(module) or any(is_instance(m, *_FSDP1) for m in model.modules()):
+        return {}, []  # FSDP1 gathers in state_dict(), and has names of its own
+    items = module.state_dict(keep_vars=True).items()
+    state = {_without_wrappers(key): value for key, value in items}
+    registered = {r.fqn for r in registrations(module) if r.persistent}
+    extra = {key: value for key, value in state.items() if key not in registered}
+    return extra, sorted(registered - state.keys())
+
+
+def unregistered_tensors(
+    call: str, model: nn.Module, averaged: Collection[str], group: Group
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `state_dict()` that no module holds and that go with frozen weights.
+    """CPU copies of the tensors of `state_dict()` that no module registers.
+
+    Collective: every rank calls it.
+
+    Args:
+        call: the public call, for error messages.
+        averaged: fqns of averaged weights.
 
     Raises:
-        ValueError: one goes with an averaged weight, and may have been computed from the live one.
+        ValueError: a tensor may have been computed from an averaged weight. On every rank.
+        RuntimeError: ranks hold different ones.
     """
-    found = {}
-    held = (
-        {registration.fqn: registration.tensor for registration in registrations(module)}
-        if extra
-        else {}
-    )
-    changing = {id(tensor) for fqn, tensor in held.items() if fqn in averaged}
-    for key, value in extra.items():
-        if not isinstance(value, torch.Tensor) or any(value is t for t in held.values()):
-            continue  # extra state, or a registered tensor under another name
-        tensor = max((fqn for fqn in held if key.startswith(f"{fqn}.")), key=len, default=None)
-        owner = key.rpartition(".")[0]
-        related = [tensor] if tensor else [f for f in held if f.rpartition(".")[0] == owner]
-        if type(value) not in _PLAIN or any(id(held[f]) in changing for f in related):
-            raise ValueError(
-                f"state_dict() has {key}, which no module holds as a parameter or buffer; it may "
-                "depend on averaged weights, or be sharded: call the model's own state_dict() "
-                "inside average_parameters()"
-            )
-        found[key] = value.detach()
+    found: dict[str, torch.Tensor] = {}
+    hashes: dict[str, str] = {}
+    with group.together(call, hashes):  # compares what the block puts into `hashes`
+        extra = differing_names(model)[0]
+        registered = {r.fqn: r.tensor for r in registrations(unwrap(model))} if extra else {}
+        ids = {id(tensor) for tensor in registered.values()}
+        changing = {id(tensor) for fqn, tensor in registered.items() if fqn in averaged}
+        for key, value in extra.items():
+            if not isinstance(value, torch.Tensor) or id(value) in ids:
+                continue  # extra state, or a registered tensor under another name
+            module = key.rpartition(".")[0]
+            parents = [fqn for fqn in registered if key.startswith(f"{fqn}.")]
+            siblings = [fqn for fqn in registered if fqn.rpartition(".")[0] == module]
+            depends = any(id(registered[fqn]) in changing for fqn in parents or siblings)
+            if depends or type(value) not in (torch.Tensor, nn.Parameter):
+                raise ValueError(
+                    f"state_dict() has {key}, which no module holds as a parameter or buffer; it "
+                    "may depend on averaged weights, or be sharded: call the model's own "
+                    "state_dict() inside average_parameters()"
+                )
+            tensor = value.detach().to("cpu", copy=True).contiguous()
+            data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+            label = f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_64_hexdigest(data)}"
+            hashes[f"state_dict()[{key!r}]"] = label
+            found[key] = tensor
     return found
 
 
-def _without_wrappers(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part not in _WRAPPER_LEVELS)
+def _library_layout(module: nn.Module, extra: Iterable[str]) -> ModelLayout:
+    if is_instance(module, "peft.peft_model", "PeftModel"):
+        return _adapter_layout(module, "", extra)
+    if is_instance(module, "peft.mixed_model", "PeftMixedModel"):
+        raise ValueError("peft cannot save mixed adapters; use gather_state_dict()")
+    has_adapters = getattr(module, "_hf_peft_config_loaded", False)
+    if is_instance(module, "transformers.modeling_utils", "PreTrainedModel"):
+        if has_adapters:
+            return _adapter_layout(module, "base_model.model.", extra)
+        return _transformers_layout(module)
+    if is_instance(module, "diffusers.models.modeling_utils", "ModelMixin"):
+        if has_adapters:
+            raise ValueError(
+                "from_pretrained() does not read a model that has adapters inside; write them with "
+                "save_lora_adapter() inside average_parameters(), or use gather_state_dict()"
+            )
+        return _diffusers_layout(module)
+    return _layout("plain", {})
 
 
-def _model_card(module: Any) -> dict[str, Any]:
+def _transformers_layout(module: Any) -> ModelLayout:
     config = copy.deepcopy(module.config)
     config.architectures = [_own_class(module).__name__]
     parts = {"": config} | {key: getattr(config, key, None) for key in config.sub_configs}
@@ -151,26 +283,17 @@ def _model_card(module: Any) -> dict[str, Any]:
             setattr(part, dtype_key, torch.float32)
     configs = {"config.json": json.loads(config.to_json_string())}
     if module.can_generate() and module.generation_config is not None:
-        # Not by save_pretrained(), which refuses what warns at generation only.
+        # Not by save_pretrained(), which refuses a config that only causes a warning when used.
         generation_config = copy.copy(module.generation_config)
-        generation_config.compile_config = None  # no JSON value, and not written
+        generation_config.compile_config = None  # not JSON, and not written
         configs["generation_config.json"] = json.loads(generation_config.to_json_string())
     top = configs["config.json"]
     paths = [[dtype_key], *([key, dtype_key] for key in parts if isinstance(top.get(key), dict))]
-    return make_card(
-        "transformers",
-        configs,
-        dtype_at={"config.json": paths},
-        ignored=module._keys_to_ignore_on_save or (),
-    )
+    ignored = module._keys_to_ignore_on_save or ()
+    return _layout("transformers", configs, dtype_at={"config.json": paths}, ignored=ignored)
 
 
-def _diffusers_card(module: Any, injected: bool) -> dict[str, Any]:
-    if injected:
-        raise ValueError(
-            "from_pretrained() does not read a model that has adapters inside; write them with "
-            "save_lora_adapter() inside average_parameters(), or use gather_state_dict()"
-        )
+def _diffusers_layout(module: Any) -> ModelLayout:
     names: dict[int, str] = {}
     for registration in registrations(module):
         first = names.setdefault(id(registration.tensor), registration.fqn)
@@ -181,11 +304,11 @@ def _diffusers_card(module: Any, injected: bool) -> dict[str, Any]:
             )
     config = json.loads(module.to_json_string())
     config["_class_name"] = _own_class(module).__name__
-    return make_card("diffusers", {"config.json": config})
+    return _layout("diffusers", {"config.json": config})
 
 
-def _adapter_card(module: Any, prefix: str, extra: Iterable[str]) -> dict[str, Any]:
-    """The active adapter alone, under the names that peft itself gives."""
+def _adapter_layout(module: Any, prefix: str, extra: Iterable[str]) -> ModelLayout:
+    """The active adapter alone, under the names that peft writes."""
     active = module.active_adapters
     adapters: list[str] = active() if callable(active) else active
     if len(adapters) != 1:
@@ -196,21 +319,22 @@ def _adapter_card(module: Any, prefix: str, extra: Iterable[str]) -> dict[str, A
             "a learned prompt is computed by the model when it is saved; use save_pretrained() "
             "inside average_parameters(), or gather_state_dict()"
         )
+    names = {fqn: prefix + name for fqn, name in _adapter_names(module, adapters[0], extra).items()}
     config.inference_mode = True
     base = module if prefix else module.get_base_model()
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
-    own = _own_class(base)
-    task = {"base_model_class": own.__name__, "parent_library": own.__module__}
-    save = functools.partial(
-        config.save_pretrained, auto_mapping_dict=None if config.task_type or prefix else task
-    )
-    names = {fqn: prefix + name for fqn, name in _adapter_names(module, adapters[0], extra).items()}
-    return make_card("peft", _saved(save), names=names)
+    cls = _own_class(base)
+    mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    with tempfile.TemporaryDirectory() as directory:
+        is_known = config.task_type or prefix
+        config.save_pretrained(directory, auto_mapping_dict=None if is_known else mapping)
+        configs = {file.name: json.loads(file.read_text()) for file in Path(directory).iterdir()}
+    return _layout("peft", configs, names=names)
 
 
 def _adapter_names(module: Any, adapter: str, extra: Iterable[str]) -> dict[str, str]:
-    """The tensors of an adapter, and what peft calls them in its file."""
+    """Names in peft's file of the tensors of an adapter, by fqn."""
     levels = {id(m): name for name, m in module.named_modules(remove_duplicate=False)}
     stand_ins = {name: torch.empty(0, device="meta") for name in extra}
     fqn_of: dict[int, str] = {}
@@ -218,11 +342,11 @@ def _adapter_names(module: Any, adapter: str, extra: Iterable[str]) -> dict[str,
         if registration.persistent:
             level = levels[id(registration.owner)]
             tensor = torch.empty(0, device="meta")
-            # Wrapped modules have names in peft's own walk that state_dict() may not give.
+            # peft uses the names of named_modules(), where wrapped modules have a level more.
             stand_ins[f"{level}.{registration.name}" if level else registration.name] = tensor
             fqn_of[id(tensor)] = registration.fqn
     config = module.peft_config[adapter]
-    resized = _is_resized(module, config.base_model_name_or_path)
+    is_resized = _is_resized(module, config.base_model_name_or_path)
     try:  # with a base model's name in the configuration, peft would ask the hub about it
         module.peft_config[adapter] = copy.copy(config)
         module.peft_config[adapter].base_model_name_or_path = None
@@ -230,14 +354,14 @@ def _adapter_names(module: Any, adapter: str, extra: Iterable[str]) -> dict[str,
             module,
             state_dict=dict(stand_ins),
             adapter_name=adapter,
-            save_embedding_layers=resized or "auto",
+            save_embedding_layers=is_resized or "auto",
         )
     finally:
         module.peft_config[adapter] = config
-    made = sorted(name for name, tensor in named.items() if id(tensor) not in fqn_of)
-    if made:
+    unknown = sorted(name for name, tensor in named.items() if id(tensor) not in fqn_of)
+    if unknown:
         raise ValueError(
-            f"peft saves {', '.join(made)} with adapter {adapter!r}, which no module holds as a "
+            f"peft saves {', '.join(unknown)} with adapter {adapter!r}, which no module holds as a "
             "parameter or buffer; export() writes only these: use gather_state_dict(), or "
             "save_pretrained() inside average_parameters()"
         )
@@ -245,9 +369,9 @@ def _adapter_names(module: Any, adapter: str, extra: Iterable[str]) -> dict[str,
 
 
 def _is_resized(module: Any, model_id: str | None) -> bool:
-    """Whether the vocabulary has another size than the base model's, as far as that is known here.
+    """Whether the vocabulary differs from the base model's, if the base's configuration is local.
 
-    The base's configuration is read from its directory or from the local cache of the hub.
+    It is read from the model's directory, or from the local cache of the hub.
     """
     config: Any = getattr(module, "config", None)
     vocab_size = getattr(config, "vocab_size", None)
@@ -255,25 +379,32 @@ def _is_resized(module: Any, model_id: str | None) -> bool:
         return False
     try:
         base: Any = type(config).from_pretrained(model_id, local_files_only=True)
-    except Exception:  # of whatever kind: it is not here
+    except Exception:  # not in the cache; libraries raise many kinds
         return False
     return bool(base.vocab_size != vocab_size)
 
 
-def _saved(save_pretrained: Callable[[str], object]) -> dict[str, Any]:
-    """The JSON files that a library's object writes."""
-    with tempfile.TemporaryDirectory() as directory:
-        save_pretrained(directory)
-        return {
-            file.name: json.loads(file.read_text())
-            for file in sorted(Path(directory).glob("*.json"))
-        }
-
-
 def _own_class(module: nn.Module) -> type:
-    """The class that the user wrote; `fully_shard` puts a subclass of it in its place."""
+    """The class that the user wrote: `fully_shard` replaces a module's class by a subclass."""
     fsdp2 = class_of("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule")
-    for cls in type(module).__mro__:
-        if fsdp2 is None or not issubclass(cls, fsdp2):
-            return cls
-    raise AssertionError(type(module))
+    return next(cls for cls in type(module).__mro__ if not fsdp2 or not issubclass(cls, fsdp2))
+
+
+def _without_wrappers(key: str) -> str:
+    return ".".join(level for level in key.split(".") if level not in _WRAPPER_LEVELS)
+
+
+def _json_text(config: object) -> str:
+    """As the libraries write their configurations."""
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON mapping in a file; raises ValueError if the file holds something else."""
+    try:
+        config = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, wanted a mapping")
+    return config

@@ -1,42 +1,37 @@
 """An export from the ranks that hold the average.
 
-[Note: who writes]
-"direct": each rank writes what it owns to where it belongs in the final files, from where it lives;
-nothing is sent. Where a piece would fall into many short writes (columns of a wide matrix), its
-tensor is put together band by band instead, each band on one rank in turn. "rank0": all bands are
-put together on rank 0, which alone needs to see the directory. The files are the same bytes.
+[Note: export methods]
+"direct": each rank writes the fragments that it owns to their places in the final files; nothing is
+sent. A fragment that would need many short writes (columns of a wide matrix) is an exception: its
+tensor is gathered in chunks, by all ranks in turn. "rank0": all chunks are gathered on rank 0, the
+only rank that must see the directory. The files are the same bytes.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dist_ema.checkpoint.directory import becomes_visible
 from dist_ema.core.gather import Gatherer
 from dist_ema.core.group import Group
-from dist_ema.core.layout import TensorMeta
-from dist_ema.export.card import Card
-from dist_ema.export.replace import replaced_files
-from dist_ema.export.writing import (
-    Draft,
-    Writing,
-    draft,
-    is_scattered,
-    refuse_broken,
-    stale_files,
-)
+from dist_ema.core.layout import FragmentMeta
+from dist_ema.export.files import ExportPlan, Writer, plan_export, runs, write_export
+from dist_ema.export.layouts import differing_names, layout_of
 
 METHODS = ("auto", "direct", "rank0")
+_SHORT_BYTES = 4096  # writing a shorter run costs more than sending its bytes
+_FEW_RUNS = 16
 
 
 def export(
     path: Path,
-    card: Callable[[], Card],
+    model: nn.Module,
     gatherer: Gatherer,
     values: Sequence[torch.Tensor],
     group: Group,
@@ -46,121 +41,62 @@ def export(
     weights_name: str | None,
     method: str,
 ) -> None:
-    """Write a consolidated checkpoint. Collective: every rank calls it.
-
-    Memory: a chunk of 1 Mi elements on each rank; with "rank0", and for scattered tensors, two
-    buckets of 16 MiB.
+    """Write a consolidated checkpoint; see `ShardedEMA.export`. Collective: every rank calls it.
 
     Args:
-        card: tells the library's layout; called on rank 0.
-        values: a tensor for each piece that the gatherer knows.
-
-    Raises:
-        ValueError: an averaged tensor holds NaN or Inf, or an argument is out of range. On every
-            rank; what is at `path` is left as it was.
-        OSError: a rank cannot write. The same.
+        values: a tensor for each fragment that the gatherer knows.
     """
-    outputs = {
-        e.fqn: TensorMeta(e.fqn, e.aliases, e.shape, e.dtype_as(dtype), e.averaged)
-        for e in gatherer.tensors
-    }
-    plan: Draft | None = None
+    plan: ExportPlan | None = None
     with group.together():
         if method not in METHODS:
             raise ValueError(f"method is {method!r}, wanted one of {', '.join(METHODS)}")
+        differing = differing_names(model)
         if group.rank == 0:
-            plan = draft(
-                list(outputs.values()),
-                card(),
-                max_shard_size=max_shard_size,
-                weights_name=weights_name,
-            )
-            stale_files(path, plan)  # raises early
+            layout = layout_of(model, *differing)
+            plan = plan_export(gatherer.tensors, layout, dtype, max_shard_size, weights_name)
     plan = group.broadcast(plan)
     assert plan is not None
-    gatherer.refuse_unreadable(frozenset(plan.where))
-    with ExitStack() as on_rank_0:
-        directory = path
-        with group.together():
-            if group.rank == 0:
-                directory = on_rank_0.enter_context(
-                    replaced_files(path, lambda: stale_files(path, plan))
-                )
-        writing = Writing(Path(group.broadcast(str(directory))), plan)
-        with closing(writing):
+    names = frozenset(plan.places)
+    gatherer.refuse_unreadable(names)
+
+    def write_values(writer: Writer) -> None:
+        gathered = names
+        is_direct = _is_direct(method, writer, group)
+        if is_direct:
+            gathered &= gatherer.names_where(
+                lambda tensor, meta: _is_scattered(meta, tensor.dtype_as(dtype).itemsize)
+            )
             with group.together():
-                if group.rank == 0:
-                    writing.begin()
-            if _is_direct(method, writing, group):
-                _write_own(plan, writing, gatherer, values, outputs, dtype, group)
-            else:
-                _write_bands(
-                    writing, gatherer, values, outputs, dtype, group, frozenset(plan.where)
-                )
-            _refuse_broken(writing, group)
-            with group.together():
-                writing.sync()
-        with group.together():
-            on_rank_0.close()
+                for fqn, fragments in gatherer.own.items():
+                    for fragment in fragments if fqn in names - gathered else ():
+                        writer.write_fragment(fragment.meta, values[fragment.index])
+        if gathered:
+            chunks = gatherer.chunks(values, dtype, only=gathered, spread=is_direct)
+            with group.together(), closing(chunks):
+                for bucket in chunks:
+                    for chunk in bucket:
+                        writer.write_chunk(chunk.tensor.fqn, chunk.start, chunk.values)
+
+    write_export(path, plan, group, write_values)
 
 
-def _is_direct(method: str, writing: Writing, group: Group) -> bool:
+def _is_direct(method: str, writer: Writer, group: Group) -> bool:
     """Whether every rank writes. Collective: every rank calls it."""
-    if method == "rank0":
+    if method == "rank0" or (method == "auto" and not group.equal(socket.gethostname())):
         return False
-    if method == "auto" and not group.equal(socket.gethostname()):
-        return False
-    if method == "auto":
-        return not group.any(not writing.is_seen())
-    seen = group.all_gather(becomes_visible(writing.is_seen))
-    if not all(seen):
-        unseen = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+    sees = writer.sees_files() if method == "auto" else becomes_visible(writer.sees_files)
+    blind = [str(rank) for rank, sees in enumerate(group.all_gather(sees)) if not sees]
+    if blind and method == "direct":
         raise RuntimeError(
-            f"{writing.directory}: rank 0 made it, and these ranks do not see it: {unseen}; export "
-            "to a file system that all ranks share, or with method='rank0'"
+            f"{writer.directory}: rank 0 made it, and these ranks do not see it: "
+            f"{', '.join(blind)}; export to a file system that all ranks share, or with "
+            "method='rank0'"
         )
-    return True
+    return not blind
 
 
-def _write_own(
-    plan: Draft,
-    writing: Writing,
-    gatherer: Gatherer,
-    values: Sequence[torch.Tensor],
-    outputs: dict[str, TensorMeta],
-    dtype: torch.dtype | None,
-    group: Group,
-) -> None:
-    scattered = gatherer.names_where(
-        lambda entry, meta: is_scattered(meta, entry.dtype_as(dtype).itemsize)
-    ) & set(plan.where)
-    with group.together():
-        for fqn, pieces in gatherer.own.items():
-            if fqn in plan.where and fqn not in scattered:
-                for owned in pieces:
-                    writing.run(outputs[fqn], owned.meta, values[owned.index])
-    if scattered:
-        _write_bands(writing, gatherer, values, outputs, dtype, group, scattered, spread=True)
-
-
-def _write_bands(
-    writing: Writing,
-    gatherer: Gatherer,
-    values: Sequence[torch.Tensor],
-    outputs: dict[str, TensorMeta],
-    dtype: torch.dtype | None,
-    group: Group,
-    fqns: frozenset[str],
-    *,
-    spread: bool = False,
-) -> None:
-    bands = gatherer.chunks(values, dtype, only=fqns, spread=spread)
-    with group.together(), closing(bands):
-        for bucket in bands:
-            for band in bucket:
-                writing.band(outputs[band.tensor.fqn], band.start, band.values)
-
-
-def _refuse_broken(writing: Writing, group: Group) -> None:
-    if group.any(bool(writing.broken)):
-        refuse_broken(sorted(set().union(*group.all_gather(writing.broken))))
+def _is_scattered(meta: FragmentMeta, itemsize: int) -> bool:
+    """Whether a fragment is better gathered with others than written run by run."""
+    length, _ = runs(meta.shape, meta.box)
+    is_short = length * itemsize < _SHORT_BYTES and meta.numel > _FEW_RUNS * length
+    return meta.order is not None or is_short

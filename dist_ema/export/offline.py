@@ -1,65 +1,60 @@
 """An export from a sharded checkpoint: one process, no model, no process group.
 
-A checkpoint holds what is averaged, and a card of the model: the layout of its library, its
-configuration, and what else belongs to it (frozen weights, buffers). The rest comes from a base, a
-directory that the library wrote.
+A checkpoint holds the average and what must be known of the model: its layout, and the names of
+frozen weights and buffers. Their values come from a base, a directory that the library wrote.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_ema.checkpoint.manifest import Manifest, SavedAverage, SavedTensor
-from dist_ema.checkpoint.reader import PLAIN, Checkpoint
+from dist_ema.checkpoint.reader import Checkpoint
 from dist_ema.core.errors import CheckpointError
+from dist_ema.core.group import Group
 from dist_ema.core.layout import TensorMeta
 from dist_ema.core.safetensors import torch_dtype
-from dist_ema.export.card import Card, checked_card, guessed_card, name_in, with_config
-from dist_ema.export.replace import replaced_files
-from dist_ema.export.writing import (
-    Writing,
-    draft,
-    refuse_broken,
-    stale_files,
-)
+from dist_ema.export.files import Writer, plan_export, write_export
+from dist_ema.export.layouts import ModelLayout, layout_from_directory, layout_from_json
 
-_BAND_BYTES = 32 << 20  # read, put together and written at a time
+_CHUNK_BYTES = 32 << 20  # read and written at a time
 _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
-_SHOWN = 8  # names in a message
+_LISTED = 8  # names in a message
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A tensor of a checkpoint."""
+class _Saved:
+    """The tensors of one average in a checkpoint, or of a directory of safetensors."""
 
-    checkpoint: Checkpoint
-    average: SavedAverage
-    fqn: str
+    def __init__(self, path: Path, name: str | None, opened: ExitStack) -> None:
+        self._checkpoint = opened.enter_context(Checkpoint(path))
+        averages = self._checkpoint.averages
+        names = list(averages)
+        if name is None and len(names) > 1:
+            raise ValueError(f"{path} holds several averages, {names}; pass one as name")
+        if name is not None and name not in names:
+            raise ValueError(f"{path} holds no average named {name!r}, but {names}")
+        self._average = averages[names[0] if name is None else name]
+        for file in self._average.files:
+            self._checkpoint.check_file(self._average, file)
+        self.path, self.state = self._checkpoint.directory, self._checkpoint.state
+        self.tensors = {
+            fqn: TensorMeta(fqn, tensor.aliases, tensor.shape, torch_dtype(tensor.dtype))
+            for fqn, tensor in self._average.tensors.items()
+        }
 
-    @property
-    def tensor(self) -> SavedTensor:
-        return self.average.tensors[self.fqn]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch_dtype(self.tensor.dtype)
-
-    def read(self, start: int, out: torch.Tensor) -> None:
-        self.checkpoint.read(self.average, self.fqn, start, out)
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A tensor to write, and its source."""
-
-    output: TensorMeta
-    source: _Source
+    def chunks(self, fqn: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """The elements of a tensor in row-major order, each chunk with its start."""
+        tensor = self.tensors[fqn]
+        step = _CHUNK_BYTES // tensor.dtype.itemsize
+        for start in range(0, tensor.numel, step):
+            chunk = torch.empty(min(step, tensor.numel - start), dtype=tensor.dtype)
+            self._checkpoint.read(self._average, fqn, start, chunk)
+            yield start, chunk
 
 
 def export(
@@ -75,202 +70,96 @@ def export(
 ) -> dict[str, Any]:
     """Write an average as a consolidated checkpoint, as `ShardedEMA.export` does, byte for byte.
 
-    Local. Memory: a band of 32 MiB and a block, whatever the size of the model.
+    Local. Memory: a chunk of 32 MiB and a block of the checkpoint.
 
     Args:
-        name: the average, where the checkpoint has several.
-        dtype: of floating tensors; None for the average's, half-precision tensors that are not
-            averaged being widened to fp32.
-        base: a directory of safetensors with what is not averaged; config.json too where the
-            checkpoint does not know the model's.
-        progress: given the bytes to be read, a context manager of a function that is told how many
-            were.
+        name: the average, if the checkpoint has several.
+        base: a directory of safetensors with the tensors that are not averaged, and config.json if
+            the checkpoint has no layout of the model.
+        progress: called with the number of bytes to read; returns a context manager of a function
+            that is called with the number of bytes read.
 
     Returns:
-        {"library", "files", "nbytes"} of what was written.
+        {"library", "files", "nbytes"} of the export.
 
     Raises:
-        CheckpointError: the checkpoint or the base is cut short, altered or none; something that
-            the model has is in neither. What is at `out` is as it was.
+        CheckpointError: the checkpoint or the base is damaged, or of another model; or a tensor is
+            in neither. `out` is as it was.
         ValueError: an argument is out of range, or the average holds NaN or Inf. The same.
     """
     with ExitStack() as opened:
-        saved = opened.enter_context(Checkpoint(checkpoint))
-        average = _average(saved.manifest, name, saved.directory)
-        for file in average.files:
-            saved.check_file(average, file)
-        told: Mapping[str, Any] = saved.state.get("model", {})
-        if not isinstance(told, dict):
-            raise CheckpointError(f"{saved.directory}: tells of the model what makes no sense")
-        if "problem" in told:
-            raise CheckpointError(f"{saved.directory}: when it was saved, {told['problem']}")
-        card = _card(told, base)
-        items = [
-            _Item(_output(fqn, source, dtype, averaged=True), source)
-            for fqn, source in _sources(saved, average).items()
-        ]
-        items += _rest(told, card, items, base, dtype, opened)
-        return _write(out, items, card, max_shard_size, weights_name, progress)
+        saved = _Saved(checkpoint, name, opened)
+        base_saved = None if base is None else _Saved(base, None, opened)
+        layout, others = _model(saved, base)
+        from_base = base_saved.tensors if base_saved else {}
+        if others is None:  # not known: the base's tensors that are not averaged
+            averaged = {n for t in saved.tensors.values() for n in (t.fqn, *t.aliases)}
+            others = [t for t in from_base.values() if averaged.isdisjoint((t.fqn, *t.aliases))]
+        tensors = list(saved.tensors.values())
+        sources = {fqn: (saved, fqn) for fqn in saved.tensors}
+        problems = []
+        for other in others:
+            names = (other.fqn, *other.aliases)
+            tensor = next((from_base[n] for n in names if n in from_base), None)
+            if layout.name_of(names) is None:
+                continue
+            if tensor is None or base_saved is None:
+                problems.append(f"{other.fqn} is missing")
+            elif tensor.shape != other.shape:
+                problems.append(f"{other.fqn} has shape {tensor.shape}, wanted {other.shape}")
+            elif tensor.dtype.is_floating_point != other.dtype.is_floating_point:
+                problems.append(f"{other.fqn} is of {tensor.dtype}, wanted {other.dtype}")
+            else:
+                tensors.append(replace(other, averaged=False))
+                sources[other.fqn] = base_saved, tensor.fqn
+        if problems:
+            hint = "" if base else "; give the directory of a model that has them (--base)"
+            more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+            raise CheckpointError(
+                f"{base or checkpoint}: {'; '.join(problems[:_LISTED])}{more}{hint}"
+            )
+        plan = plan_export(tensors, layout, dtype, max_shard_size, weights_name)
+        in_order = sorted(plan.places, key=lambda f: (plan.places[f].file, plan.places[f].start))
+
+        def write_values(writer: Writer) -> None:
+            for fqn in in_order:
+                source, source_fqn = sources[fqn]
+                for start, chunk in source.chunks(source_fqn):
+                    writer.write_chunk(fqn, start, chunk)
+                    advance(chunk.nbytes)
+
+        total = sum(sources[fqn][0].tensors[sources[fqn][1]].nbytes for fqn in in_order)
+        with progress(total) as advance:
+            write_export(out, plan, Group.alone(), write_values)
+    return {
+        "library": layout.library,
+        "files": [*plan.files, *plan.texts],
+        "nbytes": sum(nbytes for _, nbytes in plan.files.values()),
+    }
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
-    """A floating dtype by its name in torch, or a short one (bf16, fp16, fp32, fp64)."""
+    """A floating-point dtype by its name in torch, or a short one (bf16, fp16, fp32, fp64)."""
     if name is None:
         return None
-    found = getattr(torch, _SHORT_NAMES.get(name, name), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    dtype = getattr(torch, _SHORT_NAMES.get(name, name), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype is {name!r}, wanted a floating one such as bf16 or float32")
-    return found
+    return dtype
 
 
-def _write(
-    out: Path,
-    items: list[_Item],
-    card: Card,
-    max_shard_size: int | str,
-    weights_name: str | None,
-    progress: Callable[[int], Any],
-) -> dict[str, Any]:
-    plan = draft(
-        [item.output for item in items],
-        card,
-        max_shard_size=max_shard_size,
-        weights_name=weights_name,
-    )
-    stale_files(out, plan)  # raises early
-    written = [item for item in items if item.output.fqn in plan.where]
-    written.sort(key=lambda item: plan.start(item.output.fqn))
-    with replaced_files(out, lambda: stale_files(out, plan)) as directory:
-        with (
-            closing(Writing(directory, plan)) as writing,
-            progress(sum(item.source.tensor.nbytes for item in written)) as advance,
-        ):
-            writing.begin()
-            for item in written:
-                _copy(item, writing, advance)
-            refuse_broken(sorted(writing.broken))
-    return {
-        "library": card["library"],
-        "files": [*plan.files, *plan.texts],
-        "nbytes": sum(file.nbytes for file in plan.files.values()),
-    }
-
-
-def _copy(item: _Item, writing: Writing, advance: Callable[[int], object]) -> None:
-    numel = item.source.tensor.nbytes // item.source.dtype.itemsize
-    step = _BAND_BYTES // item.source.dtype.itemsize
-    for start in range(0, numel, step):
-        band = torch.empty(min(step, numel - start), dtype=item.source.dtype)
-        item.source.read(start, band)
-        writing.band(item.output, start, band)
-        advance(band.nbytes)
-
-
-def _average(about: Manifest, name: str | None, where: Path) -> SavedAverage:
-    names = list(about.averages)
-    if name is None and len(names) > 1:
-        raise ValueError(f"{where} holds several averages, {names}; say which by its name")
-    if name is not None and name not in names:
-        raise ValueError(f"{where} holds no average named {name!r}, but {names}")
-    return about.averages[names[0] if name is None else name]
-
-
-def _card(told: Mapping[str, Any], base: Path | None) -> Card:
-    card = checked_card(told["card"]) if "card" in told else guessed_card(base)
-    if base is None or card["texts"] or card["library"] == "plain":
-        return card
-    return with_config(card, base)
-
-
-def _sources(checkpoint: Checkpoint, average: SavedAverage) -> dict[str, _Source]:
-    return {fqn: _Source(checkpoint, average, fqn) for fqn in average.tensors}
-
-
-def _output(fqn: str, source: _Source, dtype: torch.dtype | None, *, averaged: bool) -> TensorMeta:
-    tensor = source.tensor
-    held = TensorMeta(fqn, tensor.aliases, tensor.shape, source.dtype, averaged)
-    return replace(held, dtype=held.dtype_as(dtype))
-
-
-def _rest(
-    told: Mapping[str, Any],
-    card: Card,
-    items: list[_Item],
-    base: Path | None,
-    dtype: torch.dtype | None,
-    opened: ExitStack,
-) -> list[_Item]:
-    """What the model has beside the average, from the base."""
-    averaged = {name for item in items for name in (item.output.fqn, *item.output.aliases)}
-    found: dict[str, _Source] = {}
-    if base is not None:
-        model = opened.enter_context(Checkpoint(base))
-        if not model.is_plain:
-            raise CheckpointError(f"{base}: is a sharded checkpoint, wanted a model's directory")
-        average = model.averages[PLAIN]
-        found = _sources(model, average)
-    if "others" not in told:  # whatever the base has and the average has not
-        return [
-            _Item(_output(fqn, source, dtype, averaged=False), source)
-            for fqn, source in found.items()
-            if averaged.isdisjoint((fqn, *source.tensor.aliases))
-        ]
-    wanted = {
-        fqn: other
-        for fqn, other in _others(told["others"]).items()
-        if name_in(card, (fqn, *other.aliases)) is not None
-    }
-    return _from_base(wanted, found, base, dtype)
-
-
-def _from_base(
-    wanted: Mapping[str, TensorMeta],
-    found: Mapping[str, _Source],
-    base: Path | None,
-    dtype: torch.dtype | None,
-) -> list[_Item]:
-    items, missing, differing = [], [], []
-    for fqn, other in wanted.items():
-        source = next((found[n] for n in (fqn, *other.aliases) if n in found), None)
-        if source is None:
-            missing.append(fqn)
-        elif source.tensor.shape != other.shape:
-            differing.append(f"{fqn} has shape {source.tensor.shape}, wanted {other.shape}")
-        elif source.dtype.is_floating_point != other.dtype.is_floating_point:
-            differing.append(f"{fqn} is of {source.dtype}, wanted {other.dtype}")
-        else:
-            output = replace(other, dtype=other.dtype_as(dtype))
-            items.append(_Item(output, source))
-    if differing:
-        raise CheckpointError(f"{base}: is of another model: {_some(differing)}")
-    if missing and base is None:
-        raise CheckpointError(
-            f"the model has {len(missing)} tensors that were not averaged and are not in the "
-            f"checkpoint: {_some(missing)}; give the directory of a model that has them (--base)"
-        )
-    if missing:
-        raise CheckpointError(f"{base}: lacks {_some(missing)}, which the model has")
-    return items
-
-
-def _others(told: object) -> dict[str, TensorMeta]:
+def _model(saved: _Saved, base: Path | None) -> tuple[ModelLayout, list[TensorMeta] | None]:
+    """The model's layout, and what the model has beside the average; None if not known."""
     try:
-        assert isinstance(told, dict)
-        return {
-            str(fqn): TensorMeta(
-                str(fqn),
-                tuple(str(alias) for alias in other["aliases"]),
-                tuple(int(n) for n in other["shape"]),
-                torch_dtype(other["dtype"]),
-                False,
-            )
-            for fqn, other in told.items()
-        }
-    except (AssertionError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError("the manifest tells of the model what makes no sense") from error
-
-
-def _some(texts: Iterable[str]) -> str:
-    every = list(texts)
-    more = len(every) - _SHOWN
-    return "; ".join(every[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+        model = saved.state.get("model", {})
+        if "problem" in model:
+            raise CheckpointError(f"{saved.path}: when it was saved, {model['problem']}")
+        layout = layout_from_json(model["card"]) if "card" in model else layout_from_directory(base)
+        if "others" not in model:
+            return layout, None
+        return layout, [
+            TensorMeta(fqn, tuple(t["aliases"]), tuple(t["shape"]), torch_dtype(t["dtype"]))
+            for fqn, t in model["others"].items()
+        ]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{saved.path}: the 'model' entry is malformed") from error

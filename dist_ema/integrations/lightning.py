@@ -1,395 +1,235 @@
-"""`EMACallback`: averaged weights in a Lightning `Trainer`.
+"""`EMACallback`: averaged weights in a Trainer of `lightning` or `pytorch_lightning`.
 
-    trainer = Trainer(strategy=..., callbacks=[EMACallback(decay=0.9999)])
+Tested with one device, DDP and `ModelParallelStrategy`; `FSDPStrategy` and others need a GPU.
 
-For the packages `lightning` and `pytorch_lightning`. Tested under single-device, DDP and
-`ModelParallelStrategy` (FSDP2, tensor parallelism); `FSDPStrategy` and `DeepSpeedStrategy` take the
-same way through this file, but refuse to run without a GPU, so nothing has tried them.
-
-[Note: the order of Lightning's events]
-Parameters are what they will be in training from `on_fit_start` on, but some strategies load a
-checkpoint after that: the average is built at `on_train_start`. Until then, so in the validation
-that Lightning runs as a check beforehand, the average would be the live weights, and they are used.
-
-[Note: the average in Lightning's checkpoints]
-A checkpoint that is one file (single device, DDP, `save_distributed_checkpoint=False`) holds the
-average as whole tensors, so that it is wherever the file is moved, linked or uploaded to:
-`torch.load(path)["dist_ema"]["averages"]["ema"]` has them under the names of `state_dict`, which
-keeps the live weights. One that is a folder of shards holds it in a folder `dist_ema`, in this
-project's own format, written by all ranks. Lightning writes what a callback puts into a sharded
-checkpoint from rank 0 alone, gives that to every rank on loading, and tells callbacks no path: so
-`trainer.save_checkpoint`, through which everything is saved, is wrapped.
-
-[Note: what the finders load]
-Lightning's finders of a learning rate or a batch size save what is there, train or evaluate without
-callbacks, load what they saved and delete it; `trainer.ckpt_path` stays what they loaded. A file
-that this run of the trainer saved itself is therefore nothing to resume from. The batch size finder
-does that in `on_validation_start` and the like, so the average is shown one event later, or it
-would be written over.
+[Note: Lightning's events]
+Some strategies load a checkpoint after `on_fit_start`, so the average is built at `on_train_start`.
+Callbacks do not learn the path of a checkpoint, and only rank 0 saves what they add to a folder of
+shards, so `trainer.save_checkpoint` is wrapped. Finders of a learning rate or batch size save and
+load a file of their own, whose path `trainer.ckpt_path` keeps: it is ignored. The batch size finder
+runs in `on_validation_start`, so the average is swapped in one event later.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import Unpack
 
 from dist_ema.core.errors import CheckpointError
-from dist_ema.core.lerp import MultiAvgFn
 from dist_ema.ema import ShardedEMA
-from dist_ema.integrations.beside import is_there
-from dist_ema.integrations.whole import fill, whole
-from dist_ema.options import Options, average_meant, schedules_of
-from dist_ema.schedule import Schedule
+from dist_ema.integrations.base import RESTART, AveragingCallback, Decay, load_from
+from dist_ema.options import EMAKeywords
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
-else:
+else:  # A Trainer of either package only calls the hooks and does not check the class.
     try:
         from lightning.pytorch.callbacks import Callback
     except ImportError:
-        # A Trainer of either package wants the hooks only, and asks no callback for its class.
         from pytorch_lightning.callbacks import Callback
 
 KEY = "dist_ema"  # in a checkpoint that is a file; the folder in one that is a folder
-_log = logging.getLogger(__name__)
 
 
-class EMACallback(Callback):
+class EMACallback(AveragingCallback, Callback):
     """Averages the weights that a `Trainer` trains, evaluates with the average, saves and resumes.
 
-    The average takes the weights in at the end of each batch in which an optimizer stepped:
-    batches that only accumulate gradients, and steps that a gradient scaler skipped, do not count.
-    Steps that Lightning does not see (manual optimization that calls the bare torch optimizer)
-    cannot be counted. A batch whose `training_step` returns None counts, as in `global_step`.
-
-    From `on_validation_epoch_start` to `on_validation_end` the model computes with the average, and
-    so for test and predict; checkpoints written in between hold live weights nevertheless. After an
-    evaluation, or an exception, the live weights are back, and buffers are what they were before
-    it: what an evaluation writes into a buffer is lost. Another model than the one that was fitted
-    is evaluated as it is, with a warning.
-
-    `fit(ckpt_path=...)` goes on with the average of the checkpoint, bit for bit, under any strategy
-    and number of devices that Lightning can load it with; `test(ckpt_path=...)` tests that average.
-    Checkpoints saved with `weights_only` hold none. After `fit`, `callback.ema` is the
-    `ShardedEMA`: `callback.ema.export(path)`, `.gather_state_dict()`, `.copy_to()`. A strategy that
-    spawns its processes ends it with them; test from a checkpoint then. A checkpoint that is one
-    file is refused, as `ShardedEMA.save` refuses its own, if the average holds NaN or Inf.
+    The average, `self.ema`, is updated at the end of each batch in which an optimizer stepped and
+    no gradient scaler skipped the step. Validation, test and predict use it; afterwards, also on an
+    exception, weights and buffers are what they were. Checkpoints hold live weights, and beside
+    them the average: one file has whole tensors, gathered on rank 0, under
+    `torch.load(path)["dist_ema"]["averages"]["ema"]`, a folder of shards has a folder `dist_ema`.
+    `fit(ckpt_path=...)` and `test(ckpt_path=...)` load it on any number of devices.
 
     Args:
-        decay, multi_avg_fn, update_every, start_step, params, buffers, replicas, dtype, device,
-            overlap: as for `ShardedEMA`. Names of weights are those in the LightningModule.
-        evaluate: whether validation, test and predict use the average; with several averages, the
-            name of one of them.
-        optimizer: number of the optimizer whose steps count (a GAN's generator, say), from 0;
-            None: any. One that the module does not have is refused when training starts.
-        missing: when a checkpoint has no average, "raise", or "restart" with a warning: the average
-            starts from the weights of the checkpoint.
-
-    Raises:
-        ValueError, TypeError: an argument is out of range.
-
-    Communication: none in training; around evaluation that of `ShardedEMA.average_parameters`; a
-    checkpoint that is one file gathers the average on rank 0, whose memory holds one full copy.
+        decay, options: as for `ShardedEMA`. Names of weights are those in the LightningModule.
+        evaluate: whether evaluations use the average; or the name of one of several averages.
+        optimizer: number of the optimizer whose steps count, from 0 (a GAN's generator, say).
+        missing: when a checkpoint has no average (`weights_only`, say), "raise", or "restart" with
+            a warning: the average starts from the weights of the checkpoint.
     """
 
     def __init__(
         self,
-        decay: float | Schedule | Mapping[str, float | Schedule] = 0.9999,
+        decay: Decay = 0.9999,
         *,
         evaluate: bool | str = True,
         optimizer: int | None = None,
         missing: str = "raise",
-        multi_avg_fn: MultiAvgFn | None = None,
-        update_every: int = 1,
-        start_step: int = 0,
-        params: str | Callable[[str, nn.Parameter], bool] = "trainable",
-        buffers: str | Callable[[str, torch.Tensor], bool] = "copy",
-        replicas: str = "split",
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-        overlap: bool = False,
+        **options: Unpack[EMAKeywords],
     ) -> None:
-        super().__init__()
-        schedules = schedules_of(decay)
-        options: dict[str, Any] = {
-            "multi_avg_fn": multi_avg_fn,
-            "update_every": update_every,
-            "start_step": start_step,
-            "params": params,
-            "buffers": buffers,
-            "replicas": replicas,
-            "dtype": dtype,
-            "device": None if device is None else torch.device(device),
-            "overlap": overlap,
-        }
-        Options(schedules, **options, has_teacher=False)  # refuses here what it would refuse later
-        if missing not in ("raise", "restart"):
-            raise ValueError(f"missing is {missing!r}, wanted 'raise' or 'restart'")
-        _check_optimizer(optimizer)
-        self.ema: ShardedEMA | None = None  # from on_train_start on
-        self._options: dict[str, Any] = {"decay": decay, **options}
-        self._evaluates = evaluate is not False
-        self._name = average_meant(evaluate, list(schedules))
-        self._optimizer, self._missing = optimizer, missing
-        self._model: nn.Module | None = None  # what `ema` averages
-        self._shown: ExitStack | None = None
-        self._found: Mapping[str, Any] | None = None  # in the checkpoint that is being loaded
-        self._saved_step: int | None = None  # `ema.step` according to the same
-        self._path: Any = None  # of the same
+        super().__init__(decay, options, evaluate, missing, picks=False)
+        if isinstance(optimizer, bool) or not isinstance(optimizer, int | None):
+            what = f"optimizer is {optimizer!r}, wanted the number of an optimizer, or None"
+            raise TypeError(what)
+        if optimizer is not None and optimizer < 0:
+            raise ValueError(f"optimizer is {optimizer}, wanted a number from 0, or None")
+        self._optimizer = optimizer
+        self._trainer: Any = None
+        self._shown = ExitStack()
         self._own: set[str] = set()  # paths that this run of the trainer saved to
-        self._elsewhere = False  # the trainer evaluates another model than `ema` averages
+        self._path: Any = None  # of the checkpoint that the user resumes from
+        self._saved: Mapping[str, Any] | None = None  # the average in it, if it is a file
+        self._saved_step: int | None = None  # `ema.step` according to it
         self._pending = self._stepped = False
-        self._scale: float | None = None
-
-    # Counting.
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self._settle(trainer)
+        self._settle()
         if self._optimizer is None or trainer.optimizers[self._optimizer] is optimizer:
-            self._pending, self._scale = True, _scale(trainer)
+            self._pending = True
+            self._overflowed(self._trainer.precision_plugin)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._settle(trainer)
-        if self._stepped and self.ema is not None:
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self._settle()
+        if self._stepped and self.ema:
             self.ema.update()
         self._stepped = False
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        ran = trainer.fit_loop.epoch_loop.total_batch_idx >= 0
-        if ran and self.ema is not None and self.ema.step == 0:
-            warnings.warn(
-                "EMACallback saw no optimizer step, so the average is the initial weights; with "
-                "manual optimization step what self.optimizers() returns",
-                stacklevel=2,
-            )
+        if self.ema and self.ema.step == 0 and trainer.fit_loop.epoch_loop.total_batch_idx >= 0:
+            text = "with manual optimization, step what self.optimizers() returns"
+            warnings.warn(f"EMACallback saw no optimizer step; {text}", stacklevel=2)
 
-    def _settle(self, trainer: Any) -> None:
+    def _settle(self) -> None:
         """Count the step that was about to happen, unless a gradient scaler skipped it."""
         if self._pending:
-            scale = _scale(trainer)
-            # The scale falls when, and only when, gradients overflowed.
-            self._stepped |= scale is None or self._scale is None or scale >= self._scale
+            self._stepped |= not self._overflowed(self._trainer.precision_plugin)
             self._pending = False
 
-    # Building and loading.
-
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._found = self._saved_step = self._path = None
+        self._saved = self._saved_step = self._path = None
         self._own.clear()
-        self._elsewhere = False
-        self._wrap_save(trainer)
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._found = None  # one full copy
+        if self._trainer is not trainer:
+            self._trainer = trainer
+            trainer.save_checkpoint = functools.partial(self._save, trainer.save_checkpoint)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if str(trainer.ckpt_path) not in self._own:
-            self._found = checkpoint.get(KEY)
+            uses_average = self._evaluates or trainer.state.fn == "fit"
+            self._saved = checkpoint.get(KEY) if uses_average else None
             self._saved_step = checkpoint["callbacks"].get(self.state_key, {}).get("step")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        num_optimizers = len(trainer.optimizers)
-        if self._optimizer is not None and self._optimizer >= num_optimizers:
-            raise ValueError(
-                f"EMACallback: optimizer is {self._optimizer}, but the module has "
-                f"{num_optimizers}, numbered from 0"
-            )
+        number, total = self._optimizer or 0, len(trainer.optimizers)
+        if number >= max(total, 1):
+            text = f"optimizer is {number}, but the module has {total}, numbered from 0"
+            raise ValueError(f"EMACallback: {text}")
         self._pending = self._stepped = False
-        self._attach(trainer)
+        self._build_or_load()
 
-    def _note_path(self, trainer: Any) -> None:
-        """Keep what the trainer was told to load, which a finder writes over."""
-        if str(trainer.ckpt_path) not in self._own:
-            self._path = trainer.ckpt_path
+    def _current(self) -> ShardedEMA | None:
+        """The average of the model that the trainer has now."""
+        return self.ema if self.ema and self.ema.model is self._model() else None
 
-    def _attach(self, trainer: Any) -> None:
-        """Let `self.ema` be the average of the model as it is now."""
-        model = _model_of(trainer)
-        self._note_path(trainer)
+    def _model(self) -> Any:
+        """The module that holds the weights. After `fit`, a DDP model is not wrapped any more."""
+        model, bare = self._trainer.strategy.model, self._trainer.lightning_module
+        return bare if isinstance(model, DistributedDataParallel) else model
+
+    def _note_path(self) -> None:
+        """Keep the path that the trainer loads, which a finder replaces by its own."""
+        if str(self._trainer.ckpt_path) not in self._own:
+            self._path = self._trainer.ckpt_path
+
+    def _build_or_load(self) -> None:
+        self._note_path()
         if self._path is not None:
-            path = Path(trainer.strategy.broadcast(str(self._path)))
-            self._load(self._build(model), path)
-        elif self.ema is None or self._model is not model:
-            if trainer.state.fn == "fit":
-                self._build(model)
-            else:
-                self._elsewhere = True
-                warnings.warn(
-                    "EMACallback: there is no average of this model, evaluation uses its live "
-                    "weights; fit it with this callback before, or give ckpt_path",
-                    stacklevel=3,
-                )
+            self._load(self._build(self._model()))
+        elif self._current() is None and self._trainer.state.fn == "fit":
+            self._build(self._model())
+        elif self._current() is None:
+            text = "there is no average of this model, evaluation uses its live weights"
+            warnings.warn(f"EMACallback: {text}; fit it before, or give ckpt_path", stacklevel=3)
 
-    def _build(self, model: nn.Module) -> ShardedEMA:
-        self.ema = None  # its memory first
-        self.ema, self._model = ShardedEMA(model, **self._options), model
-        return self.ema
-
-    def _load(self, ema: ShardedEMA, path: Path) -> None:
-        found, self._found = self._found, None
-        if found is not None:
-            fill(ema, found, path)
-        elif self._saved_step is not None and is_there(ema, path / KEY):
-            # Without that, it is what an earlier checkpoint left in a folder that was used again.
-            ema.load(path / KEY)
-        elif self._missing == "raise" or self._saved_step is not None:
-            raise CheckpointError(
-                f"{path}: holds no average; it was saved without EMACallback, or weights_only, or "
-                f"its folder {KEY} was lost; EMACallback(missing='restart') takes its weights "
-                "where it was saved without"
-            )
-        else:
-            warnings.warn(
-                f"{path}: holds no average; it starts from the weights of the checkpoint",
-                stacklevel=4,
-            )
+    def _load(self, ema: ShardedEMA) -> None:
+        path = Path(self._trainer.strategy.broadcast(str(self._path)))
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            averages = {
+                name: {fqn: value.view(value.shape or 1) for fqn, value in tensors.items()}
+                for name, tensors in saved["averages"].items()
+            }
+            ema.load_state_dict({"averages": averages, "state": saved["state"]})
+        # Without a saved step, a folder is what an earlier checkpoint left at this path.
+        elif self._saved_step is None or not load_from(ema, path / KEY):
+            reason = "saved without EMACallback, or weights_only, or without its folder dist_ema"
+            self._report(f"{path}: holds no average, {reason}; {RESTART}")
         if self._saved_step not in (None, ema.step):
-            raise CheckpointError(
-                f"{path}: its average is of step {ema.step}, its weights are of step "
-                f"{self._saved_step}: saving was cut short; load another checkpoint"
-            )
-
-    # Saving.
+            steps = f"average is of step {ema.step}, its weights are of step {self._saved_step}"
+            raise CheckpointError(f"{path}: its {steps}: saving was cut short; load another one")
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.ema is None or self._elsewhere else {"step": self.ema.step}
+        return {} if (ema := self._current()) is None else {"step": ema.step}
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if self.ema is None or self._elsewhere or _writes_folder(trainer.strategy):
+        ema = self._current()
+        if ema is None or _writes_folder(trainer.strategy):
             return
-        average = whole(self.ema)
-        if average:
-            checkpoint[KEY] = average
+        ema.refuse_non_finite()
+        state = ema.state_dict()
+        averages = {
+            name: {fqn: tensor for fqn, tensor in ema.gather_tensors(name) if fqn in averaged}
+            for name, averaged in state["averages"].items()
+        }
+        if ema.group.rank == 0:
+            checkpoint[KEY] = {"averages": averages, "state": state["state"]}
 
-    def _wrap_save(self, trainer: Any) -> None:
-        inner = trainer.save_checkpoint
-        if getattr(inner, "ema_callback", None) is self:
-            return
-
-        @functools.wraps(inner)
-        def save_checkpoint(
-            filepath: Any, weights_only: bool | None = None, storage_options: Any = None
-        ) -> None:
-            self._note_path(trainer)
-            self._own.add(str(filepath))
-            with self._hidden(trainer.strategy.model):
-                inner(filepath, weights_only, storage_options)
-                ema = None if self._elsewhere or weights_only else self.ema
-                if ema is not None and _writes_folder(trainer.strategy):
-                    ema.save(Path(trainer.strategy.broadcast(str(filepath))) / KEY)
-
-        save_checkpoint.ema_callback = self  # type: ignore[attr-defined]
-        trainer.save_checkpoint = save_checkpoint
-
-    # Evaluating.
-
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self._evaluation_starts(trainer)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self._hide()
-
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self._evaluation_starts(trainer)
-
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        self._hide()
-
-    def on_predict_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self._evaluation_starts(trainer)
-
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        self._hide()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if self._shown is not None:
-            # Restoring may wait for the other ranks; if they are elsewhere, this is all one sees.
-            _log.error("evaluation failed, restoring the live weights", exc_info=exception)
-        self._hide()
-
-    def _evaluation_starts(self, trainer: Any) -> None:
-        if not self._evaluates:
-            return
-        if trainer.state.fn != "fit":
-            self._attach(trainer)
-        if self.ema is not None and self._model is _model_of(trainer):
-            self._show(self.ema, trainer.strategy.model)
-
-    def _show(self, ema: ShardedEMA, outer: nn.Module) -> None:
-        with ExitStack() as stack:
-            if isinstance(outer, DistributedDataParallel):
-                # An evaluation lets DDP take buffers to be equal on all ranks, as `Buffers` tells.
-                sync = outer.require_forward_param_sync
-                stack.callback(setattr, outer, "require_forward_param_sync", sync)
-            stack.enter_context(ema.average_parameters(self._name))
-            self._shown = stack.pop_all()
-
-    def _hide(self) -> None:
-        shown, self._shown = self._shown, None
-        if shown is not None:
-            shown.close()
-
-    @contextmanager
-    def _hidden(self, outer: nn.Module) -> Iterator[None]:
-        """Within the block the model has its live weights."""
-        ema = None if self._shown is None else self.ema
-        self._hide()
+    def _save(
+        self, inner: Any, filepath: Any, weights_only: Any = None, storage_options: Any = None
+    ) -> None:
+        """Replaces `trainer.save_checkpoint`, which is `inner`: the model has its live weights."""
+        self._note_path()
+        self._own.add(str(filepath))
+        strategy, ema, shows = self._trainer.strategy, self._current(), self._is_shown
+        self._shown.close()
         try:
-            yield
-        except BaseException as error:
-            if ema is not None and ema._average.swap_group.size > 1:
-                # Showing it again would wait for ranks that may know of no error.
-                _log.error("saving failed (%r); evaluation goes on with the live weights", error)
-                ema = None
+            inner(filepath, weights_only, storage_options)
+            if ema is not None and not weights_only and _writes_folder(strategy):
+                ema.save(Path(strategy.broadcast(str(filepath))) / KEY)
+        except BaseException:
+            # Ranks that have not failed would not join an exchange of values.
+            shows = shows and ema is not None and ema.group.size == 1
             raise
         finally:
-            if ema is not None:
-                self._show(ema, outer)
+            if shows:
+                self._show()
 
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._evaluates and trainer.state.fn != "fit":
+            self._build_or_load()
+        if self._evaluates and self._current() is not None:
+            self._show()
 
-def _model_of(trainer: Any) -> nn.Module:
-    """What holds the weights. A DDP wrapper ends with `fit`, its module goes on."""
-    model = trainer.strategy.model
-    if isinstance(model, DistributedDataParallel):
-        model = trainer.lightning_module
-    assert isinstance(model, nn.Module)
-    return model
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._shown.close()
+
+    on_test_end = on_predict_end = on_validation_end
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._shown.__exit__(type(exception), exception, exception.__traceback__)
+
+    def _show(self) -> None:
+        outer = self._trainer.strategy.model
+        if isinstance(outer, DistributedDataParallel):
+            # An evaluation makes DDP assume that buffers are equal on all ranks.
+            synchronizes = outer.require_forward_param_sync
+            self._shown.callback(setattr, outer, "require_forward_param_sync", synchronizes)
+        self._shown.enter_context(self._showing())
 
 
 def _writes_folder(strategy: Any) -> bool:
-    """Whether a strategy writes checkpoints as folders to which every rank adds.
-
-    By name, since either package has its own classes. Private names of Lightning 2.6.
-    """
-    names = {cls.__name__ for cls in type(strategy).__mro__}
-    if "ModelParallelStrategy" in names:
-        return bool(strategy._save_distributed_checkpoint)
+    """Whether every rank writes to a checkpoint. By private names of Lightning 2.6."""
+    names = {cls.__name__ for cls in type(strategy).__mro__}  # each package has its own classes
     if "FSDPStrategy" in names:
         return bool(strategy._state_dict_type == "sharded")
-    return "DeepSpeedStrategy" in names
-
-
-def _scale(trainer: Any) -> float | None:
-    """The factor of the gradient scaler, where there is one (fp16). A host sync there."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return None if scaler is None else float(scaler.get_scale())
-
-
-def _check_optimizer(optimizer: object) -> None:
-    if optimizer is None:
-        return
-    if isinstance(optimizer, bool) or not isinstance(optimizer, int):
-        raise TypeError(f"optimizer is {optimizer!r}, wanted the number of an optimizer, or None")
-    if optimizer < 0:
-        raise ValueError(f"optimizer is {optimizer}, wanted a number from 0, or None")
+    is_sharded = "ModelParallelStrategy" in names and strategy._save_distributed_checkpoint
+    return is_sharded or "DeepSpeedStrategy" in names

@@ -1,0 +1,81 @@
+"""What the integrations share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dist_ema.checkpoint.directory import find
+from dist_ema.core.errors import CheckpointError
+from dist_ema.ema import ShardedEMA
+from dist_ema.options import EMAKeywords, EMAOptions
+from dist_ema.schedule import Schedule
+
+Decay = float | Schedule | Mapping[str, float | Schedule]
+
+RESTART = "it starts again with missing='restart': it starts from the weights of the checkpoint"
+
+
+def load_from(ema: ShardedEMA, path: Path) -> bool:
+    """Load the average if there is one in a framework's checkpoint. Collective."""
+    if there := ema.group.any(find(path).exists()):
+        ema.load(path)
+    return there
+
+
+class AveragingCallback:
+    """Base of the callbacks, which adapt the names and events of their framework."""
+
+    def __init__(
+        self, decay: Decay, options: EMAKeywords, evaluate: bool | str, missing: str, picks: bool
+    ) -> None:
+        """`picks`: whether one of several averages must be named even without evaluation."""
+        self._keywords: dict[str, Any] = {"decay": decay, **options}
+        names = list(EMAOptions.of(**self._keywords).schedules)
+        if missing not in ("raise", "restart"):
+            raise ValueError(f"missing is {missing!r}, wanted 'raise' or 'restart'")
+        if isinstance(evaluate, str) and evaluate not in names:
+            raise ValueError(f"evaluate is {evaluate!r}, wanted one of the averages {names}")
+        if not isinstance(evaluate, str) and len(names) > 1 and (evaluate or picks):
+            raise ValueError(
+                f"there are several averages, {names}; say by evaluate= which is meant"
+            )
+        self.ema: ShardedEMA | None = None  # built when training starts
+        self._evaluates, self._missing = evaluate is not False, missing
+        self._name = evaluate if isinstance(evaluate, str) else None
+        self._is_shown, self._scale = False, 0.0
+
+    def _build(self, model: nn.Module) -> ShardedEMA:
+        self.ema = None  # frees the memory of an earlier one first
+        self.ema = ShardedEMA(model, **self._keywords)
+        return self.ema
+
+    def _overflowed(self, owner: Any) -> bool:
+        """Whether the owner's fp16 scaler skipped a step since the last call. A host sync."""
+        scaler = getattr(owner, "scaler", None)
+        before, self._scale = self._scale, 0.0 if scaler is None else float(scaler.get_scale())
+        return self._scale < before  # it decreases only then
+
+    @contextmanager
+    def _showing(self) -> Iterator[None]:
+        """Within the block the model computes with the average, if there is one. May be nested."""
+        if self.ema is None or self._is_shown:
+            yield
+            return
+        with self.ema.average_parameters(self._name):
+            self._is_shown = True
+            try:
+                yield
+            finally:
+                self._is_shown = False
+
+    def _report(self, problem: str) -> None:
+        """Raise a `CheckpointError`, or warn if `missing` is "restart"."""
+        if self._missing == "raise":
+            raise CheckpointError(problem)
+        warnings.warn(problem, stacklevel=3)
