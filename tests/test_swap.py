@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
-import gc
 import itertools
 import os
 import signal
@@ -635,7 +634,6 @@ def test_a_signal_at_any_line_of_a_swap_leaves_everything_as_it_was():
             return trace
 
         outer = sys.gettrace()
-        gc.disable()  # an exception in a finalizer would be ignored
         sys.settrace(trace)
         try:
             with ema.average_parameters():
@@ -644,7 +642,6 @@ def test_a_signal_at_any_line_of_a_swap_leaves_everything_as_it_was():
             interrupted = True
         finally:
             sys.settrace(outer)
-            gc.enable()
         assert interrupted == bool(raised), (at, raised)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         same(parts(model, ema), before)
