@@ -270,6 +270,7 @@ def _serve(rank: int, num_ranks: int, directory: str, pipe: Connection) -> None:
     redirect_output(f"{directory}/rank{rank}.log")
     leave_out_what_is_slow()
     log_crashes()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in jobs of some shells
     torch.set_num_threads(1)
     if num_ranks != NO_GROUP:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))

@@ -14,7 +14,7 @@ import torch
 from dist_ema import ShardedEMA
 from tests import grid, test_average, test_cost, test_several, test_swap
 from tests.grid import lerped_tensors, named, over
-from tests.net import FROZEN, TRAINABLE, Net, batch_of_tokens, loss_of
+from tests.net import TRAINABLE, Net, batch_of_tokens, loss_of
 from tests.runs import DECAY, Run, same, start
 from tests.worlds import World, evaluate, from_rank_0, parametrized
 from tests.worlds_deepspeed import WORLDS, Zero, library, skip_without_overflow_checks
@@ -135,25 +135,16 @@ def test_an_update_reads_one_run_of_values_a_flat_buffer(world: World):
 # When an update counts.
 
 
-def with_config(name: str, **config) -> World:
-    """A row of the table with further entries in its configuration."""
-    (world,) = named(WORLDS, name)
-    engine = dataclasses.replace(world.engine, config={**world.engine.config, **config})
-    return dataclasses.replace(world, engine=engine)
-
-
-def overflowing(name: str) -> World:
-    (world,) = named(WORLDS, name)
-    skip_without_overflow_checks(world.engine.stage)
-    engine = dataclasses.replace(world.engine, bf16={"check_grad_overflow": True})
-    return dataclasses.replace(world, engine=engine)
+def changed(world: World, **options: Any) -> World:
+    """A row of the table with other options of its engine."""
+    return dataclasses.replace(world, engine=dataclasses.replace(world.engine, **options))
 
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("name", ["z0", "z1_bf16", "z2", "z3_bf16"])
 def test_updates_are_the_optimizer_steps_under_gradient_accumulation(name: str):
-    world = with_config(name, gradient_accumulation_steps=4)
-    run = start(world)
+    (world,) = named(WORLDS, name)
+    run = start(changed(world, config={**world.engine.config, "gradient_accumulation_steps": 4}))
     for i in range(8):
         run.training.train_step(i)
         assert run.ema.update() is (i % 4 == 3), i
@@ -167,7 +158,9 @@ def test_updates_are_the_optimizer_steps_under_gradient_accumulation(name: str):
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("name", ["z0_bf16", "z1_bf16", "z2_bf16", "z3_bf16"])
 def test_a_step_that_overflows_is_no_update(name: str):
-    run = start(overflowing(name))
+    (world,) = named(WORLDS, name)
+    skip_without_overflow_checks(world.engine.stage)
+    run = start(changed(world, bf16={"check_grad_overflow": True}))
     for i in range(4):
         loss = run.training.loss(i)
         run.training.engine.step(run.training, loss * torch.inf if i == 1 else loss)
@@ -385,56 +378,30 @@ def test_stage_0_with_a_fused_optimizer_keeps_masters_in_flat_buffers():
     engine_module = pytest.importorskip("deepspeed.runtime.engine")
     (world,) = named(WORLDS, "z0_bf16")
     with mock.patch.object(engine_module, "FusedAdam", torch.optim.AdamW):
-        if type(world.train().optimizer).__name__ == "BF16_Optimizer":
-            pytest.skip("this DeepSpeed has one class for stages 0 and 1 in bf16")
-        run = start_fused(world)
-    assert type(run.training.optimizer).__name__ == "FP16_Optimizer"
-    for i in range(2):
-        run.training.train_step(i)
-        assert run.ema.update()
-        run.weights.append(fused_masters(run))
+        run = start(world)
+    kind = type(run.training.optimizer).__name__
+    if kind == "BF16_Optimizer":
+        pytest.skip("this DeepSpeed has one class for stages 0 and 1 in bf16")
+    assert kind == "FP16_Optimizer"
+    run.train(2)
     check_swap(world, run)
     run.check()
-
-
-def start_fused(world: World) -> Run:
-    training = world.train()
-    run = Run(training, ShardedEMA(training.model, DECAY), [])
-    run.weights.append(fused_masters(run))
-    return run
-
-
-def fused_masters(run: Run) -> dict[str, torch.Tensor]:
-    optimizer, found = run.training.optimizer, {}
-    for name, parameter in run.training.net.named_parameters():
-        found[name] = parameter.detach().clone()
-        for copies, masters in zip(
-            optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True
-        ):
-            start = (parameter.data_ptr() - copies.data_ptr()) // copies.element_size()
-            if name not in FROZEN and 0 <= start < copies.numel():
-                flat = masters.detach()[start : start + parameter.numel()]
-                found[name] = flat.clone().view(parameter.shape)
-    return found
 
 
 def check_swap(world: World, run: Run) -> None:
     """The forward computes with the average, and then with the weights, bit for bit."""
     state = from_rank_0(run.ema.gather_state_dict())
-    live = run.training.evaluate()
-    shown = run.averaged_logits()
-    same(shown, world.parallel_twin(state).evaluate())
+    live, averaged = run.training.evaluate(), run.averaged_logits()
+    same(averaged, world.parallel_twin(state).evaluate())
     same(run.training.evaluate(), live)
-    assert not torch.equal(shown, live)
+    assert not torch.equal(averaged, live)
 
 
 @pytest.mark.ranks(3)
 def test_many_swaps_show_the_same_average_and_the_same_weights():
     """DeepSpeed before 0.19 reads persistent parameters before they are gathered, on the CPU."""
     run = start(named(WORLDS, "z3")[0]).train(2)
-    live, shown = run.training.evaluate(), None
+    live, averaged = run.training.evaluate(), run.averaged_logits()
     for _ in range(10):
-        logits = run.averaged_logits()
-        shown = logits if shown is None else shown
-        assert torch.equal(logits, shown)
-        assert torch.equal(run.training.evaluate(), live)
+        same(run.training.evaluate(), live)
+        same(run.averaged_logits(), averaged)

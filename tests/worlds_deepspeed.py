@@ -68,9 +68,11 @@ class Zero(Engine):
 
         weights = self.shown_weights(training)
         trained = {n: p for n, p in training.net.named_parameters() if p.requires_grad}
-        if self.zero.get("round_robin_gradients"):  # safe_get_full_fp32_param is wrong there
+        # safe_get_full_fp32_param is wrong with the first, and returns None for the others.
+        is_fused = hasattr(training.optimizer, "fp32_groups_flat")
+        if self.zero.get("round_robin_gradients") or is_fused:
             masters = masters_by_address(training.optimizer, trained)
-        elif hasattr(training.optimizer, "fp32_groups"):  # and returns None there
+        elif hasattr(training.optimizer, "fp32_groups"):
             masters = masters_of_unfused(training.optimizer, trained)
         elif self.stage == 0:
             masters = trained
@@ -130,13 +132,18 @@ def _put_into(net: Net, built: Net) -> None:
 
 
 def masters_by_address(optimizer: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masters of stages 1 and 2, put together and cut where the parameters lie in the copies."""
+    """Masters in flat buffers (at stages 1 and 2, parts), cut where the copies' parameters lie."""
     found = {}
-    for part, copies in zip(
-        optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups_flat, strict=True
-    ):
-        whole = torch.empty(copies.numel())
-        dist.all_gather(list(whole.chunk(dist.get_world_size())), part.detach())
+    is_fused = hasattr(optimizer, "fp32_groups_flat")  # at stage 0
+    buffers = (
+        "fp32_groups_flat fp16_groups_flat"
+        if is_fused
+        else ("single_partition_of_fp32_groups bit16_groups_flat")
+    )
+    for part, copies in zip(*(getattr(optimizer, name) for name in buffers.split()), strict=True):
+        whole = part.detach() if is_fused else torch.empty(copies.numel())
+        if not is_fused:
+            dist.all_gather(list(whole.chunk(dist.get_world_size())), part.detach())
         for name, parameter in parameters.items():
             start, rest = divmod(parameter.data_ptr() - copies.data_ptr(), copies.element_size())
             if not rest and 0 <= start < copies.numel():
