@@ -623,6 +623,17 @@ def test_forged_headers_are_refused_or_harmless(tmp_path: Path):
 
 
 @pytest.mark.ranks(0)
+def test_a_plain_file_that_is_replaced_while_it_is_read_is_refused(tmp_path: Path):
+    save_file(full(TENSORS), tmp_path / "a.safetensors")
+    save_file(full(TENSORS, 1), tmp_path / "b.safetensors")
+    with Checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        (tmp_path / "b.safetensors").replace(tmp_path / "a.safetensors")
+        average = checkpoint.averages[""]
+        with pytest.raises(CheckpointError, match=r"a\.safetensors: was replaced"):
+            checkpoint.fill(average, "cube", [], put=None)
+
+
+@pytest.mark.ranks(0)
 def test_plain_directories_that_are_ambiguous_are_refused(tmp_path: Path):
     ranks, values = Group(), full(TENSORS)
     save_file(values, tmp_path / "a.safetensors")

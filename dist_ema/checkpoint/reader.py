@@ -97,7 +97,11 @@ class Files:
             return False
 
     def size(self, name: str) -> int:
-        return os.fstat(self._file(name)).st_size
+        return self.status(name).st_size
+
+    def status(self, name: str) -> os.stat_result:
+        """The status of a file; it stays open, so that no other file gets its inode number."""
+        return os.fstat(self._file(name))
 
     def read(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill the buffer with the bytes of a file from `start` on."""
@@ -257,8 +261,7 @@ class Checkpoint:
 
     def _describe_plain_file(self, name: str) -> dict[str, SavedTensor]:
         path = self.directory / name
-        self.files.size(name)  # raises if it is no regular file
-        with _as_checkpoint_error(path), safe_open(path, framework="np") as file:
+        with _as_checkpoint_error(path), self._open_plain(name, "np") as file:
             metadata, keys = file.metadata() or {}, list(file.keys())
             slices = {fqn: file.get_slice(fqn) for fqn in keys}
             shapes = {fqn: tuple(each.get_shape()) for fqn, each in slices.items()}
@@ -283,6 +286,14 @@ class Checkpoint:
             saved = SavedBox(box, name, 0, box.numel * itemsize, ())
             tensors[fqn] = SavedTensor(shape, dtypes[fqn], tuple(aliases.get(fqn, ())), (saved,))
         return tensors
+
+    def _open_plain(self, name: str, framework: str) -> Any:
+        """Open a file with safetensors: the one that was described, not one that replaced it."""
+        status, path = self.files.status(name), self.directory / name
+        file = safe_open(path, framework=framework)
+        if not os.path.samestat(status, os.stat(path)):
+            raise CheckpointError(f"{path}: was replaced while it was read; load again")
+        return file
 
     # Checking.
 
@@ -390,8 +401,7 @@ class Checkpoint:
         """
         tensor = average.tensors[fqn]
         if self.is_plain:
-            if put is not None:
-                self._fill_plain(fqn, tensor, targets, put)
+            self._fill_plain(fqn, tensor, targets, put)
             return
         import torch
 
@@ -427,14 +437,16 @@ class Checkpoint:
                     put(_indexed(out, inner, box), run[inner.within(outer)])
 
     def _fill_plain(
-        self, fqn: str, tensor: SavedTensor, targets: Sequence[Target], put: Put
+        self, fqn: str, tensor: SavedTensor, targets: Sequence[Target], put: Put | None
     ) -> None:
         name = tensor.boxes[0].file
         path = self.directory / name
         with _as_checkpoint_error(path):
             if name not in self._plain_files:
-                self._plain_files[name] = safe_open(path, framework="pt")
+                self._plain_files[name] = self._open_plain(name, "pt")
             file = self._plain_files[name]
+            if put is None:
+                return
             for box, out in targets:
                 for start in range(0, box.numel, _PLAIN_CHUNK):
                     stop = min(start + _PLAIN_CHUNK, box.numel)
