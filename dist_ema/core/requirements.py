@@ -16,7 +16,7 @@ def require(package: str) -> None:
     if _numbers(installed) < _numbers(wanted):
         raise ImportError(
             f"dist_ema needs {package} {wanted} or newer, and this environment has {package} "
-            f"{installed}: upgrade it, with pip install '{package}>={wanted}' say"
+            f"{installed}; upgrade it with pip install '{package}>={wanted}'"
         )
 
 
