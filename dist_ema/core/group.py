@@ -104,7 +104,7 @@ class Group:
         Args:
             call: the public call that begins with this block. Ranks in different calls raise, and
                 a rank that waits names the ranks that have not arrived.
-            values: texts that must be equal on all ranks, by label.
+            values: texts that must be equal on all ranks, by label; read when the block ends.
             error: the type to raise in place of any other.
 
         Raises:
