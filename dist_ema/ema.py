@@ -139,7 +139,7 @@ class ShardedEMA:
         # and cheap: every update() calls it. Set by dist_ema.integrations.
         self.gate: Callable[[], bool] | None = None
         self._saves = BackgroundSaves()
-        self._mixed: set[str] = set()  # averages that not their schedule alone has made
+        self._mixed: set[str] = set()  # averages whose history mixes schedules
         self._warn_of_low_precision(dtype)
         self._warn_of_standstill(dtype)
 
@@ -157,7 +157,7 @@ class ShardedEMA:
         """
         refuse_non_finite(non_finite_names(self._fragments()), self._group)
 
-    # What the average is at.
+    # State.
 
     @property
     def model(self) -> nn.Module:
@@ -166,7 +166,7 @@ class ShardedEMA:
 
     @property
     def names(self) -> list[str]:
-        """The averages kept."""
+        """The names of the averages."""
         return list(self._options.schedules)
 
     @property
@@ -176,7 +176,7 @@ class ShardedEMA:
 
     @property
     def num_updates(self) -> int:
-        """Times that the average took the live weights in, copies of the first steps included."""
+        """Number of updates applied, including the initial copies."""
         return self._num_updates
 
     @property
@@ -220,7 +220,7 @@ class ShardedEMA:
 
     @torch.no_grad()
     def update(self, step: int | None = None) -> bool:
-        """Fold the live weights into the average; call it after each optimizer step.
+        """Update the average with the live weights; call it after each optimizer step.
 
         Local: no collective, no host sync, no allocation.
 
@@ -228,8 +228,8 @@ class ShardedEMA:
             step: the number of this optimizer step, where the caller counts; else calls count.
 
         Returns:
-            Whether the average took the live weights in: False where no optimizer step happened
-            (for engines and frameworks that tell) and on the calls that `update_every` skips.
+            Whether the update was applied: False if no optimizer step happened (where the engine or
+            framework reports it), and for calls that `update_every` skips.
 
         Raises:
             RuntimeError: inside `average_parameters()`; while a CUDA graph is captured; parameters
@@ -262,7 +262,7 @@ class ShardedEMA:
         return applies
 
     def _fold(self, since: int) -> bool:
-        """Fold the live weights in, `since` steps after the copies of the start."""
+        """Update the averages, `since` steps after the initial copies; False if skipped."""
         options, storage = self._options, self._average.storage
         if since > 0 and since % options.update_every:
             return False
@@ -474,9 +474,9 @@ class ShardedEMA:
                 weights that `export` did not write and that loaders might prefer. On every rank;
                 an earlier export is left as it was.
 
-        Collective: every rank calls it. Direct, nothing is sent but tensors that are cut into runs
-        of less than 4 KB; memory a few MB a rank. Else each byte is sent to rank 0 once, in buckets
-        of 16 MiB.
+        Collective: every rank calls it. With "direct", only tensors that would be written in runs
+        of less than 4 KB are sent; memory: a few MB on each rank. With "rank0", each byte is sent
+        to rank 0 once, in buckets of 16 MiB.
         """
         gatherer, values = self._gathered(
             "export()",
@@ -504,29 +504,28 @@ class ShardedEMA:
     def save(
         self, path: str | Path, *, asynchronous: bool = False, timeout: float = TIMEOUT_S
     ) -> Handle | None:
-        """Write all averages, cut as they are, with their counters and schedules.
+        """Write a sharded checkpoint of all averages, with their counters and schedules.
 
-        A directory of safetensors files, one or a few of each rank, and a manifest with checksums;
-        nothing in it can be executed. It appears whole: until every rank has written and synced,
-        what was at `path` stands, and then it is replaced at one instant.
+        It is a directory of safetensors files, one or a few of each rank, and a manifest with
+        checksums, without any pickle. A checkpoint at `path` is replaced atomically, when every
+        rank has written and synced its files.
 
         Args:
             path: directory on a file system that all ranks share.
-            asynchronous: return after one copy of this rank's bytes and write in the background.
-                The handle's `result()` waits, and raises what went wrong. A save or load that
-                follows waits for it first, and so does the end of the process. A signal that ends
-                the process at once, as SIGTERM does by default, loses this save; what was at
-                `path` stays.
-            timeout: seconds without progress after which an asynchronous save gives up the ranks
-                that have not written; `result()` raises on the others and names them, and the end
-                of the process waits no longer (for rank 0, up to 30 s more). A process that died
-                is noticed within seconds where the file system has locks.
+            asynchronous: return after one copy of this rank's values, and write in the background.
+                `result()` of the returned handle waits, and raises if the save failed. A later save
+                or load waits for it, and so does the exit of the process. A signal that kills the
+                process, as SIGTERM does by default, loses this save; `path` is unchanged.
+            timeout: seconds without progress after which an asynchronous save gives up ranks that
+                have not written: `result()` raises on the other ranks and names them, and the exit
+                of the process does not wait longer (on other ranks than 0, up to 30 s more). A
+                process that has died is noticed within seconds on file systems with locks.
 
         Raises:
             ValueError: `timeout` is not a positive number.
             CheckpointError: an average holds NaN or Inf (the tensors are named), a rank cannot
-                write, or `path` holds files of others or the working directory. On every rank; what
-                was at `path` is as it was.
+                write, or `path` holds other files or the working directory. On every rank; `path`
+                is unchanged.
 
         Collective: every rank calls it. Each rank writes what it owns; four small exchanges.
         """
@@ -547,22 +546,22 @@ class ShardedEMA:
         )
 
     def load(self, path: str | Path, *, strict: bool = True, step: int | None = None) -> None:
-        """Take averages and counters from a checkpoint, under whatever engine and world it was.
+        """Load averages and counters from a checkpoint of any engine and world size.
 
-        A consolidated safetensors file or directory, of any model with these names, is taken too.
-        A schedule, `start_step` or `update_every` that differs from the constructor's is warned of,
-        and the constructor's goes on. A custom callable is compared by its name and code, and the
-        plain values that it closes over.
+        A consolidated safetensors file or directory with these names can be loaded too. If the
+        saved schedule, `start_step` or `update_every` differs from the constructor's, a warning
+        says so and the constructor's is used. A custom callable is compared by its name, its code
+        and the plain values in its closure.
 
         Args:
             strict: refuse missing and unexpected tensors, instead of warning of them.
             step: the optimizer steps behind an average that was saved without counters;
-                `num_updates` becomes what it would be had all of them been counted here. None:
-                diffusers' `optimization_step`, if `config.json` has it, else 0. If the next update
-                would then discard most of what was loaded, a warning says so.
+                `num_updates` is set as if all of them had been counted here. None: diffusers'
+                `optimization_step` if `config.json` has it, else 0. If the next update would
+                discard most of the loaded average, a warning says so.
 
         Raises:
-            CheckpointError: the checkpoint is cut short, altered or none; an average or a tensor is
+            CheckpointError: the checkpoint is damaged or there is none; an average or a tensor is
                 missing, unexpected or of another shape (all are listed). On every rank; nothing has
                 changed.
 
@@ -605,9 +604,9 @@ class ShardedEMA:
     def state_dict(self) -> dict[str, Any]:
         """For `torch.distributed.checkpoint`: `dcp.save({"model": ..., "ema": ema})`. Local.
 
-        Values are tensors that it cuts and reshards, and share the average's storage. One process
-        without others has plain tensors, which `torch.save` and `torch.load(weights_only=True)`
-        take. A rank among others has a part only; `gather_state_dict()` gives whole tensors.
+        Values are tensors that it can reshard; they share the average's storage. In a single
+        process they are plain tensors, for `torch.save` and `torch.load(weights_only=True)`. A rank
+        of several holds only a part; use `gather_state_dict()` for whole tensors.
         """
         self._average.marks.refuse("state_dict()")
         self._average.follow()
@@ -616,10 +615,10 @@ class ShardedEMA:
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take what `torch.distributed.checkpoint` filled in. Local.
+        """Load a state dict that `torch.distributed.checkpoint` has filled. Local.
 
         Raises:
-            CheckpointError: it lacks an average, or is of other tensors. Nothing has changed.
+            CheckpointError: an average is missing, or tensors differ. Nothing has changed.
         """
         self._average.marks.refuse("load_state_dict()", mends=True)
         self._average.follow()
@@ -640,12 +639,12 @@ class ShardedEMA:
         Collective: every rank calls it. One all-reduce of three integers.
 
         Args:
-            ranks: the ranks that meet; all that hold the model by default.
+            group: the ranks that meet; by default all that hold the model.
             counters: whether `step` and `num_updates` must be equal.
         """
         values = {f"argument {label}": str(value) for label, value in arguments.items()}
         if not isinstance(name := arguments.get("name"), str | None):
-            values["argument name"] = type(name).__name__  # what is printed may hold an address
+            values["argument name"] = type(name).__name__  # its text may contain an address
         if counters:
             values["(step, num_updates)"] = str((self.step, self.num_updates))
             values["the number of reset() calls"] = str(self._num_resets)
@@ -664,7 +663,7 @@ class ShardedEMA:
             self._average.follow()
 
     def _fragments(self) -> dict[str, list[Fragment]]:
-        """What this rank holds of each average."""
+        """This rank's fragments of each average."""
         fragments = self._average.plan.fragments
         return {
             name: [
@@ -675,7 +674,7 @@ class ShardedEMA:
         }
 
     def _tensors(self) -> list[TensorMeta]:
-        """What is averaged, on any rank."""
+        """The averaged tensors of all ranks that hold this part of the model."""
         return [
             TensorMeta(w.fqn, w.aliases, w.shape, self._average.dtype_of(w))
             for w in self._average.plan.weights
@@ -699,14 +698,19 @@ class ShardedEMA:
         }
 
     def _resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that was saved; from the start if it is empty."""
+        """Continue from a saved state; from the start if it is empty."""
         own = self._state()
+        averages = {n: a for n, a in state.get("averages", {}).items() if n in self.names}
+        changed = {
+            name
+            for name, saved in averages.items()
+            if not same_rule(saved["schedule"], own["averages"][name]["schedule"])
+        }
         notes = [
-            f"the average {name!r} was saved with {saved['schedule']}, and goes on with "
+            f"the average {name!r} was saved with {averages[name]['schedule']}, and goes on with "
             f"{own['averages'][name]['schedule']}, as ShardedEMA was built"
-            for name, saved in state.get("averages", {}).items()
-            if name in self.names
-            and not same_rule(saved["schedule"], own["averages"][name]["schedule"])
+            for name in averages
+            if name in changed
         ]
         notes += [
             f"the average was saved with {label}={state[label]}, and goes on with "
@@ -716,28 +720,19 @@ class ShardedEMA:
         ]
         for text in notes:
             warnings.warn(text, stacklevel=3)
-        self._mixed = {
-            name
-            for name, average in state.get("averages", {}).items()
-            if name in self.names
-            and (
-                average.get("mixed")
-                or not same_rule(average["schedule"], own["averages"][name]["schedule"])
-            )
-        }
-        if not state.get("averages") and state.get("step"):
-            self._mixed = set(self.names)  # made by a rule that nothing tells of
+        self._mixed = changed | {name for name, saved in averages.items() if saved.get("mixed")}
+        if not averages and state.get("step"):
+            self._mixed = set(self.names)  # the schedule that made it is not known
         self._step, self._num_updates = state.get("step", 0), state.get("num_updates", 0)
         self._num_resets = 0
-        averages: Mapping[str, Any] = state.get("averages", {})
-        saved: list[Any] = [averages[name]["decay"] for name in self.names] if averages else [None]
-        self._decays = None if None in saved else [float(decay) for decay in saved]
+        decays: list[Any] = [averages[n]["decay"] for n in self.names] if averages else [None]
+        self._decays = None if None in decays else [float(decay) for decay in decays]
         self._applied_steps = self._average.engine.applied_steps()
         self._average.refresh_teacher(loaded=True)
         self._average.marks.mend()
 
     def _uncounted(self, step: int) -> dict[str, int]:
-        """The state of an average that was saved without counters, after so many steps."""
+        """The state after a number of steps of an average that was saved without counters."""
         start, every = self._options.start_step, self._options.update_every
         applied = min(step, start) + max(0, step - start) // every
         # Not 0 once there were steps: the first update of a `multi_avg_fn` copies.
@@ -770,7 +765,7 @@ class ShardedEMA:
     def _gathered(
         self, what: str, name: str | None, dtype: torch.dtype | None, **others: object
     ) -> tuple[Gatherer, list[torch.Tensor]]:
-        """Who owns what of an average, and its values. Collective: every rank calls it."""
+        """The gatherer of an average, and the values to gather. Collective."""
         self._meet(what, {"name": name, "dtype": dtype, **others})
         values = self._values(name)
         gatherer = self._average.gatherer(values)
@@ -781,7 +776,7 @@ class ShardedEMA:
         return unregistered_tensors(call, average.model, average.plan.averaged, self._group)
 
     def _values(self, name: str | None) -> list[torch.Tensor]:
-        """One average, a tensor for each of the plan's pieces."""
+        """One average: a tensor for each fragment of the plan."""
         return self._average.storage.values[self.names.index(name) if name is not None else 0]
 
     def _check_name(self, name: object) -> None:

@@ -28,7 +28,7 @@ from dist_ema.core.safetensors import torch_dtype
 
 _MAX_NAMES = 8  # of a kind in a message
 
-Source = tuple[SavedAverage, str]  # a saved average, and the name of a tensor in it
+Source = tuple[SavedAverage, dict[str, str]]  # an average, and the saved name of each tensor
 
 
 def load(
@@ -114,8 +114,7 @@ def _load(
                 sources = _match(checkpoint, list(averages), tensors, others, strict, notes)
             except CheckpointError as error:
                 raise CheckpointError(f"{checkpoint.directory}: {error}") from None
-            used = {id(a): a for of_average in sources.values() for a, _ in of_average.values()}
-            files = [(average, name) for average in used.values() for name in average.files]
+            files = [(average, name) for average, _ in sources.values() for name in average.files]
             for average, name in files[group.rank :: group.size]:
                 checkpoint.check_file(average, name)
         with group.together(error=CheckpointError):
@@ -139,7 +138,7 @@ def _load(
 @torch.no_grad()
 def _fill(
     checkpoint: Checkpoint,
-    sources: Mapping[str, Mapping[str, Source]],
+    sources: Mapping[str, Source],
     averages: Averages,
     *,
     copies: bool,
@@ -151,7 +150,8 @@ def _fill(
             if fragment.meta.numel:
                 target = (fragment.meta.box, fragment.tensor)
                 targets.setdefault(fragment.meta.fqn, []).append(target)
-        for fqn, (average, saved_name) in sources[name].items():
+        average, saved_names = sources[name]
+        for fqn, saved_name in saved_names.items():
             if copies:
                 checkpoint.fill(average, saved_name, targets.get(fqn, ()))
             else:
@@ -165,8 +165,8 @@ def _match(
     others: Collection[str],
     strict: bool,
     notes: list[str],
-) -> dict[str, dict[str, Source]]:
-    """For each average, the saved tensor of each tensor. Appends warnings to `notes`.
+) -> dict[str, Source]:
+    """For each average, the saved one and the names of its tensors. Appends warnings to `notes`.
 
     Raises:
         CheckpointError: an average or a tensor is missing or does not fit; all of them are listed.
@@ -190,7 +190,10 @@ def _match(
     ignored = [name for name in saved if name not in names]
     if ignored:
         notes.append(f"its averages {', '.join(map(repr, ignored))} are not loaded")
-    return {name: _match_one(saved[name], tensors, allowed, strict, notes) for name in names}
+    return {
+        name: (saved[name], _match_one(saved[name], tensors, allowed, strict, notes))
+        for name in names
+    }
 
 
 def _match_one(
@@ -199,10 +202,9 @@ def _match_one(
     allowed: Collection[str],
     strict: bool,
     notes: list[str],
-) -> dict[str, Source]:
-    names = {alias: fqn for fqn, saved in average.tensors.items() for alias in saved.aliases}
-    names |= {fqn: fqn for fqn in average.tensors}
-    sources: dict[str, Source] = {}
+) -> dict[str, str]:
+    names = average.names()
+    saved_names: dict[str, str] = {}
     lists: dict[str, list[str]] = {
         "does not fit": [],
         "missing": [],
@@ -214,7 +216,7 @@ def _match_one(
         if fqn is None:
             lists["missing"].append(meta.fqn)
             continue
-        sources[meta.fqn] = average, fqn
+        saved_names[meta.fqn] = fqn
         shape, dtype = average.tensors[fqn].shape, torch_dtype(average.tensors[fqn].dtype)
         is_number = dtype.is_complex or dtype.is_floating_point
         if shape != meta.shape:
@@ -225,7 +227,7 @@ def _match_one(
             lists["does not fit"].append(f"{meta.fqn}: {problem}")
         elif torch.promote_types(dtype, meta.dtype) != meta.dtype:
             lists["rounded to a narrower dtype"].append(meta.fqn)
-    used = {fqn for _, fqn in sources.values()}
+    used = set(saved_names.values())
     lists["unexpected"] += [n for n in average.tensors if n not in used and n not in allowed]
     texts = {kind: _listed(kind, fqns) for kind, fqns in lists.items() if fqns}
     rounded = texts.pop("rounded to a narrower dtype", None)
@@ -233,7 +235,7 @@ def _match_one(
         advice = "" if "does not fit" in texts else " (strict=False loads the rest)"
         raise CheckpointError("; ".join(texts.values()) + advice)
     notes += [*texts.values(), *filter(None, [rounded])]
-    return sources
+    return saved_names
 
 
 def _listed(kind: str, names: Sequence[str]) -> str:

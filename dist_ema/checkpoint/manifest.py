@@ -116,6 +116,11 @@ class SavedAverage:
         """A file's path relative to the manifest's directory."""
         return f"{self.directory}/{file}" if self.directory else file
 
+    def names(self) -> dict[str, str]:
+        """The name of each tensor, by its name and by its aliases."""
+        names = {alias: fqn for fqn, t in self.tensors.items() for alias in t.aliases}
+        return names | {fqn: fqn for fqn in self.tensors}
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -259,7 +264,8 @@ def check_size(start: bytes, nbytes: int) -> None:
 def parse(data: bytes) -> Manifest:
     """Check and read the contents of a manifest's file.
 
-    Nothing in it is trusted: names are no paths, and boxes partition tensors and files.
+    Its contents are not trusted: names must not be paths, and boxes must partition tensors and
+    files.
 
     Raises:
         CheckpointError: it is cut short, altered, of another version, or inconsistent.

@@ -100,7 +100,7 @@ class Files:
         return self.status(name).st_size
 
     def status(self, name: str) -> os.stat_result:
-        """The status of a file; it stays open, so that no other file gets its inode number."""
+        """The status of a file, which is kept open: no other file can get its inode number."""
         return os.fstat(self._file(name))
 
     def read(self, name: str, start: int, buffer: memoryview) -> None:
@@ -213,9 +213,16 @@ class Checkpoint:
     def _describe_plain(self, only: str | None) -> Manifest:
         tensors: dict[str, SavedTensor] = {}
         files: dict[str, SavedFile] = {}
-        for name in [only] if only is not None else self._plain_names():
+        for name, listed in self._plain_files_in(only).items():
+            described = self._describe_plain_file(name)
             files[name] = SavedFile(self.files.size(name), 0, "")
-            for fqn, tensor in self._describe_plain_file(name).items():
+            missing = [fqn for fqn in listed if fqn not in described]
+            if missing:
+                raise CheckpointError(
+                    f"{self.directory}: {short(missing[0])} is not in {name}, in which the index "
+                    "lists it"
+                )
+            for fqn, tensor in described.items():
                 if fqn in tensors:
                     raise CheckpointError(
                         f"{self.directory}: {short(fqn)} is in {tensors[fqn].boxes[0].file} and in "
@@ -225,39 +232,40 @@ class Checkpoint:
         average = SavedAverage("", files, tensors)
         return Manifest("", "", BLOCK_BYTES, {}, {}, {PLAIN: average})
 
-    def _plain_names(self) -> list[str]:
+    def _plain_files_in(self, only: str | None) -> dict[str, list[str]]:
+        """The files to read, each with the tensors that an index lists in it."""
+        if only is not None:
+            return {only: []}
         names = [name for name in self.files.names() if self.files.has(name)]
         indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
         if len(indices) > 1:
             raise CheckpointError(f"{self.directory}: has several indices, {', '.join(indices)}")
         if indices:
-            return self._indexed_names(indices[0])
+            return self._indexed_files(indices[0])
         weights = [name for name in names if name.endswith(_SUFFIX)]
         if not weights:
             raise CheckpointError(
                 f"{self.directory}: is not a checkpoint; it has no manifest.json and no "
                 f"safetensors file, but {short(names[:8]) if names else 'nothing'}"
             )
-        return weights
+        return {name: [] for name in weights}
 
-    def _indexed_names(self, index: str) -> list[str]:
+    def _indexed_files(self, index: str) -> dict[str, list[str]]:
         where = self.directory / index
         nbytes = self.files.size(index)
         if nbytes > _MAX_INDEX_BYTES:
             raise CheckpointError(f"{where}: is {nbytes} bytes long, more than any index")
         try:
             weight_map = json.loads(self.files.read_bytes(index, 0, nbytes))["weight_map"]
-            names = sorted(set(weight_map.values()))
+            listed: dict[str, list[str]] = {name: [] for name in sorted(set(weight_map.values()))}
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{where}: is no index of safetensors files") from error
-        for name in names:
+        for name in listed:
             if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
                 raise CheckpointError(f"{where}: file {short(name)} is not a plain name")
-            tensors = self._describe_plain_file(name)
-            for fqn, file in weight_map.items():
-                if file == name and fqn not in tensors:
-                    raise CheckpointError(f"{where}: {short(fqn)} is not in {name}")
-        return names
+        for fqn, name in weight_map.items():
+            listed[name].append(fqn)
+        return listed
 
     def _describe_plain_file(self, name: str) -> dict[str, SavedTensor]:
         path = self.directory / name
@@ -338,11 +346,11 @@ class Checkpoint:
         header = self.files.read_bytes(path, 0, min(saved.header_bytes, MAX_HEADER_BYTES))
         try:
             entries = json.loads(header[8:])
-            offsets_there = json.loads(entries.pop("__metadata__")["DCP_SHARDING_INFO"])
+            offsets_in_file = json.loads(entries.pop("__metadata__")["DCP_SHARDING_INFO"])
         except (LookupError, TypeError, ValueError, RecursionError, AttributeError):
-            entries = offsets_there = None
+            entries = offsets_in_file = None
         length = int.from_bytes(header[:8], "little") + 8
-        if (length, entries, offsets_there) != (saved.header_bytes, expected, offsets):
+        if (length, entries, offsets_in_file) != (saved.header_bytes, expected, offsets):
             raise CheckpointError(f"{self.directory / path}: the header differs from the manifest")
         return header
 

@@ -101,11 +101,10 @@ def save(
         refuse_working_directory(place)
     tensors = tensors_of_all_ranks(tensors, group)
     with group.together(error=CheckpointError):
-        non_finite: set[str] = set()
         if asynchronous:
-            averages = _copied(averages, background, non_finite)
+            averages, non_finite = _copied(averages, background)
         else:
-            _check_finite(averages, non_finite)
+            non_finite = non_finite_names(averages)
     refuse_non_finite(non_finite, group)
     work = _Save(place, averages, tensors, state)
     status: StatusFiles | None = None
@@ -197,19 +196,19 @@ def refuse_non_finite(names: set[str], group: Group) -> None:
 
 def non_finite_names(averages: Averages) -> set[str]:
     """Names of the tensors that hold NaN or Inf in what this rank owns. Local."""
-    names: set[str] = set()
-    _check_finite(averages, names)
-    return names
+    return {
+        fragment.meta.fqn
+        for fragment in _owned(averages)
+        if not all(map(_is_finite, fragment.view.split(_chunk_of(fragment))))
+    }
 
 
-def _check_finite(averages: Averages, non_finite: set[str]) -> None:
-    for fragment in _owned(averages):
-        if not all(map(_is_finite, fragment.view.split(_chunk_of(fragment)))):
-            non_finite.add(fragment.meta.fqn)
+def _copied(averages: Averages, background: BackgroundSaves) -> tuple[Averages, set[str]]:
+    """Copies on the CPU of what this rank owns, and the names that `non_finite_names` has. Local.
 
-
-def _copied(averages: Averages, background: BackgroundSaves, non_finite: set[str]) -> Averages:
-    """Copies on the CPU of what this rank owns, in the memory of the last such copy. Local."""
+    The copies are in the memory of the last such call.
+    """
+    non_finite = set()
     owned = list(_owned(averages))
     needed = sum(_aligned(fragment.view.nbytes) for fragment in owned)
     pinned = any(is_accelerator(fragment.view.device) for fragment in owned)
@@ -228,7 +227,7 @@ def _copied(averages: Averages, background: BackgroundSaves, non_finite: set[str
                 if not _is_finite(out):
                     non_finite.add(fragment.meta.fqn)
             copies[name].append(Fragment(fragment.meta, copy))
-    return copies
+    return copies, non_finite
 
 
 def _owned(averages: Averages) -> Iterator[Fragment]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from threading import RLock
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from dist_ema.core.gather import Gatherer
 from dist_ema.core.group import Group
 from dist_ema.core.names import registrations
 from dist_ema.core.plan import averaged_names, make_plan, rebind
-from dist_ema.core.replicas import differing, refuse_destroyed, view
+from dist_ema.core.replicas import differing, refuse_destroyed
 from dist_ema.core.storage import AverageStorage, allocate, average_dtype
 from dist_ema.core.swap import Buffers, DeferredSignals, Marks, Swap, WrittenWeights
 from dist_ema.core.teacher import Teacher
@@ -124,11 +125,11 @@ class Average:
         self.plan = rebind(self.plan, engine.weights(), self.group)
         self.engine = engine
         self.storage.bind(self.plan.fragments)
+        self.marks = self._new_marks()  # modules may have been replaced
         self._remember()
 
     def _remember(self) -> None:
         """Keep what `follow` compares with."""
-        self.marks = self._new_marks()
         self._modules = list(self.model.modules())  # kept, so that ids are not reused
         children = [module._modules for module in self._modules]
         self._parents, self._leaves = [c for c in children if c], [c for c in children if not c]
@@ -227,7 +228,7 @@ class Average:
         for fragment, value in zip(self.plan.fragments, values, strict=True):
             fragment.view.copy_(value)
         for replica_group in self.plan.replica_groups:
-            replica_group.share(view)
+            replica_group.share(attrgetter("view"))
         for weight in self.plan.weights:
             for fragment in weight.fragments if weight.fqn in self.plan.averaged else ():
                 if not fragment.in_place:

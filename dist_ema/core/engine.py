@@ -144,7 +144,7 @@ class Engine(ABC):
         return None
 
     def process_groups(self) -> list[dist.ProcessGroup]:
-        """Groups of the model's own, which replicas use before new ones are made. Local."""
+        """Process groups of the model, which replicas may use. Local."""
         return []
 
     def versioned(self, weight: Weight) -> Iterator[torch.Tensor]:

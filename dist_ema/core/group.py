@@ -195,7 +195,7 @@ class Group:
             store.delete_key(f"{prefix}/{self.rank}")
 
     def maxima(self, numbers: Sequence[int]) -> list[int]:
-        """The largest of each number over all ranks. Collective: every rank calls it."""
+        """The elementwise maximum over all ranks. Collective: every rank calls it."""
         if self.size == 1:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.int64, device=self.device)
@@ -263,15 +263,6 @@ class Group:
         out: list[Any] | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object(obj, out, dst=self._global_rank(0), group=self.process_group)
         return out or []
-
-    def scatter(self, objs: Sequence[Any]) -> Any:
-        """Rank r gets `objs[r]` of rank 0. Collective: every rank calls it."""
-        if self.size == 1:
-            return objs[0]
-        out: list[Any] = [None]
-        given = list(objs) if self.rank == 0 else None
-        dist.scatter_object_list(out, given, src=self._global_rank(0), group=self.process_group)
-        return out[0]
 
     def broadcast(self, obj: Any) -> Any:
         """The object of rank 0, on every rank. Collective: every rank calls it."""

@@ -19,6 +19,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ _HASHED_ELEMENTS = 1 << 20  # at a time on an accelerator: 16 MB of scratch
 _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Holders = tuple[int, ...]  # ranks, ascending
-Storage = Callable[[Fragment], torch.Tensor]
+Storage = Callable[[Fragment], torch.Tensor]  # `view` or `forward_view` of a fragment
 
 
 def find_holders(metas: Sequence[FragmentMeta], group: Group) -> list[Holders]:
@@ -65,16 +66,6 @@ def labels_of(metas: Sequence[FragmentMeta]) -> np.ndarray:
 def even_cuts(numel: int, num_ranks: int) -> tuple[int, ...]:
     """Where rank i's slice [cuts[i], cuts[i + 1]) of a sequence starts and ends."""
     return (*(numel * i // num_ranks // _GRAIN * _GRAIN for i in range(num_ranks)), numel)
-
-
-def forward_view(fragment: Fragment) -> torch.Tensor:
-    """The storage that the forward pass reads."""
-    return fragment.forward_view
-
-
-def view(fragment: Fragment) -> torch.Tensor:
-    """The storage that the optimizer writes."""
-    return fragment.view
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,7 +100,7 @@ class ReplicaGroup:
         """The slices that this rank averages."""
         return self._slices(self.cuts[self.index], self.cuts[self.index + 1])
 
-    def share(self, storage: Storage = forward_view) -> None:
+    def share(self, storage: Storage = attrgetter("forward_view")) -> None:
         """Fill the storage of all fragments with what each rank wrote to its own slices.
 
         Collective among `ranks`: all-gathers of bounded chunks; each byte is sent once.

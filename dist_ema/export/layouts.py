@@ -117,8 +117,8 @@ def layout_from_directory(directory: Path | None) -> ModelLayout:
     Raises:
         ValueError: a configuration is not a JSON mapping.
     """
-    result = (directory / name for name in _CONFIGS) if directory is not None else ()
-    configs = {path.name: read_config(path) for path in result if path.is_file()}
+    paths = (directory / name for name in _CONFIGS) if directory is not None else ()
+    configs = {path.name: read_config(path) for path in paths if path.is_file()}
     config = configs.get("config.json", {})
     if "_class_name" in config:
         library = "diffusers"
@@ -139,7 +139,7 @@ def layout_from_directory(directory: Path | None) -> ModelLayout:
 def model_state(model: nn.Module, others: Iterable[Weight], rank: int) -> dict[str, Any]:
     """What an export from a checkpoint must know of the model, as JSON; {} off rank 0.
 
-    Every rank calls it. Raises nothing: a problem of a library is stored, and the save goes on.
+    Every rank calls it. Does not raise: an error of a library is stored in the result.
 
     Args:
         others: weights and buffers that are not averaged.

@@ -1,4 +1,4 @@
-"""What the integrations share."""
+"""Code shared by the integrations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from dist_ema.schedule import Schedule
 
 Decay = float | Schedule | Mapping[str, float | Schedule]
 
-RESTART = "it starts again with missing='restart': it starts from the weights of the checkpoint"
+RESTART = (
+    "it starts again with missing='restart': it then starts from the weights of the checkpoint"
+)
 
 
 def load_from(ema: ShardedEMA, path: Path) -> bool:

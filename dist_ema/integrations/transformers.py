@@ -1,7 +1,7 @@
 """An average under the Hugging Face Trainer: `EMACallback(decay=0.9999).attach(trainer)`.
 
 [Note: what attaching does]
-A callback does not get its Trainer, and hears of an evaluation only when it is over. So `attach`
+A callback does not get its Trainer, and is only called after an evaluation. So `attach`
 wraps `trainer.evaluation_loop`, which `evaluate` and `predict` call, and `_inner_training_loop`,
 which gets the checkpoint to resume from. Where a subclass resumes without it, the average is read
 from the checkpoint of the restored `global_step`.

@@ -30,7 +30,7 @@ from dist_ema.checkpoint.reader import boxes_within
 from dist_ema.checkpoint.writer import write_all
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.safetensors import torch_dtype
-from dist_ema.posthoc.snapshots import Snapshot, match_tensors
+from dist_ema.posthoc.snapshots import Snapshot
 
 _SUMS_BYTES = 128 << 20  # of the sums in progress, over all results
 _MIN_BLOCK_BYTES = 4096
@@ -52,6 +52,7 @@ class Output:
 
 def combine(
     snapshots: Sequence[Snapshot],
+    names: Sequence[Mapping[str, str]],
     like: Snapshot,
     outputs: Sequence[Output],
     advance: Callable[[int], object] = lambda nbytes: None,
@@ -64,14 +65,14 @@ def combine(
     than once.
 
     Args:
+        names: for each snapshot, its name of each tensor of `like`; see `match_tensors`.
         like: determines files, boxes and names of the outputs.
         advance: called with numbers of bytes, which add up to those of all snapshots.
 
     Raises:
-        CheckpointError: a snapshot is damaged or of another model, or a sum is not finite.
+        CheckpointError: a snapshot is damaged, or a sum is not finite.
     """
     average = like.average
-    names = [match_tensors(snapshot, like) for snapshot in snapshots]
     # One buffer for all: a block of each of a hundred checkpoints would be half a GB.
     buffer = bytearray(max(one.checkpoint.manifest.block_bytes for one in [*snapshots, like]))
     for one in snapshots:

@@ -94,23 +94,22 @@ def match_tensors(snapshot: Snapshot, like: Snapshot) -> dict[str, str]:
     Raises:
         CheckpointError: tensors, shapes or dtypes differ; they are listed.
     """
-    saved = snapshot.average.tensors
+    saved, known = snapshot.average.tensors, snapshot.average.names()
     names: dict[str, str] = {}
     differences = []
     for fqn, tensor in like.average.tensors.items():
-        wanted = {fqn, *tensor.aliases}
-        candidates = [n for n in (fqn, *tensor.aliases) if n in saved]
-        candidates += [n for n, t in saved.items() if wanted & set(t.aliases)]
-        if not candidates:
+        name = next((known[n] for n in (fqn, *tensor.aliases) if n in known), None)
+        if name is None:
             differences.append(f"{fqn} is missing")
             continue
-        names[fqn] = candidates[0]
-        other = saved[candidates[0]]
+        names[fqn] = name
+        other = saved[name]
         if other.shape != tensor.shape:
             differences.append(f"{fqn} has shape {other.shape}, wanted {tensor.shape}")
         if other.dtype != tensor.dtype:
             differences.append(f"{fqn} has dtype {other.dtype}, wanted {tensor.dtype}")
-    differences += [f"{n} is unexpected" for n in saved if n not in names.values()]
+    used = set(names.values())
+    differences += [f"{n} is unexpected" for n in saved if n not in used]
     if differences:
         more = len(differences) - _MAX_NAMES
         raise CheckpointError(

@@ -146,8 +146,7 @@ def sweep(
     with ExitStack() as stack:
         snapshots = open_snapshots(paths, stack)
         like = snapshot_at(snapshots, step)
-        for one in snapshots:
-            match_tensors(one, like)
+        names = [match_tensors(one, like) for one in snapshots]
         noise = _noise(like)
         for one in snapshots:
             for name in one.average.files:
@@ -166,7 +165,7 @@ def sweep(
             )
             for (path, schedule), fitted in zip(wanted.items(), fits, strict=True)
         ]
-        _write(snapshots, like, results, progress)
+        _write(snapshots, names, like, results, progress)
     return results
 
 
@@ -227,6 +226,7 @@ def _noise(like: Snapshot) -> float:
 
 def _write(
     snapshots: Sequence[Snapshot],
+    names: Sequence[Mapping[str, str]],
     like: Snapshot,
     results: Sequence[SynthesisResult],
     progress: Progress,
@@ -262,7 +262,7 @@ def _write(
         selected = [snapshots[i] for i in used]
         with progress(sum(one.average.nbytes for one in selected)) as advance:
             try:
-                combine(selected, like, outputs, advance)
+                combine(selected, [names[i] for i in used], like, outputs, advance)
             except OSError as error:
                 path = error.filename or results[0].path
                 raise CheckpointError(f"{path}: {error.strerror or error}") from error
