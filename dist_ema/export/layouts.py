@@ -20,6 +20,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -317,15 +318,11 @@ def _adapter_names(module: Any, adapter: str, extra: Iterable[str]) -> dict[str,
             stand_ins[f"{level}.{registration.name}" if level else registration.name] = tensor
             fqn_of[id(tensor)] = registration.fqn
     config = module.peft_config[adapter]
-    is_resized = _is_resized(module, config.base_model_name_or_path)
-    try:  # with a base model's name in the configuration, peft would ask the hub about it
+    try:  # peft compares the vocabulary with the base model's, and would ask the hub for that
         module.peft_config[adapter] = copy.copy(config)
-        module.peft_config[adapter].base_model_name_or_path = None
+        module.peft_config[adapter].base_model_name_or_path = _local(config.base_model_name_or_path)
         named = sys.modules["peft"].get_peft_model_state_dict(
-            module,
-            state_dict=dict(stand_ins),
-            adapter_name=adapter,
-            save_embedding_layers=is_resized or "auto",
+            module, state_dict=dict(stand_ins), adapter_name=adapter
         )
     finally:
         module.peft_config[adapter] = config
@@ -339,20 +336,14 @@ def _adapter_names(module: Any, adapter: str, extra: Iterable[str]) -> dict[str,
     return {fqn_of[id(tensor)]: _without_wrappers(name) for name, tensor in named.items()}
 
 
-def _is_resized(module: Any, model_id: str | None) -> bool:
-    """Whether the vocabulary differs from the base model's, if the base's configuration is local.
-
-    It is read from the model's directory, or from the local cache of the hub.
-    """
-    config: Any = getattr(module, "config", None)
-    vocab_size = getattr(config, "vocab_size", None)
-    if not model_id or vocab_size is None:
-        return False
-    try:
-        base: Any = type(config).from_pretrained(model_id, local_files_only=True)
-    except Exception:  # not in the cache; libraries raise many kinds
-        return False
-    return bool(base.vocab_size != vocab_size)
+def _local(model_id: str | None) -> str | None:
+    """The directory of a model's configuration: its own, or in the hub's cache; None if absent."""
+    if not model_id or (Path(model_id) / "config.json").is_file():
+        return model_id
+    file = None
+    with suppress(ValueError):  # a path, in which there is no model
+        file = sys.modules["huggingface_hub"].try_to_load_from_cache(model_id, "config.json")
+    return str(Path(file).parent) if isinstance(file, str) else None
 
 
 def _own_class(module: nn.Module) -> type:
