@@ -30,8 +30,8 @@ from dist_ema.core.layout import Fragment, TensorMeta
 from dist_ema.core.lerp import MultiAvgFn, squared_norms
 from dist_ema.core.names import as_module, registrations
 from dist_ema.engines import select
+from dist_ema.export import export
 from dist_ema.export.layouts import model_state, unregistered_tensors
-from dist_ema.export.live import export
 from dist_ema.hints import (
     PICKLES,
     no_attribute,
