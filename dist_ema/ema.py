@@ -32,15 +32,17 @@ from dist_ema.core.names import as_module, registrations
 from dist_ema.engines import select
 from dist_ema.export import export
 from dist_ema.export.layouts import model_state, unregistered_tensors
-from dist_ema.hints import (
+from dist_ema.options import (
+    ATTRIBUTES,
+    DEFAULT_NAME,
     PICKLES,
+    EMAOptions,
     no_attribute,
-    no_call,
     no_module,
     no_name,
     no_safetensors,
+    uncorrected,
 )
-from dist_ema.options import DEFAULT_NAME, EMAOptions, uncorrected
 from dist_ema.schedule import BEMA, Schedule, decay_at, highest, is_constant, same_rule
 
 _LOG = logging.getLogger(__name__)
@@ -222,7 +224,7 @@ class ShardedEMA:
             raise no_attribute(self, name)
 
         def __call__(self, *arguments: object, **named: object) -> NoReturn:
-            raise no_call()
+            raise TypeError(f"an average is not called: {ATTRIBUTES['forward']}")
 
     # Averaging.
 

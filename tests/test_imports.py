@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[1] / "dist_ema"
 # Files and packages of `dist_ema` from the bottom to the top: each imports from lower ones only.
 ROOMS = [
     "schedule",
-    "hints",
     "core",
     "options",
     "engines",
