@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 
 from dist_ema.checkpoint import directory as files
-from dist_ema.checkpoint.loader import load
+from dist_ema.checkpoint.reader import load
 from dist_ema.checkpoint.writer import save
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group

@@ -59,8 +59,9 @@ def replaced_directory(path: Path, *, sync_files: bool = True) -> Iterator[Path]
     clear_stale(path)
     with hidden_sibling(path, "tmp") as new:
         yield new
-        for file, _ in _files(new) if sync_files else ():
-            sync(file)
+        for file, is_own in _files(new) if sync_files else ():
+            if is_own:
+                sync(file)
         refuse_foreign(path)
         with suppress(FileNotFoundError):
             new.chmod(stat.S_IMODE(path.stat().st_mode))
@@ -163,7 +164,7 @@ def clear_stale(path: Path) -> None:
             if (lock := _lock(entry)) is None:
                 continue
             try:
-                if all(is_own for _, is_own in _files(entry)):
+                if all(is_own or file.is_dir() for file, is_own in _files(entry)):
                     trash = _sibling(path, "trash")
                     os.rename(entry, trash)
                     remove(trash)
@@ -172,8 +173,10 @@ def clear_stale(path: Path) -> None:
 
 
 def _files(directory: Path) -> Iterator[tuple[Path, bool]]:
-    """All files below a directory, and whether a save wrote them, by their names alone."""
+    """All files and empty directories below a directory, and whether a save wrote them, by name."""
     for parent, directories, names in os.walk(directory):
+        if not directories and not names and Path(parent) != directory:
+            yield Path(parent), False
         links = [name for name in directories if os.path.islink(os.path.join(parent, name))]
         for name in (*names, *links):
             file = Path(parent, name)

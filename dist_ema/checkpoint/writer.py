@@ -282,10 +282,11 @@ class _Save:
         """Whether the checkpoint at the path is the one of this save."""
         try:
             with open(self.path / MANIFEST, "rb") as file:
-                fields = manifest.read_head(file.read(manifest.MAX_HEAD))
-        except OSError:
+                nbytes = os.fstat(file.fileno()).st_size
+                head = manifest.read_head(file.read(manifest.MAX_HEAD), nbytes)
+        except (OSError, CheckpointError):
             return False
-        return fields is not None and fields.get("id") == self.save_id
+        return bool(head["id"] == self.save_id)
 
     def _write_average(self, name: str, rank: int) -> dict[str, Any]:
         place = manifest.directory_of(name, list(self.averages))
