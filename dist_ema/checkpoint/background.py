@@ -105,21 +105,16 @@ class BackgroundSaves:
     """The asynchronous saves of one `ShardedEMA`, and the memory for copies of its values."""
 
     def __init__(self) -> None:
-        self._last: Handle | None = None
+        self.last: Handle | None = None
         # Reused: allocating new memory costs several times as much as copying to it.
         self._staging: torch.Tensor | None = None
-
-    def start(self, path: Path, work: Callable[[], None]) -> Handle:
-        """Start a save, after `wait`."""
-        self._last = Handle(path, work)
-        return self._last
 
     def wait(self) -> None:
         """Wait for saves in progress in this process; warn if one failed without notice. Local."""
         for thread in threading.enumerate():
             if isinstance(thread, Handle):
                 thread.join()
-        if self._last is not None and (problem := self._last.new_problem()) is not None:
+        if self.last is not None and (problem := self.last.new_problem()) is not None:
             warnings.warn(f"an earlier asynchronous save failed: {problem}", stacklevel=4)
 
     def staging(self, nbytes: int, pinned: bool) -> torch.Tensor:
@@ -137,30 +132,22 @@ class StatusFiles:
     """Status files of the ranks of one save; see [Note: status files]."""
 
     def __init__(
-        self, directory: Path, written: Path, rank: int, size: int, timeout: float
+        self, written: Path, directory: Path, rank: int, size: int, timeout: float
     ) -> None:
         """Create this rank's file. Local; then every rank calls `meet`.
 
         Args:
-            directory: of the status files.
             written: the directory that ranks write to, whose growth is progress.
-            timeout: seconds without progress until a rank is given up.
-
-        Raises:
-            OSError: the file cannot be created.
+            directory: of the status files.
         """
-        self._directory, self._written = directory, written
+        self._written, self._directory = written, directory
         self._rank, self._size, self._timeout = rank, size, timeout
         self._visible: set[int] = set()  # ranks whose locks this rank sees
         self._own = directory / f"{_REPORTED}{rank}"
         self._fd: int | None = _reserve(directory / f".{_REPORTED}{rank}")
 
     def meet(self) -> None:
-        """Check that the files of the other ranks are visible, and whether their locks are. Local.
-
-        Raises:
-            CheckpointError: another rank's file does not appear here.
-        """
+        """Raise unless the files of other ranks are visible; find out whether locks are. Local."""
         others = range(1, self._size) if self._rank == 0 else [0]
         wanted = {f".{_REPORTED}{rank}" for rank in others}
         if not becomes_visible(lambda: wanted.issubset(os.listdir(self._directory))):
@@ -177,11 +164,7 @@ class StatusFiles:
             self._fd = None
 
     def report(self, content: Mapping[str, Any]) -> None:
-        """Report to rank 0.
-
-        Raises:
-            CheckpointError: rank 0 does not wait any more.
-        """
+        """Report to rank 0; raise CheckpointError if it does not wait any more."""
         try:
             self._send(content)
         except FileNotFoundError as error:
@@ -208,22 +191,14 @@ class StatusFiles:
         return [reports[rank] for rank in sorted(reports)]
 
     def conclude(self, problem: str | None) -> None:
-        """On rank 0: report how the save ended, and wait until the ranks that reported know.
-
-        If the report cannot be written, they see that the directory is removed, and look for the
-        checkpoint.
-        """
-        with suppress(OSError):
+        """On rank 0: report how the save ended, and wait until the ranks that reported know."""
+        with suppress(OSError):  # they see that the directory is removed, and look for themselves
             self._send({"problem": problem})
             limit_s = min(_ACKNOWLEDGE_S, self._timeout)
             self._wait(lambda: self._ranks(_REPORTED) - {0}, limit_s)
 
     def outcome(self, is_in_place: Callable[[], bool]) -> str | None:
-        """On other ranks: wait until rank 0 reports; None for success.
-
-        Args:
-            is_in_place: whether the checkpoint is visible, called if rank 0 reports nothing.
-        """
+        """On other ranks: wait until rank 0 reports, or look for the checkpoint. None: success."""
 
         def missing() -> set[int]:
             is_awaited = self._read(0) is None and self._directory.exists()
@@ -242,11 +217,10 @@ class StatusFiles:
         return None if is_in_place() else f"rank 0: {given_up[0]}"
 
     def _wait(self, missing: Callable[[], set[int]], limit_s: float) -> dict[int, str]:
-        """Wait for ranks, longer each time. Returns why those that are still missing are given up.
+        """Wait for missing ranks, until no rank arrives and no file grows for `limit_s`.
 
-        Args:
-            missing: reads which ranks are missing.
-            limit_s: until they are given up, if no rank arrives and no file grows.
+        Returns:
+            Why those that are still missing are given up.
         """
         given_up: dict[int, str] = {}
         state: tuple[int, int] | None = None
@@ -320,10 +294,7 @@ def _reserve(path: Path) -> int:
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        try:
-            os.posix_fallocate(fd, 0, _RESERVED_BYTES)
-        except OSError:  # not supported by every file system
-            os.pwrite(fd, bytes(_RESERVED_BYTES), 0)
+        os.pwrite(fd, bytes(_RESERVED_BYTES), 0)
         with suppress(OSError):  # no locks here: other ranks notice in `meet`
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BaseException:

@@ -269,7 +269,7 @@ def read_head(start: bytes, nbytes: int) -> dict[str, Any]:
         raise CheckpointError(
             "is not the manifest of a dist_ema checkpoint, or its start is altered"
         )
-    _check(fields, _HEAD, "the first line")
+    check_types(fields, _HEAD, "the first line")
     head_bytes = len(line) + 1
     wanted = head_bytes + fields["bytes"]
     if nbytes != wanted:
@@ -300,13 +300,13 @@ def _parse(data: bytes) -> Manifest:
     if head(save_id, algorithm, body) != data[:head_bytes]:
         raise CheckpointError("is altered or cut short: the checksum in its first line differs")
     top = json.loads(body)
-    _check(top, {"version": int}, "the manifest")
+    check_types(top, {"version": int}, "the manifest")
     if top["version"] != VERSION:
         raise CheckpointError(
             f"has format version {top['version']}, this library reads {VERSION}; "
             "use the version of dist_ema that wrote it"
         )
-    _check(top, _SCHEMA, "the manifest")
+    check_types(top, _SCHEMA, "the manifest")
     if (top["id"], top["algorithm"]) != (save_id, algorithm):
         raise CheckpointError("has another id or algorithm in its first line than in its body")
     if not re.fullmatch(r"[0-9a-f]{32}", save_id):
@@ -327,16 +327,11 @@ def _parse(data: bytes) -> Manifest:
 
 
 def plain_average(name: str, nbytes: int, header: Mapping[str, Any], length: int) -> SavedAverage:
-    """The tensors of a safetensors file that no save wrote. Its header is not trusted either.
-
-    Args:
-        nbytes: length of the file.
-        length: of the header in the file.
-    """
+    """The tensors of a safetensors file that no save wrote. Its header is not trusted either."""
     entries = dict(header)
     metadata = entries.pop("__metadata__", {})
-    _check(metadata, {str: str}, "__metadata__")
-    _check(entries, {str: _PLAIN_TENSOR}, "the header")
+    check_types(metadata, {str: str}, "__metadata__")
+    check_types(entries, {str: _PLAIN_TENSOR}, "the header")
     aliases: dict[str, list[str]] = {fqn: [] for fqn in entries}
     for alias, fqn in metadata.items():  # as `safetensors.torch.save_model` notes tied weights
         if fqn in entries and alias not in entries:
@@ -356,7 +351,7 @@ def plain_average(name: str, nbytes: int, header: Mapping[str, Any], length: int
     return saved
 
 
-def _check(value: object, schema: Any, where: str) -> None:
+def check_types(value: object, schema: Any, where: object) -> None:
     """Raise if a JSON value does not have the types of a schema; further keys are allowed."""
     is_list, kind = isinstance(schema, list), schema
     if isinstance(schema, list | dict):
@@ -370,7 +365,7 @@ def _check(value: object, schema: Any, where: str) -> None:
         raise CheckpointError(f"{where} is {short(value)}, wanted {wanted}")
     if isinstance(schema, dict) and isinstance(value, dict):
         for key, inner in zip(value, repeat(schema[str])) if str in schema else schema.items():
-            _check(value.get(key), inner, f"{where}, {short(key)}")
+            check_types(value.get(key), inner, f"{where}, {short(key)}")
 
 
 def check_state(state: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -379,7 +374,7 @@ def check_state(state: Mapping[str, Any], names: Iterable[str]) -> None:
     {"step": int, "num_updates": int, "averages": {name: {"schedule": {...}, "decay": float|None}}},
     with further JSON beside these.
     """
-    _check(state, _STATE, "state")
+    check_types(state, _STATE, "state")
     averages = state["averages"]
     if set(averages) != set(names):
         raise CheckpointError(f"state is of the averages {short(sorted(averages))}")
@@ -387,6 +382,17 @@ def check_state(state: Mapping[str, Any], names: Iterable[str]) -> None:
         decay = average.get("decay", "absent")
         if decay is not None and (type(decay) not in (int, float) or not 0 <= decay <= 1):
             raise CheckpointError(f"state: the decay of {short(name)} is {short(decay)}")
+
+
+def refuse_absent(names: Iterable[str], saved: Iterable[str]) -> None:
+    """Raise if averages with these names are not among those that were saved."""
+    saved = list(saved)
+    absent = [name for name in names if name not in saved]
+    if absent:
+        raise CheckpointError(
+            f"has no average named {', '.join(map(repr, absent))}; it has "
+            f"{', '.join(map(repr, saved))}"
+        )
 
 
 def _average(value: Mapping[str, Any], where: str, block_bytes: int) -> SavedAverage:

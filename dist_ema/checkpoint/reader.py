@@ -35,10 +35,12 @@ from dist_ema.checkpoint.manifest import (
     SavedFile,
     SavedTensor,
     check_file_names,
+    check_types,
     checksum,
     parse,
     plain_average,
     read_head,
+    refuse_absent,
     short,
 )
 from dist_ema.core.errors import CheckpointError
@@ -222,16 +224,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory / MANIFEST}: {error}") from error
 
     def _describe_plain(self, only: str | None) -> Manifest:
+        names, index = ([only], dict[str, str]()) if only is not None else self._plain_files()
         tensors: dict[str, SavedTensor] = {}
         files: dict[str, SavedFile] = {}
-        for name, listed in self._plain_files(only).items():
+        for name in names:
             described = self._describe_plain_file(name)
-            missing = [fqn for fqn in listed if fqn not in described.tensors]
-            if missing:
-                raise CheckpointError(
-                    f"{self.directory}: {short(missing[0])} is not in {name}, in which the index "
-                    "lists it"
-                )
             for fqn in described.tensors.keys() & tensors.keys():
                 raise CheckpointError(
                     f"{self.directory}: {short(fqn)} is in {tensors[fqn].boxes[0].file} and in "
@@ -239,40 +236,32 @@ class Checkpoint:
                 )
             files |= described.files
             tensors |= described.tensors
+        for fqn, name in index.items():
+            if fqn not in tensors or tensors[fqn].boxes[0].file != name:
+                raise CheckpointError(
+                    f"{self.directory}: {short(fqn)} is not in {name}, in which the index lists it"
+                )
         return Manifest("", "", BLOCK_BYTES, {}, {}, {PLAIN: SavedAverage("", files, tensors)})
 
-    def _plain_files(self, only: str | None) -> dict[str, list[str]]:
-        """The files to read, each with the tensors that an index lists in it."""
-        if only is not None:
-            return {only: []}
+    def _plain_files(self) -> tuple[list[str], dict[str, str]]:
+        """The files to read, and the file of each tensor that an index lists."""
         names = [name for name in self.files.names() if self.files.has(name)]
         indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
+        weights = [name for name in names if name.endswith(_SUFFIX)]
         if len(indices) > 1:
             raise CheckpointError(f"{self.directory}: has several indices, {', '.join(indices)}")
         if indices:
-            return self._indexed_files(indices[0])
-        weights = [name for name in names if name.endswith(_SUFFIX)]
+            where, nbytes = self.directory / indices[0], self.files.size(indices[0])
+            index = self._json(indices[0], 0, min(nbytes, _MAX_INDEX_BYTES))
+            check_types(index, {"weight_map": {str: str}}, f"{where}: is no index; it")
+            check_file_names(index["weight_map"].values(), where)
+            return sorted(set(index["weight_map"].values())), index["weight_map"]
         if not weights:
             raise CheckpointError(
                 f"{self.directory}: is not a checkpoint; it has no manifest.json and no "
                 f"safetensors file, but {short(names[:8]) if names else 'nothing'}"
             )
-        return {name: [] for name in weights}
-
-    def _indexed_files(self, index: str) -> dict[str, list[str]]:
-        where = self.directory / index
-        nbytes = self.files.size(index)
-        if nbytes > _MAX_INDEX_BYTES:
-            raise CheckpointError(f"{where}: is {nbytes} bytes long, more than any index")
-        try:
-            weight_map = json.loads(self.files.read_bytes(index, 0, nbytes))["weight_map"]
-            listed: dict[str, list[str]] = {name: [] for name in sorted(set(weight_map.values()))}
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{where}: is no index of safetensors files") from error
-        check_file_names(listed, where)
-        for fqn, name in weight_map.items():
-            listed[name].append(fqn)
-        return listed
+        return weights, {}
 
     def _describe_plain_file(self, name: str) -> SavedAverage:
         path = self.directory / name
@@ -295,13 +284,17 @@ class Checkpoint:
         length = int.from_bytes(self.files.read_bytes(path, 0, 8), "little") + 8
         if length > min(self.files.size(path), MAX_HEADER_BYTES):
             raise CheckpointError(f"a header of {length} bytes")
+        return length, self._json(path, 8, length - 8)
+
+    def _json(self, path: str, start: int, nbytes: int) -> dict[str, Any]:
+        """A mapping in JSON, which is a part of a file."""
         try:
-            entries = json.loads(self.files.read_bytes(path, 8, length - 8))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError("the header is no JSON") from error
-        if not isinstance(entries, dict):
-            raise CheckpointError("the header is no mapping")
-        return length, entries
+            value = json.loads(self.files.read_bytes(path, start, nbytes))
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.directory / path}: is no index or header, but other text")
+        return value
 
     # Checking.
 
@@ -630,12 +623,7 @@ def _match(
             )
         saved = {names[0]: saved[PLAIN]}
         allowed = set(others) | {alias for t in tensors for alias in t.aliases}
-    absent = [name for name in names if name not in saved]
-    if absent:
-        raise CheckpointError(
-            f"has no average named {', '.join(map(repr, absent))}; it has "
-            f"{', '.join(map(repr, saved))}"
-        )
+    refuse_absent(names, saved)
     ignored = [name for name in saved if name not in names]
     if ignored:
         notes.append(f"its averages {', '.join(map(repr, ignored))} are not loaded")

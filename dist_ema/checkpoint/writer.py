@@ -13,6 +13,7 @@ import json
 import math
 import os
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def save(
                 )
             if len(directories) > 1:
                 status = StatusFiles(
-                    directories[1], directories[0], group.rank, group.size, timeout
+                    directories[0], directories[1], group.rank, group.size, timeout
                 )
                 mail.callback(status.close)
         if status is not None:
@@ -129,7 +130,8 @@ def save(
         if asynchronous:
             left = files.pop_all(), mail.pop_all()
             rank = group.rank
-            return background.start(place, lambda: _write_apart(work, rank, status, *left))
+            background.last = Handle(place, lambda: _write_apart(work, rank, status, *left))
+            return background.last
         with group.together(error=CheckpointError):
             report = work.write(group.rank)
         reports = group.gather(report)
@@ -156,8 +158,11 @@ def tensors_of_all_ranks(tensors: Sequence[TensorMeta], group: Group) -> Sequenc
         for meta in metas:
             other, known = first.setdefault(meta.fqn, (rank, meta))
             if meta != known:
-                text = f"{_describe(known)} on rank {other} and {_describe(meta)} on rank {rank}"
-                problems.setdefault(meta.fqn, f"{meta.fqn} is {text}")
+                texts = [
+                    f"{one.dtype} of shape {one.shape} with aliases {one.aliases} on rank {at}"
+                    for at, one in ((other, known), (rank, meta))
+                ]
+                problems.setdefault(meta.fqn, f"{meta.fqn} is {' and '.join(texts)}")
     if problems:
         raise CheckpointError(
             f"ranks have different tensors of one name: {'; '.join(list(problems.values())[:8])}; "
@@ -165,11 +170,6 @@ def tensors_of_all_ranks(tensors: Sequence[TensorMeta], group: Group) -> Sequenc
             "process group each (process_group=)"
         )
     return [meta for _, meta in first.values()]
-
-
-def _describe(meta: TensorMeta) -> str:
-    aliases = f" with the aliases {', '.join(meta.aliases)}" if meta.aliases else ""
-    return f"{meta.dtype} of shape {meta.shape}{aliases}"
 
 
 def _check(averages: Averages, tensors: Sequence[TensorMeta], state: Mapping[str, Any]) -> None:
@@ -197,11 +197,7 @@ def refuse_non_finite(names: set[str], group: Group) -> None:
 
 
 def non_finite_names(averages: Averages, copies: Averages | None = None) -> set[str]:
-    """Names of the tensors that hold NaN or Inf in what this rank owns. Local.
-
-    Args:
-        copies: filled with what this rank owns, on the way.
-    """
+    """Names of tensors that hold NaN or Inf in what this rank owns; fills `copies` too. Local."""
     names = set()
     sources = list(_owned(averages))
     targets = sources if copies is None else list(_owned(copies))
@@ -289,14 +285,11 @@ class _Save:
         return bool(head["id"] == self.save_id)
 
     def _write_average(self, name: str, rank: int) -> dict[str, Any]:
-        place = manifest.directory_of(name, list(self.averages))
-        (self.directory / place).mkdir(exist_ok=True)
+        directory = self.directory / manifest.directory_of(name, list(self.averages))
+        directory.mkdir(exist_ok=True)
         number_of = {meta.fqn: i for i, meta in enumerate(self.tensors)}
-        boxes = [
-            (number_of[f.meta.fqn], f.meta.box, f.tensor)
-            for f in _owned({name: self.averages[name]})
-            if f.meta.numel
-        ]
+        owned = [f for f in _owned({name: self.averages[name]}) if f.meta.numel]
+        boxes = [(number_of[f.meta.fqn], f.meta.box, f.tensor) for f in owned]
         if rank == 0:  # tensors without elements
             boxes += [
                 (i, whole(meta.shape), torch.empty(meta.shape, dtype=meta.dtype))
@@ -304,7 +297,7 @@ class _Save:
                 if 0 in meta.shape
             ]
         files: list[list[tuple[int, Box, torch.Tensor]]] = []
-        num_boxes = [0] * len(self.tensors)
+        num_boxes: Counter[int] = Counter()
         for entry in sorted(boxes, key=lambda entry: entry[0]):  # a name is unique in a file
             nth = num_boxes[entry[0]]
             num_boxes[entry[0]] += 1
@@ -314,20 +307,14 @@ class _Save:
         report: dict[str, Any] = {"files": [], "boxes": []}
         for nth, entries in enumerate(files):
             shard = f"shard-{rank + 1:05d}-model-{nth + 1:05d}-of-{len(files):05d}.safetensors"
-            names = [self.tensors[i].fqn for i, _, _ in entries]
-            offsets = {
-                fqn: {"saved_offsets": list(box.offsets)}
-                for fqn, (_, box, _) in zip(names, entries, strict=True)
-            }
+            named = [(self.tensors[i].fqn, box, tensor) for i, box, tensor in entries]
+            offsets = {fqn: {"saved_offsets": list(box.offsets)} for fqn, box, _ in named}
             header, starts, nbytes = header_of(
-                [
-                    (fqn, str(dtype_name(tensor.dtype)), box.sizes)
-                    for fqn, (_, box, tensor) in zip(names, entries, strict=True)
-                ],
+                [(fqn, str(dtype_name(tensor.dtype)), box.sizes) for fqn, box, tensor in named],
                 {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)},
             )
-            tensors = [(fqn, tensor) for fqn, (*_, tensor) in zip(names, entries, strict=True)]
-            checksums = self._write_file(self.directory / place / shard, header, tensors)
+            tensors = [(fqn, tensor) for fqn, _, tensor in named]
+            checksums = self._write_file(directory / shard, header, tensors)
             report["files"].append([shard, nbytes, len(header), checksum(ALGORITHM)(header)])
             report["boxes"] += [
                 [i, box.offsets, box.sizes, nth, start, blocks]
@@ -396,9 +383,7 @@ def _write_apart(
 ) -> None:
     """Write on a thread: ranks exchange what became of it through status files.
 
-    Args:
-        files: puts the checkpoint in its place, or removes what was written.
-        mail: removes the status files.
+    `files` puts the checkpoint in its place or removes what was written; `mail` removes the status.
     """
     report: Report | None = None
     problem: Exception | None = None
