@@ -12,11 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_ema.core.engine import FindMaster
 from dist_ema.core.lerp import MultiAvgFn
 from dist_ema.hints import no_keyword
-from dist_ema.schedule import Schedule, as_schedule, code_hash, to_json
+from dist_ema.schedule import BEMA, Schedule, as_schedule, code_hash, decay_at, to_json
 
 DEFAULT_NAME = "ema"
+
+
+def uncorrected(name: str) -> tuple[str, str]:
+    """Names under which a checkpoint has the average of a `BEMA`, and the initial weights."""
+    return f"{name}.uncorrected", f"{name}.initial"
 
 
 class EMAKeywords(TypedDict, total=False):
@@ -31,6 +37,7 @@ class EMAKeywords(TypedDict, total=False):
     dtype: torch.dtype
     device: torch.device | str | None
     overlap: bool
+    masters: FindMaster | None
     into: nn.Module | None
     process_group: dist.ProcessGroup | None
 
@@ -49,6 +56,7 @@ class EMAOptions:
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None  # None: beside the weights
     overlap: bool = False
+    masters: FindMaster | None = None
     into: nn.Module | None = None
     process_group: dist.ProcessGroup | None = None
 
@@ -75,8 +83,10 @@ class EMAOptions:
             raise ValueError(f"replicas is {self.replicas!r}, wanted 'split' or 'whole'")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"dtype is {dtype!r}, wanted a floating torch.dtype, 16 bits or more")
-        if fn is not None and not callable(fn):
-            raise TypeError(f"multi_avg_fn is {fn!r}, wanted a callable")
+        for label in ("multi_avg_fn", "masters"):
+            value = getattr(self, label)
+            if value is not None and not callable(value):
+                raise TypeError(f"{label} is {value!r}, wanted a callable")
         if fn is not None and names != [DEFAULT_NAME]:
             raise ValueError("multi_avg_fn keeps one average; give it without a mapping")
         if self.device is not None and self.device.type != "cpu":
@@ -84,8 +94,8 @@ class EMAOptions:
             raise ValueError(f"device is {self.device}, wanted {wanted}")
         if self.into is not None and (self.device is not None or self.overlap):
             raise ValueError("into holds the average: device and overlap have no meaning with it")
-        if self.into is not None and len(names) > 1:
-            raise ValueError("into is one module and holds one average; give one decay")
+        if self.into is not None and len(self.values) > 1:
+            raise ValueError("into holds one average, without bias correction; give one decay")
 
     @cached_property
     def schedules(self) -> dict[str, Schedule]:
@@ -99,6 +109,37 @@ class EMAOptions:
                 raise ValueError(f"{name!r} cannot name an average; use letters, digits, _ . -")
         return {name: as_schedule(value) for name, value in self.decay.items()}
 
+    @cached_property
+    def values(self) -> dict[str, str]:
+        """The values that are kept, by name, each with the name of the average that it is for.
+
+        A `BEMA` keeps its average and the initial weights.
+        """
+        values = {
+            value: name
+            for name, schedule in self.schedules.items()
+            for value in (uncorrected(name) if isinstance(schedule, BEMA) else (name,))
+        }
+        if taken := [name for name in self.schedules if values.get(name, name) != name]:
+            raise ValueError(f"a BEMA keeps a value named {taken[0]!r}; rename that average")
+        return values
+
+    def decays(self, since: int) -> tuple[list[float], list[float]]:
+        """The decays of an update, `since` steps after the initial copies, up to 0 for a copy.
+
+        Returns:
+            the decay of each average, and the decay of each of `values`.
+        """
+        every, start = self.update_every, self.start_step
+        of_averages, of_values = [], []
+        for schedule in self.schedules.values():
+            corrects = isinstance(schedule, BEMA)  # its t is the step, as in TRL
+            t = since + start if corrects else since
+            of_averages.append(decay_at(schedule, t, every) if since > 0 else 0.0)
+            initial = 1.0 if since > 0 else 0.0  # the initial weights: kept, or copied
+            of_values += [of_averages[-1], initial] if corrects else [of_averages[-1]]
+        return of_averages, of_values
+
     def rule(self, name: str) -> dict[str, Any]:
         """How an average is computed, as JSON."""
         rule = cast(Schedule, self.multi_avg_fn or self.schedules[name])
@@ -111,7 +152,7 @@ class EMAOptions:
         rules = {name: self.rule(name) | {"code": None} for name in self.schedules}
         texts = {"argument decay": str(rules)}
         for name, value in vars(self).items():
-            if name not in ("decay", "schedules", "multi_avg_fn", "process_group"):
+            if name not in ("decay", "schedules", "values", "multi_avg_fn", "process_group"):
                 is_function = callable(value) and not isinstance(value, torch.device)
                 texts[f"argument {name}"] = type(value).__name__ if is_function else str(value)
         return texts

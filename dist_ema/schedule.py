@@ -24,7 +24,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 from types import CodeType, FunctionType, MethodType
 from typing import Any, TypeAlias
@@ -52,20 +52,33 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class HalfLife:
-    """A constant decay, given as the number of steps after which a weight counts half.
+    """A decay given as the number of steps after which a weight counts half.
 
         2 ** (-delta / steps)
+        2 ** (-delta / (fraction * t))     a share of the steps so far
 
-    The `0.5 ** (batch / halflife)` of EDM's training loop (arXiv 2206.00364), in steps.
+    The first is the `0.5 ** (batch / halflife)` of EDM's training loop (arXiv 2206.00364), in
+    steps; the second is torchtitan's `half_life_fraction`.
     """
 
-    steps: float  # above 0, need not be whole
+    steps: float | None = None  # above 0, need not be whole
+    fraction: float | None = field(default=None, kw_only=True)  # above 0
 
     def __post_init__(self) -> None:
-        _store_above(self, "steps", 0.0)
+        if self.steps is not None and self.fraction is not None:
+            raise ValueError("HalfLife: give steps or fraction, not both")
+        _store_above(self, "steps" if self.fraction is None else "fraction", 0.0)
+
+    def __repr__(self) -> str:
+        name, value = (
+            ("steps", self.steps) if self.fraction is None else ("fraction", self.fraction)
+        )
+        return f"HalfLife({name}={value!r})"
 
     def __call__(self, t: int, delta: int) -> float:
-        return float(2.0 ** (-delta / self.steps))
+        steps = self.steps if self.fraction is None else self.fraction * t
+        assert steps is not None
+        return float(2.0 ** (-delta / steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +187,43 @@ class Cosine:
         return float((self.end - (self.end - self.start) * left) ** delta)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BEMA:
+    """A bias-corrected average, that of arXiv 2508.00180 in the form of TRL's `BEMACallback`.
+
+        average <- (1 - beta) * average + beta * live
+        shown    = average + alpha * (live - initial)
+        beta     = max((lag + multiplier * t) ** -ema_power, min_ema_multiplier)
+        alpha    = (lag + multiplier * t) ** -bias_power
+
+    t is `ShardedEMA.step`, initial copies included, and does not depend on `update_every`. TRL's
+    `update_freq` is `update_every` and its `update_after` is `start_step`; its default is an update
+    every 400 steps. The initial weights are those of the last initial copy, and are kept in shards
+    as a second average. `average_parameters`, `gather_*`, `export`, `copy_to` and `save` use the
+    shown values, with alpha at the last update and the live weights of that moment.
+    """
+
+    ema_power: float = 0.5  # at least 0
+    bias_power: float = 0.2  # at least 0; 0 corrects the most
+    lag: float = 10.0  # at least 0, in steps
+    multiplier: float = 1.0  # above 0, per step
+    min_ema_multiplier: float = 0.0  # in [0, 1]
+
+    def __post_init__(self) -> None:
+        for name in ("ema_power", "bias_power", "lag"):
+            _store_at_least_0(self, name)
+        _store_above(self, "multiplier", 0.0)
+        _store_fraction(self, "min_ema_multiplier")
+
+    def __call__(self, t: int, delta: int) -> float:
+        time = self.lag + self.multiplier * t
+        return float(1.0 - max(time**-self.ema_power, self.min_ema_multiplier))
+
+    def alpha(self, t: int) -> float:
+        """The weight of the correction after an update at step t."""
+        return float((self.lag + self.multiplier * t) ** -self.bias_power)
+
+
 def as_schedule(value: object) -> Schedule:
     """The schedule of a `decay` argument: a number is a `Constant`."""
     if isinstance(value, Real | str):  # a bool is a Real; Constant refuses it, and the str, by name
@@ -211,7 +261,10 @@ def to_json(schedule: Schedule) -> dict[str, Any]:
     """A schedule as JSON. A custom callable is described by its name, and not stored."""
     if not isinstance(schedule, _KINDS) or type(schedule) not in _KINDS:
         return {"kind": "callable", "name": _name(schedule)}
-    return {"kind": type(schedule).__name__} | asdict(schedule)
+    values = asdict(schedule)
+    if isinstance(schedule, HalfLife):  # one of the two is None
+        values = {name: value for name, value in values.items() if value is not None}
+    return {"kind": type(schedule).__name__} | values
 
 
 def same_rule(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
@@ -226,9 +279,15 @@ def same_rule(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
     return {**saved, "code": None} == {**own, "code": None}
 
 
+def is_constant(schedule: Schedule) -> bool:
+    """Whether the decay is the same at every step."""
+    is_half_life = isinstance(schedule, HalfLife) and schedule.fraction is None
+    return isinstance(schedule, Constant) or is_half_life
+
+
 def highest(schedule: Schedule, delta: int) -> float | None:
     """The largest decay of a schedule that ends constant; None for others."""
-    if isinstance(schedule, Constant | HalfLife):
+    if is_constant(schedule):
         return schedule(delta, delta)
     if isinstance(schedule, Warmup):
         return float(schedule.decay**delta)
@@ -248,15 +307,17 @@ def from_json(value: object) -> Schedule:
     kinds: dict[str, Any] = {cls.__name__: cls for cls in _KINDS}
     if kind not in kinds:
         raise ValueError(f"unknown schedule {kind!r}; this version knows {', '.join(kinds)}")
-    given = {str(key): field for key, field in value.items() if key != "kind"}
-    wanted = [field.name for field in fields(kinds[kind])]
+    given = {str(key): item for key, item in value.items() if key != "kind"}
+    wanted = [item.name for item in fields(kinds[kind])]
+    if kind == "HalfLife":  # saved without the one that is None
+        wanted = [name for name in wanted if name in given] or ["steps"]
     if sorted(given) != sorted(wanted):
         raise ValueError(f"saved {kind} has the fields {sorted(given)}, wanted {sorted(wanted)}")
     schedule: Schedule = kinds[kind](**given)
     return schedule
 
 
-_KINDS = (Constant, HalfLife, Warmup, PowerFunction, Cosine)
+_KINDS = (Constant, HalfLife, Warmup, PowerFunction, Cosine, BEMA)
 
 
 def _name(value: object) -> str:
@@ -315,6 +376,15 @@ def _store_fraction(schedule: object, name: str) -> None:
     number = _number(label, getattr(schedule, name))
     if not 0 <= number <= 1:
         raise ValueError(f"{label} must be in [0, 1], not {number!r}")
+    object.__setattr__(schedule, name, number)
+
+
+def _store_at_least_0(schedule: object, name: str) -> None:
+    """Convert a field to a float, which must be finite and not negative."""
+    label = f"{type(schedule).__name__}: {name}"
+    number = _number(label, getattr(schedule, name))
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{label} must be finite and at least 0, not {number!r}")
     object.__setattr__(schedule, name, number)
 
 

@@ -88,7 +88,7 @@ def hidden_sibling(path: Path, kind: str) -> Iterator[Path]:
         yield directory
     finally:
         remove(directory)
-        _release(lock)
+        release(lock)
 
 
 def refuse_foreign(path: Path) -> None:
@@ -115,12 +115,11 @@ def _obstacle(path: Path) -> str | None:
             f"exists and is no checkpoint (it holds {', '.join(entries[:5])}); "
             "remove it or save to another path"
         )
-    with open(path / MANIFEST, "rb") as file:
-        if not file.read(64).startswith(b'{"format":"dist_ema"'):
-            return (
-                f"exists and is no checkpoint of dist_ema ({MANIFEST} is of another kind or "
-                "damaged); remove it or save to another path"
-            )
+    if not is_checkpoint(path):
+        return (
+            f"exists and is no checkpoint of dist_ema ({MANIFEST} is of another kind or "
+            "damaged); remove it or save to another path"
+        )
     foreign = {file.relative_to(path).parts[0] for file, is_own in _files(path) if not is_own}
     if foreign:
         return (
@@ -128,6 +127,14 @@ def _obstacle(path: Path) -> str | None:
             "move them away or save to another path"
         )
     return None
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory holds the manifest of a save."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        with open(directory / MANIFEST, "rb") as file:
+            return file.read(64).startswith(b'{"format":"dist_ema"')
+    return False
 
 
 def target(path: Path) -> Path:
@@ -169,7 +176,7 @@ def clear_stale(path: Path) -> None:
                     os.rename(entry, trash)
                     remove(trash)
             finally:
-                _release(lock)
+                release(lock)
 
 
 def _files(directory: Path) -> Iterator[tuple[Path, bool]]:
@@ -210,7 +217,7 @@ def _lock(directory: Path) -> int | None:
     return fd
 
 
-def _release(lock: int) -> None:
+def release(lock: int) -> None:
     """Release a lock, even if a forked child has inherited the descriptor."""
     with suppress(OSError):  # a file system without locks
         fcntl.flock(lock, fcntl.LOCK_UN)
@@ -286,7 +293,7 @@ def put_in_place(new: Path, path: Path) -> None:
             sync(path.parent)
     finally:
         if lock is not None:
-            _release(lock)
+            release(lock)
 
 
 def _sibling(path: Path, kind: str) -> Path:

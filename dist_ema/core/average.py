@@ -15,6 +15,7 @@ from torch import nn
 from dist_ema.core.accelerator import synchronize_if_initialized
 from dist_ema.core.engine import (
     Engine,
+    Masters,
     Registered,
     Weight,
     pointer,
@@ -55,12 +56,21 @@ class Average:
         self.model, self.group = model, group
         self.lock = RLock()  # held while values are updated or exchanged
         self._options, self._into, self._select = options, into, select
+        self._masters: Masters | None = None
         with group.together():
             self.marks = self._new_marks()
             self.marks.refuse("ShardedEMA()")
             self.engine = select(model)
             weights = self.engine.weights()
             averaged = averaged_names(weights, options.params, options.buffers)
+            weights = self._with_masters(weights, averaged)
+        trains = any(w.fqn in averaged and not w.is_buffer for w in weights)
+        if not group.any(trains):  # a part of a model may have frozen weights only
+            raise ValueError(
+                f"the model has {sum(not w.is_buffer for w in weights)} parameters and none is "
+                f"averaged with params={options.params!r}; pass a model that trains, or "
+                "params='all'"
+            )
         # Every rank that holds a teacher needs all of it.
         split = options.replicas == "split" and into is None
         self.plan = make_plan(weights, averaged, self.engine, split, group)
@@ -75,7 +85,7 @@ class Average:
                 fragments = self.plan.fragments
                 self.storage = AverageStorage(
                     fragments,
-                    allocate(fragments, options.dtype, len(options.schedules), options.device),
+                    allocate(fragments, options.dtype, len(options.values), options.device),
                     overlap=options.overlap,
                     # A forward pass writes to buffers before the next optimizer step.
                     waits=bool(self.plan.buffers),
@@ -116,17 +126,33 @@ class Average:
 
     def _rebind(self) -> None:
         engine = self._select(self.model)
-        if type(engine) is not type(self.engine):
+        if engine.kind != self.engine.kind:
             raise RuntimeError(
-                f"the model was held by {type(self.engine).__name__} when this average was built, "
-                f"and by {type(engine).__name__} now; build ShardedEMA after fully_shard(), DDP or "
+                f"the model was held by {self.engine.kind} when this average was built, and by "
+                f"{engine.kind} now; build ShardedEMA after fully_shard(), DDP or "
                 "accelerator.prepare(), with what they return"
             )
-        self.plan = rebind(self.plan, engine.weights(), self.group)
+        weights = self._with_masters(engine.weights(), self.plan.averaged, engine)
+        self.plan = rebind(self.plan, weights, self.group)
         self.engine = engine
         self.storage.bind(self.plan.fragments)
         self.marks = self._new_marks()  # modules may have been replaced
         self._remember()
+
+    def _with_masters(
+        self, weights: list[Weight], averaged: frozenset[str], engine: Engine | None = None
+    ) -> list[Weight]:
+        """The weights, averaged from the masters that `masters=` knows of now. Local."""
+        find = self._options.masters
+        if find is None:
+            return weights
+        self._masters = Masters(find, engine or self.engine, weights, averaged)
+        return self._masters.weights
+
+    @property
+    def source(self) -> str:
+        """ "master" if what is averaged is fp32 masters, else "weights"."""
+        return "master" if self._masters else self.engine.source
 
     def _remember(self) -> None:
         """Keep what `follow` compares with."""
@@ -151,6 +177,7 @@ class Average:
         return [
             *self.engine.stamp(),
             *self._averaged_buffers.addresses(),
+            *(self._masters.stamp() if self._masters is not None else ()),
             any(self._leaves),
             *map(id, children),
         ]

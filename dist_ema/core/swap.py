@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dist_ema.core.engine import Weight
-from dist_ema.core.layout import Fragment
+from dist_ema.core.layout import Fragment, bits
 from dist_ema.core.names import ddp_modules, registrations
 
 _CHUNK_BYTES = 4 << 20  # exchanged at a time
@@ -41,7 +41,8 @@ class Swap:
 
     - Equal dtypes: live and averaged values are exchanged through a small buffer.
     - The forward pass reads a copy of a master: the copy is overwritten, and cast again to restore.
-    - Different dtypes without a master: the live values are kept aside meanwhile.
+    - Different dtypes without a master, or a copy that is not the cast of its master (stochastic
+      rounding): the live values are set aside meanwhile.
     """
 
     def __init__(self, fragments: Sequence[Fragment], values: Sequence[torch.Tensor]) -> None:
@@ -109,14 +110,14 @@ class _Exchange:
 
 @dataclass(slots=True, eq=False)
 class _Overwrite:
-    """Averaged values over a copy of a master, or over live values that are kept aside."""
+    """Averaged values over live ones, which are set aside unless they are the cast of a master."""
 
     fragment: Fragment
     average: torch.Tensor
     kept: torch.Tensor | None = None
 
     def do(self) -> None:
-        self.kept = self.fragment.view.clone() if self.fragment.in_place else None
+        self.kept = None if self._is_cast() else self.fragment.forward_view.clone()
         try:
             self.fragment.forward_view.copy_(self.average)
         except BaseException:
@@ -126,6 +127,17 @@ class _Overwrite:
     def undo(self) -> None:
         self.fragment.forward_view.copy_(self.fragment.view if self.kept is None else self.kept)
         self.kept = None
+
+    def _is_cast(self) -> bool:
+        """Whether the values that the forward pass reads are, bit for bit, a cast of the master."""
+        if self.fragment.in_place:
+            return False
+        live, master = self.fragment.forward_view, self.fragment.view
+        size = _CHUNK_BYTES // master.element_size()
+        return all(
+            torch.equal(bits(chunk), bits(exact.to(chunk)))
+            for chunk, exact in zip(live.split(size), master.split(size), strict=True)
+        )
 
 
 class Buffers:

@@ -53,6 +53,7 @@ class ZeroEngine(Engine):
     """Parts of DeepSpeed's flat buffers. Only `release` and `publish` communicate."""
 
     communicates = True
+    takes_masters = False
 
     def __init__(self, model: nn.Module) -> None:
         require("deepspeed")
