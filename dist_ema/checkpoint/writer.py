@@ -108,13 +108,17 @@ def save(
         with group.together(error=CheckpointError):
             if group.rank == 0:
                 directories.append(files.enter_context(replaced_directory(place, sync_files=False)))
+                for name in averages:
+                    _directory_of(directories[0], name, averages).mkdir(exist_ok=True)
                 if asynchronous and group.size > 1:
                     directories.append(mail.enter_context(hidden_sibling(place, "mail")))
         directories, save_id = group.broadcast((directories, save_id))
         work = _Save(place, directories[0], save_id, copies or averages, tensors, state)
         status: StatusFiles | None = None
         with group.together(error=CheckpointError):
-            if not becomes_visible(lambda: all([each.is_dir() for each in directories])):
+            wanted = [_directory_of(directories[0], name, averages) for name in averages]
+            wanted += directories
+            if not becomes_visible(lambda: all([each.is_dir() for each in wanted])):
                 raise CheckpointError(
                     f"{place}: this rank does not see {directories[0]}, which rank 0 created; a "
                     "checkpoint needs a directory that all ranks share"
@@ -142,6 +146,11 @@ def save(
     return None
 
 
+def _directory_of(directory: Path, name: str, averages: Averages) -> Path:
+    """The directory of an average's files, in that of the checkpoint."""
+    return directory / manifest.directory_of(name, list(averages))
+
+
 def tensors_of_all_ranks(tensors: Sequence[TensorMeta], group: Group) -> Sequence[TensorMeta]:
     """The tensors of all ranks, which differ if ranks hold different parts of one model.
 
@@ -158,11 +167,8 @@ def tensors_of_all_ranks(tensors: Sequence[TensorMeta], group: Group) -> Sequenc
         for meta in metas:
             other, known = first.setdefault(meta.fqn, (rank, meta))
             if meta != known:
-                texts = [
-                    f"{one.dtype} of shape {one.shape} with aliases {one.aliases} on rank {at}"
-                    for at, one in ((other, known), (rank, meta))
-                ]
-                problems.setdefault(meta.fqn, f"{meta.fqn} is {' and '.join(texts)}")
+                text = f"{_describe(known)} on rank {other} and {_describe(meta)} on rank {rank}"
+                problems.setdefault(meta.fqn, f"{meta.fqn} is {text}")
     if problems:
         raise CheckpointError(
             f"ranks have different tensors of one name: {'; '.join(list(problems.values())[:8])}; "
@@ -170,6 +176,11 @@ def tensors_of_all_ranks(tensors: Sequence[TensorMeta], group: Group) -> Sequenc
             "process group each (process_group=)"
         )
     return [meta for _, meta in first.values()]
+
+
+def _describe(meta: TensorMeta) -> str:
+    aliases = f" with the aliases {', '.join(meta.aliases)}" if meta.aliases else ""
+    return f"{meta.dtype} of shape {meta.shape}{aliases}"
 
 
 def _check(averages: Averages, tensors: Sequence[TensorMeta], state: Mapping[str, Any]) -> None:
@@ -285,8 +296,7 @@ class _Save:
         return bool(head["id"] == self.save_id)
 
     def _write_average(self, name: str, rank: int) -> dict[str, Any]:
-        directory = self.directory / manifest.directory_of(name, list(self.averages))
-        directory.mkdir(exist_ok=True)
+        directory = _directory_of(self.directory, name, self.averages)
         number_of = {meta.fqn: i for i, meta in enumerate(self.tensors)}
         owned = [f for f in _owned({name: self.averages[name]}) if f.meta.numel]
         boxes = [(number_of[f.meta.fqn], f.meta.box, f.tensor) for f in owned]
