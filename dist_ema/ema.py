@@ -19,7 +19,7 @@ from torch import nn
 
 from dist_ema.checkpoint import dcp
 from dist_ema.checkpoint.background import TIMEOUT_S, BackgroundSaves, Handle
-from dist_ema.checkpoint.loader import load
+from dist_ema.checkpoint.reader import load
 from dist_ema.checkpoint.writer import non_finite_names, refuse_non_finite, save
 from dist_ema.core.average import Average
 from dist_ema.core.engine import FindMaster
