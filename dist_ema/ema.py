@@ -41,9 +41,8 @@ from dist_ema.options import (
     no_module,
     no_name,
     no_safetensors,
-    uncorrected,
 )
-from dist_ema.schedule import BEMA, Schedule, decay_at, highest, is_constant, same_rule
+from dist_ema.schedule import BEMA, Schedule, decay_at, highest, is_constant, same_rule, uncorrected
 
 _LOG = logging.getLogger(__name__)
 

@@ -18,14 +18,9 @@ from torch import nn
 
 from dist_ema.core.engine import FindMaster
 from dist_ema.core.lerp import MultiAvgFn
-from dist_ema.schedule import BEMA, Schedule, as_schedule, code_hash, decay_at, to_json
+from dist_ema.schedule import BEMA, Schedule, as_schedule, code_hash, decay_at, to_json, uncorrected
 
 DEFAULT_NAME = "ema"
-
-
-def uncorrected(name: str) -> tuple[str, str]:
-    """Names under which a checkpoint has the average of a `BEMA`, and the initial weights."""
-    return f"{name}.uncorrected", f"{name}.initial"
 
 
 class EMAKeywords(TypedDict, total=False):

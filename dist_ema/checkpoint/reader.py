@@ -46,6 +46,7 @@ from dist_ema.checkpoint.manifest import (
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.layout import Box, Fragment, TensorMeta, flat_boxes, flat_ends, overlap, whole
 from dist_ema.core.safetensors import torch_dtype
+from dist_ema.schedule import averages_of, uncorrected
 
 if TYPE_CHECKING:
     import torch
@@ -624,7 +625,7 @@ def _match(
         saved = {names[0]: saved[PLAIN]}
         allowed = set(others) | {alias for t in tensors for alias in t.aliases}
     refuse_absent(names, saved)
-    ignored = [name for name in saved if name not in names]
+    ignored = [n for n in averages_of(saved) if not {n, *uncorrected(n)}.intersection(names)]
     if ignored:
         notes.append(f"its averages {', '.join(map(repr, ignored))} are not loaded")
     sources = {}
