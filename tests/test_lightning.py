@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
@@ -96,6 +98,53 @@ def test_evaluations_are_those_of_a_plain_model_with_the_average(under: Under, t
     torch.testing.assert_close(module.full_weights(), record.weights[-1], **EXACT)
     live = under.plain_loss({**state, **record.weights[-1]})
     assert (live - wanted).abs() > 1e-3 * wanted  # or nothing above would tell the two apart
+
+
+class Logs(Module):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("trained", loss)
+        return loss
+
+
+class Drifts(Callback):
+    """The drift after each batch that stepped, if it comes after the callback."""
+
+    def __init__(self, ema: EMACallback) -> None:
+        self.ema, self.of_step = ema, {}
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step not in self.of_step:
+            self.of_step[trainer.global_step] = self.ema.ema.drift()
+
+
+@under()
+def test_decay_updates_and_drift_are_logged_when_lightning_logs(under: Under, tmp_path: Path):
+    ema, logger = EMACallback(DECAY), CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    drifts, keep = Drifts(ema), ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3)
+    options = {"log_every_n_steps": 2, "val_check_interval": 8, "accumulate_grad_batches": 2}
+    trainer = under.trainer(
+        tmp_path,
+        ema,
+        drifts,
+        keep,
+        logger=logger,
+        enable_checkpointing=True,
+        max_epochs=1,
+        **options,
+    )
+    trainer.fit(Logs(**under.net), under.batches(16), under.validation())
+    assert ema.ema.step == 8
+    if rank() == 0:
+        with (Path(logger.log_dir) / "metrics.csv").open() as file:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        wanted = [(row["step"], row["step"] + 1, DECAY) for row in rows if "trained" in row]
+        keys = ("step", "ema/updates", "ema/decay")
+        found = [tuple(map(row.get, keys)) for row in rows if "ema/updates" in row]
+        assert found == wanted and len(found) == 4
+        drift = [row["ema/drift"] for row in rows if "ema/drift" in row]
+        assert drift == [drifts.of_step[step] for step in (3, 4, 6, 8)]
+        assert min(drift) > 0
 
 
 @under("alone", "ddp", "fsdp2", "fsdp2_tp")

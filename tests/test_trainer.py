@@ -169,6 +169,46 @@ def test_every_evaluation_sees_an_average_of_zeros_and_training_sees_none_of_it(
 
 
 @every_kind
+def test_decay_updates_and_drift_are_logged_when_the_trainer_logs(kind: str, tmp_path: Path):
+    from transformers import TrainerCallback
+
+    drifts, live = {}, {"epoch", "step", "loss", "grad_norm", "learning_rate"}
+
+    class Drifts(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            drifts[state.global_step] = callback.ema.drift()
+
+    logs = {"logging_strategy": "steps", "logging_steps": 2}
+    evaluates = {**EVALUATES, "eval_steps": 3}
+    with trainer_of(kind, tmp_path, **logs, **evaluates, **SAVES, max_steps=6) as trainer:
+        callback = ema_callback(DECAY).attach(trainer)
+        trainer.add_callback(Drifts())
+        trainer.train()
+        assert not any(name.startswith("ema/") for name in trainer.evaluate())
+        lines = trainer.state.log_history
+    of_loss = {line["step"]: line for line in lines if "loss" in line}
+    assert set(of_loss[2]) == live | {"ema/decay", "ema/updates"}
+    told = [(line["ema/decay"], line["ema/updates"]) for line in of_loss.values()]
+    assert told == [(DECAY, 2), (DECAY, 4), (DECAY, 6)]
+    found = [(line["step"], line["ema/drift"]) for line in lines if "ema/drift" in line]
+    assert found == [(step, drifts[step]) for step in (2, 3, 4, 6)]  # evaluations of two data sets
+    assert min(drifts.values()) > 0
+
+
+@pytest.mark.ranks(0)
+def test_several_averages_are_logged_by_name_or_not_at_all(tmp_path: Path):
+    names = {f"ema/{name}/{what}" for name in ("a", "b") for what in ("decay", "drift")}
+    for log, wanted in ((True, names | {"ema/updates"}), (False, set())):
+        options = {**SAVES, "logging_strategy": "steps", "logging_steps": 1}
+        with trainer_of("alone", tmp_path, **options) as trainer:
+            ema_callback({"a": 0.5, "b": 0.9}, evaluate="a", log=log).attach(trainer)
+            trainer.train()
+            lines = trainer.state.log_history
+        found = {name: value for line in lines for name, value in line.items() if "ema/" in name}
+        assert set(found) == wanted
+
+
+@every_kind
 def test_a_stopped_and_resumed_run_is_bit_identical_to_one_that_went_on(kind: str, tmp_path: Path):
     def run(directory: str, resume: Any = None, **arguments: Any) -> tuple[Any, ...]:
         arguments |= {"seed": 3 if resume else 0, "resume": resume}

@@ -103,11 +103,10 @@ def trainer_of(
                 use_cpu=kind != "fsdp2",
                 report_to=[],
                 disable_tqdm=True,
-                logging_strategy="no",
                 per_device_train_batch_size=2,
                 per_device_eval_batch_size=2,
                 learning_rate=1e-2,
-                **{"max_steps": 4, "save_strategy": "no", **arguments},
+                **{"max_steps": 4, "save_strategy": "no", "logging_strategy": "no", **arguments},
             )
             yield (trainer_class or Trainer)(
                 model=tiny_llama(seed) if model is None else model,

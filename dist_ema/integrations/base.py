@@ -13,7 +13,7 @@ from torch import nn
 from dist_ema.checkpoint.directory import find
 from dist_ema.core.errors import CheckpointError
 from dist_ema.ema import ShardedEMA
-from dist_ema.options import EMAKeywords, EMAOptions
+from dist_ema.options import DEFAULT_NAME, EMAKeywords, EMAOptions
 from dist_ema.schedule import Schedule
 
 Decay = float | Schedule | Mapping[str, float | Schedule]
@@ -34,7 +34,14 @@ class AveragingCallback:
     """Base of the callbacks, which adapt the names and events of their framework."""
 
     def __init__(
-        self, decay: Decay, options: EMAKeywords, evaluate: bool | str, missing: str, picks: bool
+        self,
+        decay: Decay,
+        options: EMAKeywords,
+        *,
+        evaluate: bool | str,
+        missing: str,
+        log: bool,
+        picks: bool = False,
     ) -> None:
         """`picks`: whether one of several averages must be named even without evaluation."""
         self._keywords: dict[str, Any] = {"decay": decay, **options}
@@ -48,14 +55,28 @@ class AveragingCallback:
                 f"there are several averages, {names}; say by evaluate= which is meant"
             )
         self.ema: ShardedEMA | None = None  # built when training starts
-        self._evaluates, self._missing = evaluate is not False, missing
+        self._evaluates, self._missing, self._logs = evaluate is not False, missing, log
         self._name = evaluate if isinstance(evaluate, str) else None
         self._is_shown, self._scale = False, 0.0
+        self._drift_step = -1  # of the drift that was logged last
 
     def _build(self, model: nn.Module) -> ShardedEMA:
         self.ema = None  # frees the memory of an earlier one first
-        self.ema = ShardedEMA(model, **self._keywords)
+        self.ema, self._drift_step = ShardedEMA(model, **self._keywords), -1
         return self.ema
+
+    def _metrics(self, *, drift: bool = False) -> dict[str, float]:
+        """What loggers get: decays and updates, local; or the drift, collective, once a step."""
+        ema = self.ema
+        if not self._logs or ema is None or (drift and self._drift_step == ema.step):
+            return {}
+        keys = {n: "ema" if ema.names == [DEFAULT_NAME] else f"ema/{n}" for n in ema.names}
+        if drift:
+            self._drift_step = ema.step
+            return {f"{key}/drift": ema.drift(name) for name, key in keys.items()}
+        decays = ema.decay if isinstance(ema.decay, dict) else dict.fromkeys(keys, ema.decay)
+        known = {f"{keys[name]}/decay": d for name, d in decays.items() if d is not None}
+        return {**known, "ema/updates": ema.num_updates}
 
     def _overflowed(self, owner: Any) -> bool:
         """Whether the owner's fp16 scaler skipped a step since the last call. A host sync."""

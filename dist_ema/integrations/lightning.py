@@ -54,6 +54,9 @@ class EMACallback(AveragingCallback, Callback):
         optimizer: number of the optimizer whose steps count, from 0 (a GAN's generator, say).
         missing: when a checkpoint has no average (`weights_only`, say), "raise", or "restart" with
             a warning: the average starts from the weights of the checkpoint.
+        log: whether loggers get `ema/decay` and `ema/updates` at their logging steps, and
+            `ema/drift` at validations with the average and at saves (of several averages,
+            `ema/<name>/decay`).
     """
 
     def __init__(
@@ -63,9 +66,10 @@ class EMACallback(AveragingCallback, Callback):
         evaluate: bool | str = True,
         optimizer: int | None = None,
         missing: str = "raise",
+        log: bool = True,
         **options: Unpack[EMAKeywords],
     ) -> None:
-        super().__init__(decay, options, evaluate, missing, picks=False)
+        super().__init__(decay, options, evaluate=evaluate, missing=missing, log=log)
         if isinstance(optimizer, bool) or not isinstance(optimizer, int | None):
             what = f"optimizer is {optimizer!r}, wanted the number of an optimizer, or None"
             raise TypeError(what)
@@ -90,6 +94,8 @@ class EMACallback(AveragingCallback, Callback):
         self._settle()
         if self._stepped and self.ema:
             self.ema.update()
+            if trainer._logger_connector.should_update_logs:
+                self._tell_loggers()
         self._stepped = False
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -102,6 +108,14 @@ class EMACallback(AveragingCallback, Callback):
         if self._pending:
             self._stepped |= not self._overflowed(self._trainer.precision_plugin)
             self._pending = False
+
+    def _tell_loggers(self, *, drift: bool = False) -> None:
+        """As Lightning's own monitors do, by private names of 2.6. Collective for the drift."""
+        trainer = self._trainer
+        if trainer.state.fn == "fit" and (trainer.training or trainer.validating):
+            metrics, loop = self._metrics(drift=drift), trainer.fit_loop.epoch_loop
+            for logger in trainer.loggers if metrics else ():
+                logger.log_metrics(metrics, step=loop._batches_that_stepped)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._saved = self._saved_step = self._path = None
@@ -190,6 +204,8 @@ class EMACallback(AveragingCallback, Callback):
         strategy, ema, shows = self._trainer.strategy, self._current(), self._is_shown
         self._shown.close()
         try:
+            if ema is not None and not weights_only:
+                self._tell_loggers(drift=True)
             inner(filepath, weights_only, storage_options)
             if ema is not None and not weights_only and _writes_folder(strategy):
                 ema.save(Path(strategy.broadcast(str(filepath))) / KEY)
@@ -205,6 +221,7 @@ class EMACallback(AveragingCallback, Callback):
         if self._evaluates and trainer.state.fn != "fit":
             self._build_or_load()
         if self._evaluates and self._current() is not None:
+            self._tell_loggers(drift=True)
             self._show()
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start

@@ -1,10 +1,10 @@
 """An average under the Hugging Face Trainer: `EMACallback(decay=0.9999).attach(trainer)`.
 
 [Note: what attaching does]
-A callback does not get its Trainer, and is only called after an evaluation. So `attach`
-wraps `trainer.evaluation_loop`, which `evaluate` and `predict` call, and `_inner_training_loop`,
-which gets the checkpoint to resume from. Where a subclass resumes without it, the average is read
-from the checkpoint of the restored `global_step`.
+A callback does not get its Trainer, and is only called after an evaluation, and after the loggers
+were. So `attach` wraps `trainer.evaluation_loop`, which `evaluate` and `predict` call, `log`, and
+`_inner_training_loop`, which gets the checkpoint to resume from. Where a subclass resumes without
+it, the average is read from the checkpoint of the restored `global_step`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ class EMACallback(AveragingCallback, TrainerCallback):
         copy_at_end: make the model the average when training ends, for `trainer.save_model()`.
         missing: when a checkpoint has no average, "raise", or "restart" with a warning: the average
             starts from the weights of the checkpoint.
+        log: whether the Trainer logs `ema/decay` and `ema/updates` with the training loss, and
+            `ema/drift` at evaluations with the average and at saves (of several averages,
+            `ema/<name>/decay`).
     """
 
     def __init__(
@@ -54,9 +57,11 @@ class EMACallback(AveragingCallback, TrainerCallback):
         export: str | Path | None = None,
         copy_at_end: bool = False,
         missing: str = "raise",
+        log: bool = True,
         **options: Unpack[EMAKeywords],
     ) -> None:
-        super().__init__(decay, options, evaluate, missing, picks=bool(export) or copy_at_end)
+        picks = bool(export) or copy_at_end
+        super().__init__(decay, options, evaluate=evaluate, missing=missing, log=log, picks=picks)
         self._export, self._copy_at_end = export, copy_at_end
         self._trainer: Any = None
         self._trial: Any = None
@@ -82,6 +87,7 @@ class EMACallback(AveragingCallback, TrainerCallback):
         methods: Any = trainer
         methods._inner_training_loop = functools.partial(self._train, trainer._inner_training_loop)
         methods.evaluation_loop = functools.partial(self._evaluate, trainer.evaluation_loop)
+        methods.log = functools.partial(self._log, trainer.log)
         return self
 
     def _train(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -100,8 +106,20 @@ class EMACallback(AveragingCallback, TrainerCallback):
         elif self.ema is not None and unwrap(self._trainer.model) is not unwrap(self.ema.model):
             text = "trainer.model is not the model that was trained, and is evaluated as it is"
             warnings.warn(text, stacklevel=3)
+        if self._trainer.is_in_train:
+            self._log_drift()
         with self._showing():
             return inner(*args, **kwargs)
+
+    def _log(self, inner: Callable[..., Any], logs: dict[str, float], *args: Any, **kw: Any) -> Any:
+        if "loss" in logs and self._times_listed():  # a logging step; any rank may log other things
+            logs.update(self._metrics())
+        return inner(logs, *args, **kw)
+
+    def _log_drift(self) -> None:
+        """Collective, if drift is wanted and was not logged at this step."""
+        if drift := self._metrics(drift=True):
+            self._trainer.log(drift)
 
     @contextmanager
     def raw_weights(self) -> Iterator[None]:
@@ -154,6 +172,7 @@ class EMACallback(AveragingCallback, TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.ema is not None
+        self._log_drift()
         self.ema.save(self._checkpoint(state.global_step) / DIRECTORY)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
