@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
+from dist_ema import BEMA
 from dist_ema.core.errors import CheckpointError
 from dist_ema.integrations.lightning import EMACallback
-from tests.net import FROZEN, loss_of
+from tests.net import loss_of
 from tests.oracle import worst_relative_error
-from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR
-from tests.worlds import from_rank_0, rank
+from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR, same
+from tests.worlds import barrier, from_rank_0, rank
 from tests.worlds_lightning import Module, Record, Under, under
 
 TP_TOLERANCE = {"rtol": 0, "atol": 1e-4}  # it sums in another order
@@ -29,12 +29,6 @@ TP_TOLERANCE = {"rtol": 0, "atol": 1e-4}  # it sums in another order
 
 class Interruption(Exception):
     pass
-
-
-def zero(averaged: list[Tensor], live: list[Tensor], num_averaged: Any) -> None:
-    """In the place of a rule: an average with which a loss does not depend on the weights."""
-    for tensor in averaged:
-        tensor.zero_()
 
 
 def fit(
@@ -60,34 +54,27 @@ def saved(under: Under, path: Path) -> tuple[EMACallback, Trainer, Module]:
 
 
 def assert_same_average(found: EMACallback, wanted: EMACallback) -> None:
-    assert found.ema is not None and wanted.ema is not None
-    state, other = found.ema.gather_state_dict(), wanted.ema.gather_state_dict()
-    for states in (state, other):
-        # Not averaged but read live, and on each rank another: a sharded checkpoint has anyone's.
-        states.pop("net.running", None)
-    torch.testing.assert_close(state, other, **EXACT)
+    for name in wanted.ema.names:
+        states = [callback.ema.gather_state_dict(name) for callback in (found, wanted)]
+        for state in states:
+            # Not averaged but read live, and on each rank another: a folder of shards has anyone's.
+            state.pop("net.running", None)
+        same(*states)
     assert (found.ema.step, found.ema.num_updates) == (wanted.ema.step, wanted.ema.num_updates)
 
 
 @under()
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_the_average_is_that_of_the_weights_after_every_step(
-    under: Under, accumulate: int, tmp_path: Path
+def test_the_average_is_that_of_the_weights_after_each_step_and_is_what_evaluates(
+    under: Under, tmp_path: Path
 ):
-    ema, _, _, record = fit(under, tmp_path, accumulate_grad_batches=accumulate)
-    assert_average_of(ema, record)
-    assert ema.ema.step == len(record.weights) - 1 == 8 // accumulate
-
-
-@under()
-def test_evaluations_are_those_of_a_plain_model_with_the_average(under: Under, tmp_path: Path):
     ema, trainer, module, record = fit(under, tmp_path)
-    state = from_rank_0(ema.ema.gather_state_dict())
+    assert_average_of(ema, record)
+    assert ema.ema.step == len(record.weights) - 1 == 8
+    state, loader = from_rank_0(ema.ema.gather_state_dict()), under.validation()
     wanted = under.plain_loss(state)
-    loader = under.validation()
     losses = [trainer.callback_metrics["loss"]]  # of the validation in fit
-    losses.append(trainer.validate(module, loader, verbose=False)[0]["loss"])
-    losses.append(trainer.test(module, loader, verbose=False)[0]["loss"])
+    losses += [trainer.validate(module, loader, verbose=False)[0]["loss"]]
+    losses += [trainer.test(module, loader, verbose=False)[0]["loss"]]
     for loss in losses:
         torch.testing.assert_close(torch.as_tensor(loss), wanted, rtol=1e-6, atol=0)
     logits = trainer.predict(module, under.batches(1))[0]
@@ -95,7 +82,7 @@ def test_evaluations_are_those_of_a_plain_model_with_the_average(under: Under, t
         plain = under.plain(state)(next(iter(under.batches(1))))
     tolerance = TP_TOLERANCE if under.name == "fsdp2_tp" else EXACT
     torch.testing.assert_close(logits, plain, **tolerance)
-    torch.testing.assert_close(module.full_weights(), record.weights[-1], **EXACT)
+    same(module.full_weights(), record.weights[-1])
     live = under.plain_loss({**state, **record.weights[-1]})
     assert (live - wanted).abs() > 1e-3 * wanted  # or nothing above would tell the two apart
 
@@ -120,21 +107,15 @@ class Drifts(Callback):
 
 @under()
 def test_decay_updates_and_drift_are_logged_when_lightning_logs(under: Under, tmp_path: Path):
-    ema, logger = EMACallback(DECAY), CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    ema, record = EMACallback(DECAY), Record()
     drifts, keep = Drifts(ema), ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3)
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
     options = {"log_every_n_steps": 2, "val_check_interval": 8, "accumulate_grad_batches": 2}
-    trainer = under.trainer(
-        tmp_path,
-        ema,
-        drifts,
-        keep,
-        logger=logger,
-        enable_checkpointing=True,
-        max_epochs=1,
-        **options,
-    )
+    options |= {"logger": logger, "enable_checkpointing": True}
+    trainer = under.trainer(tmp_path, ema, record, drifts, keep, **options)
     trainer.fit(Logs(**under.net), under.batches(16), under.validation())
-    assert ema.ema.step == 8
+    assert_average_of(ema, record)
+    assert ema.ema.step == len(record.weights) - 1 == 8
     if rank() == 0:
         with (Path(logger.log_dir) / "metrics.csv").open() as file:
             rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
@@ -147,37 +128,26 @@ def test_decay_updates_and_drift_are_logged_when_lightning_logs(under: Under, tm
         assert min(drift) > 0
 
 
-@under("alone", "ddp", "fsdp2", "fsdp2_tp")
-def test_an_average_of_zeros_has_the_loss_of_a_zero_model(under: Under, tmp_path: Path):
-    _, trainer, module, record = fit(under, tmp_path, ema=EMACallback(multi_avg_fn=zero))
-    frozen = {f"net.{name}" for name in FROZEN}
-    state = under.module().state_dict()
-    zeros = {k: v if k in frozen else torch.zeros_like(v) for k, v in state.items()}
-    wanted = under.plain_loss(zeros)
-    assert trainer.callback_metrics["loss"] == wanted
-    loader = under.validation()
-    assert trainer.test(module, loader, verbose=False)[0]["loss"] == wanted
-    torch.testing.assert_close(module.full_weights(), record.weights[-1], **EXACT)
-
-
 @under()
 def test_stopping_and_resuming_is_as_if_nothing_had_happened(under: Under, tmp_path: Path):
-    whole, first, second = (EMACallback(DECAY, update_every=3, start_step=2) for _ in range(3))
+    options = {"evaluate": "bema", "update_every": 3, "start_step": 2}
+    decays = {"ema": DECAY, "bema": BEMA()}
+    whole, first, second = (EMACallback(decays, **options) for _ in range(3))
     _, _, uninterrupted, _ = fit(under, tmp_path / "a", ema=whole, max_epochs=3)
     keep = ModelCheckpoint(tmp_path / "b", "{epoch}", save_top_k=1, save_last="link")
     fit(under, tmp_path / "b", keep, ema=first, max_epochs=2, enable_checkpointing=True)
     there = sorted(p.name for p in (tmp_path / "b").iterdir())
     assert there == ["epoch=1.ckpt", "last.ckpt"]  # what went before has been removed, whole
-    dist.barrier() if dist.is_initialized() else None
+    barrier()
     if rank() == 0:
         (tmp_path / "b").rename(tmp_path / "moved")
-    dist.barrier() if dist.is_initialized() else None
+    barrier()
 
     module = under.module(seed=1)
     trainer = under.trainer(tmp_path / "c", second, max_epochs=3)
     path = tmp_path / "moved" / "last.ckpt"
     trainer.fit(module, under.batches(), under.validation(), ckpt_path=path)
-    torch.testing.assert_close(module.full_weights(), uninterrupted.full_weights(), **EXACT)
+    same(module.full_weights(), uninterrupted.full_weights())
     assert_same_average(second, whole)
 
 
@@ -188,7 +158,7 @@ def test_an_average_in_a_file_is_loaded_under_another_strategy(under: Under, tmp
     before, _, _ = saved(ddp, tmp_path / "x.ckpt")
     held = torch.load(tmp_path / "x.ckpt")["dist_ema"]["averages"]["ema"]
     wanted = from_rank_0(before.ema.gather_state_dict())
-    torch.testing.assert_close(held, {name: wanted[name] for name in held}, **EXACT)
+    same(held, {name: wanted[name] for name in held})
 
     after = EMACallback(DECAY)
     loader = under.validation()
@@ -210,7 +180,7 @@ def test_an_exception_in_an_evaluation_leaves_the_live_weights(under: Under, tmp
     trainer = under.trainer(tmp_path, ema, record, Fails())
     with pytest.raises(Interruption):
         trainer.fit(module, under.batches(), under.validation())
-    torch.testing.assert_close(module.full_weights(), record.weights[-1], **EXACT)
+    same(module.full_weights(), record.weights[-1])
     assert_average_of(ema, record)
 
 
@@ -221,13 +191,13 @@ def test_a_checkpoint_in_an_evaluation_holds_live_weights(under: Under, tmp_path
             if not trainer.sanity_checking:
                 self.shown = pl_module.full_weights()
                 trainer.save_checkpoint(tmp_path / "x.ckpt")
-                torch.testing.assert_close(pl_module.full_weights(), self.shown, **EXACT)
+                same(pl_module.full_weights(), self.shown)
 
     ema, _, module, _ = fit(under, tmp_path, saves := Saves())
     assert not torch.equal(saves.shown["net.tiny"], module.full_weights()["net.tiny"])
     other, loaded = EMACallback(DECAY), under.module(seed=1)
     under.trainer(tmp_path, other).validate(loaded, under.validation(), tmp_path / "x.ckpt")
-    torch.testing.assert_close(loaded.full_weights(), module.full_weights(), **EXACT)
+    same(loaded.full_weights(), module.full_weights())
     assert_same_average(other, ema)
 
 
@@ -245,7 +215,7 @@ def test_training_after_an_evaluation_has_the_buffers_of_rank_0(under: Under, tm
         trainer = under.trainer(tmp_path, buffers, *callbacks, max_epochs=2)
         trainer.fit(under.module(), under.batches(1), under.validation())
         found.append(buffers.running)
-    torch.testing.assert_close(found[1], found[0], **EXACT)
+    same(found[1], found[0])
 
 
 @under("alone", "fsdp2")
@@ -258,7 +228,7 @@ def test_a_checkpoint_without_an_average_is_refused_or_starts_one(under: Under, 
     with pytest.raises(CheckpointError, match="holds no average"):
         under.trainer(tmp_path, EMACallback(DECAY), max_epochs=2).fit(under.module(), **again)
     ema, record = EMACallback(DECAY, missing="restart"), Record()
-    with pytest.warns(UserWarning, match="starts from the weights of the checkpoint"):
+    with pytest.warns(UserWarning, match="starts again, from the weights of the checkpoint"):
         under.trainer(tmp_path, ema, record, max_epochs=2).fit(under.module(), **again)
     assert_average_of(ema, record)
     assert ema.ema.step == 8
@@ -329,31 +299,19 @@ def test_a_finder_before_training_leaves_no_trace(
     assert ema.ema.step == 8 == len(record.weights) - 1
 
 
-class AtStart(Callback):
-    """The average that training starts with, if it comes after the callback."""
-
-    def __init__(self, ema: EMACallback) -> None:
-        self.ema = ema
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.state, self.step = self.ema.ema.gather_state_dict(), self.ema.ema.step
-
-
 @under("alone", "fsdp2_full")
 def test_a_finder_keeps_the_average_that_is_resumed_from(under: Under, tmp_path: Path):
-    before = EMACallback(DECAY)
+    class AtStart(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            assert_same_average(ema, before)
+
+    before, ema = EMACallback(DECAY), EMACallback(DECAY)
     trainer = under.trainer(tmp_path, before)
     trainer.fit(Tunable(under))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    wanted = before.ema.gather_state_dict()
-    ema = EMACallback(DECAY)
-    start = AtStart(ema)
-    trainer = under.trainer(tmp_path, ema, start, finder_of("lr"), max_epochs=2)
+    trainer = under.trainer(tmp_path, ema, AtStart(), finder_of("lr"), max_epochs=2)
     trainer.fit(Tunable(under, seed=1), ckpt_path=tmp_path / "x.ckpt")
-    for states in (wanted, start.state):
-        states.pop("net.running", None)
-    torch.testing.assert_close(start.state, wanted, **EXACT)
-    assert start.step == 8 < ema.ema.step
+    assert before.ema.step == 8 < ema.ema.step
 
 
 @under("alone")
@@ -370,7 +328,7 @@ def test_a_finder_in_an_evaluation_keeps_the_average(
     result = getattr(trainer, stage)(module, ckpt_path=tmp_path / "x.ckpt", verbose=False)
     torch.testing.assert_close(torch.tensor(result[0]["loss"]), wanted, rtol=1e-6, atol=0)
     assert_same_average(ema, before)
-    torch.testing.assert_close(module.full_weights(), trained.full_weights(), **EXACT)
+    same(module.full_weights(), trained.full_weights())
     # No full copy is kept.
     assert not any(isinstance(kept, dict) and "averages" in kept for kept in vars(ema).values())
 
@@ -384,11 +342,11 @@ def test_evaluating_another_model_keeps_the_average(under: Under, tmp_path: Path
     for evaluating in (under.trainer(tmp_path, EMACallback()), trainer):  # the first never trained
         with pytest.warns(UserWarning, match="no average of this model"):
             result = evaluating.validate(baseline, loader, verbose=False)
-        torch.testing.assert_close(torch.tensor(result[0]["loss"]), raw, **EXACT)
+        same(torch.tensor(result[0]["loss"]), raw)
     trainer.save_checkpoint(tmp_path / "baseline.ckpt")
     assert "dist_ema" not in torch.load(tmp_path / "baseline.ckpt")
     assert ema.ema is kept
-    torch.testing.assert_close(ema.ema.gather_state_dict(), wanted, **EXACT)
+    same(ema.ema.gather_state_dict(), wanted)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "EMACallback")
         result = trainer.validate(module, loader, verbose=False)
@@ -422,13 +380,13 @@ def test_after_a_save_that_failed_an_evaluation_goes_on_with_the_average(
             shown = pl_module.full_weights()
             with pytest.raises(OSError):
                 trainer.save_checkpoint(tmp_path / "file" / "x.ckpt")
-            torch.testing.assert_close(pl_module.full_weights(), shown, **EXACT)
+            same(pl_module.full_weights(), shown)
 
     ema, trainer, module, record = fit(under, tmp_path, Fails())
     result = trainer.test(module, under.validation(), verbose=False)
     wanted = under.plain_loss(ema.ema.gather_state_dict())
     torch.testing.assert_close(torch.tensor(result[0]["loss"]), wanted, rtol=1e-6, atol=0)
-    torch.testing.assert_close(module.full_weights(), record.weights[-1], **EXACT)
+    same(module.full_weights(), record.weights[-1])
 
 
 @under("alone")
@@ -456,7 +414,7 @@ def test_what_an_evaluation_writes_to_a_buffer_is_lost(under: Under, tmp_path: P
     before = module.net.running.clone()
     predicted = trainer.predict(module, under.batches(2))
     torch.testing.assert_close(predicted[1], before + 2)
-    torch.testing.assert_close(module.net.running, before, **EXACT)
+    same(module.net.running, before)
 
 
 class TwoOptimizers(Module):
@@ -492,7 +450,7 @@ def test_with_several_optimizers_a_batch_counts_once_or_by_one_of_them(
     weights = module.full_weights()
     with pytest.raises(ValueError, match="optimizer is 1, but the module has 1, numbered from 0"):
         under.trainer(tmp_path, EMACallback(optimizer=1)).fit(module, under.batches())
-    torch.testing.assert_close(module.full_weights(), weights, **EXACT)
+    same(module.full_weights(), weights)
 
 
 @under("alone")
@@ -518,7 +476,7 @@ def test_a_step_that_a_gradient_scaler_skips_does_not_count(under: Under, tmp_pa
     trainer.fit(Overflows(), under.batches())
     assert trainer.global_step == 8 and ema.ema.step == 6
     applied = [record.weights[i] for i in (0, 1, 2, 4, 5, 7, 8)]
-    torch.testing.assert_close(record.weights[3], record.weights[2], **EXACT)
+    same(record.weights[3], record.weights[2])
     record.weights = applied
     assert_average_of(ema, record)
 

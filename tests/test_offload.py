@@ -24,13 +24,14 @@ from dist_ema.core import lerp
 from dist_ema.core.accelerator import SideStreams, synchronize_if_initialized
 from tests.grid import rows
 from tests.runs import same, start
-from tests.worlds import World, worlds
+from tests.worlds import WORLDS, World
 from tests.worlds_deepspeed import WORLDS as ZERO_WORLDS
 
 CROSSING = {"target": lerp, "attribute": "_crosses", "new": lambda average, live: True}
 
 
-def check_offloaded(world: World) -> None:
+@rows([*WORLDS, *ZERO_WORLDS], "plain", "plain_bf16", "ddp", "fsdp2", "hsdp", "z2_bf16", "z3")
+def test_an_average_on_another_device_is_the_same(world: World):
     with mock.patch.object(**CROSSING), mock.patch.object(lerp, "_CHUNK_ELEMENTS", 50):
         run = start(world, device="cpu", start_step=1, update_every=2).train(5)
         batches = [b for track in run.ema._average.storage._lerp._tracks for b in track.batches]
@@ -41,16 +42,6 @@ def check_offloaded(world: World) -> None:
         before = run.training.evaluate()
         assert not torch.equal(run.averaged_logits(), before)
         same(run.training.evaluate(), before)
-
-
-@worlds("plain", "plain_bf16", "ddp-2", "fsdp2-3", "hsdp")
-def test_an_average_on_another_device_is_the_same(world: World):
-    check_offloaded(world)
-
-
-@rows(ZERO_WORLDS, "z2_bf16", "z3")
-def test_an_average_on_another_device_is_the_same_under_deepspeed(world: World):
-    check_offloaded(world)
 
 
 @pytest.mark.parametrize(
@@ -254,47 +245,36 @@ def test_chunks_of_an_offloaded_average_take_turns_on_two_streams(recorder: Reco
     assert recorder.told[:2] == FENCE
 
 
-def test_a_compiled_training_step_traces_no_stream(recorder: Recorder):
-    told: list[bool] = []
+def test_a_compiled_training_step_waits_each_time_and_traces_no_stream(recorder: Recorder):
+    traced: list[tuple[str, bool]] = []
 
     def launching(self: SideStreams) -> Any:
-        told.append(torch.compiler.is_compiling())
+        traced.append(("launch", torch.compiler.is_compiling()))
         return nullcontext()
 
-    model = nn.Linear(3, 3)
-    with mock.patch.object(lerp, "SideStreams", lambda device, count: recorder.streams(count)):
-        ema = ShardedEMA(model, 0.5, overlap=True)
-    wanted = ema.gather_state_dict()["weight"]
-    mock.patch.stopall()  # the compiler asks for the accelerator too
-
-    def step(x: torch.Tensor) -> None:
-        with torch.no_grad():
-            model.weight.add_(x)
-        ema.update()
-
-    compiled = torch.compile(step, backend="eager")
-    with mock.patch.object(SideStreams, "launching", launching):
-        for _ in range(3):
-            compiled(torch.ones(3, 3))
-            wanted = (wanted + model.weight.detach()) / 2
-    assert told == [False] * 3
-    torch.testing.assert_close(ema.gather_state_dict()["weight"], wanted)
-
-
-def test_a_compiled_optimizer_step_waits_each_time_and_traces_no_stream(recorder: Recorder):
-    told: list[bool] = []
-
     def fence(self: SideStreams) -> None:
-        told.append(torch.compiler.is_compiling())
+        traced.append(("fence", torch.compiler.is_compiling()))
 
-    with mock.patch.object(SideStreams, "fence", fence):
-        streams = recorder.streams(1)
-    mock.patch.stopall()  # the compiler asks for the accelerator too
-    step = torch.compile(an_optimizer().step, backend="eager")
-    for _ in range(3):
-        step()
-    assert told == [False] * 3
-    del streams
+    optimizer = an_optimizer()
+    model = nn.ParameterList(optimizer.param_groups[0]["params"])
+    with (
+        mock.patch.object(SideStreams, "launching", launching),
+        mock.patch.object(SideStreams, "fence", fence),
+    ):
+        with mock.patch.object(lerp, "SideStreams", lambda device, count: recorder.streams(count)):
+            ema = ShardedEMA(model, 0.5, overlap=True)
+        mock.patch.stopall()  # the compiler asks for the accelerator too
+
+        def step() -> None:
+            optimizer.step()
+            ema.update()
+
+        wanted, compiled = torch.ones(2), torch.compile(step, backend="eager")
+        for _ in range(3):
+            compiled()
+            wanted = (wanted + model[0].detach()) / 2
+    assert traced == [("fence", False), ("launch", False)] * 3
+    torch.testing.assert_close(ema.gather_state_dict()["0"], wanted)
 
 
 def test_a_graph_capture_that_could_not_wait_is_refused(recorder: Recorder):
