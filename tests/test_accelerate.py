@@ -223,7 +223,7 @@ def test_several_averages_and_one_of_several_models_have_their_own_places(tmp_pa
         both = ShardedEMA({"first": session.model, "second": second}, DECAY)
         with pytest.raises(ValueError, match=r"registered as 'ema' .* already"):
             register(session.accelerator, long)
-        unknown = ShardedEMA([session.model, Net()], DECAY)
+        unknown = ShardedEMA({"a": session.model, "b": Net()}, DECAY)
         with pytest.raises(ValueError, match="a Net that this accelerator has not prepared"):
             register(session.accelerator, unknown, name="unknown")
         register(session.accelerator, long, name="long")
