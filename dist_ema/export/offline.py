@@ -42,18 +42,17 @@ class _Saved:
         for file in self._average.files:
             self._checkpoint.check_file(self._average, file)
         self.path, self.state = self._checkpoint.directory, self._checkpoint.state
-        self.tensors = {
-            fqn: TensorMeta(fqn, tensor.aliases, tensor.shape, torch_dtype(tensor.dtype))
+        self.tensors = [
+            TensorMeta(fqn, tensor.aliases, tensor.shape, torch_dtype(tensor.dtype))
             for fqn, tensor in self._average.tensors.items()
-        }
+        ]
 
-    def chunks(self, fqn: str) -> Iterator[tuple[int, torch.Tensor]]:
+    def chunks(self, tensor: TensorMeta) -> Iterator[tuple[int, torch.Tensor]]:
         """The elements of a tensor in row-major order, each chunk with its start."""
-        tensor = self.tensors[fqn]
         step = _CHUNK_BYTES // tensor.dtype.itemsize
         for start in range(0, tensor.numel, step):
             chunk = torch.empty(min(step, tensor.numel - start), dtype=tensor.dtype)
-            self._checkpoint.read(self._average, fqn, start, chunk)
+            self._checkpoint.read(self._average, tensor.fqn, start, chunk)
             yield start, chunk
 
 
@@ -85,25 +84,27 @@ def export(
     Raises:
         CheckpointError: the checkpoint or the base is damaged, or of another model; or a tensor is
             in neither. `out` is as it was.
-        ValueError: an argument is out of range, or the average holds NaN or Inf. The same.
+        ValueError: an argument is out of range, the average holds NaN or Inf, or `out` cannot take
+            an export. The same.
     """
     with ExitStack() as opened:
         saved = _Saved(checkpoint, name, opened)
-        base_saved = None if base is None else _Saved(base, None, opened)
+        sources = {tensor.fqn: (saved, tensor) for tensor in saved.tensors}
         layout, others = _model(saved, base)
-        from_base = base_saved.tensors if base_saved else {}
-        if others is None:  # not known: the base's tensors that are not averaged
-            averaged = {n for t in saved.tensors.values() for n in (t.fqn, *t.aliases)}
-            others = [t for t in from_base.values() if averaged.isdisjoint((t.fqn, *t.aliases))]
-        tensors = list(saved.tensors.values())
-        sources = {fqn: (saved, fqn) for fqn in saved.tensors}
-        problems = []
-        for other in others:
+        tensors, problems = list(saved.tensors), []
+        in_base: dict[str, TensorMeta] = {}
+        if base is not None:
+            base_saved = _Saved(base, None, opened)
+            in_base = {n: t for t in base_saved.tensors for n in (t.fqn, *t.aliases)}
+            if others is None:  # not known: the base's tensors that are not averaged
+                averaged = {n for t in saved.tensors for n in (t.fqn, *t.aliases)}
+                others = [t for t in base_saved.tensors if averaged.isdisjoint((t.fqn, *t.aliases))]
+        for other in others or ():
             names = (other.fqn, *other.aliases)
-            tensor = next((from_base[n] for n in names if n in from_base), None)
             if layout.name_of(names) is None:
                 continue
-            if tensor is None or base_saved is None:
+            tensor = next((in_base[n] for n in names if n in in_base), None)
+            if tensor is None:
                 problems.append(f"{other.fqn} is missing")
             elif tensor.shape != other.shape:
                 problems.append(f"{other.fqn} has shape {tensor.shape}, wanted {other.shape}")
@@ -111,25 +112,22 @@ def export(
                 problems.append(f"{other.fqn} is of {tensor.dtype}, wanted {other.dtype}")
             else:
                 tensors.append(replace(other, averaged=False))
-                sources[other.fqn] = base_saved, tensor.fqn
+                sources[other.fqn] = base_saved, tensor
         if problems:
             hint = "" if base else "; give the directory of a model that has them (--base)"
             more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-            raise CheckpointError(
-                f"{base or checkpoint}: {'; '.join(problems[:_LISTED])}{more}{hint}"
-            )
+            listed = "; ".join(problems[:_LISTED])
+            raise CheckpointError(f"{base or checkpoint}: {listed}{more}{hint}")
         plan = plan_export(tensors, layout, dtype, max_shard_size, weights_name)
-        in_order = sorted(plan.places, key=lambda f: (plan.places[f].file, plan.places[f].start))
 
         def write_values(writer: Writer) -> None:
-            for fqn in in_order:
-                source, source_fqn = sources[fqn]
-                for start, chunk in source.chunks(source_fqn):
+            for fqn in plan.places:
+                source, tensor = sources[fqn]
+                for start, chunk in source.chunks(tensor):
                     writer.write_chunk(fqn, start, chunk)
                     advance(chunk.nbytes)
 
-        total = sum(sources[fqn][0].tensors[sources[fqn][1]].nbytes for fqn in in_order)
-        with progress(total) as advance:
+        with progress(sum(sources[fqn][1].nbytes for fqn in plan.places)) as advance:
             write_export(out, plan, Group.alone(), write_values)
     return {
         "library": layout.library,
