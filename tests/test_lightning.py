@@ -46,9 +46,11 @@ def assert_average_of(ema: EMACallback, record: Record) -> None:
     assert worst_relative_error(found, record.oracle(DECAY).average) < MAX_RELATIVE_ERROR
 
 
-def saved(under: Under, path: Path) -> tuple[EMACallback, Trainer, Module]:
+def saved(
+    under: Under, path: Path, ema: EMACallback | None = None
+) -> tuple[EMACallback, Trainer, Module]:
     """What a fit leaves that saves `path` at its end."""
-    ema, trainer, module, _ = fit(under, path.parent)
+    ema, trainer, module, _ = fit(under, path.parent, ema=ema)
     trainer.save_checkpoint(path)
     return ema, trainer, module
 
@@ -130,9 +132,7 @@ def test_decay_updates_and_drift_are_logged_when_lightning_logs(under: Under, tm
 
 @under()
 def test_stopping_and_resuming_is_as_if_nothing_had_happened(under: Under, tmp_path: Path):
-    options = {"evaluate": "bema", "update_every": 3, "start_step": 2}
-    decays = {"ema": DECAY, "bema": BEMA()}
-    whole, first, second = (EMACallback(decays, **options) for _ in range(3))
+    whole, first, second = (EMACallback(DECAY, update_every=3, start_step=2) for _ in range(3))
     _, _, uninterrupted, _ = fit(under, tmp_path / "a", ema=whole, max_epochs=3)
     keep = ModelCheckpoint(tmp_path / "b", "{epoch}", save_top_k=1, save_last="link")
     fit(under, tmp_path / "b", keep, ema=first, max_epochs=2, enable_checkpointing=True)
@@ -167,6 +167,15 @@ def test_an_average_in_a_file_is_loaded_under_another_strategy(under: Under, tmp
     assert_same_average(after, before)
     wanted = under.plain_loss(wanted)
     torch.testing.assert_close(torch.as_tensor(tested[0]["loss"]), wanted, rtol=1e-5, atol=0)
+
+
+@under("alone", "fsdp2_full")
+def test_a_bias_corrected_average_is_loaded_from_a_file(under: Under, tmp_path: Path):
+    before, after = EMACallback(BEMA()), EMACallback(BEMA())
+    saved(under, tmp_path / "x.ckpt", ema=before)
+    again = under.trainer(tmp_path, after)
+    again.test(under.module(seed=1), under.validation(), tmp_path / "x.ckpt", verbose=False)
+    assert_same_average(after, before)
 
 
 @under("alone", "ddp", "fsdp2")

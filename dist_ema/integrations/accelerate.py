@@ -119,6 +119,5 @@ class _Registration:
             return ema
         if self.is_held():
             text = "is in no checkpoint any more: nobody holds it; keep the ShardedEMA"
-            # At the caller of save_state() or load_state().
             warnings.warn(f"the average registered as {self.name!r} {text}", stacklevel=4)
         return None

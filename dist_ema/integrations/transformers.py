@@ -61,11 +61,10 @@ class EMACallback(AveragingCallback, TrainerCallback):
     ) -> None:
         names_one = (bool(export) or copy_at_end) if evaluate is False else evaluate
         super().__init__(decay, options, names_one, missing, log)
-        self._evaluates = evaluate is not False
+        self._evaluates, self._has_warned = evaluate is not False, False
         self._export, self._copy_at_end = export, copy_at_end
         self._trial: Any = None
         self._resume_from: Path | None = None
-        self._has_warned = False
 
     def attach(self, trainer: Trainer) -> EMACallback:
         """Join a Trainer before `train()`, until `trainer.remove_callback`. Local. Returns self."""
@@ -110,8 +109,7 @@ class EMACallback(AveragingCallback, TrainerCallback):
         return inner(logs, *args, **kw)
 
     def _log_drift(self) -> None:
-        """Collective, if drift is wanted and was not logged at this step."""
-        if drift := self._metrics(drift=True):
+        if drift := self._metrics(drift=True):  # collective
             self._trainer.log(drift)
 
     @contextmanager
