@@ -32,12 +32,21 @@ class Interruption(Exception):
 
 
 def fit(
-    under: Under, path: Path, *callbacks: Callback, ema: EMACallback | None = None, **options: Any
-) -> tuple[EMACallback, Trainer, Module, Record]:
-    ema, record, module = ema or EMACallback(DECAY), Record(), under.module()
-    trainer = under.trainer(path, ema, record, *callbacks, **options)
+    under: Under, path: Path, *callbacks: Callback, ema: Any = None, module: Any = None, **how: Any
+) -> tuple[EMACallback, Trainer, Any, Record]:
+    ema, record, module = ema or EMACallback(DECAY), Record(), module or under.module()
+    trainer = under.trainer(path, ema, record, *callbacks, **how)
     trainer.fit(module, under.batches(), under.validation())
     return ema, trainer, module, record
+
+
+def assert_losses(under: Under, state: dict[str, Tensor], *results: Any) -> Tensor:
+    """What was evaluated has the loss of a plain model with this state, which is returned."""
+    wanted = under.plain_loss(state)
+    for metrics in results:
+        loss = metrics[0]["loss"] if isinstance(metrics, list) else metrics["loss"]
+        torch.testing.assert_close(torch.as_tensor(loss), wanted, rtol=1e-6, atol=0)
+    return wanted
 
 
 def assert_average_of(ema: EMACallback, record: Record) -> None:
@@ -73,12 +82,10 @@ def test_the_average_is_that_of_the_weights_after_each_step_and_is_what_evaluate
     assert_average_of(ema, record)
     assert ema.ema.step == len(record.weights) - 1 == 8
     state, loader = from_rank_0(ema.ema.gather_state_dict()), under.validation()
-    wanted = under.plain_loss(state)
-    losses = [trainer.callback_metrics["loss"]]  # of the validation in fit
-    losses += [trainer.validate(module, loader, verbose=False)[0]["loss"]]
-    losses += [trainer.test(module, loader, verbose=False)[0]["loss"]]
-    for loss in losses:
-        torch.testing.assert_close(torch.as_tensor(loss), wanted, rtol=1e-6, atol=0)
+    results = [dict(trainer.callback_metrics)]  # of the validation in fit
+    results += [trainer.validate(module, loader, verbose=False)]
+    results += [trainer.test(module, loader, verbose=False)]
+    wanted = assert_losses(under, state, *results)
     logits = trainer.predict(module, under.batches(1))[0]
     with torch.no_grad():
         plain = under.plain(state)(next(iter(under.batches(1))))
@@ -165,8 +172,7 @@ def test_an_average_in_a_file_is_loaded_under_another_strategy(under: Under, tmp
     trainer = under.trainer(tmp_path, after)
     tested = trainer.test(under.module(seed=1), loader, tmp_path / "x.ckpt", verbose=False)
     assert_same_average(after, before)
-    wanted = under.plain_loss(wanted)
-    torch.testing.assert_close(torch.as_tensor(tested[0]["loss"]), wanted, rtol=1e-5, atol=0)
+    assert_losses(under, wanted, tested)
 
 
 @under("alone", "fsdp2_full")
@@ -186,9 +192,8 @@ def test_an_exception_in_an_evaluation_leaves_the_live_weights(under: Under, tmp
                 raise Interruption
 
     ema, record, module = EMACallback(DECAY), Record(), under.module()
-    trainer = under.trainer(tmp_path, ema, record, Fails())
     with pytest.raises(Interruption):
-        trainer.fit(module, under.batches(), under.validation())
+        fit(under, tmp_path, record, Fails(), ema=ema, module=module)
     same(module.full_weights(), record.weights[-1])
     assert_average_of(ema, record)
 
@@ -263,7 +268,7 @@ def test_a_second_fit_goes_on_with_the_average(under: Under, tmp_path: Path):
     trainer.test(module, under.validation(), verbose=False)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, under.batches())
-    torch.testing.assert_close(record.weights.pop(9), record.weights[8], **EXACT)  # of its start
+    same(record.weights.pop(9), record.weights[8])  # of its start
     assert_average_of(ema, record)
     assert ema.ema.step == 16 == len(record.weights) - 1
 
@@ -272,8 +277,7 @@ def test_a_second_fit_goes_on_with_the_average(under: Under, tmp_path: Path):
 def test_what_was_built_for_an_evaluation_can_be_trained_on(under: Under, tmp_path: Path):
     """Lightning evaluates in inference mode, whose tensors cannot be written to later."""
     _, _, module = saved(under, tmp_path / "x.ckpt")
-    ema = EMACallback(DECAY)
-    trainer = under.trainer(tmp_path, ema)
+    trainer = under.trainer(tmp_path, ema := EMACallback(DECAY))
     trainer.test(module, under.batches(2), tmp_path / "x.ckpt", verbose=False)
     trainer.fit(module, under.batches())
     assert ema.ema.step == 16
@@ -289,19 +293,19 @@ class Tunable(Module):
         self.val_dataloader = self.test_dataloader = under.validation
 
 
-def finder_of(kind: str) -> Callback:
-    if kind == "lr":
-        return LearningRateFinder(num_training_steps=5)
-    return BatchSizeFinder(max_trials=1)
+FINDERS = {
+    "lr": lambda: LearningRateFinder(num_training_steps=5),
+    "batch": lambda: BatchSizeFinder(max_trials=1),
+}
 
 
 @under("alone")
-@pytest.mark.parametrize("kind", ["lr", "batch"])
+@pytest.mark.parametrize("kind", FINDERS)
 @pytest.mark.parametrize("first", [True, False])
 def test_a_finder_before_training_leaves_no_trace(
     under: Under, kind: str, first: bool, tmp_path: Path
 ):
-    ema, record, finder = EMACallback(DECAY), Record(), finder_of(kind)
+    ema, record, finder = EMACallback(DECAY), Record(), FINDERS[kind]()
     callbacks = [finder, ema, record] if first else [ema, record, finder]
     under.trainer(tmp_path, *callbacks).fit(Tunable(under))
     assert_average_of(ema, record)
@@ -318,7 +322,7 @@ def test_a_finder_keeps_the_average_that_is_resumed_from(under: Under, tmp_path:
     trainer = under.trainer(tmp_path, before)
     trainer.fit(Tunable(under))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    trainer = under.trainer(tmp_path, ema, AtStart(), finder_of("lr"), max_epochs=2)
+    trainer = under.trainer(tmp_path, ema, AtStart(), FINDERS["lr"](), max_epochs=2)
     trainer.fit(Tunable(under, seed=1), ckpt_path=tmp_path / "x.ckpt")
     assert before.ema.step == 8 < ema.ema.step
 
@@ -330,12 +334,11 @@ def test_a_finder_in_an_evaluation_keeps_the_average(
     under: Under, stage: str, first: bool, tmp_path: Path
 ):
     before, _, trained = saved(under, tmp_path / "x.ckpt")
-    wanted = under.plain_loss(before.ema.gather_state_dict())
     ema, module = EMACallback(DECAY), Tunable(under, seed=1)
-    callbacks = [finder_of("batch"), ema] if first else [ema, finder_of("batch")]
+    callbacks = [FINDERS["batch"](), ema] if first else [ema, FINDERS["batch"]()]
     trainer = under.trainer(tmp_path, *callbacks)
     result = getattr(trainer, stage)(module, ckpt_path=tmp_path / "x.ckpt", verbose=False)
-    torch.testing.assert_close(torch.tensor(result[0]["loss"]), wanted, rtol=1e-6, atol=0)
+    assert_losses(under, before.ema.gather_state_dict(), result)
     assert_same_average(ema, before)
     same(module.full_weights(), trained.full_weights())
     # No full copy is kept.
@@ -347,11 +350,10 @@ def test_evaluating_another_model_keeps_the_average(under: Under, tmp_path: Path
     ema, trainer, module, _ = fit(under, tmp_path)
     kept, wanted = ema.ema, ema.ema.gather_state_dict()
     baseline, loader = under.module(seed=1), under.validation()
-    raw = under.plain_loss(baseline.state_dict())
     for evaluating in (under.trainer(tmp_path, EMACallback()), trainer):  # the first never trained
         with pytest.warns(UserWarning, match="no average of this model"):
             result = evaluating.validate(baseline, loader, verbose=False)
-        same(torch.tensor(result[0]["loss"]), raw)
+        assert_losses(under, baseline.state_dict(), result)
     trainer.save_checkpoint(tmp_path / "baseline.ckpt")
     assert "dist_ema" not in torch.load(tmp_path / "baseline.ckpt")
     assert ema.ema is kept
@@ -359,8 +361,7 @@ def test_evaluating_another_model_keeps_the_average(under: Under, tmp_path: Path
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "EMACallback")
         result = trainer.validate(module, loader, verbose=False)
-    averaged = under.plain_loss(wanted)
-    torch.testing.assert_close(torch.tensor(result[0]["loss"]), averaged, rtol=1e-6, atol=0)
+    assert_losses(under, wanted, result)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert "dist_ema" in torch.load(tmp_path / "x.ckpt")
 
@@ -393,8 +394,7 @@ def test_after_a_save_that_failed_an_evaluation_goes_on_with_the_average(
 
     ema, trainer, module, record = fit(under, tmp_path, Fails())
     result = trainer.test(module, under.validation(), verbose=False)
-    wanted = under.plain_loss(ema.ema.gather_state_dict())
-    torch.testing.assert_close(torch.tensor(result[0]["loss"]), wanted, rtol=1e-6, atol=0)
+    assert_losses(under, ema.ema.gather_state_dict(), result)
     same(module.full_weights(), record.weights[-1])
 
 
@@ -404,9 +404,7 @@ def test_a_batch_without_a_loss_counts_as_global_step_counts_it(under: Under, tm
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
             return super().training_step(batch, batch_idx) if batch_idx % 2 else None
 
-    ema = EMACallback(DECAY)
-    trainer = under.trainer(tmp_path, ema)
-    trainer.fit(Skips(**under.net), under.batches())
+    ema, trainer, _, _ = fit(under, tmp_path, module=Skips(**under.net))
     assert ema.ema.step == trainer.global_step == 8
 
 
@@ -417,9 +415,7 @@ def test_what_an_evaluation_writes_to_a_buffer_is_lost(under: Under, tmp_path: P
             self.net.running += 1
             return self.net.running.clone()
 
-    ema, module = EMACallback(DECAY), Counts(**under.net)
-    trainer = under.trainer(tmp_path, ema)
-    trainer.fit(module, under.batches())
+    _, trainer, module, _ = fit(under, tmp_path, module=Counts(**under.net))
     before = module.net.running.clone()
     predicted = trainer.predict(module, under.batches(2))
     torch.testing.assert_close(predicted[1], before + 2)
@@ -429,9 +425,7 @@ def test_what_an_evaluation_writes_to_a_buffer_is_lost(under: Under, tmp_path: P
 class TwoOptimizers(Module):
     """The second steps in every batch, the first in every other one."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+    automatic_optimization = False
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         first, second = self.optimizers()
@@ -453,12 +447,12 @@ def test_with_several_optimizers_a_batch_counts_once_or_by_one_of_them(
 ):
     for optimizer, steps in ((None, 8), (0, 4), (1, 8)):
         ema = EMACallback(DECAY, optimizer=optimizer)
-        under.trainer(tmp_path, ema).fit(TwoOptimizers(), under.batches())
+        fit(under, tmp_path, ema=ema, module=TwoOptimizers(**under.net))
         assert ema.ema.step == steps
     module = under.module()
     weights = module.full_weights()
     with pytest.raises(ValueError, match="optimizer is 1, but the module has 1, numbered from 0"):
-        under.trainer(tmp_path, EMACallback(optimizer=1)).fit(module, under.batches())
+        fit(under, tmp_path, ema=EMACallback(optimizer=1), module=module)
     same(module.full_weights(), weights)
 
 
@@ -469,7 +463,7 @@ def test_steps_that_lightning_does_not_see_are_warned_of(under: Under, tmp_path:
             return super().optimizers(use_pl_optimizer=False)
 
     with pytest.warns(UserWarning, match="saw no optimizer step"):
-        under.trainer(tmp_path, EMACallback(DECAY)).fit(Bare(), under.batches())
+        fit(under, tmp_path, module=Bare(**under.net))
 
 
 @under("alone")
@@ -479,14 +473,12 @@ def test_a_step_that_a_gradient_scaler_skips_does_not_count(under: Under, tmp_pa
             loss = super().training_step(batch, batch_idx)
             return loss * torch.inf if batch_idx in (2, 5) else loss
 
-    ema, record = EMACallback(DECAY), Record()
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
-    trainer = under.trainer(tmp_path, ema, record, plugins=[precision])
-    trainer.fit(Overflows(), under.batches())
+    module = Overflows(**under.net)
+    ema, trainer, _, record = fit(under, tmp_path, module=module, plugins=[precision])
     assert trainer.global_step == 8 and ema.ema.step == 6
-    applied = [record.weights[i] for i in (0, 1, 2, 4, 5, 7, 8)]
     same(record.weights[3], record.weights[2])
-    record.weights = applied
+    record.weights = [record.weights[i] for i in (0, 1, 2, 4, 5, 7, 8)]
     assert_average_of(ema, record)
 
 
@@ -509,5 +501,4 @@ def test_a_trainer_of_the_other_package_takes_the_callback(under: Under, tmp_pat
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
     trainer.fit(Other(), under.batches(), under.validation())
-    wanted = under.plain_loss(ema.ema.gather_state_dict())
-    torch.testing.assert_close(trainer.callback_metrics["loss"], wanted, rtol=1e-6, atol=0)
+    assert_losses(under, ema.ema.gather_state_dict(), dict(trainer.callback_metrics))

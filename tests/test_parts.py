@@ -136,7 +136,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("cut", ["none", "ddp", "fsdp2"])
 def test_stages_are_one_model(cut: str, stages_of_a_rank: int, tmp_path: Path):
     world = dist.get_world_size()
-    if world == 2 and cut != "none" or world == 4 and cut == "none" and stages_of_a_rank == 2:
+    if (world == 2 and cut != "none") or (world == 4 and cut == "none" and stages_of_a_rank == 2):
         cut = "fsdp2"
     pp = 4 if cut == "none" and world == 4 else 2
     run = Pipeline(range(world), pp, pp * stages_of_a_rank, cut)

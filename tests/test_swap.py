@@ -420,8 +420,6 @@ def test_a_forward_that_fails_changes_nothing_and_leaves_nothing_gathered(
     same(training.evaluate(), live)
     same(training.full_weights(), run.weights[-1])
     same(run.ema.gather_state_dict(), average)
-    run.train(1)
-    assert not torch.equal(run.averaged_logits(), averaged)
 
 
 @pytest.mark.parametrize("inside", [True, False])
