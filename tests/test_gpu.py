@@ -27,7 +27,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -94,17 +95,11 @@ class Training:
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of the whole weights, made on the device."""
-        whole: Any = contextlib.nullcontext()
-        if isinstance(self.model, FullyShardedDataParallel):
-            whole = FullyShardedDataParallel.summon_full_params(self.model, writeback=False)
-        with whole:
-            named = {n: p.detach() for n, p in self.net.named_parameters()}
-            return {
-                n.replace("_fsdp_wrapped_module.", ""): (
-                    p.full_tensor() if isinstance(p, DTensor) else p
-                ).clone()
-                for n, p in named.items()
-            }
+        is_fsdp1, summon = isinstance(self.model, FSDP1), FSDP1.summon_full_params
+        with summon(self.model, writeback=False) if is_fsdp1 else contextlib.nullcontext():
+            named = [(n, p.detach()) for n, p in self.net.named_parameters()]
+            wholes = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in named}
+            return {n.replace("_fsdp_wrapped_module.", ""): p.clone() for n, p in wholes.items()}
 
     def step(self, number: int) -> None:
         self.optimizer.zero_grad()
@@ -461,10 +456,8 @@ def wrapped(engine: str, net: nn.Module, device: torch.device) -> nn.Module:
         return DistributedDataParallel(net, device_ids=None if on_cpu(device) else [device])
     if engine == "fsdp1":
         for number, layer in enumerate(net.layers):
-            net.layers[number] = FullyShardedDataParallel(
-                layer, device_id=device, use_orig_params=True
-            )
-        return FullyShardedDataParallel(net, device_id=device, use_orig_params=True)
+            net.layers[number] = FSDP1(layer, device_id=device, use_orig_params=True)
+        return FSDP1(net, device_id=device, use_orig_params=True)
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     for layer in net.layers:
         fully_shard(layer, mesh=mesh)

@@ -131,16 +131,16 @@ class Recorder:
     """An accelerator whose streams and events write down who waits for whom."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.lines: list[str] = []
         self.current = self.stream("current")
         self.num_streams = 0
         self.capturing = False
 
     def stream(self, name: str) -> mock.MagicMock:
         stream = mock.MagicMock(label=name)
-        stream.wait_event = lambda event: self.told.append(f"{name} waits for {event.label}")
-        stream.__enter__ = lambda _: self.told.append(f"enter {name}")
-        stream.__exit__ = lambda *_: self.told.append(f"leave {name}")
+        stream.wait_event = lambda event: self.lines.append(f"{name} waits for {event.label}")
+        stream.__enter__ = lambda _: self.lines.append(f"enter {name}")
+        stream.__exit__ = lambda *_: self.lines.append(f"leave {name}")
         return stream
 
     def new_stream(self, device: torch.device) -> mock.MagicMock:
@@ -154,10 +154,10 @@ class Recorder:
 
         def record(stream: mock.Mock) -> None:
             event.label = f"the work of {stream.label}"
-            self.told.append(f"{stream.label} is recorded")
+            self.lines.append(f"{stream.label} is recorded")
 
         event.record = record
-        event.synchronize = lambda: self.told.append(f"the host waits for {event.label}")
+        event.synchronize = lambda: self.lines.append(f"the host waits for {event.label}")
         return event
 
     def streams(self, count: int) -> SideStreams:
@@ -187,55 +187,44 @@ def an_optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([weight], lr=0.1)
 
 
-FENCE = ["current waits for the work of stream 1", "current waits for the work of stream 2"]
-
-
-def test_optimizers_and_readers_wait_for_the_streams(recorder: Recorder):
-    streams, optimizer = recorder.streams(2), an_optimizer()
-    optimizer.step()
-    assert recorder.told == []  # nothing is under way
-    with streams.launching(), streams.stream(3):
-        recorder.told.append("work")
-    assert recorder.told == [
-        "current is recorded",
-        "stream 1 waits for the work of current",
-        "stream 2 waits for the work of current",
-        "enter stream 2",
-        "work",
-        "leave stream 2",
-        "stream 1 is recorded",
-        "stream 2 is recorded",
-    ]
-    recorder.told.clear()
-    optimizer.step()
-    assert recorder.told == FENCE
-    recorder.told.clear()
-    streams.synchronize()
-    streams.synchronize()
-    assert recorder.told == [
-        "the host waits for the work of stream 1",
-        "the host waits for the work of stream 2",
-    ]
-
-
-def test_chunks_of_an_offloaded_average_take_turns_on_two_streams(recorder: Recorder):
-    model = nn.Linear(30, 20)
+def offloaded(recorder: Recorder) -> ShardedEMA:
+    """An average in host memory, of three chunks that take turns on two streams."""
     with (
         mock.patch.object(**CROSSING),
         mock.patch.object(lerp, "_CHUNK_ELEMENTS", 250),
         mock.patch.object(lerp, "SideStreams", lambda device, count: recorder.streams(count)),
     ):
-        ema = ShardedEMA(model, 0.9, device="cpu")
-    recorder.told.clear()
-    ema.update()
-    assert [line for line in recorder.told if line.startswith("enter")] == [
-        "enter stream 1",
-        "enter stream 2",
-        "enter stream 1",
-    ]
-    recorder.told.clear()
+        return ShardedEMA(nn.Linear(30, 20), 0.9, device="cpu")
+
+
+def test_chunks_take_turns_on_two_streams_and_optimizers_and_readers_wait(recorder: Recorder):
+    ema, optimizer = offloaded(recorder), an_optimizer()
     ema.drift()
-    assert recorder.told[:2] == FENCE
+    recorder.lines.clear()
+    optimizer.step()
+    assert recorder.lines == []  # nothing is under way
+    ema.update()
+    assert recorder.lines == [
+        "current is recorded",
+        "stream 1 waits for the work of current",
+        "stream 2 waits for the work of current",
+        *(f"{what} stream {n}" for n in (1, 2, 1) for what in ("enter", "leave")),
+        "stream 1 is recorded",
+        "stream 2 is recorded",
+    ]
+    fence = [f"current waits for the work of stream {n}" for n in (1, 2)]
+    recorder.lines.clear()
+    optimizer.step()
+    assert recorder.lines == fence
+    recorder.lines.clear()
+    ema.drift()
+    assert recorder.lines == [
+        *fence,
+        *(f"the host waits for the work of stream {n}" for n in (1, 2)),
+    ]
+    recorder.lines.clear()
+    ema.drift()
+    assert recorder.lines == []
 
 
 def test_a_compiled_training_step_waits_each_time_and_traces_no_stream(recorder: Recorder):
@@ -303,10 +292,10 @@ def test_an_average_that_is_gone_leaves_no_hook(recorder: Recorder):
     assert len(module._global_optimizer_pre_hooks) == before + 1
     with streams.launching():
         pass
-    recorder.told.clear()
+    recorder.lines.clear()
     del streams
     gc.collect()
-    assert recorder.told == ["the host waits for the work of stream 1"]
+    assert recorder.lines == ["the host waits for the work of stream 1"]
     assert len(module._global_optimizer_pre_hooks) == before
 
 
