@@ -96,32 +96,24 @@ def test_the_average_is_that_of_the_weights_after_each_step_and_is_what_evaluate
     assert (live - wanted).abs() > 1e-3 * wanted  # or nothing above would tell the two apart
 
 
-class Logs(Module):
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        self.log("trained", loss)
-        return loss
-
-
-class Drifts(Callback):
-    """The drift after each batch that stepped, if it comes after the callback."""
-
-    def __init__(self, ema: EMACallback) -> None:
-        self.ema, self.of_step = ema, {}
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step not in self.of_step:
-            self.of_step[trainer.global_step] = self.ema.ema.drift()
-
-
 @under()
 def test_decay_updates_and_drift_are_logged_when_lightning_logs(under: Under, tmp_path: Path):
-    ema, record = EMACallback(DECAY), Record()
-    drifts, keep = Drifts(ema), ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3)
+    ema, record, drifts = EMACallback(DECAY), Record(), {}
+
+    class Logs(Module):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.log("trained", loss := super().training_step(batch, batch_idx))
+            return loss
+
+    class Drifts(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            drifts[trainer.global_step] = ema.ema.drift()
+
+    keep = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3)
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
     options = {"log_every_n_steps": 2, "val_check_interval": 8, "accumulate_grad_batches": 2}
     options |= {"logger": logger, "enable_checkpointing": True}
-    trainer = under.trainer(tmp_path, ema, record, drifts, keep, **options)
+    trainer = under.trainer(tmp_path, ema, record, Drifts(), keep, **options)
     trainer.fit(Logs(**under.net), under.batches(16), under.validation())
     assert_average_of(ema, record)
     assert ema.ema.step == len(record.weights) - 1 == 8
@@ -133,7 +125,7 @@ def test_decay_updates_and_drift_are_logged_when_lightning_logs(under: Under, tm
         found = [tuple(map(row.get, keys)) for row in rows if "ema/updates" in row]
         assert found == wanted and len(found) == 4
         drift = [row["ema/drift"] for row in rows if "ema/drift" in row]
-        assert drift == [drifts.of_step[step] for step in (3, 4, 6, 8)]
+        assert drift == [drifts[step] for step in (3, 4, 6, 8)]
         assert min(drift) > 0
 
 

@@ -101,12 +101,12 @@ class EMACallback(AveragingCallback, Callback):
 
     def _tell_loggers(self, *, drift: bool) -> None:
         """As Lightning's own monitors do, by private names of 2.6. Collective if `drift`."""
-        trainer, steps = self._trainer, self._trainer.fit_loop.epoch_loop._batches_that_stepped
-        is_time = drift or trainer._logger_connector.should_update_logs
+        trainer = self._trainer
+        is_time = self._logs and (drift or trainer._logger_connector.should_update_logs)
         if is_time and trainer.state.fn == "fit" and (trainer.training or trainer.validating):
             metrics = self._metrics(drift=drift)
             for logger in trainer.loggers if metrics else ():
-                logger.log_metrics(metrics, step=steps)
+                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._saved = self._saved_step = self._path = None
