@@ -545,7 +545,7 @@ class ShardedEMA:
         self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
         averages = self._fragments(corrected=True)
         state = self._state()
-        model = model_state(self._average.model, self._average.others(), self._group.rank)
+        model = model_state(self._average.model, self._average.others(), self._group)
         if self._group.rank == 0:  # which writes the manifest
             state["model"] = model
         return save(

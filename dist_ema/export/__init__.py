@@ -23,8 +23,8 @@ from torch import nn
 from dist_ema.checkpoint.directory import becomes_visible
 from dist_ema.core.gather import Gatherer
 from dist_ema.core.group import Group
-from dist_ema.export.files import ExportPlan, Writer, plan_export, write_export
-from dist_ema.export.layouts import layout_of
+from dist_ema.export.files import ExportPlan, Writer, plan_exports, write_export
+from dist_ema.export.layouts import layouts_of_all_ranks, own_layouts
 
 METHODS = ("auto", "direct", "rank0")
 
@@ -46,19 +46,20 @@ def export(
     Args:
         values: a tensor for each fragment that the gatherer knows.
     """
-    plan: ExportPlan | None = None
+    plans: dict[str, ExportPlan] = {}
     with group.together():
         if method not in METHODS:
             raise ValueError(f"method is {method!r}, wanted one of {', '.join(METHODS)}")
-        layout = layout_of(model, group.rank)
-        if layout is not None:
-            plan = plan_export(gatherer.tensors, layout, dtype, max_shard_size, weights_name)
-    plan = group.broadcast(plan)
-    assert plan is not None
-    names = frozenset(plan.places)
-    gatherer.refuse_unreadable(names)
+        layouts = own_layouts(model, group.rank)
+    layouts = layouts_of_all_ranks(model, layouts, group)
+    with group.together():
+        if group.rank == 0:
+            plans = plan_exports(gatherer.tensors, layouts, dtype, max_shard_size, weights_name)
+    plans = group.broadcast(plans)
+    gatherer.refuse_unreadable(frozenset(fqn for plan in plans.values() for fqn in plan.places))
 
     def write_values(writer: Writer) -> None:
+        names = frozenset(writer.plan.places)
         is_direct = _is_direct(method, writer, group)
         gathered = names & gatherer.scattered() if is_direct else names
         with group.together():
@@ -72,7 +73,7 @@ def export(
                     for chunk in bucket:
                         writer.write_chunk(chunk.tensor.fqn, chunk.start, chunk.values)
 
-    write_export(path, plan, group, write_values)
+    write_export(path, plans, group, write_values)
 
 
 def _is_direct(method: str, writer: Writer, group: Group) -> bool:

@@ -31,7 +31,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,14 +73,33 @@ class ExportPlan:
     is_variant: bool  # whether the library's own weights may be in the same directory
 
 
+def plan_exports(
+    tensors: Sequence[TensorMeta],
+    layouts: Mapping[str, ModelLayout],
+    dtype: torch.dtype | None,
+    max_shard_size: int | str,
+    weights_name: str | None,
+) -> dict[str, ExportPlan]:
+    """A plan for each model, by its name, which is its directory and begins the names of tensors.
+
+    A single model has the name "".
+    """
+    return {
+        model: plan_export(tensors, layout, dtype, max_shard_size, weights_name, model=model)
+        for model, layout in layouts.items()
+    }
+
+
 def plan_export(
     tensors: Iterable[TensorMeta],
     layout: ModelLayout,
     dtype: torch.dtype | None,
     max_shard_size: int | str,
     weights_name: str | None,
+    *,
+    model: str = "",
 ) -> ExportPlan:
-    """Assign tensors to files.
+    """Assign the tensors of a model to files.
 
     In a file, wider dtypes come first, then names in order, as safetensors itself writes them: so
     each tensor starts at a multiple of its itemsize, and equal tensors give equal files.
@@ -94,9 +113,13 @@ def plan_export(
     limit = _max_bytes(max_shard_size)
     if layout.library == "peft":  # which loads a single file only
         limit = sys.maxsize
+    prefix = f"{model}." if model else ""
     tensors = [replace(tensor, dtype=tensor.dtype_as(dtype)) for tensor in tensors]
-    named = [(layout.name_of((t.fqn, *t.aliases)), t) for t in tensors]
-    lost = [t.fqn for name, t in named if name is None and t.averaged]
+    names_of = {t.fqn: [n for n in (t.fqn, *t.aliases) if n.startswith(prefix)] for t in tensors}
+    names_of = {fqn: [n.removeprefix(prefix) for n in ns] for fqn, ns in names_of.items() if ns}
+    tensors = [t for t in tensors if t.fqn in names_of]
+    named = [(layout.name_of(names_of[t.fqn]), t) for t in tensors]
+    lost = [names_of[t.fqn][0] for name, t in named if name is None and t.averaged]
     if not set(lost) <= set(layout.ignored):
         raise ValueError(
             f"the layout of {layout.library} has no room for {', '.join(lost)}, which are "
@@ -122,7 +145,8 @@ def plan_export(
         size += entry[2].nbytes
     metadata = {"format": "pt", **_WRITTEN_BY}
     if layout.library == "plain":
-        metadata |= dict(sorted((alias, t.fqn) for t in tensors for alias in t.aliases))
+        tied = ((alias, first) for first, *aliases in names_of.values() for alias in aliases)
+        metadata |= dict(sorted(tied))
     stem, library_stem = (n.removesuffix(_SUFFIX) for n in (weights_name, layout.weights_name))
     files: dict[str, tuple[bytes, int]] = {}
     places: dict[str, Place] = {}
@@ -163,9 +187,15 @@ def _max_bytes(size: int | str) -> int:
 
 
 def write_export(
-    path: Path, plan: ExportPlan, group: Group, write_values: Callable[[Writer], None]
+    path: Path,
+    plans: Mapping[str, ExportPlan],
+    group: Group,
+    write_values: Callable[[Writer], None],
 ) -> None:
     """Write the planned files and let them replace older ones. Collective: every rank calls it.
+
+    Each model has a directory of its own under `path`, and is replaced by itself when the files of
+    all are written.
 
     Args:
         write_values: writes the values of this rank. Called on every rank.
@@ -175,25 +205,28 @@ def write_export(
             `_replaced_files`. On every rank; `path` is as it was.
     """
     with ExitStack() as on_rank_0:
-        directory = path
-        with group.together():
-            if group.rank == 0:
-                directory = on_rank_0.enter_context(_replaced_files(path, plan))
-                for name, text in plan.texts.items():
-                    (directory / name).write_text(text)
-                for name, (header, nbytes) in plan.files.items():
-                    with (directory / name).open("xb") as file:
-                        file.write(header)
-                        file.truncate(nbytes)
-        with closing(Writer(Path(group.broadcast(str(directory))), plan)) as writer:
-            write_values(writer)
+        for model, plan in plans.items():
+            directory = path / model
             with group.together():
-                if writer.not_finite:
-                    raise ValueError(
-                        "the average holds NaN or Inf, or what the dtype asked for cannot hold, in "
-                        f"{', '.join(sorted(writer.not_finite))}; nothing is written"
-                    )
-                writer.sync()
+                if group.rank == 0:
+                    if model and is_checkpoint(path):
+                        raise ValueError(f"{path} is a checkpoint of save(); export elsewhere")
+                    directory = on_rank_0.enter_context(_replaced_files(directory, plan))
+                    for name, text in plan.texts.items():
+                        (directory / name).write_text(text)
+                    for name, (header, nbytes) in plan.files.items():
+                        with (directory / name).open("xb") as file:
+                            file.write(header)
+                            file.truncate(nbytes)
+            with closing(Writer(Path(group.broadcast(str(directory))), plan)) as writer:
+                write_values(writer)
+                with group.together():
+                    if writer.not_finite:
+                        raise ValueError(
+                            "the average holds NaN or Inf, or what the dtype asked for cannot "
+                            f"hold, in {', '.join(sorted(writer.not_finite))}; nothing is written"
+                        )
+                    writer.sync()
         with group.together():
             on_rank_0.close()
 
@@ -202,17 +235,17 @@ class Writer:
     """The open files of an export that this process writes to."""
 
     def __init__(self, directory: Path, plan: ExportPlan) -> None:
-        self.directory, self._plan = directory, plan
+        self.directory, self.plan = directory, plan
         self._open: dict[str, int] = {}
         self.not_finite: set[str] = set()  # averaged tensors that hold NaN or Inf
 
     def sees_files(self) -> bool:
         """Whether this process sees the files that rank 0 has created."""
-        return all((self.directory / name).is_file() for name in self._plan.files)
+        return all((self.directory / name).is_file() for name in self.plan.files)
 
     def write_chunk(self, fqn: str, start: int, values: torch.Tensor) -> None:
         """Write elements of a row-major tensor from `start` on: 1-D, in any dtype and place."""
-        place = self._plan.places[fqn]
+        place = self.plan.places[fqn]
         if place.file not in self._open:
             if len(self._open) == _MAX_OPEN:
                 self.sync()

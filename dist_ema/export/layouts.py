@@ -21,7 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import nn
 
 from dist_ema.core.engine import Weight
 from dist_ema.core.group import Group
-from dist_ema.core.names import class_of, ddp_modules, is_instance, registrations, unwrap
+from dist_ema.core.names import Models, class_of, ddp_modules, is_instance, registrations, unwrap
 from dist_ema.core.safetensors import dtype_name
 
 _WEIGHTS_NAMES = {
@@ -79,18 +79,33 @@ def layout_from_json(value: object) -> ModelLayout:
         ValueError: it is malformed, or has files that no library reads.
     """
     try:
-        layout = ModelLayout(**value)  # type: ignore[arg-type]
+        layout = ModelLayout(**_without_paths(value))
         items = [*layout.texts.items(), *(layout.names or {}).items(), layout.ignored]
         is_valid = (
             layout.library in _WEIGHTS_NAMES
             and set(layout.texts) <= set(_CONFIGS)
             and all(isinstance(text, str) and text for item in items for text in item)
         )
-    except (TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         is_valid = False
     if not is_valid:
         raise ValueError("the layout of the model is malformed")
     return layout
+
+
+def _without_paths(given: Any) -> dict[str, Any]:
+    """A layout with dtypes marked in its texts; version 0.1 kept the paths of their keys."""
+    value: dict[str, Any] = dict(given)
+    value.pop("weights_name", None)
+    for name, paths in value.pop("dtype_at", {}).items():
+        config = json.loads(value["texts"][name])
+        for *outer, last in paths:
+            part = config
+            for key in outer:
+                part = part[key]
+            part[last] = _DTYPE
+        value["texts"] = {**value["texts"], name: _json_text(config)}
+    return value
 
 
 def layout_from_directory(directory: Path | None) -> ModelLayout:
@@ -115,20 +130,20 @@ def layout_from_directory(directory: Path | None) -> ModelLayout:
     return ModelLayout(library, {name: _json_text(config) for name, config in configs.items()})
 
 
-def model_state(model: nn.Module, others: Iterable[Weight], rank: int) -> dict[str, Any]:
-    """What an export from a checkpoint must know of the model, as JSON; {} off rank 0.
+def model_state(model: nn.Module, others: Iterable[Weight], group: Group) -> dict[str, Any]:
+    """What an export from a checkpoint must know of the model, as JSON; incomplete off rank 0.
 
-    Every rank calls it. Does not raise: an error of a library is stored in the result.
+    Collective for parts of a model. An error of a library is stored in the result.
 
     Args:
         others: weights and buffers that are not averaged.
     """
+    layouts: Mapping[str, ModelLayout] = {}
+    problem = None
     try:
-        layout = layout_of(model, rank)
-    except Exception as problem:
-        return {"problem": f"{type(problem).__name__}: {problem}"}
-    if layout is None:
-        return {}
+        layouts = own_layouts(model, group.rank)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
     described = {
         w.fqn: {
             "shape": list(w.shape),
@@ -138,13 +153,95 @@ def model_state(model: nn.Module, others: Iterable[Weight], rank: int) -> dict[s
         for w in others
         if w.persistent
     }
-    return {"card": asdict(layout), "others": described}
+    try:
+        if _is_in_parts(model):
+            reports = group.gather((layouts, described, problem))
+            layouts = _merged([layouts for layouts, _, _ in reports])
+            described = {fqn: d for _, described, _ in reports for fqn, d in described.items()}
+            problem = next((text for _, _, text in reports if text), None)
+    except ValueError as error:
+        problem = str(error)
+    if problem is not None:
+        return {"problem": problem}
+    cards = {name: asdict(layout) for name, layout in layouts.items()}
+    named = {"cards": cards} if "" not in cards else {"card": cards[""]}
+    return named | {"others": described}
+
+
+def layouts_from_json(model: Mapping[str, Any], base: Path | None) -> dict[str, ModelLayout]:
+    """The layout of each model that `model_state` described, or that a directory holds.
+
+    Raises:
+        ValueError: one is malformed, or has files that no library reads.
+    """
+    if "cards" in model:
+        return {str(name): layout_from_json(card) for name, card in model["cards"].items()}
+    card = model.get("card")
+    return {"": layout_from_directory(base) if card is None else layout_from_json(card)}
+
+
+def own_layouts(model: nn.Module, rank: int) -> dict[str, ModelLayout]:
+    """The layout of each model in memory by its name, "" for a single one or its parts here.
+
+    Every rank calls it: a sharded module may gather or reshard in `state_dict()`. Off rank 0, it is
+    empty unless the model is in parts. Without network.
+
+    Raises:
+        ValueError: see `layout_of`.
+    """
+    if not isinstance(model, Models):
+        layout = layout_of(model, rank)
+        return {} if layout is None else {"": layout}
+    layouts: dict[str, ModelLayout] = {}
+    for prefix, module in model.named():
+        layout = layout_of(module, rank if model.are_named else 0)
+        if layout is not None and model.are_named:
+            layouts[prefix.removesuffix(".")] = layout
+        elif layout is not None:
+            layouts = _merged([layouts, {"": layout}])
+    return layouts
+
+
+def layouts_of_all_ranks(
+    model: nn.Module, layouts: dict[str, ModelLayout], group: Group
+) -> dict[str, ModelLayout]:
+    """The layouts of the whole model on rank 0. Collective: every rank calls it.
+
+    Args:
+        layouts: what `own_layouts` gave on this rank.
+    """
+    if _is_in_parts(model):
+        reports = group.gather(layouts)
+        with group.together():
+            layouts = _merged(reports)
+    return layouts
+
+
+def _is_in_parts(model: nn.Module) -> bool:
+    return isinstance(model, Models) and not model.are_named
+
+
+def _merged(reports: Iterable[Mapping[str, ModelLayout]]) -> dict[str, ModelLayout]:
+    """The layout of a model from those of its parts.
+
+    Raises:
+        ValueError: the parts are models of several libraries.
+    """
+    layouts = [layout for report in reports for layout in report.values()]
+    if not layouts:
+        return {}
+    if len(libraries := {layout.library for layout in layouts}) > 1:
+        raise ValueError(f"the parts of the model are of several libraries, {sorted(libraries)}")
+    names: dict[str, str] = {}
+    for layout in layouts:
+        names |= layout.names or {}
+    ignored = sorted({fqn for layout in layouts for fqn in layout.ignored})
+    has_names = layouts[0].names is not None
+    return {"": replace(layouts[0], names=names if has_names else None, ignored=ignored)}
 
 
 def layout_of(model: nn.Module, rank: int) -> ModelLayout | None:
-    """The layout of a model in memory; None off rank 0. Without network.
-
-    Every rank calls it: a sharded module may gather or reshard in `state_dict()`.
+    """The layout of a module in memory; None off rank 0. Without network.
 
     Raises:
         ValueError: the library's files cannot hold the model. Loaders accept missing and unknown
@@ -178,6 +275,11 @@ def _differing_names(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
 
     Quantized layers add the state of their quantization, for example.
     """
+    if isinstance(model, Models):
+        extras: dict[str, Any] = {}
+        for prefix, part in model.named():
+            extras |= {prefix + key: value for key, value in _differing_names(part)[0].items()}
+        return extras, []
     module = unwrap(model)
     if ddp_modules(module) or any(is_instance(m, *_FSDP1) for m in model.modules()):
         return {}, []  # FSDP1 gathers in state_dict(), and has names of its own
@@ -213,6 +315,11 @@ def unregistered_tensors(
         for key, value in extra.items():
             if not isinstance(value, torch.Tensor) or id(value) in ids:
                 continue  # extra state, or a registered tensor under another name
+            if _is_in_parts(model):
+                raise ValueError(
+                    f"state_dict() of a part has {key}, which no module holds as a parameter or "
+                    "buffer; gather each part by its own state_dict() in average_parameters()"
+                )
             module = key.rpartition(".")[0]
             parents = [fqn for fqn in registered if key.startswith(f"{fqn}.")]
             siblings = [fqn for fqn in registered if fqn.rpartition(".")[0] == module]

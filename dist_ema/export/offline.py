@@ -6,7 +6,7 @@ frozen weights and buffers. Their values come from a base, a directory that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,8 @@ from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
 from dist_ema.core.layout import TensorMeta
 from dist_ema.core.safetensors import torch_dtype
-from dist_ema.export.files import Writer, plan_export, write_export
-from dist_ema.export.layouts import ModelLayout, layout_from_directory, layout_from_json
+from dist_ema.export.files import Writer, plan_exports, write_export
+from dist_ema.export.layouts import ModelLayout, layouts_from_json
 
 _CHUNK_BYTES = 32 << 20  # read and written at a time
 _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -90,7 +90,7 @@ def export(
     with ExitStack() as opened:
         saved = _Saved(checkpoint, name, opened)
         sources = {tensor.fqn: (saved, tensor) for tensor in saved.tensors}
-        layout, others = _model(saved, base)
+        layouts, others = _model(saved, base)
         tensors, problems = list(saved.tensors), []
         in_base: dict[str, TensorMeta] = {}
         if base is not None:
@@ -101,7 +101,7 @@ def export(
                 others = [t for t in base_saved.tensors if averaged.isdisjoint((t.fqn, *t.aliases))]
         for other in others or ():
             names = (other.fqn, *other.aliases)
-            if layout.name_of(names) is None:
+            if not _is_written(layouts, names):
                 continue
             tensor = next((in_base[n] for n in names if n in in_base), None)
             if tensor is None:
@@ -118,22 +118,33 @@ def export(
             more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
             listed = "; ".join(problems[:_LISTED])
             raise CheckpointError(f"{base or checkpoint}: {listed}{more}{hint}")
-        plan = plan_export(tensors, layout, dtype, max_shard_size, weights_name)
+        plans = plan_exports(tensors, layouts, dtype, max_shard_size, weights_name)
 
         def write_values(writer: Writer) -> None:
-            for fqn in plan.places:
+            for fqn in writer.plan.places:
                 source, tensor = sources[fqn]
                 for start, chunk in source.chunks(tensor):
                     writer.write_chunk(fqn, start, chunk)
                     advance(chunk.nbytes)
 
-        with progress(sum(sources[fqn][1].nbytes for fqn in plan.places)) as advance:
-            write_export(out, plan, Group.alone(), write_values)
+        total = sum(sources[fqn][1].nbytes for plan in plans.values() for fqn in plan.places)
+        with progress(total) as advance:
+            write_export(out, plans, Group.alone(), write_values)
+    files = {model: [*plan.files, *plan.texts] for model, plan in plans.items()}
     return {
-        "library": layout.library,
-        "files": [*plan.files, *plan.texts],
-        "nbytes": sum(nbytes for _, nbytes in plan.files.values()),
+        "library": ", ".join(dict.fromkeys(layout.library for layout in layouts.values())),
+        "files": [f"{m}/{name}" if m else name for m, names in files.items() for name in names],
+        "nbytes": sum(n for plan in plans.values() for _, n in plan.files.values()),
     }
+
+
+def _is_written(layouts: Mapping[str, ModelLayout], names: Sequence[str]) -> bool:
+    """Whether a model's files hold a tensor of these names."""
+    return any(
+        layout.name_of([n.removeprefix(prefix) for n in names if n.startswith(prefix)]) is not None
+        for model, layout in layouts.items()
+        for prefix in [f"{model}." if model else ""]
+    )
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
@@ -146,16 +157,18 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     return dtype
 
 
-def _model(saved: _Saved, base: Path | None) -> tuple[ModelLayout, list[TensorMeta] | None]:
-    """The model's layout, and what the model has beside the average; None if not known."""
+def _model(
+    saved: _Saved, base: Path | None
+) -> tuple[dict[str, ModelLayout], list[TensorMeta] | None]:
+    """The layout of each model, and what the model has beside the average; None if not known."""
     try:
         model = saved.state.get("model", {})
         if "problem" in model:
             raise CheckpointError(f"{saved.path}: when it was saved, {model['problem']}")
-        layout = layout_from_json(model["card"]) if "card" in model else layout_from_directory(base)
+        layouts = layouts_from_json(model, base)
         if "others" not in model:
-            return layout, None
-        return layout, [
+            return layouts, None
+        return layouts, [
             TensorMeta(fqn, tuple(t["aliases"]), tuple(t["shape"]), torch_dtype(t["dtype"]))
             for fqn, t in model["others"].items()
         ]
