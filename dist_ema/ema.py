@@ -798,9 +798,10 @@ class ShardedEMA:
         """One average: a tensor for each fragment of the plan."""
         name = name or self.names[0]
         kept, values = list(self._options.values), self._average.storage.values
-        schedule = self._options.schedules[name]
-        if not isinstance(schedule, BEMA):
+        if name in kept:
             return values[kept.index(name)]
+        schedule = self._options.schedules[name]
+        assert isinstance(schedule, BEMA)
         averages, initials = (values[kept.index(each)] for each in uncorrected(name))
         options = self._options
         since = self._step - options.start_step
@@ -817,7 +818,8 @@ class ShardedEMA:
     def _check_name(self, name: object) -> None:
         if name is None and len(self.names) > 1:
             raise ValueError(f"there are several averages, {self.names}; say which by name=")
-        if name is not None and (not isinstance(name, str) or name not in self.names):
+        # Integrations also gather what a BEMA is computed from.
+        if name is not None and name not in (*self.names, *self._options.values):
             raise no_name(name, self.names)
 
     def _warn_of_standstill(self, dtype: torch.dtype) -> None:
