@@ -62,9 +62,8 @@ class Teacher:
             )
         self._student = ""  # the adapter that is averaged
         if self._adapter is not None:
-            names = [name for w in self._engine.weights() for name in (w.fqn, *w.aliases)]
-            self._student = _averaged_adapter(self._adapter, plan.averaged, names)
-            _refuse_other_settings(model, self._student, self._adapter)
+            names = {name for w in self._engine.weights() for name in (w.fqn, *w.aliases)}
+            self._student = _averaged_adapter(model, self._adapter, plan.averaged, names)
         self._frozen = {w.fqn for w in plan.weights if not w.tensor.requires_grad} - plan.averaged
         self._buffer_stamp: list[int] | None = None
         self._buffer_pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -214,20 +213,25 @@ def _replacements(fqn: str, adapter: str) -> Iterator[tuple[str, str]]:
             yield part, ".".join([*parts[:i], adapter, *parts[i + 1 :]])
 
 
-def _averaged_adapter(adapter: str, averaged: Iterable[str], names: Collection[str]) -> str:
+def _averaged_adapter(
+    model: nn.Module, adapter: str, averaged: Collection[str], names: Collection[str]
+) -> str:
     """The name of the adapter that is averaged, if another adapter is the teacher.
 
     It is the one component of all averaged names whose replacement gives the name of a weight.
 
     Raises:
-        ValueError: there is no such component, or several.
+        ValueError: there is no such component, or several, or the adapters' settings differ.
     """
-    known = frozenset(names)
     candidates = {
-        fqn: {replaced for replaced, name in _replacements(fqn, adapter) if name in known}
-        for fqn in averaged
+        fqn: {replaced for replaced, name in _replacements(fqn, adapter) if name in names}
+        for fqn in sorted(averaged)
     }
-    missing = sorted(fqn for fqn, components in candidates.items() if not components)
+    several = [components for components in candidates.values() if components]
+    common = set.intersection(*several) if several else set()
+    if len(common) == 1:
+        _refuse_other_settings(model, "".join(common), adapter)
+    missing = [fqn for fqn, components in candidates.items() if not components]
     trained = [fqn for fqn in missing if adapter in fqn.split(".")]
     if trained:
         raise ValueError(
@@ -244,16 +248,13 @@ def _averaged_adapter(adapter: str, averaged: Iterable[str], names: Collection[s
             "trains, which must be active, and the teacher frozen; choose the weights of that "
             "adapter alone by params= and buffers="
         )
-    if not candidates:  # a part of a model may have frozen weights only
-        return ""
-    common = set.intersection(*candidates.values())
-    if len(common) != 1:
-        several = sorted(set.union(*candidates.values()))
+    if averaged and len(common) != 1:  # a part of a model may have frozen weights only
         raise ValueError(
-            f"into={adapter!r} may stand for several components of the averaged names: {several}; "
-            "average one adapter, by params=, and give the teacher a name that no module has"
+            f"into={adapter!r} may stand for several components of the averaged names: "
+            f"{sorted(set.union(*several))}; average one adapter, by params=, and give the teacher "
+            "a name that no module has"
         )
-    return common.pop()
+    return "".join(common)
 
 
 def _refuse_other_settings(model: nn.Module, student: str, teacher: str) -> None:

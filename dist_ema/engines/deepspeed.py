@@ -257,6 +257,8 @@ class _Stage3(_Whole):
         _invalidate(self.parameters)
 
     def _cut(self, p: Any, master: torch.Tensor) -> MakeCut:
+        if hasattr(p.ds_tensor, "ds_quant_scale"):
+            return _refuse_quantized
         size = master.numel()  # the same on every rank: the end is padded
         start = size * dist.get_rank(p.ds_process_group)
         view, copy = (
@@ -266,6 +268,10 @@ class _Stage3(_Whole):
         return partial(
             cut_range, shape=tuple(p.ds_shape), start=start, view=view, forward_view=forward_view
         )
+
+
+def _refuse_quantized(registration: Registration) -> Cut:
+    raise ValueError("is quantized by zero_quantized_nontrainable_weights; leave that setting out")
 
 
 def _invalidate(parameters: Iterable[Any]) -> None:
