@@ -30,8 +30,8 @@ from dist_ema.core.layout import Fragment, TensorMeta
 from dist_ema.core.lerp import MultiAvgFn, squared_norms
 from dist_ema.core.names import as_module, registrations
 from dist_ema.engines import select
+from dist_ema.export import export
 from dist_ema.export.layouts import model_state, unregistered_tensors
-from dist_ema.export.live import export
 from dist_ema.hints import (
     PICKLES,
     no_attribute,
@@ -153,7 +153,15 @@ class ShardedEMA:
         self._mixed: set[str] = set()  # averages whose history mixes schedules
         if into is not None:
             dtype = min((meta.dtype for meta in self._tensors()), key=lambda d: d.itemsize)
-        self._warn_of_low_precision(dtype)
+        if dtype.itemsize < 4:
+            wanted = "dtype=" if into is None else "a teacher in "
+            warnings.warn(
+                f"the average is kept in {dtype}: small updates are rounded away, at a decay near "
+                f"1 it stops moving; use {wanted}torch.float32",
+                stacklevel=2,
+            )
+        if masters is None:
+            self._warn_of_low_precision()
         self._warn_of_standstill(dtype)
 
     # Used by dist_ema.integrations.
@@ -256,6 +264,8 @@ class ShardedEMA:
     def _update(self, step: int | None) -> bool:
         self._average.follow()
         self._average.refuse_unfrozen()
+        if self._num_updates == 0 and self._options.masters is not None:
+            self._warn_of_low_precision()  # the optimizer has made its masters now
         if isinstance(step, bool) or (step is not None and not _is_count(step)):
             what = type(step).__name__ if isinstance(step, nn.Module) else repr(step)
             raise ValueError(
@@ -542,7 +552,7 @@ class ShardedEMA:
         self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
         averages = self._fragments(corrected=True)
         state = self._state()
-        model = model_state(self._average.model, self._average.others(), self._group.rank)
+        model = model_state(self._average.model, self._average.others(), self._group)
         if self._group.rank == 0:  # which writes the manifest
             state["model"] = model
         return save(
@@ -837,17 +847,9 @@ class ShardedEMA:
                     stacklevel=3,
                 )
 
-    def _warn_of_low_precision(self, dtype: torch.dtype) -> None:
-        if dtype.itemsize < 4:
-            warnings.warn(
-                f"the average is kept in {dtype}: small updates are rounded away, at a decay near "
-                "1 it stops moving; use "
-                + ("dtype=" if self._options.into is None else "a teacher in ")
-                + "torch.float32",
-                stacklevel=3,
-            )
-        views = [p for p in self._average.plan.parameters]
-        low = sorted({str(f.view.dtype) for f in views if f.view.element_size() < 4})
+    def _warn_of_low_precision(self) -> None:
+        views = [fragment.view for fragment in self._average.plan.parameters]
+        low = sorted({str(view.dtype) for view in views if view.element_size() < 4})
         if low and self.source == "weights":
             warnings.warn(
                 f"the live weights are {', '.join(low)} and there is no fp32 master: steps smaller "

@@ -65,11 +65,8 @@ class HalfLife:
     fraction: float | None = field(default=None, kw_only=True)  # above 0
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.fraction is None):
-            raise ValueError(
-                "HalfLife: give exactly one of steps and fraction, "
-                f"not steps={self.steps!r} and fraction={self.fraction!r}"
-            )
+        if self.steps is not None and self.fraction is not None:
+            raise ValueError("HalfLife: give steps or fraction, not both")
         _store_above(self, "steps" if self.fraction is None else "fraction", 0.0)
 
     def __repr__(self) -> str:

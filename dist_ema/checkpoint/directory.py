@@ -99,7 +99,7 @@ def _obstacle(path: Path) -> str | None:
             f"exists and is no checkpoint (it holds {', '.join(entries[:5])}); "
             "remove it or save to another path"
         )
-    if entries and not _is_manifest(path / MANIFEST):
+    if entries and not is_checkpoint(path):
         return (
             f"exists and is no checkpoint of dist_ema ({MANIFEST} is of another kind or "
             "damaged); remove it or save to another path"
@@ -113,9 +113,12 @@ def _obstacle(path: Path) -> str | None:
     return None
 
 
-def _is_manifest(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(64).startswith(b'{"format":"dist_ema"')
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory holds the manifest of a save."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        with open(directory / MANIFEST, "rb") as file:
+            return file.read(64).startswith(b'{"format":"dist_ema"')
+    return False
 
 
 def target(path: Path) -> Path:
