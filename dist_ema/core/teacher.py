@@ -127,40 +127,28 @@ class Teacher:
 
     def _pair_buffers(self, student: Engine, averaged: frozenset[str]) -> None:
         modules = dict(named_modules(self._module))
-        counterparts = {
-            weight.fqn: names
+        sources = [
+            (weight, names)
             for weight in student.buffers()
             if weight.fqn not in averaged and not weight.problem
             if (names := self._counterparts(weight, modules))
-        }
-        self._adopt_buffers(student, counterparts, modules)
-        own = {name: w for w in self._engine.buffers() for name in (w.fqn, *w.aliases)}
+        ]
+        own = self._own_buffers()
+        for weight, names in sources:
+            if not _fits(own.get(names[0]), weight, names):
+                copied = weight.tensor.detach().clone()
+                for fqn in names:
+                    owner, _, name = fqn.rpartition(".")
+                    modules[owner].register_buffer(name, copied, persistent=weight.persistent)
+        own = self._own_buffers()
         self._buffer_pairs = [
             pair
-            for weight in student.buffers()
-            for name in counterparts.get(weight.fqn, ())[:1]
-            if name in own
-            for pair in zip(own[name].views, weight.views, strict=True)
+            for weight, names in sources
+            for pair in zip(own[names[0]].views, weight.views, strict=True)
         ]
 
-    def _adopt_buffers(
-        self,
-        student: Engine,
-        counterparts: dict[str, list[str]],
-        modules: dict[str, nn.Module],
-    ) -> None:
-        """Register copies of buffers of the student that the teacher lacks, or has otherwise."""
-        own = {name: w for w in self._engine.buffers() for name in (w.fqn, *w.aliases)}
-        for weight in student.buffers():
-            names = counterparts.get(weight.fqn, [])
-            buffer = own.get(names[0]) if names else None
-            if buffer is None or _kind(buffer, {buffer.fqn, *buffer.aliases}) != _kind(
-                weight, {*names}
-            ):
-                copied = weight.tensor.detach().clone()
-                for name in names:
-                    owner, _, name = name.rpartition(".")
-                    modules[owner].register_buffer(name, copied, persistent=weight.persistent)
+    def _own_buffers(self) -> dict[str, Weight]:
+        return {name: w for w in self._engine.buffers() for name in (w.fqn, *w.aliases)}
 
     def refresh(self) -> None:
         """Let the next forward pass of the teacher read the new average."""
@@ -292,11 +280,12 @@ def _settings(label: str, value: Any) -> dict[str, Any]:
     return {key: item for key, item in value.to_dict().items() if key not in ignored}
 
 
-def _kind(buffer: Weight, names: set[str]) -> object:
-    """What the buffers of teacher and student must have in common to be copied in place."""
-    dtype = buffer.tensor.dtype
-    kind = None if dtype.is_floating_point else dtype  # a teacher may have another precision
-    return names, buffer.shape, kind
+def _fits(buffer: Weight | None, source: Weight, names: Sequence[str]) -> bool:
+    """Whether the values of another buffer can be copied to a teacher's, which has these names."""
+    if buffer is None or {buffer.fqn, *buffer.aliases} != {*names} or buffer.shape != source.shape:
+        return False
+    dtypes = {t.dtype for t in (buffer.tensor, source.tensor)}
+    return len(dtypes) == 1 or all(dtype.is_floating_point for dtype in dtypes)
 
 
 def _difference(student: Weight, teacher: Weight) -> str | None:
