@@ -32,15 +32,17 @@ from dist_ema.core.names import as_module, registrations
 from dist_ema.engines import select
 from dist_ema.export import export
 from dist_ema.export.layouts import model_state, unregistered_tensors
-from dist_ema.hints import (
+from dist_ema.options import (
+    ATTRIBUTES,
+    DEFAULT_NAME,
     PICKLES,
+    EMAOptions,
     no_attribute,
-    no_call,
     no_module,
     no_name,
     no_safetensors,
+    uncorrected,
 )
-from dist_ema.options import DEFAULT_NAME, EMAOptions, uncorrected
 from dist_ema.schedule import BEMA, Schedule, decay_at, highest, is_constant, same_rule
 
 _LOG = logging.getLogger(__name__)
@@ -235,7 +237,7 @@ class ShardedEMA:
             raise no_attribute(self, name)
 
         def __call__(self, *arguments: object, **named: object) -> NoReturn:
-            raise no_call()
+            raise TypeError(f"an average is not called: {ATTRIBUTES['forward']}")
 
     # Averaging.
 
@@ -490,13 +492,14 @@ class ShardedEMA:
 
         Raises:
             ValueError: the average holds NaN or Inf (the tensors are named), an argument is out of
-                range, the model's `state_dict()` has other names than its tensors, or `path` has
-                weights that `export` did not write and that loaders might prefer. On every rank;
-                an earlier export is left as it was.
+                range, the model's `state_dict()` has other names than its tensors, or `path` is a
+                checkpoint of `save` or has weights that `export` did not write and that loaders
+                might prefer. On every rank; what is at `path` is left as it was.
 
-        Collective: every rank calls it. With "direct", only tensors that would be written in runs
-        of less than 4 KB are sent; memory: a few MB on each rank. With "rank0", each byte is sent
-        to rank 0 once, in buckets of 16 MiB.
+        Collective: every rank calls it. With "direct", only tensors of which a rank has more than
+        runs of elements (columns of a matrix) are sent, each byte once; memory: a few MB on each
+        rank, with such tensors buckets of 16 MiB. With "rank0", each byte is sent to rank 0 once,
+        in buckets of 16 MiB.
         """
         gatherer, values = self._gathered(
             "export()",

@@ -96,7 +96,9 @@ def layout_from_json(value: object) -> ModelLayout:
 def _without_paths(given: Any) -> dict[str, Any]:
     """A layout with dtypes marked in its texts; version 0.1 kept the paths of their keys."""
     value: dict[str, Any] = dict(given)
-    value.pop("weights_name", None)
+    library = value.get("library")
+    if value.pop("weights_name", None) not in (None, _WEIGHTS_NAMES.get(str(library))):
+        raise ValueError("the name of the weights file is not the library's")
     for name, paths in value.pop("dtype_at", {}).items():
         config = json.loads(value["texts"][name])
         for *outer, last in paths:
