@@ -82,10 +82,13 @@ class ShardedEMA:
             of any `torch.optim` optimizer waits for it, and so does everything that reads the
             average; nothing else may write to the weights in between. No effect without an
             accelerator.
-        into: a second module, sharded as the model is (for a DDP model, a plain one), whose weights
-            become the average: a teacher, as in DINO, BYOL, mean teacher. It starts as a copy of
-            the model, and is ready for a forward pass after each update. Its own dtype is used;
-            replicas keep it whole.
+        into: a teacher, whose weights become the average: a second module (DINO, BYOL, mean
+            teacher), sharded as the model is (for a DDP model, a plain one; for a DeepSpeedEngine
+            at stage 3, one without an optimizer, as for a reference policy), or the name of a
+            second adapter of a PEFT model, frozen, of the same configuration as the adapter that
+            is trained. It starts as a copy, and is ready for a forward pass after each update (an
+            adapter, after `model.set_adapter(into)`). Its own dtype is used; replicas keep it
+            whole.
         process_group: the ranks that together hold the model; the default group if None.
 
     Raises:
@@ -108,7 +111,7 @@ class ShardedEMA:
         device: torch.device | str | None = None,
         overlap: bool = False,
         masters: FindMaster | None = None,
-        into: nn.Module | None = None,
+        into: nn.Module | str | None = None,
         process_group: dist.ProcessGroup | None = None,
         **unknown: Never,
     ) -> None:
@@ -149,10 +152,13 @@ class ShardedEMA:
         self.gate: Callable[[], bool] | None = None
         self._saves = BackgroundSaves()
         self._mixed: set[str] = set()  # averages whose history mixes schedules
+        if into is not None:
+            dtype = min((meta.dtype for meta in self._tensors()), key=lambda d: d.itemsize)
         if dtype.itemsize < 4:
+            wanted = "dtype=" if into is None else "a teacher in "
             warnings.warn(
                 f"the average is kept in {dtype}: small updates are rounded away, at a decay near "
-                "1 it stops moving; use dtype=torch.float32",
+                f"1 it stops moving; use {wanted}torch.float32",
                 stacklevel=2,
             )
         if masters is None:
@@ -336,7 +342,8 @@ class ShardedEMA:
         and averaged values change places in storage, so there is no second copy of either; signals
         (Ctrl-C) wait meanwhile. Inside the block, every average of the model, or of a module around
         or inside it, refuses to read or write; the block cannot be nested. Writes to weights inside
-        it (an optimizer step) are warned of.
+        it (an optimizer step) are warned of. With `into=` the live values are set aside, a copy of
+        this rank's part, and the teacher computes with the average inside the block, too.
 
         Raises:
             RuntimeError: replicas differ, or compiled code may hold copies of the weights (nothing

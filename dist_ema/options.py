@@ -36,7 +36,7 @@ class EMAKeywords(TypedDict, total=False):
     device: torch.device | str | None
     overlap: bool
     masters: FindMaster | None
-    into: nn.Module | None
+    into: nn.Module | str | None
     process_group: dist.ProcessGroup | None
 
 
@@ -55,7 +55,7 @@ class EMAOptions:
     device: torch.device | None = None  # None: beside the weights
     overlap: bool = False
     masters: FindMaster | None = None
-    into: nn.Module | None = None
+    into: nn.Module | str | None = None
     process_group: dist.ProcessGroup | None = None
 
     @classmethod

@@ -173,6 +173,11 @@ class Engine(ABC):
         """Drop gathered copies, so that the storage may be written. May be collective."""
         return
 
+    def refresh(self, weights: Sequence[Weight]) -> None:
+        """Let the next forward pass read these weights, whose storage was written. Local."""
+        self.release()
+        self.publish()
+
     @abstractmethod
     def publish(self) -> None:
         """Make the next forward pass read `forward_view` as it is now. May be collective.
