@@ -623,14 +623,22 @@ def test_forged_headers_are_refused_or_harmless(tmp_path: Path):
 
 
 @pytest.mark.ranks(0)
-def test_a_plain_file_that_is_replaced_while_it_is_read_is_refused(tmp_path: Path):
-    save_file(full(TENSORS), tmp_path / "a.safetensors")
-    save_file(full(TENSORS, 1), tmp_path / "b.safetensors")
-    with Checkpoint(tmp_path / "a.safetensors") as checkpoint:
-        (tmp_path / "b.safetensors").replace(tmp_path / "a.safetensors")
-        average = checkpoint.averages[""]
+def test_a_plain_file_that_is_replaced_while_it_is_read_is_refused_or_read_as_it_was(
+    tmp_path: Path,
+):
+    values = full(TENSORS)
+    save_file({"cube": values["cube"]}, tmp_path / "a.safetensors")
+    save_file({"cube": full(TENSORS, 1)["cube"]}, tmp_path / "b")
+    with Checkpoint(tmp_path) as checkpoint:
+        (tmp_path / "b").replace(tmp_path / "a.safetensors")
+        average, cube = checkpoint.averages[""], torch.empty(30)
+        checkpoint.read(average, "cube", 0, cube)  # the file is still open
+        assert torch.equal(cube, values["cube"].view(-1))
+        checkpoint.files.max_open = 1
+        (tmp_path / "c").write_text("")
+        assert checkpoint.files.size("c") == 0  # closes the first
         with pytest.raises(CheckpointError, match=r"a\.safetensors: was replaced"):
-            checkpoint.fill(average, "cube", [], put=None)
+            checkpoint.read(average, "cube", 0, cube)
 
 
 @pytest.mark.ranks(0)

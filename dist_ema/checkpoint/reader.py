@@ -1,4 +1,4 @@
-"""Opens checkpoints of `save` and plain safetensors files, and reads boxes of their tensors.
+"""Opens checkpoints of `save`, of torch and plain safetensors, and reads boxes of their tensors.
 
 Reading a manifest or verifying checksums needs no torch.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from dist_ema.checkpoint import dcp_reader
 from dist_ema.checkpoint.directory import MANIFEST, find
 from dist_ema.checkpoint.manifest import (
     BLOCK_BYTES,
@@ -46,7 +47,6 @@ _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 _MAX_INDEX_BYTES = 100_000_000
 _MAX_OPEN = 256  # files at a time; the limit of a process is often 1024
 _NUM_SAMPLES = 256  # of a plain file, for its identity
-_PLAIN_CHUNK = 4 << 20  # elements, read from a plain file at a time
 
 Target = tuple[Box, "torch.Tensor"]  # a box of a tensor, and the tensor to fill
 Put = Callable[["torch.Tensor", "torch.Tensor"], None]
@@ -73,6 +73,7 @@ class Files:
                 f"{directory}: {error.strerror}; a checkpoint is a directory that every rank sees"
             ) from error
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._inodes: dict[str, tuple[int, int]] = {}
 
     def close(self) -> None:
         for fd in (self._fd, *self._open.values()):
@@ -133,9 +134,14 @@ class Files:
             fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
         except OSError as error:
             raise CheckpointError(f"{self.directory / name}: {error.strerror}") from error
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        inode = status.st_dev, status.st_ino
+        problem = None if stat.S_ISREG(status.st_mode) else "is no regular file"
+        if self._inodes.setdefault(name, inode) != inode:
+            problem = "was replaced while it was read; load again"
+        if problem is not None:
             os.close(fd)
-            raise CheckpointError(f"{self.directory / name}: is no regular file")
+            raise CheckpointError(f"{self.directory / name}: {problem}")
         while len(self._open) >= self.max_open:
             os.close(self._open.popitem(last=False)[1])
         self._open[name] = fd
@@ -143,17 +149,18 @@ class Files:
 
 
 class Checkpoint:
-    """An open checkpoint: a directory of `save`, or plain safetensors files as one average.
+    """An open checkpoint: a directory of `save`, or files of others as one average.
 
-    Plain files have no checksums and no counters: `state` is empty, and aliases are those that
+    Files of others have no checksums and no counters: `state` is empty, and aliases are those that
     `safetensors.torch.save_model` notes. Memory: one block.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, prefix: str | None = None) -> None:
         """
         Args:
-            path: a directory with a manifest; a safetensors file; or a directory of safetensors
-                files, with or without an index.
+            path: a directory with a manifest; a safetensors file; a directory of safetensors files,
+                with or without an index; or a directory of `torch.distributed.checkpoint`.
+            prefix: of the names of the model's tensors in the latter; see `dcp_reader.describe`.
 
         Raises:
             CheckpointError: there is no such checkpoint, or it is damaged.
@@ -161,10 +168,15 @@ class Checkpoint:
         path = find(path)
         self.directory, only = (path.parent, path.name) if path.is_file() else (path, None)
         self.files = Files(self.directory)
-        self._plain_files: dict[str, Any] = {}
         try:
             self.is_plain = not (only in (None, MANIFEST) and self.files.has(MANIFEST))
-            self.manifest = self._describe_plain(only) if self.is_plain else self._read_manifest()
+            if not self.is_plain:
+                self.manifest = self._read_manifest()
+            elif only in (None, dcp_reader.METADATA) and self.files.has(dcp_reader.METADATA):
+                average = dcp_reader.describe(self.files, prefix)
+                self.manifest = Manifest("", "", BLOCK_BYTES, {}, {}, {PLAIN: average})
+            else:
+                self.manifest = self._describe_plain(only)
         except BaseException:
             self.close()
             raise
@@ -178,7 +190,6 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        self._plain_files.clear()
         self.files.close()
 
     @property
@@ -269,11 +280,19 @@ class Checkpoint:
 
     def _describe_plain_file(self, name: str) -> dict[str, SavedTensor]:
         path = self.directory / name
-        with _as_checkpoint_error(path), self._open_plain(name, "np") as file:
-            metadata, keys = file.metadata() or {}, list(file.keys())
-            slices = {fqn: file.get_slice(fqn) for fqn in keys}
-            shapes = {fqn: tuple(each.get_shape()) for fqn, each in slices.items()}
-            dtypes = {fqn: str(each.get_dtype()) for fqn, each in slices.items()}
+        status = self.files.status(name)
+        with _as_checkpoint_error(path):
+            with safe_open(path, framework="np") as file:  # validates the header
+                metadata, keys = file.metadata() or {}, list(file.keys())
+            if not os.path.samestat(status, os.stat(path)):
+                raise CheckpointError(f"{path}: was replaced while it was read; load again")
+            nbytes = int.from_bytes(self.files.read_bytes(name, 0, 8), "little")
+            header = self.files.read_bytes(name, 8, min(nbytes, MAX_HEADER_BYTES))
+            described = json.loads(header)
+            entries = {fqn: described[fqn] for fqn in keys}
+            shapes = {fqn: tuple(map(int, entry["shape"])) for fqn, entry in entries.items()}
+            dtypes = {fqn: str(entry["dtype"]) for fqn, entry in entries.items()}
+            starts = {fqn: 8 + nbytes + entry["data_offsets"][0] for fqn, entry in entries.items()}
         if "DCP_SHARDING_INFO" in metadata:
             raise CheckpointError(
                 f"{path}: holds pieces of tensors, and there is no manifest.json that describes "
@@ -291,17 +310,9 @@ class Checkpoint:
         tensors = {}
         for fqn, shape in shapes.items():
             box, itemsize = whole(shape), ITEMSIZE[dtypes[fqn]]
-            saved = SavedBox(box, name, 0, box.numel * itemsize, ())
+            saved = SavedBox(box, name, starts[fqn], box.numel * itemsize, ())
             tensors[fqn] = SavedTensor(shape, dtypes[fqn], tuple(aliases.get(fqn, ())), (saved,))
         return tensors
-
-    def _open_plain(self, name: str, framework: str) -> Any:
-        """Open a file with safetensors: the one that was described, not one that replaced it."""
-        status, path = self.files.status(name), self.directory / name
-        file = safe_open(path, framework=framework)
-        if not os.path.samestat(status, os.stat(path)):
-            raise CheckpointError(f"{path}: was replaced while it was read; load again")
-        return file
 
     # Checking.
 
@@ -365,6 +376,8 @@ class Checkpoint:
         view = memoryview(buffer)[: min(self.manifest.block_bytes, saved.nbytes - start)]
         path = average.path_of(saved.file)
         self.files.read(path, saved.start + start, view)
+        if self.is_plain:
+            return view
         if checksum(self.manifest.algorithm)(view) != saved.checksums[number]:
             first = saved.start + start
             raise CheckpointError(
@@ -408,9 +421,6 @@ class Checkpoint:
             put: called with a part of a target and its saved values; None only verifies.
         """
         tensor = average.tensors[fqn]
-        if self.is_plain:
-            self._fill_plain(fqn, tensor, targets, put)
-            return
         import torch
 
         if tensor is not self._boxes[0]:
@@ -444,25 +454,6 @@ class Checkpoint:
                     run = values[at : at + outer.numel].view(outer.sizes)
                     put(_indexed(out, inner, box), run[inner.within(outer)])
 
-    def _fill_plain(
-        self, fqn: str, tensor: SavedTensor, targets: Sequence[Target], put: Put | None
-    ) -> None:
-        name = tensor.boxes[0].file
-        path = self.directory / name
-        with _as_checkpoint_error(path):
-            if name not in self._plain_files:
-                self._plain_files[name] = self._open_plain(name, "pt")
-            file = self._plain_files[name]
-            if put is None:
-                return
-            for box, out in targets:
-                for start in range(0, box.numel, _PLAIN_CHUNK):
-                    stop = min(start + _PLAIN_CHUNK, box.numel)
-                    for _, part in boxes_within(box, start, stop):
-                        index = part.within(whole(tensor.shape))
-                        values = file.get_slice(fqn)[index] if index else file.get_tensor(fqn)
-                        put(_indexed(out, part, box), values)
-
 
 def _indexed(out: torch.Tensor, box: Box, outer: Box) -> torch.Tensor:
     index: Any = (..., *box.within(outer))
@@ -474,7 +465,7 @@ def _indexed(out: torch.Tensor, box: Box, outer: Box) -> torch.Tensor:
 def _as_checkpoint_error(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: is no safetensors file, or cut short ({error})") from error
 
 
