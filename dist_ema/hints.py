@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ _ARGUMENTS = {
     "foreach": "nothing: weights are always updated in groups",
 }
 
+# Weights of averages of checkpoints in Megatron-LM, LAWA and others.
+MERGE_WEIGHTS = {
+    "minus-sqrt": "1-sqrt",
+    **dict.fromkeys(("mean", "average", "swa", "lawa", "pma"), "uniform"),
+}
+_PICKLED = re.compile(r"(bf16_)?zero_pp_rank_.*|global_step\d+|zero_to_fp32\.py")
+
 
 def no_attribute(owner: object, name: str) -> AttributeError:
     """The error for an attribute that does not exist, with a hint if another library has it."""
@@ -104,6 +112,29 @@ def no_safetensors(path: Path) -> str:
         "safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, "
         "'ema.safetensors'); then ema.load('ema.safetensors', step=...)"
     )
+
+
+def no_pickles(path: Path) -> str | None:
+    """The error for a checkpoint of pickles, which are not read; None if it has no known names."""
+    if path.is_file() and path.suffix in PICKLES:
+        return (
+            f"{path}: is a pickle file by its name. It is not read, since a pickle can run code; "
+            "convert it once with torch.load(..., weights_only=True) and "
+            "safetensors.torch.save_file"
+        )
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    if any(map(_PICKLED.fullmatch, names)):
+        return (
+            f"{path}: is a checkpoint of DeepSpeed ZeRO. Its files are pickles, which are not read, "
+            "since they can run code. Convert it once, with the script that DeepSpeed wrote to it: "
+            "python zero_to_fp32.py --safe_serialization . OUT"
+        )
+    if any(name.endswith(PICKLES) for name in names):
+        return (
+            f"{path}: has pickle files, which are not read, since a pickle can run code; convert "
+            "them once, with from_pretrained() and save_pretrained() for example"
+        )
+    return None
 
 
 def no_module(model: Any) -> TypeError:

@@ -61,7 +61,9 @@ _ALLOWED: dict[str, Collection[str]] = {
 }
 # Entries that hold no weights of the model, in checkpoints of accelerate, torchtitan, Lightning and
 # OLMo-core.
-_NOT_MODEL = re.compile(r"optim.*|lr_sched.*|sched.*|dataload.*|train.*|loops|callbacks|ema.*|rng.*")
+_NOT_MODEL = re.compile(
+    r"optim.*|lr_sched.*|sched.*|dataload.*|train.*|loops|callbacks|ema.*|rng.*"
+)
 
 
 def describe(files: Files, prefix: str | None = None) -> SavedAverage:
@@ -183,8 +185,8 @@ def _locate(files: Files, fqn: str, dtype: str, box: Box, info: object) -> Saved
         raise CheckpointError(f"{label}: is compressed or transformed, which is not read")
     if length < 4 or files.read_bytes(file, offset, 4) != b"PK\3\4":
         raise CheckpointError(
-            f"{label}: is not written by torch.save; a checkpoint in SerializationFormat.SAFETENSORS"
-            " is not read: load it with torch.distributed.checkpoint and save it in the default one"
+            f"{label}: is not written by torch.save; SerializationFormat.SAFETENSORS is not read: "
+            "load it with torch.distributed.checkpoint and save it in the default format"
         )
     with zipfile.ZipFile(io.BufferedReader(_Slice(files, file, offset, length))) as archive:
         records = {info.filename.partition("/")[2]: info for info in archive.infolist()}

@@ -33,7 +33,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,11 +82,18 @@ def plan_export(
     dtype: torch.dtype | None,
     max_shard_size: int | str,
     weights_name: str | None,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    keep_dtypes: bool = False,
 ) -> ExportPlan:
     """Assign tensors to files.
 
     In a file, wider dtypes come first, then names in order, as safetensors itself writes them: so
     each tensor starts at a multiple of its itemsize, and equal tensors give equal files.
+
+    Args:
+        metadata: of the weights files, beside their own.
+        keep_dtypes: write half-precision tensors as they are although `dtype` is None.
 
     Raises:
         ValueError: an argument is out of range, or the layout cannot hold what is averaged.
@@ -97,7 +104,9 @@ def plan_export(
     limit = _max_bytes(max_shard_size)
     if layout.library == "peft":  # which loads a single file only
         limit = sys.maxsize
-    tensors = [replace(tensor, dtype=tensor.dtype_as(dtype)) for tensor in tensors]
+    tensors = list(tensors)
+    if not keep_dtypes:
+        tensors = [replace(tensor, dtype=tensor.dtype_as(dtype)) for tensor in tensors]
     names = {t.fqn: layout.name_of((t.fqn, *t.aliases)) for t in tensors}
     lost = [t.fqn for t in tensors if t.averaged and names[t.fqn] is None]
     if not set(lost) <= set(layout.ignored):
@@ -122,7 +131,7 @@ def plan_export(
             size = 0
         parts[-1].append((name, tensor))
         size += tensor.nbytes
-    metadata = {"format": "pt", **_WRITTEN_BY}
+    metadata = {**(metadata or {}), "format": "pt", **_WRITTEN_BY}
     if layout.library == "plain":
         metadata |= dict(sorted((alias, t.fqn) for t in tensors for alias in t.aliases))
     stem, library_stem = (n.removesuffix(_SUFFIX) for n in (weights_name, layout.weights_name))
@@ -137,9 +146,12 @@ def plan_export(
             places[t.fqn] = Place(file, start, t.dtype, t.averaged)
         files[file] = header, nbytes
 
-    floating = {t.dtype for t in tensors if t.averaged and t.dtype.is_floating_point}
-    widest = max(floating, key=lambda dtype: (dtype.itemsize, str(dtype)), default=torch.float32)
-    texts = layout.config_files(widest)
+    sizes: Counter[torch.dtype] = Counter()
+    for t in tensors:
+        if t.averaged and t.dtype.is_floating_point:
+            sizes[t.dtype] += t.nbytes
+    usual = max(sizes, key=lambda kind: (sizes[kind], str(kind)), default=torch.float32)
+    texts = layout.config_files(usual)
     # from_pretrained(variant="ema") looks for model.safetensors.index.ema.json.
     index = f"{weights_name}.index.json"
     if stem.startswith(f"{library_stem}."):

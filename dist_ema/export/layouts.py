@@ -124,6 +124,8 @@ def layout_from_directory(directory: Path | None) -> ModelLayout:
         library = "diffusers"
     elif "model_type" in config or "architectures" in config:
         library = "transformers"
+    elif "peft_type" in configs.get("adapter_config.json", {}):
+        return _layout("peft", configs)
     else:
         return _layout("plain", {})
     dtype_paths = []

@@ -27,24 +27,23 @@ _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64"
 _LISTED = 8  # names in a message
 
 
-class _Saved:
-    """The tensors of one average in a checkpoint, or of a directory of safetensors."""
+class Source:
+    """The tensors of one average in an open checkpoint, or of a model that others saved."""
 
-    def __init__(self, path: Path, name: str | None, opened: ExitStack) -> None:
-        self._checkpoint = opened.enter_context(Checkpoint(path))
-        averages = self._checkpoint.averages
-        names = list(averages)
+    def __init__(self, checkpoint: Checkpoint, name: str | None) -> None:
+        self.path, self.state = checkpoint.directory, checkpoint.state
+        names = list(checkpoint.averages)
         if name is None and len(names) > 1:
-            raise ValueError(f"{path} holds several averages, {names}; pass one as name")
+            raise ValueError(f"{self.path} holds several averages, {names}; pass one as name")
         if name is not None and name not in names:
-            raise ValueError(f"{path} holds no average named {name!r}, but {names}")
-        self._average = averages[names[0] if name is None else name]
-        for file in self._average.files:
-            self._checkpoint.check_file(self._average, file)
-        self.path, self.state = self._checkpoint.directory, self._checkpoint.state
+            raise ValueError(f"{self.path} holds no average named {name!r}, but {names}")
+        self.checkpoint, self.name = checkpoint, names[0] if name is None else name
+        self.average = checkpoint.averages[self.name]
+        for file in self.average.files:
+            checkpoint.check_file(self.average, file)
         self.tensors = {
             fqn: TensorMeta(fqn, tensor.aliases, tensor.shape, torch_dtype(tensor.dtype))
-            for fqn, tensor in self._average.tensors.items()
+            for fqn, tensor in self.average.tensors.items()
         }
 
     def chunks(self, fqn: str) -> Iterator[tuple[int, torch.Tensor]]:
@@ -53,7 +52,7 @@ class _Saved:
         step = _CHUNK_BYTES // tensor.dtype.itemsize
         for start in range(0, tensor.numel, step):
             chunk = torch.empty(min(step, tensor.numel - start), dtype=tensor.dtype)
-            self._checkpoint.read(self._average, fqn, start, chunk)
+            self.checkpoint.read(self.average, fqn, start, chunk)
             yield start, chunk
 
 
@@ -88,9 +87,9 @@ def export(
         ValueError: an argument is out of range, or the average holds NaN or Inf. The same.
     """
     with ExitStack() as opened:
-        saved = _Saved(checkpoint, name, opened)
-        base_saved = None if base is None else _Saved(base, None, opened)
-        layout, others = _model(saved, base)
+        saved = Source(opened.enter_context(Checkpoint(checkpoint)), name)
+        base_saved = None if base is None else Source(opened.enter_context(Checkpoint(base)), None)
+        layout, others = model_of(saved, base)
         from_base = base_saved.tensors if base_saved else {}
         if others is None:  # not known: the base's tensors that are not averaged
             averaged = {n for t in saved.tensors.values() for n in (t.fqn, *t.aliases)}
@@ -148,8 +147,12 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     return dtype
 
 
-def _model(saved: _Saved, base: Path | None) -> tuple[ModelLayout, list[TensorMeta] | None]:
-    """The model's layout, and what the model has beside the average; None if not known."""
+def model_of(saved: Source, base: Path | None) -> tuple[ModelLayout, list[TensorMeta] | None]:
+    """The model's layout, and what the model has beside the average; None if not known.
+
+    Args:
+        base: a directory with configurations, which are read if the checkpoint has no layout.
+    """
     try:
         model = saved.state.get("model", {})
         if "problem" in model:
