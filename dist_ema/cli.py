@@ -102,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     average = commands.add_parser(
         "merge",
         help="average checkpoints",
-        description="Write the weighted average of checkpoints of ShardedEMA, of safetensors and of "
-        "torch.distributed.checkpoint as plain safetensors in the layout of the model's library.",
+        description="Write the weighted average of checkpoints of ShardedEMA, safetensors, and "
+        "torch.distributed.checkpoint, in the layout of the model's library.",
     )
     average.add_argument("out", type=Path, help="directory to be written")
     average.add_argument(

@@ -125,8 +125,8 @@ def no_pickles(path: Path) -> str | None:
     names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     if any(map(_PICKLED.fullmatch, names)):
         return (
-            f"{path}: is a checkpoint of DeepSpeed ZeRO. Its files are pickles, which are not read, "
-            "since they can run code. Convert it once, with the script that DeepSpeed wrote to it: "
+            f"{path}: is a checkpoint of DeepSpeed ZeRO. Its files are pickles, which are not "
+            "read, since they can run code. Convert it once, with the script that DeepSpeed wrote: "
             "python zero_to_fp32.py --safe_serialization . OUT"
         )
     if any(name.endswith(PICKLES) for name in names):

@@ -191,12 +191,11 @@ def expand(
     checkpoints: Iterable[str | Path], weights: str | Sequence[float] = "uniform"
 ) -> list[Path]:
     """The paths in order, oldest first; see `merge`."""
-    if isinstance(checkpoints, str | os.PathLike):
-        checkpoints = [str(checkpoints)]
+    given = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else checkpoints
     paths: list[Path] = []
-    for path in checkpoints:
+    for path in given:
         matched = [] if os.path.lexists(path) else glob.glob(str(path))
-        paths += map(Path, sorted(matched, key=_numbers) or [path])
+        paths += map(Path, sorted(matched, key=_numbers) or [str(path)])
     if not paths:
         raise ValueError("no checkpoints are given")
     families = groupby(paths, key=lambda path: re.sub(r"\d+", "#", str(path)))
