@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from dist_ema.checkpoint import dcp_reader
 from dist_ema.checkpoint.directory import MANIFEST, find
 from dist_ema.checkpoint.manifest import (
-    BLOCK_BYTES,
     MAX_HEAD,
     MAX_HEADER_BYTES,
     PLAIN_NAME,
@@ -47,6 +46,7 @@ _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 _MAX_INDEX_BYTES = 100_000_000
 _MAX_OPEN = 256  # files at a time; the limit of a process is often 1024
 _NUM_SAMPLES = 256  # of a plain file, for its identity
+_PLAIN_BLOCK = 1 << 20  # bytes that are read from a plain file at a time
 
 Target = tuple[Box, "torch.Tensor"]  # a box of a tensor, and the tensor to fill
 Put = Callable[["torch.Tensor", "torch.Tensor"], None]
@@ -174,7 +174,7 @@ class Checkpoint:
                 self.manifest = self._read_manifest()
             elif only in (None, dcp_reader.METADATA) and self.files.has(dcp_reader.METADATA):
                 average = dcp_reader.describe(self.files, prefix)
-                self.manifest = Manifest("", "", BLOCK_BYTES, {}, {}, {PLAIN: average})
+                self.manifest = Manifest("", "", _PLAIN_BLOCK, {}, {}, {PLAIN: average})
             else:
                 self.manifest = self._describe_plain(only)
         except BaseException:
@@ -241,7 +241,7 @@ class Checkpoint:
                     )
                 tensors[fqn] = tensor
         average = SavedAverage("", files, tensors)
-        return Manifest("", "", BLOCK_BYTES, {}, {}, {PLAIN: average})
+        return Manifest("", "", _PLAIN_BLOCK, {}, {}, {PLAIN: average})
 
     def _plain_files_in(self, only: str | None) -> dict[str, list[str]]:
         """The files to read, each with the tensors that an index lists in it."""

@@ -38,7 +38,7 @@ from dist_ema.posthoc.snapshots import Snapshot
 
 _SUMS_BYTES = 128 << 20  # of the sums in progress, over all results
 _MIN_BLOCK_BYTES = 4096
-_SERIAL = 32_768  # elements: torch computes longer tensors with threads of its own
+SERIAL = 32_768  # elements: torch computes longer tensors with threads of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class WeightedSums:
         wait(tasks)
         total, *others = [task.result() for task in tasks]
         for other in others:
-            parts = (t.view(-1).split(_SERIAL) for t in (total, other))
+            parts = (t.view(-1).split(SERIAL) for t in (total, other))
             for out, values in zip(*parts, strict=True):
                 out.add_(values)
         return total
@@ -111,7 +111,7 @@ class WeightedSums:
         wide, num_sums = _sum_dtype(dtype), len(terms[0].coefficients)
         numel = sum(box.numel for box in boxes)
         sums = self._storage[thread][: num_sums * numel * wide.itemsize].view(wide)
-        for part in sums.split(_SERIAL):
+        for part in sums.split(SERIAL):
             part.fill_(-0.0)  # which added to -0.0 leaves it as it is
         sums = sums.view(num_sums, numel)
         ends = [0, *accumulate(box.numel for box in boxes)]
@@ -129,13 +129,14 @@ def _add(coefficients: Sequence[float], sums: torch.Tensor, values: torch.Tensor
     """Add values, each times its coefficient, to several sums."""
     parts = [(sums, values)]
     if sums[0].is_contiguous() and values.is_contiguous():
-        flat = sums.view(len(coefficients), -1).split(_SERIAL, 1), values.view(-1).split(_SERIAL)
+        flat = sums.view(len(coefficients), -1).split(SERIAL, 1), values.view(-1).split(SERIAL)
         parts = list(zip(*flat, strict=True))
     for outs, part in parts:
-        wide = part.to(outs.dtype)
+        if len(coefficients) > 1:
+            part = part.to(outs.dtype)
         for out, coefficient in zip(outs, coefficients, strict=True):
             if coefficient:
-                out.add_(wide, alpha=coefficient)
+                out.add_(part, alpha=coefficient)
 
 
 @dataclass(slots=True)

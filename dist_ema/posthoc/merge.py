@@ -35,9 +35,10 @@ from dist_ema.export.files import Writer, plan_export, write_export
 from dist_ema.export.layouts import ModelLayout
 from dist_ema.export.offline import Source, dtype_named, model_of
 from dist_ema.hints import MERGE_WEIGHTS, no_pickles
-from dist_ema.posthoc.combine import Term, WeightedSums
+from dist_ema.posthoc.combine import SERIAL, Term, WeightedSums
 
-_RANGE = 1 << 21  # elements that are summed at a time
+_RANGE = 1 << 20  # elements that are summed at a time, a block of fp32
+_PLAIN_RANGE = 1 << 18  # of files without checksums: stays in cache
 _SUMS_BYTES = 2 * 16 * _RANGE  # of complex128 on two threads
 _MAX_OPEN = 512  # files at a time, over all checkpoints
 _TOLERANCE = 1e-6  # of the sum of given weights
@@ -168,7 +169,8 @@ def merge(
                 shutil.copyfile(file, writer.directory / file.name)
             for fqn in in_order:
                 for start, values, nbytes in sources[fqn].chunks(sums):
-                    writer.write_chunk(fqn, start, values)
+                    for i, part in enumerate(values.split(SERIAL)):
+                        writer.write_chunk(fqn, start + i * SERIAL, part)
                     advance(nbytes)
 
         used = [term.checkpoint for source in sources.values() for term in source.terms]
@@ -345,9 +347,10 @@ class _Sum:
             if last + 1 - begin == saved.box.numel:
                 ends.append(last + 1)
         ends.sort()
-        start = 0
+        is_plain = all(term.checkpoint.is_plain for term in self.terms)
+        start, longest = 0, _PLAIN_RANGE if is_plain else _RANGE
         while start < self.meta.numel:
-            stop = min(start + _RANGE, self.meta.numel)
+            stop = min(start + longest, self.meta.numel)
             before = bisect_right(ends, stop)
             if before and ends[before - 1] > start:
                 stop = ends[before - 1]
