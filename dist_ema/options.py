@@ -1,11 +1,15 @@
-"""`EMAOptions`: the arguments of `ShardedEMA` besides the model, validated."""
+"""`EMAOptions`: the arguments of `ShardedEMA` besides the model, validated.
+
+Below it, hints for users of other averages: what their arguments and attributes are called here.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import torch
@@ -14,15 +18,9 @@ from torch import nn
 
 from dist_ema.core.engine import FindMaster
 from dist_ema.core.lerp import MultiAvgFn
-from dist_ema.hints import no_keyword
-from dist_ema.schedule import BEMA, Schedule, as_schedule, code_hash, decay_at, to_json
+from dist_ema.schedule import BEMA, Schedule, as_schedule, code_hash, decay_at, to_json, uncorrected
 
 DEFAULT_NAME = "ema"
-
-
-def uncorrected(name: str) -> tuple[str, str]:
-    """Names under which a checkpoint has the average of a `BEMA`, and the initial weights."""
-    return f"{name}.uncorrected", f"{name}.initial"
 
 
 class EMAKeywords(TypedDict, total=False):
@@ -38,7 +36,7 @@ class EMAKeywords(TypedDict, total=False):
     device: torch.device | str | None
     overlap: bool
     masters: FindMaster | None
-    into: nn.Module | None
+    into: nn.Module | str | None
     process_group: dist.ProcessGroup | None
 
 
@@ -57,7 +55,7 @@ class EMAOptions:
     device: torch.device | None = None  # None: beside the weights
     overlap: bool = False
     masters: FindMaster | None = None
-    into: nn.Module | None = None
+    into: nn.Module | str | None = None
     process_group: dist.ProcessGroup | None = None
 
     @classmethod
@@ -156,3 +154,129 @@ class EMAOptions:
                 is_function = callable(value) and not isinstance(value, torch.device)
                 texts[f"argument {name}"] = type(value).__name__ if is_function else str(value)
         return texts
+
+
+# Hints.
+
+# Weights of averages of checkpoints in Megatron-LM, LAWA and others.
+MERGE_WEIGHTS = {
+    "minus-sqrt": "1-sqrt",
+    **dict.fromkeys(("mean", "average", "swa", "lawa", "pma"), "uniform"),
+}
+_PICKLED = re.compile(r"(bf16_)?zero_pp_rank_.*|global_step\d+|zero_to_fp32\.py")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")  # suffixes of files of `torch.save`
+
+_SWAP = "`with ema.average_parameters():` lets the model compute with the average, then restores it"
+_COPY = f"{_SWAP}; `ema.copy_to()` makes the average the live weights permanently"
+_MODULE = (
+    f"the average is kept in shards, not as a second model. {_SWAP}; `ema.copy_to(module)` writes "
+    "it into a plain module; `ema.gather_state_dict()` gathers it on rank 0"
+)
+# Attributes of torch's AveragedModel, diffusers' EMAModel, torch-ema, ema-pytorch and timm.
+ATTRIBUTES = {
+    **dict.fromkeys(("module", "ema_model", "ema"), _MODULE),
+    "shadow_params": f"{_SWAP}; `ema.gather_tensors()` gathers whole tensors one by one",
+    **dict.fromkeys(("store", "restore", "apply_shadow"), _COPY),
+    "forward": f"{_SWAP}; call `model(...)` in the block",
+    "set": "`ema.load(path)` reads an average; `ema.reset()` starts from the live weights",
+    "update_bn": "`from dist_ema import update_bn`; `update_bn(loader, ema.model)` in the block of "
+    "`with ema.average_parameters():`",
+    "update_parameters": "`ema.update()` averages the weights of the model it was built with",
+    **dict.fromkeys(("num_averaged", "n_averaged"), "`ema.num_updates` counts updates"),
+    "optimization_step": "`ema.step` counts optimizer steps",
+    **dict.fromkeys(("cur_decay_value", "get_decay"), "`ema.decay` is the last decay applied"),
+    "save_pretrained": "`ema.export(path)` writes what `from_pretrained` reads; `ema.save(path)` "
+    "what a run resumes from",
+    "from_pretrained": "build it with the model, then `ema.load(path)` reads an export too",
+    "to": "the average is beside the weights, or in host memory if built with device='cpu'",
+}
+# Arguments of their constructors.
+_ARGUMENTS = {
+    "use_buffers": 'buffers="average"',
+    "beta": "decay",
+    "avg_fn": "multi_avg_fn, which takes lists of tensors",
+    **dict.fromkeys(
+        ("use_ema_warmup", "use_warmup", "inv_gamma", "power"),
+        "decay=Warmup(decay, inv_gamma, power)",
+    ),
+    "use_num_updates": "decay=Warmup(decay)",
+    **dict.fromkeys(
+        ("min_decay", "min_value"), "decay=lambda t, delta: max(minimum, schedule(t, delta))"
+    ),
+    "update_after_step": "start_step=update_after_step + 1",
+}
+
+
+def no_attribute(owner: object, name: str) -> AttributeError:
+    """The error for an attribute that does not exist, with a hint if another library has it."""
+    hint = f": {ATTRIBUTES[name]}" if name in ATTRIBUTES else ""
+    text = f"{type(owner).__name__!r} object has no attribute {name!r}{hint}"
+    return AttributeError(text, name=name, obj=owner)
+
+
+def no_keyword(names: Iterable[str]) -> TypeError:
+    """The error for unknown arguments of the constructor, with hints."""
+    listed = [f"{n!r} ({_ARGUMENTS[n]} here)" if n in _ARGUMENTS else repr(n) for n in names]
+    return TypeError(f"ShardedEMA() got unexpected keyword arguments: {', '.join(listed)}")
+
+
+def no_name(name: object, names: list[str]) -> ValueError:
+    """The error for a value that is not the name of an average."""
+    if isinstance(name, str):
+        return ValueError(f"no average is named {name!r}; there is {names}")
+    return ValueError(
+        f"name is a {type(name).__name__}, wanted the name of an average, one of {names}; do not "
+        "pass parameters or a model: the average knows the model that it was built with"
+    )
+
+
+def no_pickles(path: Path) -> str | None:
+    """The error for a checkpoint of pickles, which are not read; None if it has no known names."""
+    if path.is_file() and path.suffix in PICKLES:
+        return (
+            f"{path}: is a pickle file by its name. It is not read, since a pickle can run code; "
+            "convert it once with torch.load(..., weights_only=True) and "
+            "safetensors.torch.save_file"
+        )
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    if any(map(_PICKLED.fullmatch, names)):
+        return (
+            f"{path}: is a checkpoint of DeepSpeed ZeRO. Its files are pickles, which are not "
+            "read, since they can run code. Convert it once, with the script that DeepSpeed wrote: "
+            "python zero_to_fp32.py --safe_serialization . OUT"
+        )
+    if any(name.endswith(PICKLES) for name in names):
+        return (
+            f"{path}: has pickle files, which are not read, since a pickle can run code; convert "
+            "them once, with from_pretrained() and save_pretrained() for example"
+        )
+    return None
+
+
+def no_safetensors(path: Path) -> str:
+    """The error for a file that `torch.save` wrote."""
+    return (
+        f"{path}: is a pickle file by its name. It is not read, since a pickle can run code. "
+        f"Convert it once: state = torch.load({str(path)!r}, weights_only=True), take the averaged "
+        "state dict out of it (often state['state_dict_ema'] or state['ema']), and write "
+        "safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, "
+        "'ema.safetensors'); then ema.load('ema.safetensors', step=...)"
+    )
+
+
+def no_module(model: Any) -> TypeError:
+    """The error for a model that is not a module."""
+    text = (
+        f"model is a {type(model).__name__}, wanted the torch.nn.Module that is trained (wrapped "
+        "or not)"
+    )
+    items = [] if isinstance(model, Iterator) else model  # iterating would exhaust a generator
+    if isinstance(items, list | tuple) and all(isinstance(item, torch.Tensor) for item in items):
+        text += (
+            ", not its parameters: only the model knows how they are sharded and tied. For "
+            "diffusers' EMAModel(model.parameters(), decay) write ShardedEMA(model, "
+            "Warmup(decay), start_step=1), and update() for step(parameters); for torch-ema's "
+            "ExponentialMovingAverage(model.parameters(), decay) write ShardedEMA(model, "
+            "Warmup(decay)), and update() for update(parameters)"
+        )
+    return TypeError(text)

@@ -22,7 +22,7 @@ import hashlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
@@ -44,7 +44,7 @@ class Constant:
     decay: float  # in [0, 1], per step
 
     def __post_init__(self) -> None:
-        _store_fraction(self, "decay")
+        _store(self, "in [0, 1]", "decay")
 
     def __call__(self, t: int, delta: int) -> float:
         return float(self.decay**delta)
@@ -65,23 +65,17 @@ class HalfLife:
     fraction: float | None = field(default=None, kw_only=True)  # above 0
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.fraction is None):
-            raise ValueError(
-                "HalfLife: give exactly one of steps and fraction, "
-                f"not steps={self.steps!r} and fraction={self.fraction!r}"
-            )
-        _store_above(self, "steps" if self.fraction is None else "fraction", 0.0)
+        if self.steps is not None and self.fraction is not None:
+            raise ValueError("HalfLife: give steps or fraction, not both")
+        _store(self, "finite and above 0", "steps" if self.fraction is None else "fraction")
 
     def __repr__(self) -> str:
-        name, value = (
-            ("steps", self.steps) if self.fraction is None else ("fraction", self.fraction)
-        )
+        ((name, value),) = _given(self).items()
         return f"HalfLife({name}={value!r})"
 
     def __call__(self, t: int, delta: int) -> float:
         steps = self.steps if self.fraction is None else self.fraction * t
-        assert steps is not None
-        return float(2.0 ** (-delta / steps))
+        return float(2.0 ** (-delta / steps))  # type: ignore[operator]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +95,10 @@ class Warmup:
     power: float = 2 / 3  # above 0, used with inv_gamma only
 
     def __post_init__(self) -> None:
-        _store_fraction(self, "decay")
-        _store_above(self, "power", 0.0)
+        _store(self, "in [0, 1]", "decay")
+        _store(self, "finite and above 0", "power")
         if self.inv_gamma is not None:
-            _store_above(self, "inv_gamma", 0.0)
+            _store(self, "finite and above 0", "inv_gamma")
         elif self.power != 2 / 3:
             raise ValueError(
                 f"Warmup: power={self.power!r} has no effect without inv_gamma; "
@@ -144,7 +138,7 @@ class PowerFunction:
                 f"not gamma={gamma!r} and sigma_rel={sigma_rel!r}"
             )
         object.__setattr__(self, "gamma", _solve_gamma(sigma_rel) if gamma is None else gamma)
-        _store_above(self, "gamma", -1.0)
+        _store(self, "finite and above -1", "gamma")
 
     @property
     def sigma_rel(self) -> float:
@@ -181,9 +175,8 @@ class Cosine:
     total_steps: float  # above 0
 
     def __post_init__(self) -> None:
-        _store_fraction(self, "start")
-        _store_fraction(self, "end")
-        _store_above(self, "total_steps", 0.0)
+        _store(self, "in [0, 1]", "start", "end")
+        _store(self, "finite and above 0", "total_steps")
 
     def __call__(self, t: int, delta: int) -> float:
         left = (1 + math.cos(math.pi * min(t / self.total_steps, 1.0))) / 2  # 1 down to 0
@@ -213,10 +206,9 @@ class BEMA:
     min_ema_multiplier: float = 0.0  # in [0, 1]
 
     def __post_init__(self) -> None:
-        for name in ("ema_power", "bias_power", "lag"):
-            _store_at_least_0(self, name)
-        _store_above(self, "multiplier", 0.0)
-        _store_fraction(self, "min_ema_multiplier")
+        _store(self, "finite and at least 0", "ema_power", "bias_power", "lag")
+        _store(self, "finite and above 0", "multiplier")
+        _store(self, "in [0, 1]", "min_ema_multiplier")
 
     def __call__(self, t: int, delta: int) -> float:
         time = self.lag + self.multiplier * t
@@ -225,6 +217,18 @@ class BEMA:
     def alpha(self, t: int) -> float:
         """The weight of the correction after an update at step t."""
         return float((self.lag + self.multiplier * t) ** -self.bias_power)
+
+
+def uncorrected(name: str) -> tuple[str, str]:
+    """Names under which a checkpoint has the average of a `BEMA`, and the initial weights."""
+    return f"{name}.uncorrected", f"{name}.initial"
+
+
+def averages_of(values: Iterable[str]) -> list[str]:
+    """The names of averages among those of the values in a checkpoint."""
+    names = list(values)
+    kept = {value for name in names for value in uncorrected(name)}
+    return [name for name in names if name not in kept]
 
 
 def as_schedule(value: object) -> Schedule:
@@ -264,10 +268,13 @@ def to_json(schedule: Schedule) -> dict[str, Any]:
     """A schedule as JSON. A custom callable is described by its name, and not stored."""
     if not isinstance(schedule, _KINDS) or type(schedule) not in _KINDS:
         return {"kind": "callable", "name": _name(schedule)}
-    values = asdict(schedule)
-    if isinstance(schedule, HalfLife):  # one of the two is None
-        values = {name: value for name, value in values.items() if value is not None}
-    return {"kind": type(schedule).__name__} | values
+    return {"kind": type(schedule).__name__} | _given(schedule)
+
+
+def _given(schedule: Any) -> dict[str, Any]:
+    """The fields of a schedule, of a `HalfLife` the one that is not None."""
+    is_half_life = isinstance(schedule, HalfLife)
+    return {k: v for k, v in asdict(schedule).items() if not (is_half_life and v is None)}
 
 
 def same_rule(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
@@ -373,31 +380,22 @@ def _number(label: str, value: object) -> float:
         return math.inf
 
 
-def _store_fraction(schedule: object, name: str) -> None:
-    """Convert a field to a float, which must be in [0, 1]."""
-    label = f"{type(schedule).__name__}: {name}"
-    number = _number(label, getattr(schedule, name))
-    if not 0 <= number <= 1:
-        raise ValueError(f"{label} must be in [0, 1], not {number!r}")
-    object.__setattr__(schedule, name, number)
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "in [0, 1]": lambda number: 0 <= number <= 1,
+    "finite and above 0": lambda number: 0 < number < math.inf,
+    "finite and above -1": lambda number: -1 < number < math.inf,
+    "finite and at least 0": lambda number: 0 <= number < math.inf,
+}
 
 
-def _store_at_least_0(schedule: object, name: str) -> None:
-    """Convert a field to a float, which must be finite and not negative."""
-    label = f"{type(schedule).__name__}: {name}"
-    number = _number(label, getattr(schedule, name))
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{label} must be finite and at least 0, not {number!r}")
-    object.__setattr__(schedule, name, number)
-
-
-def _store_above(schedule: object, name: str, bound: float) -> None:
-    """Convert a field to a float, which must be finite and above `bound`."""
-    label = f"{type(schedule).__name__}: {name}"
-    number = _number(label, getattr(schedule, name))
-    if not bound < number < math.inf:
-        raise ValueError(f"{label} must be finite and above {bound:g}, not {number!r}")
-    object.__setattr__(schedule, name, number)
+def _store(schedule: object, wanted: str, *names: str) -> None:
+    """Convert fields of a schedule to floats, which must be in a range of `_RANGES`."""
+    for name in names:
+        label = f"{type(schedule).__name__}: {name}"
+        number = _number(label, getattr(schedule, name))
+        if not _RANGES[wanted](number):
+            raise ValueError(f"{label} must be {wanted}, not {number!r}")
+        object.__setattr__(schedule, name, number)
 
 
 def _relative_width(x: float) -> float:

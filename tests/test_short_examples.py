@@ -94,6 +94,18 @@ def test_teacher():
     assert min(float(student), float(teacher)) > 0.9
 
 
+def test_adapter_teacher():
+    printed = run_on(2, "examples/adapter_teacher.py")
+    found = re.search(r"student (\d\.\d+), teacher (\d\.\d+)", printed)
+    assert min(map(float, found.groups())) > 0.9, printed
+
+
+def test_reference_policy():
+    printed = run_on(2, "examples/reference_policy.py")
+    found = re.search(r"rewarded: policy (\d\.\d+), reference (\d\.\d+)", printed)
+    assert min(map(float, found.groups())) > 0.9, printed
+
+
 def test_a_width_chosen_after_the_run(tmp_path: Path):
     printed = run_on(2, "examples/posthoc_sweep.py", tmp_path)
     assert_averaged_is_better(printed)
@@ -104,6 +116,19 @@ def test_a_width_chosen_after_the_run(tmp_path: Path):
     assert f"/{best} " in command
     run([str(BIN / "dist-ema"), *command.split()])
     assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_a_merge_in_place_of_decay(tmp_path: Path):
+    printed = run_on(1, "examples/merge_for_decay.py", tmp_path, 80)
+    curves = {
+        name: [float(loss) for loss in re.findall(r"\d+: (\d+\.\d+)", line)]
+        for name, line in re.findall(r"^(\w+), (.*)$", printed, re.M)
+    }
+    assert {name: len(of) for name, of in curves.items()} == {
+        "constant": 40, "merged": 31, "decayed": 3,
+    }  # fmt: skip
+    assert curves["merged"][-1] < curves["merged"][0]
+    assert (tmp_path / "merge_for_decay.png").stat().st_size > 1000
 
 
 def test_averages_over_training(tmp_path: Path):

@@ -20,11 +20,11 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dist_ema.checkpoint.manifest import (
-    PLAIN_NAME,
     SavedAverage,
     SavedBox,
     SavedFile,
     SavedTensor,
+    check_file_names,
     short,
 )
 from dist_ema.core.errors import CheckpointError
@@ -176,8 +176,7 @@ def _locate(files: Files, fqn: str, dtype: str, box: Box, info: object) -> Saved
         _field(info, "_StorageInfo", key) for key in ("relative_path", "offset", "length")
     )
     offset, length = _shape((offset, length))
-    if not isinstance(file, str) or not PLAIN_NAME.fullmatch(file):
-        raise CheckpointError(f"file {short(file)} is not a plain name")
+    check_file_names([file], short(fqn))
     label = f"{file}, bytes {offset} to {offset + length}, {short(fqn)}"
     if offset + length > files.size(file):
         raise CheckpointError(f"{label}: the file has {files.size(file)} bytes; it is cut short")

@@ -44,13 +44,14 @@ class Average:
         self,
         model: nn.Module,
         options: EMAOptions,
-        into: nn.Module | None,
+        into: nn.Module | str | None,
         group: Group,
         select: Select,
     ) -> None:
         """
         Args:
-            into: the teacher whose weights are the average, if any.
+            into: the teacher whose weights are the average, if any: a module, or the name of an
+                adapter of the model.
             select: returns the engine of a model.
         """
         self.model, self.group = model, group
@@ -91,7 +92,7 @@ class Average:
                     waits=bool(self.plan.buffers),
                 )
             else:
-                self._teacher = Teacher(into, self.engine, self.plan, select)
+                self._teacher = Teacher(into, model, self.engine, self.plan, select)
                 self.storage = self._teacher.storage(self.plan)
             self.reset()
         self._remember()
@@ -111,12 +112,14 @@ class Average:
             )
         if self._fingerprint() != self._remembered:
             self._rebind()
-        if self._teacher is not None and self._teacher.moved():
-            self._teacher.follow(self.plan)
+        if self._teacher is not None and self._teacher.moved(self.engine):
+            self._teacher.follow(self.plan, self.engine)
             self.storage = self._teacher.storage(self.plan)
 
     def refuse_unfrozen(self) -> None:
         """Raise if a parameter that was frozen, and is not averaged, requires grad now. Local."""
+        if self._teacher is not None:
+            self._teacher.refuse_training()
         for fqn, tensor in self._frozen:
             if tensor.requires_grad:
                 raise RuntimeError(
@@ -183,7 +186,7 @@ class Average:
         ]
 
     def _new_marks(self) -> Marks:
-        teacher = () if self._into is None else self._into.modules()
+        teacher = self._into.modules() if isinstance(self._into, nn.Module) else ()
         return Marks([*self.model.modules(), *teacher])
 
     # Averaging.
@@ -193,18 +196,19 @@ class Average:
         """Copy the live weights to every average. Local."""
         self.storage.copy()
         if self._teacher is not None:
-            self._teacher.copy_parameters(self.plan, frozen_only=False)
+            self._teacher.copy_parameters(frozen_only=False)
         self.refresh_teacher()
 
     def refresh_teacher(self, *, loaded: bool = False) -> None:
         """Let the teacher, if there is one, compute with the new average. Local.
 
         After a load, frozen weights are copied to it now and at the next update: the model's own
-        may be loaded in between.
+        may be loaded in between. Those of an adapter are few, and copied at each update.
         """
         if self._teacher is not None:
-            if loaded or self._copies_frozen:
-                self._teacher.copy_parameters(self.plan, frozen_only=True)
+            self.storage.synchronize()  # a teacher in host memory is read by the host
+            if loaded or self._copies_frozen or isinstance(self._into, str):
+                self._teacher.copy_parameters(frozen_only=True)
             self._teacher.copy_buffers(self.engine, self.plan.averaged)
             self._teacher.refresh()
             self._copies_frozen = loaded
@@ -266,7 +270,9 @@ class Average:
     def swap(self, name: str, values: Sequence[torch.Tensor]) -> Iterator[None]:
         """Within the block, the forward pass reads an average. Collective among `swap_group`."""
         num_parameters = len(self.plan.parameters)
-        swap = Swap(self.plan.parameters, values[:num_parameters])
+        # A teacher keeps the average meanwhile: it may be used inside the block, too.
+        exchanges = self._teacher is None
+        swap = Swap(self.plan.parameters, values[:num_parameters], exchanges=exchanges)
         with torch.no_grad(), self.swap_group.together():
             refuse_freezing()
             refuse_destroyed(self.plan.replica_groups)

@@ -173,6 +173,11 @@ class Engine(ABC):
         """Drop gathered copies, so that the storage may be written. May be collective."""
         return
 
+    def refresh(self, weights: Sequence[Weight]) -> None:
+        """Let the next forward pass read these weights, whose storage was written. Local."""
+        self.release()
+        self.publish()
+
     @abstractmethod
     def publish(self) -> None:
         """Make the next forward pass read `forward_view` as it is now. May be collective.
@@ -292,9 +297,9 @@ def _with_master(weight: Weight, master: object, engine: Engine) -> Weight:
     fragments = [f for f in fragments if f.meta.numel]
     if shape != weight.shape or [f.meta for f in fragments] != [f.meta for f in weight.fragments]:
         raise ValueError(
-            f"{weight.fqn}: its master has shape {shape}, the parameter {weight.shape}, or they are "
-            "placed in different ways; masters= must return a tensor of the parameter's shape, "
-            "memory format and placement"
+            f"{weight.fqn}: its master has shape {shape}, the parameter {weight.shape}, or they "
+            "are placed in different ways; masters= must return a tensor of the parameter's "
+            "shape, memory format and placement"
         )
     views = zip(fragments, weight.fragments, strict=True)
     if all(own.view.data_ptr() == live.view.data_ptr() for own, live in views):

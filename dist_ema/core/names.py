@@ -89,8 +89,8 @@ class Models(nn.Module):
             tensor = registration.tensor
             if tensors.setdefault(registration.fqn, tensor) is not tensor:
                 raise ValueError(
-                    f"several parts have a tensor named {registration.fqn}; parts of one model have "
-                    "the names that the tensors have in the whole model (keep layers in a "
+                    f"several parts have a tensor named {registration.fqn}; in the parts of one "
+                    "model, tensors have the names that they have in the whole (keep layers in a "
                     "ModuleDict), and different models are passed as a mapping"
                 )
 

@@ -42,15 +42,23 @@ class Swap:
     - Equal dtypes: live and averaged values are exchanged through a small buffer.
     - The forward pass reads a copy of a master: the copy is overwritten, and cast again to restore.
     - Different dtypes without a master, or a copy that is not the cast of its master (stochastic
-      rounding): the live values are set aside meanwhile.
+      rounding), or averaged values that must stay where they are: the live values are set aside
+      meanwhile.
     """
 
-    def __init__(self, fragments: Sequence[Fragment], values: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        fragments: Sequence[Fragment],
+        values: Sequence[torch.Tensor],
+        *,
+        exchanges: bool = True,
+    ) -> None:
+        """`exchanges`: whether live values may be kept in the storage of the averaged ones."""
         buffers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
         self._writes: list[_Exchange | _Overwrite] = []
         for fragment, average in zip(fragments, values, strict=True):
             live = fragment.view
-            if not fragment.in_place or average.dtype != live.dtype:
+            if not (exchanges and fragment.in_place and average.dtype == live.dtype):
                 self._writes.append(_Overwrite(fragment, average))
                 continue
             size = _CHUNK_BYTES // live.element_size()

@@ -95,6 +95,10 @@ class SeveralEngines(Engine):
         for engine in self._engines:
             engine.release()
 
+    def refresh(self, weights: Sequence[Weight]) -> None:
+        for engine in self._engines:
+            engine.refresh([w for w in weights if self._engine_of[w.fqn] is engine])
+
     def publish(self) -> None:
         for engine in self._engines:
             engine.publish()

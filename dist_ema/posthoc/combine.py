@@ -120,7 +120,7 @@ class WeightedSums:
             for box, end in zip(boxes, ends[1:], strict=True)
         ]
         for term in terms:
-            term.checkpoint.share_buffer(self._buffers[thread])
+            term.checkpoint.buffer = self._buffers[thread]
             term.checkpoint.fill(term.average, term.fqn, targets, partial(_add, term.coefficients))
         return sums
 
@@ -214,7 +214,7 @@ def combine(
     opened = [one.checkpoint for one in [*snapshots, like]]
     with WeightedSums(all_bytes, opened) as sums:
         for name in sorted(entries):
-            header = like.checkpoint.check_header(average, name)
+            header = like.checkpoint.check_file(average, name)
             with ExitStack() as stack:
                 files = [stack.enter_context(open(o.directory / name, "xb")) for o in outputs]
                 fds = [file.fileno() for file in files]

@@ -31,10 +31,10 @@ from dist_ema.checkpoint.writer import written_by
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
 from dist_ema.core.layout import TensorMeta, flat_boxes, flat_ends, whole
-from dist_ema.export.files import Writer, plan_export, write_export
+from dist_ema.export.files import Writer, plan_exports, write_export
 from dist_ema.export.layouts import ModelLayout
-from dist_ema.export.offline import Source, dtype_named, model_of
-from dist_ema.hints import MERGE_WEIGHTS, no_pickles
+from dist_ema.export.offline import Source, dtype_named, models_of, name_in_files
+from dist_ema.options import MERGE_WEIGHTS, no_pickles
 from dist_ema.posthoc.combine import SERIAL, Term, WeightedSums
 
 _RANGE = 1 << 20  # elements that are summed at a time, a block of fp32
@@ -142,14 +142,14 @@ def merge(
         # Not a buffer for each: blocks of a hundred checkpoints would be half a GB.
         buffer = bytearray(max(each.checkpoint.manifest.block_bytes for each in inputs))
         for each in inputs:
-            each.checkpoint.share_buffer(buffer)
+            each.checkpoint.buffer = buffer
             each.checkpoint.files.max_open = max(1, _MAX_OPEN // len(inputs))
         _refuse_duplicates(inputs)
         base_input = inputs.pop() if bases else None
         tensors, sources = _match(inputs, base_input, factors, dtype)
         searched = [each.path if each.path.is_dir() else each.path.parent for each in inputs]
         searched += [path for path in bases if path.is_dir()]
-        layout = _layout([*inputs, *([base_input] if base_input else [])])
+        layouts = _layouts([*inputs, *([base_input] if base_input else [])])
         origin = {
             "checkpoints": [
                 {"path": str(each.path), "weight": factor} | each.description()
@@ -160,29 +160,35 @@ def merge(
             "versions": written_by(1),
         }
         metadata = {"merged": json.dumps(origin)}
-        plan = plan_export(tensors, layout, None, max_shard_size, None, metadata, keep_dtypes=True)
-        in_order = sorted(plan.places, key=lambda f: (plan.places[f].file, plan.places[f].start))
+        plans = plan_exports(
+            tensors, layouts, None, max_shard_size, None, metadata=metadata, keep_dtypes=True
+        )
         copies = _tokenizer_files(searched)
 
         def write_values(writer: Writer) -> None:
             for file in copies:
                 shutil.copyfile(file, writer.directory / file.name)
-            for fqn in in_order:
+            for fqn in writer.plan.places:
                 for start, values, nbytes in sources[fqn].chunks(sums):
                     for i, part in enumerate(values.split(SERIAL)):
                         writer.write_chunk(fqn, start + i * SERIAL, part)
                     advance(nbytes)
 
         used = [term.checkpoint for source in sources.values() for term in source.terms]
-        total = sum(sources[fqn].nbytes for fqn in in_order)
+        total = sum(source.nbytes for source in sources.values())
         with WeightedSums(_SUMS_BYTES, used) as sums, progress(total) as advance:
-            write_export(Path(out), plan, Group.alone(), write_values)
+            write_export(Path(out), plans, Group.alone(), write_values)
+    names = {model: [*plan.files, *plan.texts] for model, plan in plans.items()}
     return MergeResult(
         target(Path(out)),
         {str(path): factor for path, factor in zip(paths, factors, strict=True)},
-        layout.library,
-        [*plan.files, *plan.texts, *(file.name for file in copies)],
-        sum(nbytes for _, nbytes in plan.files.values()),
+        ", ".join(dict.fromkeys(layout.library for layout in layouts.values())),
+        [
+            str(Path(model) / n)
+            for model in names
+            for n in (*names[model], *(c.name for c in copies))
+        ],
+        sum(nbytes for plan in plans.values() for _, nbytes in plan.files.values()),
     )
 
 
@@ -276,16 +282,18 @@ class _Input(Source):
         checkpoint = opened.enter_context(Checkpoint(found or path, prefix))
         super().__init__(checkpoint, None if checkpoint.is_plain else name)
         self.path = path
-        self.layout, self.others = model_of(self, path if path.is_dir() else path.parent)
+        directory = path if path.is_dir() else path.parent
+        self.layouts, self.others = models_of(self, directory)
         self._heads: dict[str, torch.Tensor] = {}
         self.known: dict[str, str] = {}  # by each name: the name in the checkpoint
-        for fqn, tensor in self.tensors.items():
+        self.metas = {tensor.fqn: tensor for tensor in self.tensors}
+        for fqn, tensor in self.metas.items():
             for own in (fqn, *tensor.aliases):
                 if (in_file := self._name_in_file(own)) is not None:
                     self.known.setdefault(in_file, fqn)
 
     def _name_in_file(self, fqn: str) -> str | None:
-        return fqn if self.checkpoint.is_plain else self.layout.name_of((fqn,))
+        return fqn if self.checkpoint.is_plain else name_in_files(self.layouts, (fqn,))
 
     def missing(self) -> Iterator[tuple[list[str], TensorMeta]]:
         """What the model has beside the average, by names in the library's files."""
@@ -309,7 +317,7 @@ class _Input(Source):
         return {"name": self.name, "id": manifest.id, "step": manifest.state["step"]}
 
     def meta(self, name: str) -> TensorMeta:
-        return self.tensors[self.known[name]]
+        return self.metas[self.known[name]]
 
     def term(self, name: str, factor: float) -> Term:
         return Term(self.checkpoint, self.average, self.known[name], (factor,))
@@ -489,7 +497,7 @@ def _equal(source: _Input, a: str, b: str) -> bool:
     if not same(source.head(a), source.head(b)):
         return False
     is_constant = True
-    chunks = (source.chunks(source.known[name]) for name in (a, b))
+    chunks = (source.chunks(source.meta(name)) for name in (a, b))
     for (_, left), (_, right) in zip(*chunks, strict=True):
         if not same(left, right):
             return False
@@ -500,16 +508,17 @@ def _equal(source: _Input, a: str, b: str) -> bool:
 # Configurations.
 
 
-def _layout(inputs: Sequence[_Input]) -> ModelLayout:
-    """The layout of the first checkpoint that a library knows, for names as they are in files."""
-    layout = next((each.layout for each in inputs if each.layout.library != "plain"), None)
-    layout = replace(layout or inputs[0].layout, names=None, ignored=[])
-    if json.loads(layout.texts.get("config.json", "{}")).get("quantization_config"):
-        raise CheckpointError(
-            "config.json has a quantization_config: averages of quantized weights are not those of "
-            "the weights that they stand for; merge checkpoints that are not quantized"
-        )
-    return layout
+def _layouts(inputs: Sequence[_Input]) -> dict[str, ModelLayout]:
+    """The layouts of the first checkpoint that a library knows, for names as they are in files."""
+    known = [each for each in inputs if {t.library for t in each.layouts.values()} != {"plain"}]
+    layouts = (known or inputs)[0].layouts
+    for layout in layouts.values():
+        if json.loads(layout.texts.get("config.json", "{}")).get("quantization_config"):
+            raise CheckpointError(
+                "config.json has a quantization_config: averages of quantized weights are not "
+                "those of the weights that they stand for; merge checkpoints without quantization"
+            )
+    return {name: replace(t, names=None, ignored=()) for name, t in layouts.items()}
 
 
 def _tokenizer_files(directories: Sequence[Path]) -> list[Path]:
