@@ -586,17 +586,22 @@ class ShardedEMA:
     def load(self, path: str | Path, *, strict: bool = True, step: int | None = None) -> None:
         """Load averages and counters from a checkpoint of any engine and world size.
 
-        A consolidated safetensors file or directory with these names can be loaded too. If the
-        saved schedule, `start_step` or `update_every` differs from the constructor's, a warning
+        A consolidated safetensors file or directory with these names can be loaded too, and so can
+        a directory of `torch.distributed.checkpoint`: the average that torchtitan has saved in it
+        (`ema.state.<name>.ema_params`, formerly `ema_optimizer`), or else, with a warning, the
+        weights of the model. No pickle in it is executed.
+
+        If the saved schedule, `start_step` or `update_every` differs from the constructor's, a warning
         says so and the constructor's is used. A custom callable is compared by its name, its code
         and the plain values in its closure.
 
         Args:
             strict: refuse missing and unexpected tensors, instead of warning of them.
             step: the optimizer steps behind an average that was saved without counters;
-                `num_updates` is set as if all of them had been counted here. None: diffusers'
-                `optimization_step` if `config.json` has it, else 0. If the next update would
-                discard most of the loaded average, a warning says so.
+                `num_updates` is set as if all of them had been counted here. None: torchtitan's
+                `train_state.step` or diffusers' `optimization_step` in `config.json` if it is
+                there, else 0. If the next update would discard most of the loaded average, a
+                warning says so.
 
         Raises:
             CheckpointError: the checkpoint is damaged or there is none; an average or a tensor is
@@ -625,7 +630,9 @@ class ShardedEMA:
             others=names,
             background=self._saves,
         )
-        if not state:
+        if "averages" not in state:
+            if step is None:
+                step = state.get("step")
             if step is None:
                 step = self._group.broadcast(_diffusers_step(Path(path)))
             self._resume(self._uncounted(step or 0))

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_ema import BEMA, HalfLife, ShardedEMA
+from dist_ema import BEMA, ShardedEMA
 from tests import worlds_deepspeed
+from tests.grid import rows
 from tests.net import TRAINABLE
 from tests.oracle import worst_relative_error
 from tests.runs import same, start
 from tests.worlds import WORLDS, World, from_rank_0
-from tests.grid import rows
 
 SETTINGS = {"ema_power": 0.4, "bias_power": 0.3, "lag": 3.0, "multiplier": 0.5}
 ROWS = [*WORLDS, *worlds_deepspeed.WORLDS]

@@ -278,6 +278,33 @@ def test_lightnings_phase(s: int, k: int):
 
 
 @pytest.mark.ranks(0)
+@pytest.mark.parametrize("fraction", [0.05, 0.5])
+@pytest.mark.parametrize(("s", "k"), [*PAIRS, (0, 1), (0, 5)])
+def test_torchtitans_formula(s: int, k: int, fraction: float):
+    """Equal but for what is left of the first weights, which it keeps until step s."""
+    net = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    options = {"start_step": s, "update_every": k, "dtype": torch.float64}
+    ema = ShardedEMA(net, HalfLife(fraction=fraction), **options)
+    average = first = net.weight.item()
+    left, at_start = 1.0, first
+    for step, value in enumerate(walk(), 1):
+        net.weight.data.fill_(value)
+        ema.update()
+        if step == s:
+            at_start = value
+        if step >= s and (step - s) % k == 0:
+            decay = 2 ** (-1 / (fraction * max((step - s) // k, 1)))
+            average = decay * average + (1 - decay) * value
+            left *= decay
+        if step >= s:
+            found = ema.gather_state_dict()["weight"].item()
+            assert abs(found + left * (first - at_start) - average) < 1e-9
+            if fraction == 0.05 and s:
+                assert left < 1e-6
+    assert ema.num_updates > s
+
+
+@pytest.mark.ranks(0)
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 7])
 def test_composers_phase(k: int):
     net = nn.Linear(1, 1, bias=False, dtype=torch.float64)

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import pickle
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
+from dist_ema import HalfLife, ShardedEMA
 from dist_ema.checkpoint import dcp as average_dcp
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Fragment
 from tests.cuts import CUTS, TENSORS, blank, differing, full, parts_of, state_of
+from tests.net import Net
 
 
 class Stateful:
@@ -108,3 +117,108 @@ def test_arithmetic_on_a_boxed_tensor_is_refused():
     with pytest.raises(NotImplementedError, match="gather_state_dict"):
         value + 1
     assert "boxes=[(0, 0, 0)+(3, 2, 5)]" in repr(value)
+
+
+def of_torchtitan(net: nn.Module, key: str, step: object, dtype: torch.dtype) -> dict[str, Any]:
+    """A checkpoint's state as torchtitan flattens it: no key for the model, names of weights."""
+    averaged = {n: p.detach() for n, p in net.named_parameters() if p.requires_grad}
+    averaged["running"] = net.running.detach() + 1  # of its buffer_patterns
+    return {
+        **net.state_dict(),
+        "optimizer": {f"state.{name}.exp_avg": value for name, value in averaged.items()},
+        "lr_scheduler": {"last_epoch": 3},
+        key: {
+            f"state.{name}.ema_params": (value * 3).to(dtype) for name, value in averaged.items()
+        },
+        "train_state": {"step": step, "ntokens_seen": 512},
+    }
+
+
+def sharded(seed: int, *, blocks: bool) -> nn.Module:
+    torch.manual_seed(seed)
+    net = Net()
+    for block in net.blocks if blocks else ():
+        fully_shard(block)
+    return fully_shard(net)
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.parametrize(
+    ("key", "step", "dtype"),
+    [
+        ("ema_optimizer", 700, torch.float32),
+        ("ema", torch.tensor(700, dtype=torch.int32), torch.bfloat16),
+    ],
+)
+def test_an_average_of_torchtitan_is_loaded(key: str, step: Any, dtype: Any, tmp_path: Path):
+    net = sharded(1, blocks=True)
+    state = of_torchtitan(net, key, step, dtype)
+    dcp.save(state, checkpoint_id=tmp_path)
+    averaged = {name[6:-11]: whole(value).float() for name, value in state[key].items()}
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    rule = HalfLife(fraction=0.05)
+    for ema, has_buffers in (
+        (ShardedEMA(sharded(2, blocks=False), rule), False),
+        (ShardedEMA(sharded(2, blocks=True), rule, buffers="average"), True),
+        (ShardedEMA(Net(), rule, process_group=alone), False),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ema.load(tmp_path)
+        assert (ema.step, ema.num_updates) == (700, 700)
+        loaded = ema.gather_state_dict()
+        if ema.group.rank == 0:
+            for name, value in averaged.items():
+                is_loaded = has_buffers or name != "running"
+                assert torch.equal(loaded[name], value) == is_loaded, name
+        ema.load(tmp_path, step=5)
+        assert ema.step == 5
+
+
+@pytest.mark.ranks(2)
+def test_a_checkpoint_of_torchtitan_that_does_not_fit_changes_nothing(tmp_path: Path):
+    state = of_torchtitan(sharded(1, blocks=True), "ema", 700, torch.float32)
+    average = dict(state["ema"])
+    del average["state.tiny.ema_params"]
+    average["state.scale.ema_params"] = torch.ones(4)
+    dcp.save({**state, "ema": average}, checkpoint_id=tmp_path / "short")
+    dcp.save({**state, "ema_optimizer": average}, checkpoint_id=tmp_path / "two")
+    del state["ema"]
+    dcp.save(state, checkpoint_id=tmp_path / "without")
+    marker = tmp_path / "marker"
+    dcp.save({**state, "train_state": {"step": Call(marker)}}, checkpoint_id=tmp_path / "hostile")
+    net = sharded(2, blocks=False)
+    ema = ShardedEMA(net, HalfLife(fraction=0.05))
+    dcp.save({"model": net, "mine": ema}, checkpoint_id=tmp_path / "own")
+    before = ema.gather_state_dict()
+    for name, message in {
+        "short": r"does not fit: scale: .*\(4,\).*; missing: tiny",
+        "two": "holds several averages",
+        "own": r"load\(\{'mine': ema\}",
+        "hostile": "none of the classes",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            ema.load(tmp_path / name)
+        assert ema.step == 0
+        for key, value in ema.gather_state_dict().items():
+            assert torch.equal(value, before[key]), (name, key)
+    assert not marker.exists()
+    with pytest.warns(UserWarning, match="it has no average, so the weights of the model"):
+        ema.load(tmp_path / "without")
+    assert ema.step == 700
+    loaded = ema.gather_state_dict()
+    for key in before.keys() & {"tiny", "emb.weight", "blocks.1.l2.weight"}:
+        assert torch.equal(loaded[key], before[key]) is False
+        assert ema.group.rank != 0 or loaded[key].shape == before[key].shape
+
+
+class Call:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)

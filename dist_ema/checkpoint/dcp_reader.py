@@ -64,9 +64,13 @@ _ALLOWED: dict[str, Collection[str]] = {
 _NOT_MODEL = re.compile(
     r"optim.*|lr_sched.*|sched.*|dataload.*|train.*|loops|callbacks|ema.*|rng.*"
 )
+_AVERAGE = re.compile(r"(.*?\.state\.).+(\.ema_params)")  # of torchtitan
+_STEP = "train_state.step"
 
 
-def describe(files: Files, prefix: str | None = None) -> SavedAverage:
+def describe(
+    files: Files, prefix: str | None = None, *, prefer_average: bool = False
+) -> tuple[SavedAverage, dict[str, Any]]:
     """The tensors of a model in a directory of `torch.distributed.checkpoint`.
 
     Args:
@@ -74,6 +78,12 @@ def describe(files: Files, prefix: str | None = None) -> SavedAverage:
             star stands for is the name, as in "ema_optimizer.state.*.ema_params". By default the
             tensors of the model are found by the names of the entries that hold them ("model",
             "state_dict", or none beside "optimizer" and others).
+        prefer_average: in place of a prefix; take torchtitan's average of the model if there is
+            one.
+
+    Returns:
+        The tensors. With `prefer_average` also "is_average", whether they are torchtitan's average,
+        and "step", its count of optimizer steps or None.
 
     Raises:
         CheckpointError: the directory is damaged or incomplete, has values of other kinds than
@@ -95,6 +105,10 @@ def describe(files: Files, prefix: str | None = None) -> SavedAverage:
             for fqn, entry in entries.items()
             if type(entry).__name__ == "TensorStorageMetadata"
         }
+        state: dict[str, Any] = {}
+        if prefer_average:
+            prefix = _average(tensors)
+            state = {"step": _step(files, tensors, slices), "is_average": prefix is not None}
         paths = _fields(top).get("planner_data")
         names = _model_names(tensors, paths if isinstance(paths, dict) else {}, prefix)
         found = {}
@@ -106,7 +120,39 @@ def describe(files: Files, prefix: str | None = None) -> SavedAverage:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{where}: is malformed or cut short ({short(reason)})") from error
     used = {saved.file for tensor in found.values() for saved in tensor.boxes}
-    return SavedAverage("", {n: SavedFile(files.size(n), 0, "") for n in sorted(used)}, found)
+    sizes = {name: SavedFile(files.size(name), 0, "") for name in sorted(used)}
+    return SavedAverage("", sizes, found), state
+
+
+def _average(tensors: Collection[str]) -> str | None:
+    """The prefix of torchtitan's average of a model, whose entry was renamed in its versions."""
+    for fqn in tensors:
+        key, averages, _ = fqn.partition(".averages.")
+        if averages and f"{key}.state" in tensors:
+            raise CheckpointError(
+                f"{key} is a ShardedEMA's state_dict(); load it with "
+                f"torch.distributed.checkpoint.load({{{key!r}: ema}}, checkpoint_id=...)"
+            )
+    prefixes = {f"{m[1]}*{m[2]}" for fqn in tensors if (m := _AVERAGE.fullmatch(fqn))}
+    if len(prefixes) > 1:
+        raise CheckpointError(f"holds several averages, {short(sorted(prefixes))}")
+    return next(iter(prefixes), None)
+
+
+def _step(
+    files: Files, tensors: Mapping[str, object], slices: Mapping[tuple[Any, Shape], object]
+) -> int | None:
+    """torchtitan's count of optimizer steps, a Python integer or, formerly, a tensor."""
+    value = None
+    if _STEP in tensors:
+        tensor = _tensor(files, _STEP, tensors[_STEP], slices)
+        if tensor.shape == () and tensor.dtype in ("I64", "I32"):
+            box = tensor.boxes[0]
+            data = files.read_bytes(box.file, box.start, box.nbytes)
+            value = int.from_bytes(data, "little", signed=True)
+    elif (_STEP, ()) in slices:
+        value = _read_slice(files, _STEP, slices[_STEP, ()])[-1]
+    return value if type(value) is int and 0 <= value < _MAX_NUMEL else None
 
 
 def _model_names(
@@ -171,7 +217,25 @@ def _tensor(
 
 
 def _locate(files: Files, fqn: str, dtype: str, box: Box, info: object) -> SavedBox:
-    """Where the values of a box are: in a slice of a file, which is a zip archive."""
+    """Where the values of a box are: in a slice of a file."""
+    label, file, offset, length, records, tensor = _read_slice(files, fqn, info)
+    key, first = _saved_tensor(tensor, dtype, box)
+    record = records[f"data/{key}"]
+    header = files.read_bytes(file, offset + record.header_offset, 30)
+    lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    start = record.header_offset + 30 + lengths + first * ITEMSIZE[dtype]
+    nbytes = box.numel * ITEMSIZE[dtype]
+    fits = first * ITEMSIZE[dtype] + nbytes <= record.file_size and start + nbytes <= length
+    if record.compress_type != zipfile.ZIP_STORED or not fits:
+        raise CheckpointError(f"{label}: has {record.file_size} bytes of values, wanted {nbytes}")
+    return SavedBox(box, file, offset + start, nbytes, ())
+
+
+def _read_slice(
+    files: Files, fqn: str, info: object
+) -> tuple[str, str, int, int, dict[str, zipfile.ZipInfo], Any]:
+    """A slice of a file, which is a zip archive: what to call it in an error, its file, offset and
+    length, its records, and the object that it describes."""
     file, offset, length = (
         _field(info, "_StorageInfo", key) for key in ("relative_path", "offset", "length")
     )
@@ -194,16 +258,8 @@ def _locate(files: Files, fqn: str, dtype: str, box: Box, info: object) -> Saved
                 raise CheckpointError(f"{label}: {name} has {records[name].file_size} bytes")
         if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
             raise CheckpointError(f"{label}: is of a machine with another byte order")
-        key, first = _saved_tensor(_Unpickler(archive.read(records["data.pkl"])).load(), dtype, box)
-        record = records[f"data/{key}"]
-    header = files.read_bytes(file, offset + record.header_offset, 30)
-    lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    start = record.header_offset + 30 + lengths + first * ITEMSIZE[dtype]
-    nbytes = box.numel * ITEMSIZE[dtype]
-    fits = first * ITEMSIZE[dtype] + nbytes <= record.file_size and start + nbytes <= length
-    if record.compress_type != zipfile.ZIP_STORED or not fits:
-        raise CheckpointError(f"{label}: has {record.file_size} bytes of values, wanted {nbytes}")
-    return SavedBox(box, file, offset + start, nbytes, ())
+        described = _Unpickler(archive.read(records["data.pkl"])).load()
+    return label, file, offset, length, records, described
 
 
 def _saved_tensor(tensor: Any, dtype: str, box: Box) -> tuple[str, int]:

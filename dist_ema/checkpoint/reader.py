@@ -160,18 +160,20 @@ class Files:
 
 
 class Checkpoint:
-    """An open checkpoint: a directory of `save`, or plain safetensors files as one average.
+    """An open checkpoint: a directory of `save`, or other files as one average.
 
-    Plain files have no checksums and no counters: `state` is empty, and aliases are those that
-    `safetensors.torch.save_model` notes. Memory: one block.
+    Other files have no checksums and no counters: `state` is empty, or what `dcp_reader.describe`
+    knows, and aliases are those that `safetensors.torch.save_model` notes. Memory: one block.
     """
 
-    def __init__(self, path: Path, prefix: str | None = None) -> None:
+    def __init__(
+        self, path: Path, prefix: str | None = None, *, prefer_average: bool = False
+    ) -> None:
         """
         Args:
             path: a directory with a manifest; a safetensors file; a directory of safetensors files,
                 with or without an index; or a directory of `torch.distributed.checkpoint`.
-            prefix: of the names of the model's tensors in the latter; see `dcp_reader.describe`.
+            prefix, prefer_average: which tensors of the latter; see `dcp_reader.describe`.
 
         Raises:
             CheckpointError: there is no such checkpoint, or it is damaged.
@@ -184,8 +186,10 @@ class Checkpoint:
             if not self.is_plain:
                 self.manifest = self._read_manifest()
             elif only in (None, dcp_reader.METADATA) and self.files.has(dcp_reader.METADATA):
-                average = dcp_reader.describe(self.files, prefix)
-                self.manifest = Manifest("", "", _PLAIN_BLOCK, {}, {}, {PLAIN: average})
+                average, state = dcp_reader.describe(
+                    self.files, prefix, prefer_average=prefer_average
+                )
+                self.manifest = Manifest("", "", _PLAIN_BLOCK, {}, state, {PLAIN: average})
             else:
                 self.manifest = self._describe_plain(only)
         except BaseException:
@@ -215,7 +219,8 @@ class Checkpoint:
         """Equal for ranks that see the same files: the id, or a hash of samples of plain files."""
         if not self.is_plain:
             return self.manifest.id
-        digest = xxhash.xxh3_128(repr(sorted(self.averages[PLAIN].tensors.items())).encode())
+        tensors = sorted(self.averages[PLAIN].tensors.items())
+        digest = xxhash.xxh3_128(repr((tensors, self.state)).encode())
         for name, file in self.averages[PLAIN].files.items():
             for i in range(_NUM_SAMPLES):
                 start = file.nbytes * i // _NUM_SAMPLES
@@ -503,13 +508,13 @@ def load(
     Collective: every rank calls it. All fragments are filled, whether or not this rank owns them.
     Memory: one block.
 
-    A safetensors file, or a directory of them with or without an index, is loaded as the average
-    too; its names are those of the model. It has no checksums and no counters: the returned state
-    is empty.
+    A safetensors file, a directory of them with or without an index, or the average or model in a
+    directory of `torch.distributed.checkpoint` is loaded as the average too; its names are those of
+    the model. It has no checksums and no counters: the returned state has at most "step".
 
     Args:
         strict: refuse missing and unexpected tensors, instead of warning of them.
-        others: names that safetensors files may have beside the averaged ones.
+        others: names that such files may have beside the averaged ones.
 
     Returns:
         The saved state.
@@ -561,7 +566,7 @@ def _load(
 ) -> dict[str, Any]:
     with ExitStack() as opened:
         with group.together(error=CheckpointError):
-            checkpoint = opened.enter_context(Checkpoint(path))
+            checkpoint = opened.enter_context(Checkpoint(path, prefer_average=True))
             identity = checkpoint.identity()
         if not group.equal(identity):
             every = group.all_gather(identity)
@@ -624,6 +629,8 @@ def _match(
         CheckpointError: an average or a tensor is missing or does not fit; all of them are listed.
     """
     saved, allowed, notes = checkpoint.averages, set[str](), list[str]()
+    if checkpoint.state.get("is_average") is False:
+        notes.append("it has no average, so the weights of the model are loaded as one")
     if checkpoint.is_plain:
         if len(names) != 1:
             raise CheckpointError(

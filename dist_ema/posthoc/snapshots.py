@@ -120,7 +120,7 @@ def match_tensors(snapshot: Snapshot, like: Snapshot) -> dict[str, str]:
 
 
 def _snapshots(path: Path, checkpoint: Checkpoint) -> Iterator[Snapshot]:
-    if not checkpoint.state:
+    if checkpoint.is_plain:
         raise CheckpointError(
             f"{path}: holds plain weights without counters and schedules; give checkpoints that "
             "ShardedEMA.save wrote"
