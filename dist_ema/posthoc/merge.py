@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -400,7 +401,7 @@ def _match(
         aliases.setdefault(first, []).append(name)
         if first != name:
             return
-        metas = [each.meta(name) for each in holders]
+        metas, before = [each.meta(name) for each in holders], len(problems)
         for each, meta in zip(holders, metas, strict=True):
             if meta.shape != metas[0].shape:
                 problems.append(
@@ -414,7 +415,9 @@ def _match(
                 )
             if meta.dtype.is_floating_point and meta.dtype.itemsize == 1:
                 problems.append(f"{each.path}: {name} is quantized, of {meta.dtype}; dequantize it")
-        widest = max((meta.dtype for meta in metas), key=lambda kind: kind.itemsize)
+        if len(problems) > before:
+            return
+        widest = reduce(torch.promote_types, (meta.dtype for meta in metas))
         averaged[name] = len(holders) > 1 or holders[0] is not base
         if not averaged[name] or _kind(widest) == "integer":
             terms = [holders[-1].term(name, 1.0)]
@@ -425,15 +428,17 @@ def _match(
         sources[name] = _Sum(replace(metas[0], fqn=name, dtype=widest), terms)
 
     for name in names:
+        having = [each for each in inputs if name in each.known]
         without = [each for each in inputs if name not in each.known]
-        holders = [each if name in each.known else base for each in inputs]
-        if not without or (base is not None and name in base.known):
-            add(name, [each for each in holders if each is not None], factors)
-        elif twin := _twin(name, [each for each in inputs if name in each.known], inputs):
+        if not without:
+            add(name, inputs, factors)
+        elif twin := _twin(name, having, inputs):
             aliases.setdefault(twin, []).append(name)
+        elif base is not None and name in base.known:
+            add(name, [each if name in each.known else base for each in inputs], factors)
         else:
-            other = next(each for each in inputs if name in each.known)
-            problems += [f"{each.path}: {name} is missing, {other.path} has it" for each in without]
+            have = f"{name} is missing, {having[0].path} has it"
+            problems += [f"{each.path}: {have}" for each in without]
     missing = [item for each in inputs for item in each.missing()]
     missing = [(known, tensor) for known, tensor in missing if names.keys().isdisjoint(known)]
     others = {name: tensor for known, tensor in missing for name in known}
