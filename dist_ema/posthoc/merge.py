@@ -39,7 +39,6 @@ from dist_ema.options import MERGE_WEIGHTS, no_pickles
 from dist_ema.posthoc.combine import SERIAL, Term, WeightedSums
 
 _RANGE = 1 << 20  # elements that are summed at a time, a block of fp32
-_PLAIN_RANGE = 1 << 18  # of files without checksums: stays in cache
 _SUMS_BYTES = 2 * 16 * _RANGE  # of complex128 on two threads
 _MAX_OPEN = 512  # files at a time, over all checkpoints
 _TOLERANCE = 1e-6  # of the sum of given weights
@@ -345,7 +344,7 @@ class _Sum:
                 first.checkpoint.read(first.average, first.fqn, start, values)
             else:
                 boxes = flat_boxes(self.meta.shape, start, stop)
-                values = sums.compute(self.terms, boxes, self.meta.dtype)[0]
+                values = sums.compute(self.terms, boxes, self.meta.dtype, start)[0]
             yield start, values, self.nbytes * (stop - start) // self.meta.numel
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
@@ -356,10 +355,9 @@ class _Sum:
             if last + 1 - begin == saved.box.numel:
                 ends.append(last + 1)
         ends.sort()
-        is_plain = all(term.checkpoint.is_plain for term in self.terms)
-        start, longest = 0, _PLAIN_RANGE if is_plain else _RANGE
+        start = 0
         while start < self.meta.numel:
-            stop = min(start + longest, self.meta.numel)
+            stop = min(start + _RANGE, self.meta.numel)
             before = bisect_right(ends, stop)
             if before and ends[before - 1] > start:
                 stop = ends[before - 1]
