@@ -364,8 +364,8 @@ class ShardedEMA:
 
         Collective under DeepSpeed, and where weights are replicated and the average is split (DDP,
         HSDP, FSDP2 with tensor parallelism): an all-gather of the averaged weights on entry, of the
-        live ones on exit, and a comparison of replicas before. Else local (FSDP): nothing is compared,
-        so every rank must enter the block with the same `name` after the same number of updates.
+        live ones on exit, and a comparison of replicas before. Else local (FSDP): nothing is
+        compared, so every rank must enter the block with the same `name`, after as many updates.
         """
         self._meet("average_parameters()", {"name": name}, group=self._average.swap_group)
         with self._average.swap(name or self.names[0], self._values(name)):
