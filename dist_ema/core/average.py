@@ -243,7 +243,7 @@ class Average:
         with torch.no_grad(), self.swap_group.together():
             refuse_freezing()
             refuse_destroyed(self.plan.replica_groups)
-            buffers = Buffers(self.model, self.engine.buffers())
+            buffers = Buffers(self.model, self.engine.buffers(), self.engine.precomputed())
             self.engine.release()
             self._await_copies()
         self._refuse_differing_replicas()

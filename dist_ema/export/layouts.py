@@ -30,6 +30,7 @@ from torch import nn
 
 from dist_ema.core.engine import Weight
 from dist_ema.core.group import Group
+from dist_ema.core.layout import TensorMeta
 from dist_ema.core.names import class_of, ddp_modules, is_instance, registrations, unwrap
 from dist_ema.core.safetensors import dtype_name
 
@@ -211,7 +212,11 @@ def differing_names(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
 
 
 def unregistered_tensors(
-    call: str, model: nn.Module, averaged: Collection[str], group: Group
+    call: str,
+    model: nn.Module,
+    averaged: Collection[str],
+    group: Group,
+    dtype: torch.dtype | None,
 ) -> dict[str, torch.Tensor]:
     """CPU copies of the tensors of `state_dict()` that no module registers.
 
@@ -220,9 +225,11 @@ def unregistered_tensors(
     Args:
         call: the public call, for error messages.
         averaged: fqns of averaged weights.
+        dtype: in which the others are gathered.
 
     Raises:
-        ValueError: a tensor may have been computed from an averaged weight. On every rank.
+        ValueError: a tensor may have been computed from an averaged weight; or it describes a
+            quantization whose bits are kept in another floating dtype. On every rank.
         RuntimeError: ranks hold different ones.
     """
     result: dict[str, torch.Tensor] = {}
@@ -239,6 +246,14 @@ def unregistered_tensors(
             parents = [fqn for fqn in registered if key.startswith(f"{fqn}.")]
             siblings = [fqn for fqn in registered if fqn.rpartition(".")[0] == module]
             depends = any(id(registered[fqn]) in changing for fqn in parents or siblings)
+            for fqn in parents:
+                kept = registered[fqn].dtype
+                if TensorMeta(fqn, (), (), kept).dtype_as(dtype) != kept:
+                    raise ValueError(
+                        f"{fqn} holds the bits of a quantization as {kept} (state_dict() has {key})"
+                        f", which another dtype would change: pass dtype={kept}, or quantize it "
+                        "with an integer storage"
+                    )
             if depends or type(value) not in (torch.Tensor, nn.Parameter):
                 raise ValueError(
                     f"state_dict() has {key}, which no module holds as a parameter or buffer; it "
