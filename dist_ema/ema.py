@@ -529,9 +529,11 @@ class ShardedEMA:
                 write, or `path` holds other files or the working directory. On every rank; `path`
                 is unchanged.
 
-        Collective: every rank calls it. Each rank writes what it owns; four small exchanges.
+        Collective: every rank calls it. Each rank writes what it owns; four small exchanges, and
+        one more where weights are replicated, which are read once.
         """
         self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
+        self._average.refuse_differing_replicas()
         state = self._state()
         model = model_state(self._average.model, self._average.others(), self._group.rank)
         if self._group.rank == 0:  # which writes the manifest

@@ -31,7 +31,14 @@ from torch import nn
 from dist_ema.core.engine import Weight
 from dist_ema.core.group import Group
 from dist_ema.core.layout import TensorMeta
-from dist_ema.core.names import class_of, ddp_modules, is_instance, registrations, unwrap
+from dist_ema.core.names import (
+    Registration,
+    class_of,
+    ddp_modules,
+    is_instance,
+    registrations,
+    unwrap,
+)
 from dist_ema.core.safetensors import dtype_name
 
 _WEIGHTS_NAMES = {
@@ -236,7 +243,9 @@ def unregistered_tensors(
     hashes: dict[str, str] = {}
     with group.together(call, hashes):  # compares what the block puts into `hashes`
         extra = differing_names(model)[0]
-        registered = {r.fqn: r.tensor for r in registrations(unwrap(model))} if extra else {}
+        every = registrations(unwrap(model))
+        _refuse_changed_bits(every, extra, dtype)
+        registered = {r.fqn: r.tensor for r in every} if extra else {}
         ids = {id(tensor) for tensor in registered.values()}
         changing = {id(tensor) for fqn, tensor in registered.items() if fqn in averaged}
         for key, value in extra.items():
@@ -246,14 +255,6 @@ def unregistered_tensors(
             parents = [fqn for fqn in registered if key.startswith(f"{fqn}.")]
             siblings = [fqn for fqn in registered if fqn.rpartition(".")[0] == module]
             depends = any(id(registered[fqn]) in changing for fqn in parents or siblings)
-            for fqn in parents:
-                kept = registered[fqn].dtype
-                if TensorMeta(fqn, (), (), kept).dtype_as(dtype) != kept:
-                    raise ValueError(
-                        f"{fqn} holds the bits of a quantization as {kept} (state_dict() has {key})"
-                        f", which another dtype would change: pass dtype={kept}, or quantize it "
-                        "with an integer storage"
-                    )
             if depends or type(value) not in (torch.Tensor, nn.Parameter):
                 raise ValueError(
                     f"state_dict() has {key}, which no module holds as a parameter or buffer; it "
@@ -266,6 +267,26 @@ def unregistered_tensors(
             hashes[f"state_dict()[{key!r}]"] = label
             result[key] = tensor
     return result
+
+
+def _refuse_changed_bits(
+    registered: Sequence[Registration], extra: Collection[str], dtype: torch.dtype | None
+) -> None:
+    """Raise ValueError if a floating tensor holds the bits of a quantization, and would be cast.
+
+    bitsandbytes does so with `quant_storage=torch.bfloat16`. It keeps a `quant_state` at the layer,
+    and `state_dict()` has it under the weight's name, but not if the weight is sharded.
+    """
+    for r in registered:
+        kept = r.tensor.dtype
+        if TensorMeta(r.fqn, (), (), kept).dtype_as(dtype) == kept:
+            continue
+        at_layer = r.name == "weight" and getattr(r.owner, "quant_state", None) is not None
+        if at_layer or any(key.startswith(f"{r.fqn}.") for key in extra):
+            raise ValueError(
+                f"{r.fqn} holds the bits of a quantization as {kept}, and another dtype would "
+                f"change them; pass dtype={kept}, or quantize it with an integer storage"
+            )
 
 
 def _library_layout(module: nn.Module, extra: Iterable[str]) -> ModelLayout:
