@@ -7,9 +7,18 @@ if TYPE_CHECKING:
     from dist_ema.batchnorm import update_bn
     from dist_ema.ema import ShardedEMA
     from dist_ema.posthoc.synthesize import synthesize
-    from dist_ema.schedule import Constant, Cosine, EqualWeight, HalfLife, PowerFunction, Warmup
+    from dist_ema.schedule import (
+        BEMA,
+        Constant,
+        Cosine,
+        EqualWeight,
+        HalfLife,
+        PowerFunction,
+        Warmup,
+    )
 
 __all__ = [
+    "BEMA",
     "Constant",
     "Cosine",
     "EqualWeight",

@@ -19,28 +19,30 @@ from torch import nn
 
 from dist_ema.checkpoint import dcp
 from dist_ema.checkpoint.background import TIMEOUT_S, BackgroundSaves, Handle
-from dist_ema.checkpoint.loader import load
+from dist_ema.checkpoint.reader import load
 from dist_ema.checkpoint.writer import non_finite_names, refuse_non_finite, save
 from dist_ema.core.average import Average
+from dist_ema.core.engine import FindMaster
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.gather import Gatherer, one_by_one, whole_tensors, write_into
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Fragment, TensorMeta
 from dist_ema.core.lerp import MultiAvgFn, squared_norms
-from dist_ema.core.names import registrations
+from dist_ema.core.names import as_module, registrations
 from dist_ema.engines import select
+from dist_ema.export import export
 from dist_ema.export.layouts import model_state, unregistered_tensors
-from dist_ema.export.live import export
-from dist_ema.hints import (
+from dist_ema.options import (
+    ATTRIBUTES,
+    DEFAULT_NAME,
     PICKLES,
+    EMAOptions,
     no_attribute,
-    no_call,
     no_module,
     no_name,
     no_safetensors,
 )
-from dist_ema.options import DEFAULT_NAME, EMAOptions
-from dist_ema.schedule import Constant, HalfLife, Schedule, decay_at, highest, same_rule
+from dist_ema.schedule import BEMA, Schedule, decay_at, highest, is_constant, same_rule, uncorrected
 
 _LOG = logging.getLogger(__name__)
 
@@ -80,10 +82,13 @@ class ShardedEMA:
             of any `torch.optim` optimizer waits for it, and so does everything that reads the
             average; nothing else may write to the weights in between. No effect without an
             accelerator.
-        into: a second module, sharded as the model is (for a DDP model, a plain one), whose weights
-            become the average: a teacher, as in DINO, BYOL, mean teacher. It starts as a copy of
-            the model, and is ready for a forward pass after each update. Its own dtype is used;
-            replicas keep it whole.
+        into: a teacher, whose weights become the average: a second module (DINO, BYOL, mean
+            teacher), sharded as the model is (for a DDP model, a plain one; for a DeepSpeedEngine
+            at stage 3, one without an optimizer, as for a reference policy), or the name of a
+            second adapter of a PEFT model, frozen, of the same configuration as the adapter that
+            is trained. It starts as a copy, and is ready for a forward pass after each update (an
+            adapter, after `model.set_adapter(into)`). Its own dtype is used; replicas keep it
+            whole.
         process_group: the ranks that together hold the model; the default group if None.
 
     Raises:
@@ -93,7 +98,7 @@ class ShardedEMA:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
         decay: float | Schedule | Mapping[str, float | Schedule] = 0.9999,
         *,
         multi_avg_fn: MultiAvgFn | None = None,
@@ -105,7 +110,8 @@ class ShardedEMA:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         overlap: bool = False,
-        into: nn.Module | None = None,
+        masters: FindMaster | None = None,
+        into: nn.Module | str | None = None,
         process_group: dist.ProcessGroup | None = None,
         **unknown: Never,
     ) -> None:
@@ -123,14 +129,20 @@ class ShardedEMA:
                 dtype=dtype,
                 device=device,
                 overlap=overlap,
+                masters=masters,
                 into=into,
                 process_group=process_group,
                 **unknown,
             )
-            if not isinstance(model, nn.Module):
-                raise no_module(model)
+            try:
+                module = as_module(model)
+            except TypeError:
+                raise no_module(model) from None
             arguments.update(self._options.arguments())
-        self._average = Average(model, self._options, into, self._group, select)
+            if isinstance(model, Mapping):
+                arguments["argument model"] = f"a mapping with {list(model)}"
+        self._model = model
+        self._average = Average(module, self._options, into, self._group, select)
         self._step = self._num_updates = 0
         self._num_resets = 0  # since the build or a load: ranks must agree
         self._decays: list[float] | None = None
@@ -140,7 +152,17 @@ class ShardedEMA:
         self.gate: Callable[[], bool] | None = None
         self._saves = BackgroundSaves()
         self._mixed: set[str] = set()  # averages whose history mixes schedules
-        self._warn_of_low_precision(dtype)
+        if into is not None:
+            dtype = min((meta.dtype for meta in self._tensors()), key=lambda d: d.itemsize)
+        if dtype.itemsize < 4:
+            wanted = "dtype=" if into is None else "a teacher in "
+            warnings.warn(
+                f"the average is kept in {dtype}: small updates are rounded away, at a decay near "
+                f"1 it stops moving; use {wanted}torch.float32",
+                stacklevel=2,
+            )
+        if masters is None:
+            self._warn_of_low_precision()
         self._warn_of_standstill(dtype)
 
     # Used by dist_ema.integrations.
@@ -160,9 +182,9 @@ class ShardedEMA:
     # State.
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """What was passed to the constructor."""
-        return self._average.model
+        return self._model
 
     @property
     def names(self) -> list[str]:
@@ -198,14 +220,14 @@ class ShardedEMA:
 
     @property
     def source(self) -> str:
-        """What is averaged: "master" (the engine's fp32 copy) or "weights"."""
-        return self._average.engine.source
+        """What is averaged: "master" (fp32 copies of the engine or optimizer) or "weights"."""
+        return self._average.source
 
     def __repr__(self) -> str:
         rule = self._options.multi_avg_fn or self._options.schedules
         return (
             f"ShardedEMA({rule!r}, step={self.step}, num_updates={self.num_updates}, "
-            f"{type(self._average.engine).__name__}, source={self.source!r}, nbytes={self.nbytes})"
+            f"{self._average.engine.kind}, source={self.source!r}, nbytes={self.nbytes})"
         )
 
     if not TYPE_CHECKING:  # a type checker would take any name
@@ -214,7 +236,7 @@ class ShardedEMA:
             raise no_attribute(self, name)
 
         def __call__(self, *arguments: object, **named: object) -> NoReturn:
-            raise no_call()
+            raise TypeError(f"an average is not called: {ATTRIBUTES['forward']}")
 
     # Averaging.
 
@@ -243,6 +265,8 @@ class ShardedEMA:
     def _update(self, step: int | None) -> bool:
         self._average.follow()
         self._average.refuse_unfrozen()
+        if self._num_updates == 0 and self._options.masters is not None:
+            self._warn_of_low_precision()  # the optimizer has made its masters now
         if isinstance(step, bool) or (step is not None and not _is_count(step)):
             what = type(step).__name__ if isinstance(step, nn.Module) else repr(step)
             raise ValueError(
@@ -267,12 +291,8 @@ class ShardedEMA:
         if since > 0 and since % options.update_every:
             return False
         if options.multi_avg_fn is None:
-            decays = [
-                decay_at(schedule, since, options.update_every) if since > 0 else 0.0
-                for schedule in options.schedules.values()
-            ]
-            storage.update(decays)
-            self._decays = decays
+            self._decays, of_values = options.decays(since)
+            storage.update(of_values)
         elif since <= 0 or self._num_updates == 0:
             storage.copy()
         else:
@@ -322,7 +342,8 @@ class ShardedEMA:
         and averaged values change places in storage, so there is no second copy of either; signals
         (Ctrl-C) wait meanwhile. Inside the block, every average of the model, or of a module around
         or inside it, refuses to read or write; the block cannot be nested. Writes to weights inside
-        it (an optimizer step) are warned of.
+        it (an optimizer step) are warned of. With `into=` the live values are set aside, a copy of
+        this rank's part, and the teacher computes with the average inside the block, too.
 
         Raises:
             RuntimeError: replicas differ, or compiled code may hold copies of the weights (nothing
@@ -472,13 +493,14 @@ class ShardedEMA:
 
         Raises:
             ValueError: the average holds NaN or Inf (the tensors are named), an argument is out of
-                range, the model's `state_dict()` has other names than its tensors, or `path` has
-                weights that `export` did not write and that loaders might prefer. On every rank;
-                an earlier export is left as it was.
+                range, the model's `state_dict()` has other names than its tensors, or `path` is a
+                checkpoint of `save` or has weights that `export` did not write and that loaders
+                might prefer. On every rank; what is at `path` is left as it was.
 
-        Collective: every rank calls it. With "direct", only tensors that would be written in runs
-        of less than 4 KB are sent; memory: a few MB on each rank. With "rank0", each byte is sent
-        to rank 0 once, in buckets of 16 MiB.
+        Collective: every rank calls it. With "direct", only tensors of which a rank has more than
+        runs of elements (columns of a matrix) are sent, each byte once; memory: a few MB on each
+        rank, with such tensors buckets of 16 MiB. With "rank0", each byte is sent to rank 0 once,
+        in buckets of 16 MiB.
         """
         gatherer, values = self._gathered(
             "export()",
@@ -534,13 +556,14 @@ class ShardedEMA:
         """
         self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
         self._average.refuse_differing_replicas()
+        averages = self._fragments(corrected=True)
         state = self._state()
-        model = model_state(self._average.model, self._average.others(), self._group.rank)
+        model = model_state(self._average.model, self._average.others(), self._group)
         if self._group.rank == 0:  # which writes the manifest
             state["model"] = model
         return save(
             path,
-            self._fragments(),
+            averages,
             self._tensors(),
             state,
             self._group,
@@ -666,15 +689,17 @@ class ShardedEMA:
                 raise ValueError(f"timeout is {timeout!r}, wanted a positive number of seconds")
             self._average.follow()
 
-    def _fragments(self) -> dict[str, list[Fragment]]:
-        """This rank's fragments of each average."""
-        fragments = self._average.plan.fragments
+    def _fragments(self, *, corrected: bool = False) -> dict[str, list[Fragment]]:
+        """This rank's fragments of all values that are kept, and of bias-corrected averages."""
+        every = dict(zip(self._options.values, self._average.storage.values, strict=True))
+        if corrected:
+            every |= {name: self._values(name) for name in self.names}
         return {
             name: [
                 Fragment(fragment.meta, value, is_owner=fragment.is_owner)
-                for fragment, value in zip(fragments, values, strict=True)
+                for fragment, value in zip(self._average.plan.fragments, values, strict=True)
             ]
-            for name, values in zip(self.names, self._average.storage.values, strict=True)
+            for name, values in every.items()
         }
 
     def _tensors(self) -> list[TensorMeta]:
@@ -688,16 +713,17 @@ class ShardedEMA:
     def _state(self) -> dict[str, Any]:
         """Counters and schedules, as JSON."""
         options = self._options
-        decays: Sequence[float | None] = self._decays or [None] * len(self.names)
+        decays: dict[str, float | None] = dict.fromkeys(self.names)
+        decays |= zip(self.names, self._decays or (), strict=False)
         return {
             "step": self._step,
             "num_updates": self.num_updates,
             "update_every": options.update_every,
             "start_step": options.start_step,
             "averages": {
-                name: {"schedule": options.rule(name), "decay": decay}
+                value: {"schedule": options.rule(name), "decay": decays[name]}
                 | ({"mixed": True} if name in self._mixed else {})
-                for name, decay in zip(self.names, decays, strict=True)
+                for value, name in {**options.values, **{n: n for n in self.names}}.items()
             },
         }
 
@@ -754,7 +780,7 @@ class ShardedEMA:
                 name: decay_at(rule, t, options.update_every) if since > 0 else 0.0
                 for name, rule in options.schedules.items()
                 # A constant decay is what the user wants at every step.
-                if since <= 0 or not isinstance(rule, Constant | HalfLife)
+                if since <= 0 or not is_constant(rule)
             }
         for name, decay in kept.items():
             if decay < 0.5:
@@ -781,12 +807,30 @@ class ShardedEMA:
 
     def _values(self, name: str | None) -> list[torch.Tensor]:
         """One average: a tensor for each fragment of the plan."""
-        return self._average.storage.values[self.names.index(name) if name is not None else 0]
+        name = name or self.names[0]
+        kept, values = list(self._options.values), self._average.storage.values
+        if name in kept:
+            return values[kept.index(name)]
+        schedule = self._options.schedules[name]
+        assert isinstance(schedule, BEMA)
+        averages, initials = (values[kept.index(each)] for each in uncorrected(name))
+        options = self._options
+        since = self._step - options.start_step
+        since -= since % options.update_every  # of the last update
+        if since <= 0:  # a copy of the weights
+            return [average.clone() for average in averages]
+        alpha = schedule.alpha(since + options.start_step)
+        lives = (fragment.view for fragment in self._average.plan.fragments)
+        return [
+            average + (live.to(average) - initial).mul_(alpha)
+            for average, live, initial in zip(averages, lives, initials, strict=True)
+        ]
 
     def _check_name(self, name: object) -> None:
         if name is None and len(self.names) > 1:
             raise ValueError(f"there are several averages, {self.names}; say which by name=")
-        if name is not None and (not isinstance(name, str) or name not in self.names):
+        # Integrations also gather what a BEMA is computed from.
+        if name is not None and name not in (*self.names, *self._options.values):
             raise no_name(name, self.names)
 
     def _warn_of_standstill(self, dtype: torch.dtype) -> None:
@@ -811,15 +855,9 @@ class ShardedEMA:
                     stacklevel=3,
                 )
 
-    def _warn_of_low_precision(self, dtype: torch.dtype) -> None:
-        if dtype.itemsize < 4:
-            warnings.warn(
-                f"the average is kept in {dtype}: small updates are rounded away, at a decay near "
-                "1 it stops moving; use dtype=torch.float32",
-                stacklevel=3,
-            )
-        views = [p for p in self._average.plan.parameters]
-        low = sorted({str(f.view.dtype) for f in views if f.view.element_size() < 4})
+    def _warn_of_low_precision(self) -> None:
+        views = [fragment.view for fragment in self._average.plan.parameters]
+        low = sorted({str(view.dtype) for view in views if view.element_size() < 4})
         if low and self.source == "weights":
             warnings.warn(
                 f"the live weights are {', '.join(low)} and there is no fp32 master: steps smaller "

@@ -22,9 +22,9 @@ import hashlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 from types import CodeType, FunctionType, MethodType
 from typing import Any, TypeAlias
@@ -44,7 +44,7 @@ class Constant:
     decay: float  # in [0, 1], per step
 
     def __post_init__(self) -> None:
-        _store_fraction(self, "decay")
+        _store(self, "in [0, 1]", "decay")
 
     def __call__(self, t: int, delta: int) -> float:
         return float(self.decay**delta)
@@ -52,20 +52,30 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class HalfLife:
-    """A constant decay, given as the number of steps after which a weight counts half.
+    """A decay given as the number of steps after which a weight counts half.
 
         2 ** (-delta / steps)
+        2 ** (-delta / (fraction * t))     a share of the steps so far
 
-    The `0.5 ** (batch / halflife)` of EDM's training loop (arXiv 2206.00364), in steps.
+    The first is the `0.5 ** (batch / halflife)` of EDM's training loop (arXiv 2206.00364), in
+    steps; the second is torchtitan's `half_life_fraction`.
     """
 
-    steps: float  # above 0, need not be whole
+    steps: float | None = None  # above 0, need not be whole
+    fraction: float | None = field(default=None, kw_only=True)  # above 0
 
     def __post_init__(self) -> None:
-        _store_above(self, "steps", 0.0)
+        if self.steps is not None and self.fraction is not None:
+            raise ValueError("HalfLife: give steps or fraction, not both")
+        _store(self, "finite and above 0", "steps" if self.fraction is None else "fraction")
+
+    def __repr__(self) -> str:
+        ((name, value),) = _given(self).items()
+        return f"HalfLife({name}={value!r})"
 
     def __call__(self, t: int, delta: int) -> float:
-        return float(2.0 ** (-delta / self.steps))
+        steps = self.steps if self.fraction is None else self.fraction * t
+        return float(2.0 ** (-delta / steps))  # type: ignore[operator]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +95,10 @@ class Warmup:
     power: float = 2 / 3  # above 0, used with inv_gamma only
 
     def __post_init__(self) -> None:
-        _store_fraction(self, "decay")
-        _store_above(self, "power", 0.0)
+        _store(self, "in [0, 1]", "decay")
+        _store(self, "finite and above 0", "power")
         if self.inv_gamma is not None:
-            _store_above(self, "inv_gamma", 0.0)
+            _store(self, "finite and above 0", "inv_gamma")
         elif self.power != 2 / 3:
             raise ValueError(
                 f"Warmup: power={self.power!r} has no effect without inv_gamma; "
@@ -128,7 +138,7 @@ class PowerFunction:
                 f"not gamma={gamma!r} and sigma_rel={sigma_rel!r}"
             )
         object.__setattr__(self, "gamma", _solve_gamma(sigma_rel) if gamma is None else gamma)
-        _store_above(self, "gamma", -1.0)
+        _store(self, "finite and above -1", "gamma")
 
     @property
     def sigma_rel(self) -> float:
@@ -165,13 +175,60 @@ class Cosine:
     total_steps: float  # above 0
 
     def __post_init__(self) -> None:
-        _store_fraction(self, "start")
-        _store_fraction(self, "end")
-        _store_above(self, "total_steps", 0.0)
+        _store(self, "in [0, 1]", "start", "end")
+        _store(self, "finite and above 0", "total_steps")
 
     def __call__(self, t: int, delta: int) -> float:
         left = (1 + math.cos(math.pi * min(t / self.total_steps, 1.0))) / 2  # 1 down to 0
         return float((self.end - (self.end - self.start) * left) ** delta)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BEMA:
+    """A bias-corrected average, that of arXiv 2508.00180 in the form of TRL's `BEMACallback`.
+
+        average <- (1 - beta) * average + beta * live
+        shown    = average + alpha * (live - initial)
+        beta     = max((lag + multiplier * t) ** -ema_power, min_ema_multiplier)
+        alpha    = (lag + multiplier * t) ** -bias_power
+
+    t is `ShardedEMA.step`, initial copies included, and does not depend on `update_every`. TRL's
+    `update_freq` is `update_every` and its `update_after` is `start_step`; its default is an update
+    every 400 steps. The initial weights are those of the last initial copy, and are kept in shards
+    as a second average. `average_parameters`, `gather_*`, `export`, `copy_to` and `save` use the
+    shown values, with alpha at the last update and the live weights of that moment.
+    """
+
+    ema_power: float = 0.5  # at least 0
+    bias_power: float = 0.2  # at least 0; 0 corrects the most
+    lag: float = 10.0  # at least 0, in steps
+    multiplier: float = 1.0  # above 0, per step
+    min_ema_multiplier: float = 0.0  # in [0, 1]
+
+    def __post_init__(self) -> None:
+        _store(self, "finite and at least 0", "ema_power", "bias_power", "lag")
+        _store(self, "finite and above 0", "multiplier")
+        _store(self, "in [0, 1]", "min_ema_multiplier")
+
+    def __call__(self, t: int, delta: int) -> float:
+        time = self.lag + self.multiplier * t
+        return float(1.0 - max(time**-self.ema_power, self.min_ema_multiplier))
+
+    def alpha(self, t: int) -> float:
+        """The weight of the correction after an update at step t."""
+        return float((self.lag + self.multiplier * t) ** -self.bias_power)
+
+
+def uncorrected(name: str) -> tuple[str, str]:
+    """Names under which a checkpoint has the average of a `BEMA`, and the initial weights."""
+    return f"{name}.uncorrected", f"{name}.initial"
+
+
+def averages_of(values: Iterable[str]) -> list[str]:
+    """The names of averages among those of the values in a checkpoint."""
+    names = list(values)
+    kept = {value for name in names for value in uncorrected(name)}
+    return [name for name in names if name not in kept]
 
 
 def as_schedule(value: object) -> Schedule:
@@ -211,7 +268,13 @@ def to_json(schedule: Schedule) -> dict[str, Any]:
     """A schedule as JSON. A custom callable is described by its name, and not stored."""
     if not isinstance(schedule, _KINDS) or type(schedule) not in _KINDS:
         return {"kind": "callable", "name": _name(schedule)}
-    return {"kind": type(schedule).__name__} | asdict(schedule)
+    return {"kind": type(schedule).__name__} | _given(schedule)
+
+
+def _given(schedule: Any) -> dict[str, Any]:
+    """The fields of a schedule, of a `HalfLife` the one that is not None."""
+    is_half_life = isinstance(schedule, HalfLife)
+    return {k: v for k, v in asdict(schedule).items() if not (is_half_life and v is None)}
 
 
 def same_rule(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
@@ -226,9 +289,15 @@ def same_rule(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
     return {**saved, "code": None} == {**own, "code": None}
 
 
+def is_constant(schedule: Schedule) -> bool:
+    """Whether the decay is the same at every step."""
+    is_half_life = isinstance(schedule, HalfLife) and schedule.fraction is None
+    return isinstance(schedule, Constant) or is_half_life
+
+
 def highest(schedule: Schedule, delta: int) -> float | None:
     """The largest decay of a schedule that ends constant; None for others."""
-    if isinstance(schedule, Constant | HalfLife):
+    if is_constant(schedule):
         return schedule(delta, delta)
     if isinstance(schedule, Warmup):
         return float(schedule.decay**delta)
@@ -248,15 +317,17 @@ def from_json(value: object) -> Schedule:
     kinds: dict[str, Any] = {cls.__name__: cls for cls in _KINDS}
     if kind not in kinds:
         raise ValueError(f"unknown schedule {kind!r}; this version knows {', '.join(kinds)}")
-    given = {str(key): field for key, field in value.items() if key != "kind"}
-    wanted = [field.name for field in fields(kinds[kind])]
+    given = {str(key): item for key, item in value.items() if key != "kind"}
+    wanted = [item.name for item in fields(kinds[kind])]
+    if kind == "HalfLife":  # saved without the one that is None
+        wanted = [name for name in wanted if name in given] or ["steps"]
     if sorted(given) != sorted(wanted):
         raise ValueError(f"saved {kind} has the fields {sorted(given)}, wanted {sorted(wanted)}")
     schedule: Schedule = kinds[kind](**given)
     return schedule
 
 
-_KINDS = (Constant, HalfLife, Warmup, PowerFunction, Cosine)
+_KINDS = (Constant, HalfLife, Warmup, PowerFunction, Cosine, BEMA)
 
 
 def _name(value: object) -> str:
@@ -309,22 +380,22 @@ def _number(label: str, value: object) -> float:
         return math.inf
 
 
-def _store_fraction(schedule: object, name: str) -> None:
-    """Convert a field to a float, which must be in [0, 1]."""
-    label = f"{type(schedule).__name__}: {name}"
-    number = _number(label, getattr(schedule, name))
-    if not 0 <= number <= 1:
-        raise ValueError(f"{label} must be in [0, 1], not {number!r}")
-    object.__setattr__(schedule, name, number)
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "in [0, 1]": lambda number: 0 <= number <= 1,
+    "finite and above 0": lambda number: 0 < number < math.inf,
+    "finite and above -1": lambda number: -1 < number < math.inf,
+    "finite and at least 0": lambda number: 0 <= number < math.inf,
+}
 
 
-def _store_above(schedule: object, name: str, bound: float) -> None:
-    """Convert a field to a float, which must be finite and above `bound`."""
-    label = f"{type(schedule).__name__}: {name}"
-    number = _number(label, getattr(schedule, name))
-    if not bound < number < math.inf:
-        raise ValueError(f"{label} must be finite and above {bound:g}, not {number!r}")
-    object.__setattr__(schedule, name, number)
+def _store(schedule: object, wanted: str, *names: str) -> None:
+    """Convert fields of a schedule to floats, which must be in a range of `_RANGES`."""
+    for name in names:
+        label = f"{type(schedule).__name__}: {name}"
+        number = _number(label, getattr(schedule, name))
+        if not _RANGES[wanted](number):
+            raise ValueError(f"{label} must be {wanted}, not {number!r}")
+        object.__setattr__(schedule, name, number)
 
 
 def _relative_width(x: float) -> float:

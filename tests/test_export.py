@@ -160,17 +160,25 @@ def test_a_bad_argument_is_refused_on_every_rank(world: World, option: str, valu
     run.ema.gather_state_dict()
 
 
-@worlds("plain", "fsdp2-2")
-def test_a_path_that_is_a_file_is_refused_and_left(world: World, tmp_path):
-    path = tmp_path / "export"
+@worlds("plain", "ddp-2", "fsdp2-2")
+def test_a_file_and_a_checkpoint_are_refused_as_paths_and_left(world: World, tmp_path):
     run = start(world).train(1)
+    run.ema.save(tmp_path / "saved")
     if rank() == 0:
-        path.write_text("precious")
-    with pytest.raises(FileExistsError, match="export"):
-        run.ema.export(path)
-    run.ema.gather_state_dict()
-    assert path.read_text() == "precious"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["export"]
+        (tmp_path / "file").write_text("precious")
+        (tmp_path / "link").symlink_to("saved")
+        before = contents(tmp_path / "saved")
+    with pytest.raises(FileExistsError, match="file"):
+        run.ema.export(tmp_path / "file")
+    for name in ("saved", "link"):
+        with pytest.raises(ValueError, match=r"is a checkpoint of save\(\).* another directory"):
+            run.ema.export(tmp_path / name)
+    if rank() == 0:
+        assert (tmp_path / "file").read_text() == "precious"
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "link", "saved"]
+        assert contents(tmp_path / "saved") == before
+    run.ema.save(tmp_path / "saved")
+    run.ema.export(tmp_path / "export")
 
 
 @worlds("plain", "fsdp2-2")

@@ -278,14 +278,14 @@ def test_weights_of_others_that_loaders_may_prefer_are_refused(theirs, ours, tmp
 @pytest.mark.ranks(0)
 def test_weights_that_appear_during_an_export_are_not_removed(tmp_path: Path):
     average = average_of("plain", 2.0)
-    write_fragment = export_files.Writer.write_fragment
+    write_chunk = export_files.Writer.write_chunk
 
     def with_another_writer(*args: object) -> None:
         (tmp_path / "model.safetensors").write_bytes(b"raw weights")
-        write_fragment(*args)
+        write_chunk(*args)
 
     with (
-        mock.patch.object(export_files.Writer, "write_fragment", with_another_writer),
+        mock.patch.object(export_files.Writer, "write_chunk", with_another_writer),
         pytest.raises(ValueError, match="was not written by export"),
     ):
         average.export(tmp_path, max_shard_size=300)

@@ -111,6 +111,21 @@ def test_a_bad_argument_is_refused(saved: Path, arguments, message: str, capsys)
     assert not out.exists()
 
 
+def test_a_checkpoint_is_no_place_for_an_export(saved: Path, capsys):
+    sharded = saved / "sharded"
+    options: Any = {"name": "slow", "base": saved / "base"}
+    for path in (sharded, saved / "here" / ".." / "sharded"):
+        with pytest.raises(ValueError, match="is a checkpoint of save"):
+            offline.export(sharded, path, **options)
+    arguments = ["export", sharded, sharded, "--name", "slow", "--base", saved / "base"]
+    assert cli.main(list(map(str, arguments))) == 2
+    assert "export to another directory" in capsys.readouterr().err
+    assert sorted(e.name for e in sharded.iterdir()) == ["fast", "manifest.json", "slow"]
+    (saved / "out").mkdir()
+    (saved / "out" / "manifest.json").write_text('{"name": "a web app"}')  # not ours
+    offline.export(sharded, saved / "out", **options)
+
+
 def test_what_is_in_neither_checkpoint_nor_base_is_listed(saved: Path, capsys):
     out = saved / "out"
     assert cli.main(["export", str(saved / "sharded"), str(out), "--name", "slow"]) == 1

@@ -6,11 +6,14 @@ import functools
 import json
 import math
 import pickle
+import re
 
 import pytest
+import torch
 
 from dist_ema import schedule as schedules
 from dist_ema.schedule import (
+    BEMA,
     Constant,
     Cosine,
     EqualWeight,
@@ -35,10 +38,12 @@ ALL = [
     EqualWeight(),
     Cosine(0.996, 1.0, total_steps=1000),
     Cosine(0.0, 0.999, 7),
+    HalfLife(fraction=0.05),
+    BEMA(),
+    BEMA(lag=1, ema_power=1, min_ema_multiplier=0.25),
 ]
-COMPOSING = [s for s in ALL if not isinstance(s, (Warmup, Cosine))]
+COMPOSING = [s for s in ALL[:-3] if not isinstance(s, (Warmup, Cosine))]
 each = pytest.mark.parametrize("schedule", ALL, ids=repr)
-NUM_CALLS = 60
 
 
 def close(a, b, tolerance=1e-12):
@@ -55,9 +60,6 @@ def average(schedule, live, start_step):
     return seen
 
 
-# --- values ----------------------------------------------------------------------------------
-
-
 def test_formulas_at_values_worked_by_hand():
     assert Constant(0.5)(7, 3) == 0.125
     assert HalfLife(10)(99, 10) == 0.5
@@ -69,6 +71,9 @@ def test_formulas_at_values_worked_by_hand():
     assert EqualWeight()(4, 1) == 0.75
     assert close(Cosine(0.5, 1.0, 10)(5, 1), 0.75)
     assert close(Cosine(0.5, 1.0, 10)(5, 2), 0.75**2)
+    assert HalfLife(fraction=0.25)(40, 10) == 0.5
+    assert BEMA()(15, 400) == 1 - 0.2 and close(BEMA().alpha(22), 0.5)
+    assert BEMA(lag=1, ema_power=1, min_ema_multiplier=0.25)(99, 1) == 0.75
 
 
 @pytest.mark.parametrize(
@@ -138,9 +143,6 @@ def test_small_differences_survive_at_huge_steps():
     assert Cosine(0.5, 0.9, 5e-324)(t, 1) == 0.9
 
 
-# --- composition -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("schedule", COMPOSING, ids=repr)
 @pytest.mark.parametrize("t, delta", [(2, 2), (9, 2), (9, 9), (1000, 2), (1000, 37)])
 def test_decay_over_a_span_is_the_product_of_its_steps(schedule, t, delta):
@@ -155,9 +157,6 @@ def test_rising_schedules_raise_the_decay_at_t_to_delta_which_is_more_than_the_p
     for t, delta in [(9, 2), (100, 10), (300, 50)]:
         product = math.prod(schedule(s, 1) for s in range(t - delta + 1, t + 1))
         assert schedule(t, delta) == schedule(t, 1) ** delta > product
-
-
-# --- sigma_rel -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sigma_rel", [1e-9, 1e-3, 0.05, 0.10, 0.15, 0.2, 0.25, 12**-0.5, 0.3])
@@ -192,148 +191,63 @@ def test_sigma_rel_matches_ema_pytorch():
         assert math.isclose(PowerFunction(sigma_rel=sigma_rel).gamma, gamma, rel_tol=1e-10)
 
 
-# --- the numbers of other libraries, from their own code -------------------------------------
-
-LIVE = [math.sin(k) for k in range(1, NUM_CALLS + 1)]
-
-
-def peer_average(peer_of, update):
-    """Run a peer on one float64 weight that starts at 0 and takes the values of LIVE."""
-    torch = pytest.importorskip("torch")
-    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
-    seen = []
-    with torch.no_grad():
-        model.weight.zero_()
-        peer = peer_of(model)
-        for value in LIVE:
-            model.weight.fill_(value)
-            seen.append(float(update(peer, model)))
-    return seen
-
-
-@pytest.mark.parametrize("after", [0, 5])
-@pytest.mark.parametrize(
-    "schedule, options",
-    [
-        (Warmup(0.9999), {"decay": 0.9999}),
-        (Warmup(0.5), {"decay": 0.5}),
-        (Warmup(0.9999, 1.0), {"decay": 0.9999, "use_ema_warmup": True}),
-        (Warmup(0.8, 1.0), {"decay": 0.8, "use_ema_warmup": True}),
-        (
-            Warmup(0.99, 3.0, 0.75),
-            {"decay": 0.99, "use_ema_warmup": True, "inv_gamma": 3.0, "power": 0.75},
-        ),
-    ],
-)
-def test_warmup_gives_diffusers_numbers(schedule, options, after):
+def diffusers_decay(schedule, after):
     training_utils = pytest.importorskip("diffusers.training_utils")
-    decays = []
-
-    def update(peer, model):
-        peer.step(model.parameters())
-        decays.append(peer.cur_decay_value)
-        return peer.shadow_params[0]
-
-    seen = peer_average(
-        lambda m: training_utils.EMAModel(m.parameters(), update_after_step=after, **options),
-        update,
-    )
-    start_step = after + 1
-    assert decays[:start_step] == [0.0] * start_step
-    assert decays[start_step:] == [schedule(t, 1) for t in range(1, NUM_CALLS - after)]
-    assert all(map(close, seen, average(schedule, LIVE, start_step)))
+    options = {}
+    if schedule.inv_gamma is not None:
+        options = {"use_ema_warmup": True, "inv_gamma": schedule.inv_gamma, "power": schedule.power}
+    return training_utils.EMAModel(
+        [torch.nn.Parameter(torch.zeros(1))], schedule.decay, update_after_step=after, **options
+    ).get_decay
 
 
-@pytest.mark.parametrize("after", [0, 5])
-@pytest.mark.parametrize(
-    "schedule, options",
-    [
-        (Warmup(0.9999, 1.0), {}),
-        (Warmup(0.8, 1.0), {"beta": 0.8}),
-        (Warmup(0.99, 3.0, 0.75), {"beta": 0.99, "inv_gamma": 3.0, "power": 0.75}),
-    ],
-)
-@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 2e-7)])
-def test_warmup_gives_ema_pytorch_numbers(schedule, options, after, dtype, tolerance):
-    torch = pytest.importorskip("torch")
-    ema_pytorch = pytest.importorskip("ema_pytorch")
-    decays = []
-
-    def update(peer, model):
-        peer.update()
-        decays.append(peer.get_current_decay())
-        return peer.ema_model.weight
-
-    def peer_of(model):
-        return ema_pytorch.EMA(model, update_after_step=after, update_every=1, **options)
-
-    # It computes the decay in torch's default dtype: its own float32 rounding is all that differs.
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        seen = peer_average(peer_of, update)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    start_step = after + 1
-    ours = [0.0] * start_step + [schedule(t, 1) for t in range(1, NUM_CALLS - after)]
-    assert all(close(a, b, tolerance) for a, b in zip(decays, ours, strict=True))
-    expected = average(schedule, LIVE, start_step)
-    assert all(close(a, b, 10 * tolerance) for a, b in zip(seen, expected, strict=True))
-
-
-@pytest.mark.parametrize("after", [0, 5])
-@pytest.mark.parametrize("schedule", [Warmup(0.9999, 1.0), Warmup(0.8, 3.0, 0.75)])
-def test_warmup_gives_timm_numbers(schedule, after):
-    torch = pytest.importorskip("torch")
-    model_ema = pytest.importorskip("timm.utils.model_ema")
-    peer = model_ema.ModelEmaV3(
+def ema_pytorch_decay(schedule, after):
+    peer = pytest.importorskip("ema_pytorch").EMA(
         torch.nn.Linear(1, 1),
-        decay=schedule.decay,
-        use_warmup=True,
-        warmup_gamma=schedule.inv_gamma,
-        warmup_power=schedule.power,
+        beta=schedule.decay,
+        inv_gamma=schedule.inv_gamma,
+        power=schedule.power,
         update_after_step=after,
     )
-    for k in range(1, NUM_CALLS + 1):  # the step that the caller passes, counted from 1
-        t = k - (after + 1)
-        assert peer.get_decay(k) == (schedule(t, 1) if t > 0 else 0.0)
+
+    def decay(k):
+        peer.step.fill_(k)
+        return float(peer.get_current_decay())  # computed in float32
+
+    return decay
 
 
-@pytest.mark.parametrize("decay", [0.9999, 0.5])
-@pytest.mark.parametrize("use_num_updates", [True, False])
-def test_warmup_gives_torch_ema_numbers_without_a_first_copy(decay, use_num_updates):
-    torch_ema = pytest.importorskip("torch_ema")
-
-    def update(peer, model):
-        peer.update()
-        return peer.shadow_params[0]
-
-    seen = peer_average(
-        lambda m: torch_ema.ExponentialMovingAverage(m.parameters(), decay, use_num_updates), update
+def timm_decay(schedule, after):
+    return (
+        pytest.importorskip("timm.utils.model_ema")
+        .ModelEmaV3(
+            torch.nn.Linear(1, 1),
+            decay=schedule.decay,
+            use_warmup=True,
+            warmup_gamma=schedule.inv_gamma,
+            warmup_power=schedule.power,
+            update_after_step=after,
+        )
+        .get_decay
     )
-    schedule = Warmup(decay) if use_num_updates else Constant(decay)
-    assert all(map(close, seen, average(schedule, LIVE, start_step=0)))
 
 
-@pytest.mark.parametrize(
-    "schedule, start_step, function",
-    [(Constant(0.9), 1, "get_ema_avg_fn"), (EqualWeight(), 0, "get_swa_avg_fn")],
-)
-def test_torch_averaged_model_copies_first_under_a_float_and_is_equal_weight_under_swa(
-    schedule, start_step, function
-):
-    swa_utils = pytest.importorskip("torch.optim.swa_utils")
-    make = getattr(swa_utils, function)
-    avg_fn = make(schedule.decay) if isinstance(schedule, Constant) else make()
-
-    def update(peer, model):
-        peer.update_parameters(model)
-        return peer.module.weight
-
-    seen = peer_average(lambda m: swa_utils.AveragedModel(m, avg_fn=avg_fn), update)
-    assert all(map(close, seen, average(schedule, LIVE, start_step)))
+WITH_GAMMA = [Warmup(0.9999, 1.0), Warmup(0.8, 1.0), Warmup(0.99, 3.0, 0.75)]
+PEERS = [
+    *((diffusers_decay, schedule, 0) for schedule in (Warmup(0.9999), Warmup(0.5), *WITH_GAMMA)),
+    *((ema_pytorch_decay, schedule, 2e-7) for schedule in WITH_GAMMA),
+    *((timm_decay, schedule, 0) for schedule in WITH_GAMMA),
+]
 
 
-# --- value objects ---------------------------------------------------------------------------
+@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize(("peer", "schedule", "tolerance"), PEERS)
+def test_warmup_gives_the_decays_of_other_libraries(peer, schedule, tolerance, after):
+    """That the averages are the same too, of these and of other libraries, is in test_peers.py."""
+    peer_decay = peer(schedule, after)
+    for k in range(1, 61):  # their k-th call
+        t = k - (after + 1)
+        assert close(peer_decay(k), schedule(t, 1) if t > 0 else 0.0, tolerance), k
 
 
 @each
@@ -368,67 +282,52 @@ def test_ints_are_stored_as_floats_and_equal_them():
     assert PowerFunction(7) == PowerFunction(gamma=7.0) != PowerFunction(6)
 
 
-def test_importing_the_module_does_not_import_torch():
-    with open(schedules.__file__, encoding="utf-8") as file:
-        assert "import torch" not in (source := file.read()) and "from torch" not in source
+NOT_A_NUMBER = ["0.9", True, [0.9], 1j]
+NOT_IN_0_1 = [-0.1, 1.1, math.nan, math.inf, -math.inf, 10**400, None, *NOT_A_NUMBER]
+NOT_ABOVE_0 = [0, -1, math.nan, math.inf, 10**400, *NOT_A_NUMBER]
+NOT_ABOVE_MINUS_1 = [-1, -1.000000001, -2, math.nan, math.inf, "1", True]
+NEGATIVE = [-0.1, math.nan, math.inf, None, *NOT_A_NUMBER]
+# A constructor of one value, which values it refuses, and what it wants.
+REFUSED = [
+    (Constant, NOT_IN_0_1, "in [0, 1]"),
+    (Warmup, NOT_IN_0_1, "in [0, 1]"),
+    (lambda v: Cosine(v, 1.0, 10), NOT_IN_0_1, "in [0, 1]"),
+    (lambda v: Cosine(0.9, v, 10), NOT_IN_0_1, "in [0, 1]"),
+    (lambda v: BEMA(min_ema_multiplier=v), NOT_IN_0_1, "in [0, 1]"),
+    (HalfLife, [None, *NOT_ABOVE_0], "finite and above 0"),
+    (lambda v: HalfLife(fraction=v), NOT_ABOVE_0, "finite and above 0"),
+    (lambda v: Warmup(0.9, inv_gamma=v), NOT_ABOVE_0, "finite and above 0"),
+    (lambda v: Warmup(0.9, 1.0, v), [None, *NOT_ABOVE_0], "finite and above 0"),
+    (lambda v: Cosine(0.9, 1.0, v), [None, *NOT_ABOVE_0], "finite and above 0"),
+    (lambda v: BEMA(multiplier=v), [None, *NOT_ABOVE_0], "finite and above 0"),
+    (PowerFunction, NOT_ABOVE_MINUS_1, "finite and above -1"),
+    *(
+        (lambda v, name=name: BEMA(**{name: v}), NEGATIVE, "finite and at least 0")
+        for name in ("ema_power", "bias_power", "lag")
+    ),
+]
 
 
-NOT_IN_0_1 = [-0.1, 1.1, math.nan, math.inf, -math.inf, 10**400]
-NOT_A_NUMBER = ["0.9", True, None, [0.9], 1j]
+@pytest.mark.parametrize(("make", "values", "wanted"), REFUSED)
+def test_values_out_of_range_and_no_numbers_are_refused_by_name(make, values, wanted):
+    for bad in values:
+        with pytest.raises(
+            ValueError, match=rf"^\w+: \w+ must be ({re.escape(wanted)}|a number), not "
+        ):
+            make(bad)
 
 
-@pytest.mark.parametrize("bad", NOT_IN_0_1 + NOT_A_NUMBER, ids=lambda v: repr(v)[:10])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda v: Constant(v),
-        lambda v: Warmup(v),
-        lambda v: Cosine(v, 1.0, 10),
-        lambda v: Cosine(0.9, v, 10),
-    ],
-    ids=["Constant", "Warmup", "Cosine.start", "Cosine.end"],
-)
-def test_decays_outside_0_1_are_refused(make, bad):
-    with pytest.raises(ValueError, match=r"^\w+: \w+ must be (in \[0, 1\]|a number), not "):
-        make(bad)
-
-
-@pytest.mark.parametrize(
-    "bad", [0, -1, math.nan, math.inf, 10**400, *NOT_A_NUMBER], ids=lambda v: repr(v)[:10]
-)
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda v: HalfLife(v),
-        lambda v: Warmup(0.9, inv_gamma=1.0 if v is None else v, power=v if v is None else 1.0),
-        lambda v: Warmup(0.9, inv_gamma=1.0, power=v),
-        lambda v: Cosine(0.9, 1.0, v),
-    ],
-    ids=["HalfLife", "inv_gamma", "power", "total_steps"],
-)
-def test_lengths_and_powers_must_be_finite_and_positive(make, bad):
-    with pytest.raises(ValueError, match=r"^\w+: \w+ must be (finite and above 0|a number), not "):
-        make(bad)
-
-
-@pytest.mark.parametrize("bad", [-1, -1.000000001, -2, math.nan, math.inf, "1", True])
-def test_exponents_must_be_above_minus_1(bad):
-    with pytest.raises(ValueError, match=r"^PowerFunction: gamma must be"):
-        PowerFunction(bad)
-
-
-def test_power_function_wants_exactly_one_of_its_two_arguments():
+def test_exactly_one_of_two_arguments_is_wanted():
     for arguments in ({}, {"gamma": 1.0, "sigma_rel": 0.1}):
         with pytest.raises(ValueError, match="exactly one of gamma and sigma_rel"):
             PowerFunction(**arguments)
+    with pytest.raises(ValueError, match="give steps or fraction, not both"):
+        HalfLife(1.0, fraction=0.1)
 
 
 def test_a_power_that_would_be_ignored_is_refused():
     with pytest.raises(ValueError, match=r"power=0\.75 has no effect without inv_gamma"):
         Warmup(0.999, power=0.75)
-
-
-# --- as_schedule, decay_at -------------------------------------------------------------------
 
 
 def linear_ramp(t, delta):
@@ -449,12 +348,9 @@ def test_as_schedule_wraps_numbers_and_passes_schedules_through():
     partial = functools.partial(lambda scale, t, delta: scale, 0.5)
     for schedule in [*ALL, linear_ramp, ramp, ramp.__call__, partial]:
         assert as_schedule(schedule) is schedule
-
-
-@pytest.mark.parametrize("bad", [True, False, "0.999", "", 1.5, -1, math.nan, math.inf])
-def test_as_schedule_refuses_what_is_no_decay(bad):
-    with pytest.raises(ValueError, match=r"^Constant: decay must be .*, not "):
-        as_schedule(bad)
+    for bad in (True, False, "0.999", "", 1.5, -1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"^Constant: decay must be .*, not "):
+            as_schedule(bad)
 
 
 @pytest.mark.parametrize(
@@ -489,9 +385,6 @@ def test_decay_at_returns_a_python_float():
     np = pytest.importorskip("numpy")
     for value in (1, 0, np.float32(0.5), np.float64(0.5)):
         assert type(decay_at(lambda t, delta, value=value: value, 1, 1)) is float
-
-
-# --- JSON ------------------------------------------------------------------------------------
 
 
 def test_json_of_a_schedule_is_its_kind_and_fields():

@@ -94,6 +94,18 @@ def test_teacher():
     assert min(float(student), float(teacher)) > 0.9
 
 
+def test_adapter_teacher():
+    printed = run_on(2, "examples/adapter_teacher.py")
+    found = re.search(r"student (\d\.\d+), teacher (\d\.\d+)", printed)
+    assert min(map(float, found.groups())) > 0.9, printed
+
+
+def test_reference_policy():
+    printed = run_on(2, "examples/reference_policy.py")
+    found = re.search(r"rewarded: policy (\d\.\d+), reference (\d\.\d+)", printed)
+    assert min(map(float, found.groups())) > 0.9, printed
+
+
 def test_a_width_chosen_after_the_run(tmp_path: Path):
     printed = run_on(2, "examples/posthoc_sweep.py", tmp_path)
     assert_averaged_is_better(printed)

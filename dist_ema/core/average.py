@@ -15,6 +15,7 @@ from torch import nn
 from dist_ema.core.accelerator import synchronize_if_initialized
 from dist_ema.core.engine import (
     Engine,
+    Masters,
     Registered,
     Weight,
     pointer,
@@ -43,24 +44,34 @@ class Average:
         self,
         model: nn.Module,
         options: EMAOptions,
-        into: nn.Module | None,
+        into: nn.Module | str | None,
         group: Group,
         select: Select,
     ) -> None:
         """
         Args:
-            into: the teacher whose weights are the average, if any.
+            into: the teacher whose weights are the average, if any: a module, or the name of an
+                adapter of the model.
             select: returns the engine of a model.
         """
         self.model, self.group = model, group
         self.lock = RLock()  # held while values are updated or exchanged
         self._options, self._into, self._select = options, into, select
+        self._masters: Masters | None = None
         with group.together():
             self.marks = self._new_marks()
             self.marks.refuse("ShardedEMA()")
             self.engine = select(model)
             weights = self.engine.weights()
             averaged = averaged_names(weights, options.params, options.buffers)
+            weights = self._with_masters(weights, averaged)
+        trains = any(w.fqn in averaged and not w.is_buffer for w in weights)
+        if not group.any(trains):  # a part of a model may have frozen weights only
+            raise ValueError(
+                f"the model has {sum(not w.is_buffer for w in weights)} parameters and none is "
+                f"averaged with params={options.params!r}; pass a model that trains, or "
+                "params='all'"
+            )
         # Every rank that holds a teacher needs all of it.
         split = options.replicas == "split" and into is None
         self.plan = make_plan(weights, averaged, self.engine, split, group)
@@ -75,13 +86,13 @@ class Average:
                 fragments = self.plan.fragments
                 self.storage = AverageStorage(
                     fragments,
-                    allocate(fragments, options.dtype, len(options.schedules), options.device),
+                    allocate(fragments, options.dtype, len(options.values), options.device),
                     overlap=options.overlap,
                     # A forward pass writes to buffers before the next optimizer step.
                     waits=bool(self.plan.buffers),
                 )
             else:
-                self._teacher = Teacher(into, self.engine, self.plan, select)
+                self._teacher = Teacher(into, model, self.engine, self.plan, select)
                 self.storage = self._teacher.storage(self.plan)
             self.reset()
         self._remember()
@@ -101,12 +112,14 @@ class Average:
             )
         if self._fingerprint() != self._remembered:
             self._rebind()
-        if self._teacher is not None and self._teacher.moved():
-            self._teacher.follow(self.plan)
+        if self._teacher is not None and self._teacher.moved(self.engine):
+            self._teacher.follow(self.plan, self.engine)
             self.storage = self._teacher.storage(self.plan)
 
     def refuse_unfrozen(self) -> None:
         """Raise if a parameter that was frozen, and is not averaged, requires grad now. Local."""
+        if self._teacher is not None:
+            self._teacher.refuse_training()
         for fqn, tensor in self._frozen:
             if tensor.requires_grad:
                 raise RuntimeError(
@@ -116,17 +129,33 @@ class Average:
 
     def _rebind(self) -> None:
         engine = self._select(self.model)
-        if type(engine) is not type(self.engine):
+        if engine.kind != self.engine.kind:
             raise RuntimeError(
-                f"the model was held by {type(self.engine).__name__} when this average was built, "
-                f"and by {type(engine).__name__} now; build ShardedEMA after fully_shard(), DDP or "
+                f"the model was held by {self.engine.kind} when this average was built, and by "
+                f"{engine.kind} now; build ShardedEMA after fully_shard(), DDP or "
                 "accelerator.prepare(), with what they return"
             )
-        self.plan = rebind(self.plan, engine.weights(), self.group)
+        weights = self._with_masters(engine.weights(), self.plan.averaged, engine)
+        self.plan = rebind(self.plan, weights, self.group)
         self.engine = engine
         self.storage.bind(self.plan.fragments)
         self.marks = self._new_marks()  # modules may have been replaced
         self._remember()
+
+    def _with_masters(
+        self, weights: list[Weight], averaged: frozenset[str], engine: Engine | None = None
+    ) -> list[Weight]:
+        """The weights, averaged from the masters that `masters=` knows of now. Local."""
+        find = self._options.masters
+        if find is None:
+            return weights
+        self._masters = Masters(find, engine or self.engine, weights, averaged)
+        return self._masters.weights
+
+    @property
+    def source(self) -> str:
+        """ "master" if what is averaged is fp32 masters, else "weights"."""
+        return "master" if self._masters else self.engine.source
 
     def _remember(self) -> None:
         """Keep what `follow` compares with."""
@@ -151,12 +180,13 @@ class Average:
         return [
             *self.engine.stamp(),
             *self._averaged_buffers.addresses(),
+            *(self._masters.stamp() if self._masters is not None else ()),
             any(self._leaves),
             *map(id, children),
         ]
 
     def _new_marks(self) -> Marks:
-        teacher = () if self._into is None else self._into.modules()
+        teacher = self._into.modules() if isinstance(self._into, nn.Module) else ()
         return Marks([*self.model.modules(), *teacher])
 
     # Averaging.
@@ -166,18 +196,19 @@ class Average:
         """Copy the live weights to every average. Local."""
         self.storage.copy()
         if self._teacher is not None:
-            self._teacher.copy_parameters(self.plan, frozen_only=False)
+            self._teacher.copy_parameters(frozen_only=False)
         self.refresh_teacher()
 
     def refresh_teacher(self, *, loaded: bool = False) -> None:
         """Let the teacher, if there is one, compute with the new average. Local.
 
         After a load, frozen weights are copied to it now and at the next update: the model's own
-        may be loaded in between.
+        may be loaded in between. Those of an adapter are few, and copied at each update.
         """
         if self._teacher is not None:
-            if loaded or self._copies_frozen:
-                self._teacher.copy_parameters(self.plan, frozen_only=True)
+            self.storage.synchronize()  # a teacher in host memory is read by the host
+            if loaded or self._copies_frozen or isinstance(self._into, str):
+                self._teacher.copy_parameters(frozen_only=True)
             self._teacher.copy_buffers(self.engine, self.plan.averaged)
             self._teacher.refresh()
             self._copies_frozen = loaded
@@ -241,7 +272,9 @@ class Average:
     def swap(self, name: str, values: Sequence[torch.Tensor]) -> Iterator[None]:
         """Within the block, the forward pass reads an average. Collective among `swap_group`."""
         num_parameters = len(self.plan.parameters)
-        swap = Swap(self.plan.parameters, values[:num_parameters])
+        # A teacher keeps the average meanwhile: it may be used inside the block, too.
+        exchanges = self._teacher is None
+        swap = Swap(self.plan.parameters, values[:num_parameters], exchanges=exchanges)
         with torch.no_grad(), self.swap_group.together():
             refuse_freezing()
             refuse_destroyed(self.plan.replica_groups)

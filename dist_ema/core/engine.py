@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
@@ -37,6 +37,7 @@ from dist_ema.core.layout import (
 )
 from dist_ema.core.names import Registration, registrations
 
+FindMaster = Callable[[torch.Tensor], torch.Tensor | None]
 Cut = tuple[Shape, Sequence[Fragment]]  # the shape of a whole tensor, what this rank holds of it
 
 
@@ -68,6 +69,7 @@ class Engine(ABC):
 
     communicates = False  # whether `release` and `publish` do
     is_plain = False  # whether every rank holds all of each weight
+    takes_masters = True  # whether `masters=` may replace what the fragments view
     source = "weights"  # or "master": what the fragments view
     # Attributes of wrappers that are computed from the weight, and computed again if None.
     precomputed_names: Set[str] = frozenset()
@@ -76,6 +78,11 @@ class Engine(ABC):
         """`model` is as the user holds it, wrapped or not. It is not changed."""
         self._model = model
         self._wrapped: list[Registration] = []  # since `weights`
+
+    @property
+    def kind(self) -> str:
+        """How the model is cut, for messages and to tell whether it is cut in another way now."""
+        return type(self).__name__
 
     @staticmethod
     @abstractmethod
@@ -144,8 +151,16 @@ class Engine(ABC):
         Raises:
             ValueError: the tensor cannot be read as fragments.
         """
+        return self.cut(registration.fqn, tensor)
+
+    def cut(self, fqn: str, tensor: torch.Tensor) -> Cut:
+        """The global shape and the fragments of a tensor, which need not be one of the model.
+
+        Raises:
+            ValueError: the tensor cannot be read as fragments.
+        """
         values = values_of(tensor, self.precomputed_names)
-        return tuple(tensor.shape), (whole_fragment(registration.fqn, values),)
+        return tuple(tensor.shape), (whole_fragment(fqn, values),)
 
     @abstractmethod
     def stamp(self) -> list[int]:
@@ -198,6 +213,11 @@ class Engine(ABC):
                     "what was computed from other values of the weight would be used with these; "
                     "remove it, or leave the weight out by params="
                 )
+
+    def refresh(self, weights: Sequence[Weight]) -> None:
+        """Let the next forward pass read these weights, whose storage was written. Local."""
+        self.release()
+        self.publish()
 
     @abstractmethod
     def publish(self) -> None:
@@ -304,6 +324,82 @@ def cut_range(
     """
     meta = FragmentMeta(registration.fqn, shape, whole(shape), order)
     return shape, tuple(range_fragments(meta, start, view, forward_view))
+
+
+class Masters:
+    """The fp32 masters that an optimizer outside of the engine keeps of parameters.
+
+    [Note: masters=] An optimizer may create its masters at its first step and replace them when its
+    state is loaded, and nothing tells; so it is asked at every update, one call a parameter.
+    """
+
+    def __init__(
+        self,
+        find: FindMaster,
+        engine: Engine,
+        weights: Sequence[Weight],
+        averaged: Collection[str],
+    ) -> None:
+        """
+        Raises:
+            ValueError: the engine has masters of its own, or a master has another dtype, shape or
+                placement than its parameter.
+        """
+        if not engine.takes_masters:
+            raise ValueError(
+                f"masters= cannot be used with {engine.kind}: DeepSpeed's masters are averaged "
+                "without it, and FSDP1's flat parameters are not supported; leave it out"
+            )
+        self._find = find
+        trained = [w for w in weights if w.fqn in averaged and not w.is_buffer]
+        self._parameters = [w.tensor for w in trained]
+        self._held = list(map(find, self._parameters))
+        self._locals = [getattr(m, "_local_tensor", m) for m in self._held if m is not None]
+        cuts = {
+            w.fqn: _with_master(w, master, engine)
+            for w, master in zip(trained, self._held, strict=True)
+            if master is not None
+        }
+        self.weights = [cuts.get(w.fqn, w) for w in weights]
+
+    def __bool__(self) -> bool:
+        """Whether there is a master."""
+        return bool(self._locals)
+
+    def stamp(self) -> list[int]:
+        """Changes if a master appears, is replaced or moves. Local: asks for each parameter."""
+        return [*map(id, map(self._find, self._parameters)), *map(pointer, self._locals)]
+
+
+def _with_master(weight: Weight, master: object, engine: Engine) -> Weight:
+    """A weight that is averaged from its master, and read by the forward pass as before."""
+    if not isinstance(master, torch.Tensor) or not master.is_floating_point():
+        kind = master.dtype if isinstance(master, torch.Tensor) else type(master).__name__
+        raise ValueError(f"{weight.fqn}: masters= returned {kind}, wanted an fp32 tensor or None")
+    problem = _problem(master, engine.precomputed_names)
+    if master.dtype.itemsize < 4:
+        problem = f"is {master.dtype}; scaled or split masters cannot be averaged, use fp32 ones"
+    try:
+        shape, fragments = engine.cut(weight.fqn, master) if problem is None else ((), ())
+    except ValueError as error:
+        problem = str(error)
+    if problem is not None:
+        raise ValueError(f"{weight.fqn}: its master {problem}")
+    fragments = [f for f in fragments if f.meta.numel]
+    if shape != weight.shape or [f.meta for f in fragments] != [f.meta for f in weight.fragments]:
+        raise ValueError(
+            f"{weight.fqn}: its master has shape {shape}, the parameter {weight.shape}, or they "
+            "are placed in different ways; masters= must return a tensor of the parameter's "
+            "shape, memory format and placement"
+        )
+    views = zip(fragments, weight.fragments, strict=True)
+    if all(own.view.data_ptr() == live.view.data_ptr() for own, live in views):
+        return weight  # the parameter is its own master
+    pairs = zip(fragments, weight.fragments, strict=True)
+    return replace(
+        weight,
+        fragments=tuple(replace(own, forward_view=live.forward_view) for own, live in pairs),
+    )
 
 
 def refuse_freezing() -> None:

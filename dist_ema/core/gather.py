@@ -142,16 +142,15 @@ class Gatherer:
         self.own = _by_name({group.rank: metas})  # fragments that this rank owns, by fqn
         self._owned = _by_name({rank: metas for rank, (_, metas) in enumerate(reports)})  # of all
 
-    def names_where(self, condition: Callable[[TensorMeta, FragmentMeta], bool]) -> frozenset[str]:
-        """Names of tensors of which some owned fragment meets a condition. Collective.
+    def scattered(self) -> frozenset[str]:
+        """Names of tensors of which a rank owns more than runs of elements. Collective.
 
-        Args:
-            condition: evaluated on rank 0.
+        An owned fragment of them has gaps in the row-major tensor, or another order in storage.
         """
         names = [
-            tensor.fqn
-            for tensor in (self.tensors if self._group.rank == 0 else ())
-            if any(condition(tensor, f.meta) for f in self._owned.get(tensor.fqn, ()))
+            fqn
+            for fqn, fragments in self._owned.items()
+            if any(f.meta.order or f.last - f.first + 1 != f.meta.numel for f in fragments)
         ]
         return frozenset(self._group.broadcast(names))
 

@@ -298,3 +298,11 @@ def whole_fragment(
     shape = tuple(tensor.shape)
     meta = FragmentMeta(fqn, shape, whole(shape), order)
     return Fragment(meta, view, view if forward_view is None else flat(forward_view))
+
+
+def bits(values: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of a 1-D tensor as integers, so that equal means equal bit for bit."""
+    import torch
+
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.detach().view(width[values.element_size()])

@@ -9,8 +9,9 @@ leaves plain attributes. These attributes are listed here, the flat parameter is
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,56 @@ class Registration:
         return tensor
 
 
+class Models(nn.Module):
+    """Several modules as one: models by name, or this rank's parts of one model.
+
+    It takes no part in a forward pass, and does not change its modules. With a mapping, the names
+    of tensors start with the name of their model; parts have names of their own.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module] | Mapping[str, nn.Module]) -> None:
+        """
+        Raises:
+            ValueError: there is no module, a name cannot be that of a directory, or two parts have
+                tensors of one name.
+        """
+        super().__init__()
+        self.are_named = isinstance(modules, Mapping)
+        named = modules.items() if isinstance(modules, Mapping) else enumerate(modules)
+        for name, module in named:
+            if self.are_named and not (isinstance(name, str) and re.fullmatch(r"\w[\w-]*", name)):
+                raise ValueError(f"{name!r} cannot name a model; use letters, digits, _ and -")
+            self._modules[str(name)] = module
+        if not self._modules:
+            raise ValueError("there is no module to average")
+        tensors: dict[str, torch.Tensor] = {}
+        for registration in registrations(self):
+            tensor = registration.tensor
+            if tensors.setdefault(registration.fqn, tensor) is not tensor:
+                raise ValueError(
+                    f"several parts have a tensor named {registration.fqn}; in the parts of one "
+                    "model, tensors have the names that they have in the whole (keep layers in a "
+                    "ModuleDict), and different models are passed as a mapping"
+                )
+
+    def named(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules, each with the prefix of the names of its tensors."""
+        for name, module in self._modules.items():
+            assert module is not None
+            yield f"{name}." if self.are_named else "", module
+
+
+def as_module(model: object) -> nn.Module:
+    """A module, or a list or mapping of modules as one; TypeError for anything else."""
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, Mapping | list | tuple):
+        modules = model.values() if isinstance(model, Mapping) else model
+        if all(isinstance(module, nn.Module) for module in modules):
+            return Models(model)
+    raise TypeError(f"{type(model).__name__} is no module, and no list or mapping of modules")
+
+
 def class_of(module: str, name: str) -> type | None:
     """A class of a library, or None if the library was never imported."""
     cls: type | None = getattr(sys.modules.get(module), name, None)
@@ -106,6 +157,10 @@ def named_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mo
 
     A module registered twice is listed twice; a wrapper and what it wraps have the same name.
     """
+    if isinstance(model, Models):
+        for prefix, module in model.named():
+            yield from named_modules(module, prefix.removesuffix("."))
+        return
     yield name, model
     inner = wrapped(model)
     for child_name, child in model._modules.items():

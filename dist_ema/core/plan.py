@@ -52,7 +52,7 @@ def averaged_names(
     """Names of the weights to average.
 
     Raises:
-        ValueError: no parameter is selected, or the storage of a selected one cannot be read.
+        ValueError: the storage of a selected weight cannot be read.
     """
 
     def is_selected(weight: Weight) -> bool:
@@ -70,12 +70,6 @@ def averaged_names(
     problems = [f"{w.fqn}: {w.problem}" for w in selected if w.problem]
     if problems:
         raise ValueError("; ".join(problems))
-    if all(w.is_buffer for w in selected):
-        num_parameters = sum(not w.is_buffer for w in weights)
-        raise ValueError(
-            f"the model has {num_parameters} parameters and none is averaged with "
-            f"params={params!r}; pass a model that trains, or params='all'"
-        )
     return frozenset(w.fqn for w in selected)
 
 

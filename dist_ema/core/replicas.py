@@ -27,11 +27,10 @@ import torch.distributed as dist
 import xxhash
 
 from dist_ema.core.group import Group, all_gather_single, device_for, digest, gather_chunk
-from dist_ema.core.layout import Fragment, FragmentMeta
+from dist_ema.core.layout import Fragment, FragmentMeta, bits
 
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
 _HASHED_ELEMENTS = 1 << 20  # at a time on an accelerator: 16 MB of scratch
-_INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Holders = tuple[int, ...]  # ranks, ascending
 Storage = Callable[[Fragment], torch.Tensor]  # `view` or `forward_view` of a fragment
@@ -258,12 +257,12 @@ def differing(replica_groups: Sequence[ReplicaGroup], num_shared: int, group: Gr
     shared = [g for g in replica_groups if g.is_shared]
     numbers = [1 - (1 << 63)] * (2 * num_shared)
     for replica_group in shared:
-        value, at = _hash(f.view for f in replica_group.fragments) >> 1, 2 * replica_group.number
+        value, at = _hash(replica_group.fragments) >> 1, 2 * replica_group.number
         numbers[at : at + 2] = value, -value
     maxima = group.maxima(numbers) if num_shared else []
     if all(high == -low for high, low in zip(maxima[::2], maxima[1::2], strict=True)):
         return []
-    hashes = {(f.meta.fqn, f.meta.box): _hash([f.view]) for g in shared for f in g.fragments}
+    hashes = {(f.meta.fqn, f.meta.box): _hash([f]) for g in shared for f in g.fragments}
     first: dict[tuple[str, object], int] = {}
     return sorted(
         {
@@ -275,10 +274,11 @@ def differing(replica_groups: Sequence[ReplicaGroup], num_shared: int, group: Gr
     )
 
 
-def _hash(values: Iterable[torch.Tensor]) -> int:
-    """64 bits, signed, of the bit patterns of 1-D tensors: equal for equal bits, NaN included."""
+def _hash(fragments: Iterable[Fragment]) -> int:
+    """64 bits, signed, of the bits of masters and weights: equal for equal bits, NaN included."""
     state = xxhash.xxh3_64()
-    for tensor in values:
+    tensors = ([f.view] if f.in_place else [f.view, f.forward_view] for f in fragments)
+    for tensor in itertools.chain.from_iterable(tensors):
         tensor = torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor
         if tensor.device.type == "cpu":
             state.update(tensor.detach().view(torch.uint8).numpy().data)
@@ -289,10 +289,10 @@ def _hash(values: Iterable[torch.Tensor]) -> int:
 
 def hash_on_device(values: torch.Tensor) -> int:
     """64 bits that depend on each bit of a 1-D tensor and its position, computed on its device."""
-    bits = values.detach().view(_INTEGER_OF_WIDTH[values.element_size()])
-    length = min(_HASHED_ELEMENTS, len(bits))
-    weights = torch.arange(1, 2 * length, 2, device=bits.device)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for chunk in bits.split(_HASHED_ELEMENTS):
+    integers = bits(values)
+    length = min(_HASHED_ELEMENTS, len(integers))
+    weights = torch.arange(1, 2 * length, 2, device=integers.device)
+    total = torch.zeros((), dtype=torch.int64, device=integers.device)
+    for chunk in integers.split(_HASHED_ELEMENTS):
         total = total * 1000003 + (chunk * weights[: len(chunk)]).sum()
     return int(total)

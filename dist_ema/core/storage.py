@@ -51,6 +51,10 @@ class AverageStorage:
         self._lerp.synchronize()
         return self._values
 
+    def synchronize(self) -> None:
+        """Let the host wait for an update in progress on a side stream."""
+        self._lerp.synchronize()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all averages, including padding."""

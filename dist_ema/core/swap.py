@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dist_ema.core.engine import Weight
-from dist_ema.core.layout import Fragment
+from dist_ema.core.layout import Fragment, bits
 from dist_ema.core.names import ddp_modules, registrations
 
 _CHUNK_BYTES = 4 << 20  # exchanged at a time
@@ -41,15 +41,24 @@ class Swap:
 
     - Equal dtypes: live and averaged values are exchanged through a small buffer.
     - The forward pass reads a copy of a master: the copy is overwritten, and cast again to restore.
-    - Different dtypes without a master: the live values are kept aside meanwhile.
+    - Different dtypes without a master, or a copy that is not the cast of its master (stochastic
+      rounding), or averaged values that must stay where they are: the live values are set aside
+      meanwhile.
     """
 
-    def __init__(self, fragments: Sequence[Fragment], values: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        fragments: Sequence[Fragment],
+        values: Sequence[torch.Tensor],
+        *,
+        exchanges: bool = True,
+    ) -> None:
+        """`exchanges`: whether live values may be kept in the storage of the averaged ones."""
         buffers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
         self._writes: list[_Exchange | _Overwrite] = []
         for fragment, average in zip(fragments, values, strict=True):
             live = fragment.view
-            if not fragment.in_place or average.dtype != live.dtype:
+            if not (exchanges and fragment.in_place and average.dtype == live.dtype):
                 self._writes.append(_Overwrite(fragment, average))
                 continue
             size = _CHUNK_BYTES // live.element_size()
@@ -109,14 +118,14 @@ class _Exchange:
 
 @dataclass(slots=True, eq=False)
 class _Overwrite:
-    """Averaged values over a copy of a master, or over live values that are kept aside."""
+    """Averaged values over live ones, which are set aside unless they are the cast of a master."""
 
     fragment: Fragment
     average: torch.Tensor
     kept: torch.Tensor | None = None
 
     def do(self) -> None:
-        self.kept = self.fragment.view.clone() if self.fragment.in_place else None
+        self.kept = None if self._is_cast() else self.fragment.forward_view.clone()
         try:
             self.fragment.forward_view.copy_(self.average)
         except BaseException:
@@ -126,6 +135,17 @@ class _Overwrite:
     def undo(self) -> None:
         self.fragment.forward_view.copy_(self.fragment.view if self.kept is None else self.kept)
         self.kept = None
+
+    def _is_cast(self) -> bool:
+        """Whether the values that the forward pass reads are, bit for bit, a cast of the master."""
+        if self.fragment.in_place:
+            return False
+        live, master = self.fragment.forward_view, self.fragment.view
+        size = _CHUNK_BYTES // master.element_size()
+        return all(
+            torch.equal(bits(chunk), bits(exact.to(chunk)))
+            for chunk, exact in zip(live.split(size), master.split(size), strict=True)
+        )
 
 
 class Buffers:

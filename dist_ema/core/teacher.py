@@ -1,9 +1,17 @@
-"""A second module whose weights are the average: the teacher of DINO, BYOL and mean teacher."""
+"""A teacher, whose weights are the average: a second module, or a second adapter of the model.
+
+[Note: counterparts]
+A rank averages each of the student's fragments into its counterpart, a fragment of the teacher with
+the same box of a tensor of the same shape: others would be averaged into the wrong weights without
+an error. In a second module (DINO, BYOL, mean teacher) a counterpart has the same name. In an
+adapter one component differs: `lora_A.teacher.weight` belongs to `lora_A.default.weight`.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,40 +22,56 @@ from dist_ema.core.names import named_modules
 from dist_ema.core.plan import Plan
 from dist_ema.core.storage import AverageStorage
 
+# Settings of an adapter that say where it is from, or how its weights were initialized.
+_ORIGINS = ("inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping")
+
 
 class Teacher:
-    """A module that is sharded as the student is: each rank averages into its own shards. Local.
-
-    Every fragment of the student must have one of the same tensor and box here: others would be
-    averaged into the wrong weights without an error.
-    """
+    """Weights that are sharded as the student's are: each rank averages into its own. Local."""
 
     def __init__(
         self,
-        module: nn.Module,
+        into: nn.Module | str,
+        model: nn.Module,
         student: Engine,
         plan: Plan,
         select: Callable[[nn.Module], Engine],
     ) -> None:
         """
+        Args:
+            into: the module, or the name of the adapter in `model`.
+            student: the engine of `model`.
+
         Raises:
-            ValueError: the teacher is sharded in another way; the weights are named.
+            ValueError: the teacher is sharded in another way, has other settings, or trains; the
+                weights are named.
         """
-        if not isinstance(module, nn.Module):
-            raise ValueError(f"into is a {type(module).__name__}, wanted a torch.nn.Module")
-        self._module, self._select = module, select
-        self._engine = select(module)
-        if type(self._engine) is not type(student):
+        if not isinstance(into, nn.Module | str):
+            kind = type(into).__name__
             raise ValueError(
-                f"into is sharded by {type(self._engine).__name__}, the model by "
-                f"{type(student).__name__}; wrap both in the same way"
+                f"into is a {kind}, wanted a torch.nn.Module or the name of an adapter"
             )
+        self._select = select
+        self._adapter = into if isinstance(into, str) else None
+        self._module = model if isinstance(into, str) else into
+        self._engine = student if isinstance(into, str) else select(into)
+        if self._engine.kind != student.kind:
+            raise ValueError(
+                f"into is sharded by {self._engine.kind}, the model by {student.kind}; wrap both "
+                "in the same way"
+            )
+        self._student = ""  # the adapter that is averaged
+        if self._adapter is not None:
+            names = {name for w in self._engine.weights() for name in (w.fqn, *w.aliases)}
+            self._student = _averaged_adapter(model, self._adapter, plan.averaged, names)
+        self._frozen = {w.fqn for w in plan.weights if not w.tensor.requires_grad} - plan.averaged
         self._buffer_stamp: list[int] | None = None
         self._buffer_pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._bind(plan)
+        self.refuse_training(ValueError)
         if any(
             self._fragments[fragment.meta].view.data_ptr() == fragment.view.data_ptr()
-            for weight in plan.weights
+            for weight, _ in self._pairs
             for fragment in weight.fragments
         ):
             raise ValueError("into shares weights with the model; pass a separate module")
@@ -58,26 +82,36 @@ class Teacher:
         return AverageStorage(plan.fragments, [values], owns_gaps=False)
 
     def dtype_of(self, fqn: str) -> torch.dtype:
-        """The dtype of one of the teacher's weights."""
+        """The dtype of the teacher's counterpart of a weight."""
         return self._dtypes[fqn]
 
-    def moved(self) -> bool:
-        """Whether storage moved since `storage` was called."""
+    def moved(self, student: Engine) -> bool:
+        """Whether storage moved since `storage` was called; `student` is the model's engine now."""
+        if self._adapter is not None:
+            return student is not self._engine
         return self._engine.stamp() != self._stamp
 
-    def follow(self, plan: Plan) -> None:
+    def follow(self, plan: Plan, student: Engine) -> None:
         """Find the storage again."""
-        self._engine = self._select(self._module)
+        self._engine = self._select(self._module) if self._adapter is None else student
         self._bind(plan)
 
-    def copy_parameters(self, plan: Plan, *, frozen_only: bool) -> None:
+    def refuse_training(self, error: type[Exception] = RuntimeError) -> None:
+        """Raise an error if the teacher is an adapter that requires grad now. Local."""
+        for _, weight in self._pairs if self._adapter is not None else ():
+            if weight.tensor.requires_grad:
+                raise error(
+                    f"{weight.fqn}: requires grad, and an optimizer may write to the teacher; call "
+                    f"set_adapter({self._student!r}) before the optimizer step and update(), or "
+                    f"set_adapter({self._adapter!r}, inference_mode=True)"
+                )
+
+    def copy_parameters(self, *, frozen_only: bool) -> None:
         """Copy parameters that are not averaged from the student."""
-        for weight in plan.weights:
-            if weight.fqn not in plan.averaged and not (
-                frozen_only and weight.tensor.requires_grad
-            ):
-                for fragment in weight.fragments:
-                    self._fragments[fragment.meta].view.copy_(fragment.view)
+        for student, teacher in self._copied:
+            if student.fqn in self._frozen or not frozen_only:
+                for target, source in zip(teacher.views, student.views, strict=True):
+                    target.copy_(source)
 
     def copy_buffers(self, student: Engine, averaged: frozenset[str]) -> None:
         """Copy buffers that are not averaged from the student, as they are registered now.
@@ -92,67 +126,183 @@ class Teacher:
             target.copy_(source)
 
     def _pair_buffers(self, student: Engine, averaged: frozenset[str]) -> None:
-        self._adopt_buffers(student, averaged)
-        own = {name: w for w in self._engine.buffers() for name in (w.fqn, *w.aliases)}
+        modules = dict(named_modules(self._module))
+        sources = [
+            (weight, names)
+            for weight in student.buffers()
+            if weight.fqn not in averaged and not weight.problem
+            if (names := self._counterparts(weight, modules))
+        ]
+        own = self._own_buffers()
+        for weight, names in sources:
+            if not _fits(own.get(names[0]), weight, names):
+                copied = weight.tensor.detach().clone()
+                for fqn in names:
+                    owner, _, name = fqn.rpartition(".")
+                    modules[owner].register_buffer(name, copied, persistent=weight.persistent)
+        own = self._own_buffers()
         self._buffer_pairs = [
             pair
-            for weight in student.buffers()
-            if weight.fqn in own and weight.fqn not in averaged and not weight.problem
-            for pair in zip(own[weight.fqn].views, weight.views, strict=True)
+            for weight, names in sources
+            for pair in zip(own[names[0]].views, weight.views, strict=True)
         ]
 
-    def _adopt_buffers(self, student: Engine, averaged: frozenset[str]) -> None:
-        """Register copies of buffers of the student that this module lacks, or has otherwise."""
-        own = {name: w for w in self._engine.buffers() for name in (w.fqn, *w.aliases)}
-        modules = dict(named_modules(self._module))
-        for weight in student.buffers():
-            buffer = own.get(weight.fqn)
-            if weight.fqn in averaged or weight.problem:
-                continue
-            if buffer is None or _kind(buffer) != _kind(weight):
-                copied = weight.tensor.detach().clone()
-                for fqn in (weight.fqn, *weight.aliases):
-                    owner, _, name = fqn.rpartition(".")
-                    if owner in modules:
-                        modules[owner].register_buffer(name, copied, persistent=weight.persistent)
+    def _own_buffers(self) -> dict[str, Weight]:
+        return {name: w for w in self._engine.buffers() for name in (w.fqn, *w.aliases)}
 
     def refresh(self) -> None:
         """Let the next forward pass of the teacher read the new average."""
-        self._engine.release()
-        self._engine.publish()
+        self._engine.refresh([teacher for _, teacher in self._pairs])
 
     def _bind(self, plan: Plan) -> None:
-        weights = {w.fqn: w for w in self._engine.weights()}
-        problems = [_difference(weight, weights.get(weight.fqn)) for weight in plan.weights]
-        if any(problems):
-            listed = "; ".join(filter(None, problems))
-            raise ValueError(f"into has another layout than the model: {listed}")
-        self._dtypes = {fqn: w.tensor.dtype for fqn, w in weights.items()}
+        own = {name: w for w in self._engine.weights() for name in (w.fqn, *w.aliases)}
+        modules = dict(named_modules(self._module))
+        self._pairs: list[tuple[Weight, Weight]] = []
+        problems: list[str] = []
+        for weight in plan.weights:
+            names = self._counterparts(weight, modules)
+            teacher = own.get(names[0]) if names else None
+            if teacher is not None and (problem := _difference(weight, teacher)) is None:
+                self._pairs.append((weight, teacher))
+            elif teacher is not None:
+                problems.append(f"{teacher.fqn} {problem}")
+            elif self._adapter is None or weight.fqn in plan.averaged:
+                problems.append(f"{weight.fqn} is missing")
+        if problems:
+            raise ValueError(f"into has another layout than the model: {'; '.join(problems)}")
+        self._copied = [pair for pair in self._pairs if pair[0].fqn not in plan.averaged]
+        self._dtypes = {student.fqn: teacher.tensor.dtype for student, teacher in self._pairs}
         self._fragments: dict[FragmentMeta, Fragment] = {
-            f.meta: f for w in weights.values() for f in w.fragments
+            fragment.meta: counterpart
+            for student, teacher in self._pairs
+            for fragment, counterpart in zip(student.fragments, teacher.fragments, strict=True)
         }
         self._stamp = self._engine.stamp()
         self._buffer_stamp = None
 
+    def _counterparts(self, weight: Weight, modules: Collection[str]) -> list[str]:
+        """The names that the counterpart of a weight or buffer may have, of those modules."""
+        names = (weight.fqn, *weight.aliases)
+        if self._adapter is not None:
+            names = tuple(
+                name
+                for fqn in names
+                for replaced, name in _replacements(fqn, self._adapter)
+                if replaced == self._student
+            )
+        return [name for name in names if name.rpartition(".")[0] in modules]
 
-def _kind(buffer: Weight) -> object:
-    """What the buffers of teacher and student must have in common to be copied in place."""
-    dtype = buffer.tensor.dtype
-    kind = None if dtype.is_floating_point else dtype  # a teacher may have another precision
-    return {buffer.fqn, *buffer.aliases}, buffer.shape, kind
+
+def _replacements(fqn: str, adapter: str) -> Iterator[tuple[str, str]]:
+    """Each component of a name, and the name with the adapter's in its place."""
+    parts = fqn.split(".")
+    for i, part in enumerate(parts):
+        if part != adapter:
+            yield part, ".".join([*parts[:i], adapter, *parts[i + 1 :]])
 
 
-def _difference(student: Weight, teacher: Weight | None) -> str | None:
+def _averaged_adapter(
+    model: nn.Module, adapter: str, averaged: Collection[str], names: Collection[str]
+) -> str:
+    """The name of the adapter that is averaged, if another adapter is the teacher.
+
+    It is the one component of all averaged names whose replacement gives the name of a weight.
+
+    Raises:
+        ValueError: there is no such component, or several, or the adapters' settings differ.
+    """
+    candidates = {
+        fqn: {replaced for replaced, name in _replacements(fqn, adapter) if name in names}
+        for fqn in sorted(averaged)
+    }
+    several = [components for components in candidates.values() if components]
+    common = set.intersection(*several) if several else set()
+    if len(common) == 1:
+        _refuse_other_settings(model, "".join(common), adapter)
+    missing = [fqn for fqn, components in candidates.items() if not components]
+    trained = [fqn for fqn in missing if adapter in fqn.split(".")]
+    if trained:
+        raise ValueError(
+            f"into={adapter!r}: {trained[0]} is of that adapter and would be averaged itself; call "
+            "set_adapter() with the name of the student's, which freezes the teacher, or leave it "
+            "out by params= and buffers="
+        )
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ValueError(
+            f"into={adapter!r}: there is no adapter of this name with counterparts of these "
+            f"averaged weights: {', '.join(missing[:4])}{more}. Before the model is wrapped, call "
+            f"model.add_adapter({adapter!r}, config) with the configuration of the adapter that "
+            "trains, which must be active, and the teacher frozen; choose the weights of that "
+            "adapter alone by params= and buffers="
+        )
+    if averaged and len(common) != 1:  # a part of a model may have frozen weights only
+        raise ValueError(
+            f"into={adapter!r} may stand for several components of the averaged names: "
+            f"{sorted(set.union(*several))}; average one adapter, by params=, and give the teacher "
+            "a name that no module has"
+        )
+    return "".join(common)
+
+
+def _refuse_other_settings(model: nn.Module, student: str, teacher: str) -> None:
+    """Raise ValueError if a module keeps other settings (rank, scale) for one adapter."""
+    differences = dict.fromkeys(
+        f"{label} is {here.get(label)}, of {student!r} {there.get(label)}"
+        for _, module in named_modules(model)
+        for attribute, values in _public_attributes(module)
+        if isinstance(values, dict)
+        if student in values and teacher in values
+        for here, there in [[_settings(attribute, values[name]) for name in (teacher, student)]]
+        for label in dict.fromkeys((*here, *there))
+        if here.get(label) != there.get(label)
+    )
+    if differences:
+        raise ValueError(
+            f"into={teacher!r} is an adapter with other settings than the averaged one, and would "
+            f"compute something else with the same weights: {'; '.join(differences)}; add it with "
+            f"the configuration of {student!r}"
+        )
+
+
+def _public_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield "peft_config", getattr(module, "peft_config", None)
+    yield from (item for item in vars(module).items() if not item[0].startswith("_"))
+
+
+def _settings(label: str, value: Any) -> dict[str, Any]:
+    """What a module keeps for an adapter: its configuration, or a number such as its scale."""
+    if isinstance(value, bool | int | float | str):
+        return {label: value}
+    if isinstance(value, nn.Module | torch.Tensor) or not hasattr(value, "to_dict"):
+        return {}
+    ignored = (*_ORIGINS, *(key for key in value.to_dict() if key.startswith("init_")))
+    return {key: item for key, item in value.to_dict().items() if key not in ignored}
+
+
+def _fits(buffer: Weight | None, source: Weight, names: Sequence[str]) -> bool:
+    """Whether the values of another buffer can be copied to a teacher's, which has these names."""
+    if buffer is None or {buffer.fqn, *buffer.aliases} != {*names} or buffer.shape != source.shape:
+        return False
+    dtypes = {t.dtype for t in (buffer.tensor, source.tensor)}
+    return len(dtypes) == 1 or all(dtype.is_floating_point for dtype in dtypes)
+
+
+def _difference(student: Weight, teacher: Weight) -> str | None:
     """Why a weight of the teacher cannot hold the average of a student's; None if it can."""
-    if teacher is None:
-        return f"{student.fqn} is missing"
+    if teacher.problem is not None:
+        return teacher.problem
     if teacher.shape != student.shape:
-        return f"{student.fqn} has shape {teacher.shape}, the model's {student.shape}"
-    if [f.meta for f in teacher.fragments] != [f.meta for f in student.fragments]:
-        return f"{student.fqn} is sharded in another way"
+        return f"has shape {teacher.shape}, the model's {student.shape}"
+    if [_place(f) for f in teacher.fragments] != [_place(f) for f in student.fragments]:
+        return "is sharded in another way"
     if any(not f.in_place for f in teacher.fragments):
-        return f"{student.fqn} is a copy that its engine overwrites from a master"
+        return "is a copy that its engine overwrites from a master"
     return None
+
+
+def _place(fragment: Fragment) -> object:
+    return fragment.meta.box, fragment.meta.order
 
 
 def _stamp_of(registries: Iterable[Sequence[dict[str, torch.Tensor | None]]]) -> list[int]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,9 +31,9 @@ from dist_ema.core.names import Registration, is_instance, layers, registrations
 from dist_ema.core.requirements import require, require_names
 from dist_ema.engines.caches import outdate
 
-_STAGE_3 = (
-    "module fp16_groups fp16_partitioned_groups_flat persistent_parameters "
-    "_partition_all_parameters invalidate_secondary_tensor"
+_STAGE_3 = "fp16_groups fp16_partitioned_groups_flat"
+_OFFLOAD = (
+    "module offload_device persistent_parameters partition_all_parameters get_param_coordinator"
 )
 # Attributes or methods of an engine or its optimizer that are true if a feature is in use.
 _UNSUPPORTED = {
@@ -53,6 +53,7 @@ class ZeroEngine(Engine):
     """Parts of DeepSpeed's flat buffers. Only `release` and `publish` communicate."""
 
     communicates = True
+    takes_masters = False
 
     def __init__(self, model: nn.Module) -> None:
         require("deepspeed")
@@ -91,6 +92,11 @@ class ZeroEngine(Engine):
         return buffers + self._others.addresses()
 
     def applied_steps(self) -> int | None:
+        if isinstance(self._stage, _Stage3) and not self._stage.masters:
+            raise ValueError(
+                "this DeepSpeedEngine has no optimizer, so it counts no steps and its weights stay "
+                "as they are; pass the engine that trains, and this one as into="
+            )
         # `was_step_applied()` is stale between optimizer steps with accelerate.
         applied: int = self._engine.global_steps - self._engine.skipped_steps
         return applied
@@ -100,6 +106,10 @@ class ZeroEngine(Engine):
         if any(state.name == "lp_params" for state in offloaded):
             raise RuntimeError("the weights are offloaded; call engine.reload_states() first")
         self._stage.release()
+
+    def refresh(self, weights: Sequence[Weight]) -> None:
+        self._stage.refresh([weight.tensor for weight in weights if not weight.is_buffer])
+        outdate()
 
     def publish(self) -> None:
         self._stage.publish()
@@ -130,6 +140,9 @@ class _Whole:
 
     def release(self) -> None:
         return
+
+    def refresh(self, parameters: Sequence[Any]) -> None:
+        """Drop gathered copies of some parameters. Local."""
 
     def publish(self) -> None:
         return
@@ -194,21 +207,33 @@ class _Flat(_Whole):
 class _Stage3(_Whole):
     """An even part of each parameter; the parts of those that train are in flat buffers."""
 
-    def __init__(self, optimizer: Any) -> None:
-        require_names(optimizer, _STAGE_3, "deepspeed")
-        masters = optimizer.fp32_partitioned_groups_flat
-        super().__init__(list(optimizer.module.parameters()), masters)
-        self._optimizer = optimizer
+    def __init__(self, offload: Any, optimizer: Any = None) -> None:
+        """
+        Args:
+            offload: cuts and gathers the parameters, with or without an optimizer.
+        """
+        require_names(offload, _OFFLOAD, "deepspeed")
+        if offload.offload_device == "nvme":
+            raise ValueError("DeepSpeed with offload to NVMe is not supported")
+        if optimizer is not None:
+            require_names(optimizer, _STAGE_3, "deepspeed")
+        masters = getattr(optimizer, "fp32_partitioned_groups_flat", [])
+        super().__init__(list(offload.module.parameters()), masters)
+        self._offload, self._optimizer = offload, optimizer
+        self._groups = getattr(optimizer, "fp16_groups", ())
+        self._owners = {
+            id(p): m for m in offload.module.modules() for p in m.parameters(recurse=False)
+        }
         self.moved_by_buffers = {id(p) for p in self.parameters}
-        trained = {id(p) for group in optimizer.fp16_groups for p in group}
+        trained = {id(p) for group in self._groups for p in group}
         self._rest = [p for p in self.parameters if id(p) not in trained]
 
     def buffers(self) -> list[torch.Tensor]:
-        copies = self._optimizer.fp16_partitioned_groups_flat
+        copies = getattr(self._optimizer, "fp16_partitioned_groups_flat", ())
         return [*self.masters, *copies, *(p.ds_tensor for p in self._rest)]
 
     def cuts(self) -> Iterator[tuple[torch.Tensor, MakeCut]]:
-        for group, masters in zip(self._optimizer.fp16_groups, self.masters, strict=True):
+        for group, masters in zip(self._groups, self.masters, strict=True):
             sizes = [p.ds_tensor.numel() for p in group]
             for p, master in zip(group, masters.detach().split(sizes), strict=True):
                 yield p, self._cut(p, master)
@@ -216,16 +241,24 @@ class _Stage3(_Whole):
             yield p, self._cut(p, p.ds_tensor.detach().view(-1))
 
     def release(self) -> None:
-        self._optimizer._partition_all_parameters()
+        self._offload.partition_all_parameters()
+
+    def refresh(self, parameters: Sequence[Any]) -> None:
+        gathered = [p for p in parameters if p.ds_status.name != "NOT_AVAILABLE"]
+        for module in dict.fromkeys(self._owners[id(p)] for p in gathered):
+            self._offload.get_param_coordinator().release_and_reset_all(module)
+        _invalidate(parameters)
 
     def publish(self) -> None:
         # They stay gathered between steps. Each is gathered by itself: of several, DeepSpeed before
         # 0.19 waits for the last only, and on the CPU reads the others too early.
-        for parameter in self._optimizer.persistent_parameters:
+        for parameter in self._offload.persistent_parameters:
             parameter.all_gather([parameter])
-        self._optimizer.invalidate_secondary_tensor()
+        _invalidate(self.parameters)
 
     def _cut(self, p: Any, master: torch.Tensor) -> MakeCut:
+        if hasattr(p.ds_tensor, "ds_quant_scale"):
+            return _refuse_quantized
         size = master.numel()  # the same on every rank: the end is padded
         start = size * dist.get_rank(p.ds_process_group)
         view, copy = (
@@ -237,9 +270,21 @@ class _Stage3(_Whole):
         )
 
 
+def _refuse_quantized(registration: Registration) -> Cut:
+    raise ValueError("is quantized by zero_quantized_nontrainable_weights; leave that setting out")
+
+
+def _invalidate(parameters: Iterable[Any]) -> None:
+    """Drop the copies within a node, from which ZeRO++ (hpZ) gathers weights."""
+    for parameter in parameters:
+        parameter.ds_secondary_tensor = None
+
+
 def _stage(o: Any) -> _Whole:
     """How an optimizer keeps its masters, which its attributes say and its class does not."""
     if hasattr(o, "fp32_partitioned_groups_flat"):
+        return _Stage3(o.parameter_offload, o)
+    if hasattr(o, "partition_all_parameters"):  # DeepSpeedZeRoOffload, at stage 3 without optimizer
         return _Stage3(o)
     if hasattr(o, "single_partition_of_fp32_groups"):  # stages 1 and 2
         # Before DeepSpeed 0.19 there is no padding between parameters, and no such attribute.

@@ -138,11 +138,10 @@ class DTensorEngine(Engine):
         sharded: torch.Tensor = fsdp_param.sharded_param
         return sharded
 
-    def _cut(self, registration: Registration, tensor: torch.Tensor) -> Cut:
+    def cut(self, fqn: str, tensor: torch.Tensor) -> Cut:
         if not isinstance(tensor, DTensor):
-            return super()._cut(registration, tensor)
-        fqn, shape = registration.fqn, tuple(tensor.shape)
-        local = values_of(tensor, PRECOMPUTED).detach()
+            return super().cut(fqn, tensor)
+        shape, local = tuple(tensor.shape), values_of(tensor, PRECOMPUTED).detach()
         indices = _global_indices(tensor)
         if indices is None or local.numel() == 0:
             return shape, ()

@@ -77,6 +77,8 @@ class _Original:
 class Fsdp1Engine(Engine):
     """Ranges of flat parameters. Nothing here communicates."""
 
+    takes_masters = False
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._units: list[Any] = [m for m in model.modules() if _is_fsdp1(m) and m._handle]

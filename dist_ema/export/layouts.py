@@ -20,7 +20,8 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from dist_ema.core.engine import Weight
 from dist_ema.core.group import Group
 from dist_ema.core.layout import TensorMeta
 from dist_ema.core.names import (
+    Models,
     Registration,
     class_of,
     ddp_modules,
@@ -48,6 +50,7 @@ _WEIGHTS_NAMES = {
     "plain": "model.safetensors",
 }
 _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
+_DTYPE = "dist_ema: dtype"  # in configurations, in place of the dtype of the export
 _WRAPPER_LEVELS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
 
@@ -57,11 +60,14 @@ class ModelLayout:
     """What a library expects of a directory of weights. A checkpoint keeps it as JSON."""
 
     library: str  # transformers, diffusers, peft or plain
-    weights_name: str  # of the library's weights file
-    texts: Mapping[str, str]  # file name -> contents, of the configurations
-    dtype_at: Mapping[str, Sequence[Sequence[str]]]  # file name -> paths of keys that hold a dtype
-    names: Mapping[str, str] | None  # fqn -> name in the file; None: all tensors by their fqns
-    ignored: Sequence[str]  # fqns that the library does not write
+    texts: Mapping[str, str] = field(default_factory=dict)  # file name -> configuration
+    names: Mapping[str, str] | None = None  # fqn -> name in the file; None: all, by their fqns
+    ignored: Sequence[str] = ()  # fqns that the library does not write
+
+    @property
+    def weights_name(self) -> str:
+        """The name of the library's weights file."""
+        return _WEIGHTS_NAMES[self.library]
 
     def name_of(self, fqns: Iterable[str]) -> str | None:
         """The name under which a tensor of these names is written; None if it is left out."""
@@ -71,29 +77,8 @@ class ModelLayout:
 
     def config_files(self, dtype: torch.dtype) -> dict[str, str]:
         """The contents of the configurations, with the dtype of the averaged weights."""
-        texts = dict(self.texts)
-        for name, paths in self.dtype_at.items():
-            config = json.loads(texts[name])
-            for *outer, last in paths:
-                part = config
-                for key in outer:
-                    part = part[key]
-                part[last] = str(dtype).removeprefix("torch.")
-            texts[name] = _json_text(config)
-        return texts
-
-
-def _layout(
-    library: str,
-    configs: Mapping[str, Any],
-    *,
-    dtype_at: Mapping[str, Sequence[Sequence[str]]] | None = None,
-    names: Mapping[str, str] | None = None,
-    ignored: Iterable[str] = (),
-) -> ModelLayout:
-    texts = {name: _json_text(config) for name, config in configs.items()}
-    weights_name = _WEIGHTS_NAMES[library]
-    return ModelLayout(library, weights_name, texts, dtype_at or {}, names, sorted(ignored))
+        name = str(dtype).removeprefix("torch.")
+        return {file: text.replace(_DTYPE, name) for file, text in self.texts.items()}
 
 
 def layout_from_json(value: object) -> ModelLayout:
@@ -103,20 +88,35 @@ def layout_from_json(value: object) -> ModelLayout:
         ValueError: it is malformed, or has files that no library reads.
     """
     try:
-        layout = ModelLayout(**value)  # type: ignore[arg-type]
-        names = layout.names if layout.names is not None else {}
+        layout = ModelLayout(**_without_paths(value))
+        items = [*layout.texts.items(), *(layout.names or {}).items(), layout.ignored]
         is_valid = (
-            layout.weights_name == _WEIGHTS_NAMES[layout.library]
-            and set(layout.dtype_at) <= set(layout.texts) <= set(_CONFIGS)
-            and all(isinstance(name, str) and name for item in names.items() for name in item)
-            and all(isinstance(text, str) for text in (*layout.texts.values(), *layout.ignored))
+            layout.library in _WEIGHTS_NAMES
+            and set(layout.texts) <= set(_CONFIGS)
+            and all(isinstance(text, str) and text for item in items for text in item)
         )
-        layout.config_files(torch.float32)
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         is_valid = False
     if not is_valid:
         raise ValueError("the layout of the model is malformed")
     return layout
+
+
+def _without_paths(given: Any) -> dict[str, Any]:
+    """A layout with dtypes marked in its texts; version 0.1 kept the paths of their keys."""
+    value: dict[str, Any] = dict(given)
+    library = value.get("library")
+    if value.pop("weights_name", None) not in (None, _WEIGHTS_NAMES.get(str(library))):
+        raise ValueError("the name of the weights file is not the library's")
+    for name, paths in value.pop("dtype_at", {}).items():
+        config = json.loads(value["texts"][name])
+        for *outer, last in paths:
+            part = config
+            for key in outer:
+                part = part[key]
+            part[last] = _DTYPE
+        value["texts"] = {**value["texts"], name: _json_text(config)}
+    return value
 
 
 def layout_from_directory(directory: Path | None) -> ModelLayout:
@@ -125,63 +125,142 @@ def layout_from_directory(directory: Path | None) -> ModelLayout:
     Raises:
         ValueError: a configuration is not a JSON mapping.
     """
-    paths = (directory / name for name in _CONFIGS) if directory is not None else ()
+    paths = [directory / name for name in _CONFIGS] if directory is not None else []
     configs = {path.name: read_config(path) for path in paths if path.is_file()}
     config = configs.get("config.json", {})
-    if "_class_name" in config:
-        library = "diffusers"
-    elif "model_type" in config or "architectures" in config:
-        library = "transformers"
-    else:
-        return _layout("plain", {})
-    dtype_paths = []
-    for path, part in {"": config, **config}.items():
-        if not isinstance(part, dict):
-            continue
-        if {"dtype", "torch_dtype"} & part.keys() or (library == "transformers" and not path):
+    is_transformer = "model_type" in config or "architectures" in config
+    if "_class_name" not in config and not is_transformer:
+        return ModelLayout("plain")
+    library = "diffusers" if "_class_name" in config else "transformers"
+    for part in (config, *config.values()):
+        if isinstance(part, dict) and (
+            {"dtype", "torch_dtype"} & part.keys() or (part is config and library == "transformers")
+        ):
             part.pop("torch_dtype", None)  # read only where the newer key is absent
-            dtype_paths.append([path, "dtype"] if path else ["dtype"])
-    return _layout(library, configs, dtype_at={"config.json": dtype_paths})
+            part["dtype"] = _DTYPE
+    return ModelLayout(library, {name: _json_text(config) for name, config in configs.items()})
 
 
-def model_state(model: nn.Module, others: Iterable[Weight], rank: int) -> dict[str, Any]:
-    """What an export from a checkpoint must know of the model, as JSON; {} off rank 0.
+def model_state(model: nn.Module, others: Iterable[Weight], group: Group) -> dict[str, Any]:
+    """What an export from a checkpoint must know of the model, as JSON; incomplete off rank 0.
 
-    Every rank calls it. Does not raise: an error of a library is stored in the result.
+    Collective for parts of a model. An error of a library is stored in the result.
 
     Args:
         others: weights and buffers that are not averaged.
     """
+    layouts: Mapping[str, ModelLayout] = {}
+    problem = None
     try:
-        extra, missing = differing_names(model)
-        if rank != 0:
-            return {}
-        return {
-            "card": asdict(layout_of(model, extra, missing)),
-            "others": {
-                w.fqn: {
-                    "shape": list(w.shape),
-                    "dtype": dtype_name(w.tensor.dtype) or str(w.tensor.dtype),
-                    "aliases": list(w.aliases),
-                }
-                for w in others
-                if w.persistent
-            },
+        layouts = own_layouts(model, group.rank)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    described = {
+        w.fqn: {
+            "shape": list(w.shape),
+            "dtype": dtype_name(w.tensor.dtype) or str(w.tensor.dtype),
+            "aliases": list(w.aliases),
         }
-    except Exception as problem:
-        return {"problem": f"{type(problem).__name__}: {problem}"}
+        for w in others
+        if w.persistent
+    }
+    try:
+        if _is_in_parts(model):
+            reports = group.gather((layouts, described, problem))
+            layouts = _merged([layouts for layouts, _, _ in reports])
+            described = {fqn: d for _, described, _ in reports for fqn, d in described.items()}
+            problem = next((text for _, _, text in reports if text), None)
+    except ValueError as error:
+        problem = str(error)
+    if problem is not None:
+        return {"problem": problem}
+    cards = {name: asdict(layout) for name, layout in layouts.items()}
+    named = {"cards": cards} if "" not in cards else {"card": cards[""]}
+    return named | {"others": described}
 
 
-def layout_of(model: nn.Module, extra: Mapping[str, Any], missing: Sequence[str]) -> ModelLayout:
-    """The layout of a model in memory. Local, without network.
+def layouts_from_json(model: Mapping[str, Any], base: Path | None) -> dict[str, ModelLayout]:
+    """The layout of each model that `model_state` described, or that a directory holds.
+
+    Raises:
+        ValueError: one is malformed, or has files that no library reads.
+    """
+    if "cards" in model:
+        return {str(name): layout_from_json(card) for name, card in model["cards"].items()}
+    card = model.get("card")
+    return {"": layout_from_directory(base) if card is None else layout_from_json(card)}
+
+
+def own_layouts(model: nn.Module, rank: int) -> dict[str, ModelLayout]:
+    """The layout of each model in memory by its name, "" for a single one or its parts here.
+
+    Every rank calls it: a sharded module may gather or reshard in `state_dict()`. Off rank 0, it is
+    empty unless the model is in parts. Without network.
+
+    Raises:
+        ValueError: see `layout_of`.
+    """
+    if not isinstance(model, Models):
+        layout = layout_of(model, rank)
+        return {} if layout is None else {"": layout}
+    layouts: dict[str, ModelLayout] = {}
+    for prefix, module in model.named():
+        layout = layout_of(module, rank if model.are_named else 0)
+        if layout is not None and model.are_named:
+            layouts[prefix.removesuffix(".")] = layout
+        elif layout is not None:
+            layouts = _merged([layouts, {"": layout}])
+    return layouts
+
+
+def layouts_of_all_ranks(
+    model: nn.Module, layouts: dict[str, ModelLayout], group: Group
+) -> dict[str, ModelLayout]:
+    """The layouts of the whole model on rank 0. Collective: every rank calls it.
 
     Args:
-        extra, missing: the result of `differing_names`.
+        layouts: what `own_layouts` gave on this rank.
+    """
+    if _is_in_parts(model):
+        reports = group.gather(layouts)
+        with group.together():
+            layouts = _merged(reports)
+    return layouts
+
+
+def _is_in_parts(model: nn.Module) -> bool:
+    return isinstance(model, Models) and not model.are_named
+
+
+def _merged(reports: Iterable[Mapping[str, ModelLayout]]) -> dict[str, ModelLayout]:
+    """The layout of a model from those of its parts.
+
+    Raises:
+        ValueError: the parts are models of several libraries.
+    """
+    layouts = [layout for report in reports for layout in report.values()]
+    if not layouts:
+        return {}
+    if len(libraries := {layout.library for layout in layouts}) > 1:
+        raise ValueError(f"the parts of the model are of several libraries, {sorted(libraries)}")
+    names: dict[str, str] = {}
+    for layout in layouts:
+        names |= layout.names or {}
+    ignored = sorted({fqn for layout in layouts for fqn in layout.ignored})
+    has_names = layouts[0].names is not None
+    return {"": replace(layouts[0], names=names if has_names else None, ignored=ignored)}
+
+
+def layout_of(model: nn.Module, rank: int) -> ModelLayout | None:
+    """The layout of a module in memory; None off rank 0. Without network.
 
     Raises:
         ValueError: the library's files cannot hold the model. Loaders accept missing and unknown
             names without an error, so `state_dict()` must have the names of the tensors.
     """
+    extra, missing = _differing_names(model)
+    if rank != 0:
+        return None
     layout = _library_layout(unwrap(model), extra)
     if layout.names is not None:  # other names are not written
         extra, missing = {}, [fqn for fqn in missing if fqn in layout.names]
@@ -196,18 +275,22 @@ def layout_of(model: nn.Module, extra: Mapping[str, Any], missing: Sequence[str]
     if unknown or missing:
         raise ValueError(
             "state_dict() names other tensors than the modules hold, so the library would not find "
-            f"what is exported: only in state_dict() {unknown}, only in modules {list(missing)}; "
+            f"what is exported: only in state_dict() {unknown}, only in modules {missing}; "
             "use gather_state_dict() and write it as the model does"
         )
     return layout
 
 
-def differing_names(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
+def _differing_names(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
     """What `state_dict()` of the unwrapped model has that no module registers, and the reverse.
 
-    Quantized layers add the state of their quantization, for example. Every rank calls it: a
-    sharded module may gather or reshard in `state_dict()`.
+    Quantized layers add the state of their quantization, for example.
     """
+    if isinstance(model, Models):
+        extras: dict[str, Any] = {}
+        for prefix, part in model.named():
+            extras |= {prefix + key: value for key, value in _differing_names(part)[0].items()}
+        return extras, []
     module = unwrap(model)
     if ddp_modules(module) or any(is_instance(m, *_FSDP1) for m in model.modules()):
         return {}, []  # FSDP1 gathers in state_dict(), and has names of its own
@@ -242,7 +325,7 @@ def unregistered_tensors(
     result: dict[str, torch.Tensor] = {}
     hashes: dict[str, str] = {}
     with group.together(call, hashes):  # compares what the block puts into `hashes`
-        extra = differing_names(model)[0]
+        extra = _differing_names(model)[0]
         every = registrations(unwrap(model))
         _refuse_changed_bits(every, extra, dtype)
         registered = {r.fqn: r.tensor for r in every} if extra else {}
@@ -251,6 +334,11 @@ def unregistered_tensors(
         for key, value in extra.items():
             if not isinstance(value, torch.Tensor) or id(value) in ids:
                 continue  # extra state, or a registered tensor under another name
+            if _is_in_parts(model):
+                raise ValueError(
+                    f"state_dict() of a part has {key}, which no module holds as a parameter or "
+                    "buffer; gather each part by its own state_dict() in average_parameters()"
+                )
             module = key.rpartition(".")[0]
             parents = [fqn for fqn in registered if key.startswith(f"{fqn}.")]
             siblings = [fqn for fqn in registered if fqn.rpartition(".")[0] == module]
@@ -261,11 +349,9 @@ def unregistered_tensors(
                     "may depend on averaged weights, or be sharded: call the model's own "
                     "state_dict() inside average_parameters()"
                 )
-            tensor = value.detach().to("cpu", copy=True).contiguous()
-            data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-            label = f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_64_hexdigest(data)}"
-            hashes[f"state_dict()[{key!r}]"] = label
-            result[key] = tensor
+            result[key] = tensor = value.detach().to("cpu", copy=True).contiguous()
+            digest = xxhash.xxh3_64_hexdigest(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            hashes[f"state_dict()[{key!r}]"] = f"{tensor.dtype} {tuple(tensor.shape)} {digest}"
     return result
 
 
@@ -306,27 +392,24 @@ def _library_layout(module: nn.Module, extra: Iterable[str]) -> ModelLayout:
                 "save_lora_adapter() inside average_parameters(), or use gather_state_dict()"
             )
         return _diffusers_layout(module)
-    return _layout("plain", {})
+    return ModelLayout("plain")
 
 
 def _transformers_layout(module: Any) -> ModelLayout:
     config = copy.deepcopy(module.config)
     config.architectures = [_own_class(module).__name__]
-    parts = {"": config} | {key: getattr(config, key, None) for key in config.sub_configs}
+    top = json.loads(config.to_json_string())
     dtype_key = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # before transformers 4.56
-    for part in parts.values():
-        if part is not None:
-            setattr(part, dtype_key, torch.float32)
-    configs = {"config.json": json.loads(config.to_json_string())}
+    for part in (top, *(top.get(key) for key in config.sub_configs)):
+        if isinstance(part, dict):
+            part[dtype_key] = _DTYPE
+    texts = {"config.json": _json_text(top)}
     if module.can_generate() and module.generation_config is not None:
         # Not by save_pretrained(), which refuses a config that only causes a warning when used.
         generation_config = copy.copy(module.generation_config)
         generation_config.compile_config = None  # not JSON, and not written
-        configs["generation_config.json"] = json.loads(generation_config.to_json_string())
-    top = configs["config.json"]
-    paths = [[dtype_key], *([key, dtype_key] for key in parts if isinstance(top.get(key), dict))]
-    ignored = module._keys_to_ignore_on_save or ()
-    return _layout("transformers", configs, dtype_at={"config.json": paths}, ignored=ignored)
+        texts["generation_config.json"] = generation_config.to_json_string()
+    return ModelLayout("transformers", texts, ignored=sorted(module._keys_to_ignore_on_save or ()))
 
 
 def _diffusers_layout(module: Any) -> ModelLayout:
@@ -338,9 +421,8 @@ def _diffusers_layout(module: Any) -> ModelLayout:
                 f"{registration.fqn} is tied to {first}, and diffusers neither writes nor reads "
                 "tied weights; use gather_state_dict()"
             )
-    config = json.loads(module.to_json_string())
-    config["_class_name"] = _own_class(module).__name__
-    return _layout("diffusers", {"config.json": config})
+    config = json.loads(module.to_json_string()) | {"_class_name": _own_class(module).__name__}
+    return ModelLayout("diffusers", {"config.json": _json_text(config)})
 
 
 def _adapter_layout(module: Any, prefix: str, extra: Iterable[str]) -> ModelLayout:
@@ -365,8 +447,8 @@ def _adapter_layout(module: Any, prefix: str, extra: Iterable[str]) -> ModelLayo
     with tempfile.TemporaryDirectory() as directory:
         is_known = config.task_type or prefix
         config.save_pretrained(directory, auto_mapping_dict=None if is_known else mapping)
-        configs = {file.name: json.loads(file.read_text()) for file in Path(directory).iterdir()}
-    return _layout("peft", configs, names=names)
+        texts = {file.name: file.read_text() for file in Path(directory).iterdir()}
+    return ModelLayout("peft", texts, names)
 
 
 def _adapter_names(module: Any, adapter: str, extra: Iterable[str]) -> dict[str, str]:
@@ -382,15 +464,11 @@ def _adapter_names(module: Any, adapter: str, extra: Iterable[str]) -> dict[str,
             stand_ins[f"{level}.{registration.name}" if level else registration.name] = tensor
             fqn_of[id(tensor)] = registration.fqn
     config = module.peft_config[adapter]
-    is_resized = _is_resized(module, config.base_model_name_or_path)
-    try:  # with a base model's name in the configuration, peft would ask the hub about it
+    try:  # peft compares the vocabulary with the base model's, and would ask the hub for that
         module.peft_config[adapter] = copy.copy(config)
-        module.peft_config[adapter].base_model_name_or_path = None
+        module.peft_config[adapter].base_model_name_or_path = _local(config.base_model_name_or_path)
         named = sys.modules["peft"].get_peft_model_state_dict(
-            module,
-            state_dict=dict(stand_ins),
-            adapter_name=adapter,
-            save_embedding_layers=is_resized or "auto",
+            module, state_dict=dict(stand_ins), adapter_name=adapter
         )
     finally:
         module.peft_config[adapter] = config
@@ -404,20 +482,14 @@ def _adapter_names(module: Any, adapter: str, extra: Iterable[str]) -> dict[str,
     return {fqn_of[id(tensor)]: _without_wrappers(name) for name, tensor in named.items()}
 
 
-def _is_resized(module: Any, model_id: str | None) -> bool:
-    """Whether the vocabulary differs from the base model's, if the base's configuration is local.
-
-    It is read from the model's directory, or from the local cache of the hub.
-    """
-    config: Any = getattr(module, "config", None)
-    vocab_size = getattr(config, "vocab_size", None)
-    if not model_id or vocab_size is None:
-        return False
-    try:
-        base: Any = type(config).from_pretrained(model_id, local_files_only=True)
-    except Exception:  # not in the cache; libraries raise many kinds
-        return False
-    return bool(base.vocab_size != vocab_size)
+def _local(model_id: str | None) -> str | None:
+    """The directory of a model's configuration: its own, or in the hub's cache; None if absent."""
+    if not model_id or (Path(model_id) / "config.json").is_file():
+        return model_id
+    file = None
+    with suppress(ValueError):  # a path, in which there is no model
+        file = sys.modules["huggingface_hub"].try_to_load_from_cache(model_id, "config.json")
+    return str(Path(file).parent) if isinstance(file, str) else None
 
 
 def _own_class(module: nn.Module) -> type:

@@ -6,7 +6,7 @@ frozen weights and buffers. Their values come from a base, a directory that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,9 @@ from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
 from dist_ema.core.layout import TensorMeta
 from dist_ema.core.safetensors import torch_dtype
-from dist_ema.export.files import Writer, plan_export, write_export
-from dist_ema.export.layouts import ModelLayout, layout_from_directory, layout_from_json
+from dist_ema.export.files import Writer, plan_exports, write_export
+from dist_ema.export.layouts import ModelLayout, layouts_from_json
+from dist_ema.schedule import averages_of
 
 _CHUNK_BYTES = 32 << 20  # read and written at a time
 _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -33,27 +34,26 @@ class _Saved:
     def __init__(self, path: Path, name: str | None, opened: ExitStack) -> None:
         self._checkpoint = opened.enter_context(Checkpoint(path))
         averages = self._checkpoint.averages
-        names = list(averages)
+        names = averages_of(averages)
         if name is None and len(names) > 1:
             raise ValueError(f"{path} holds several averages, {names}; pass one as name")
-        if name is not None and name not in names:
+        if name is not None and name not in averages:
             raise ValueError(f"{path} holds no average named {name!r}, but {names}")
         self._average = averages[names[0] if name is None else name]
         for file in self._average.files:
             self._checkpoint.check_file(self._average, file)
         self.path, self.state = self._checkpoint.directory, self._checkpoint.state
-        self.tensors = {
-            fqn: TensorMeta(fqn, tensor.aliases, tensor.shape, torch_dtype(tensor.dtype))
+        self.tensors = [
+            TensorMeta(fqn, tensor.aliases, tensor.shape, torch_dtype(tensor.dtype))
             for fqn, tensor in self._average.tensors.items()
-        }
+        ]
 
-    def chunks(self, fqn: str) -> Iterator[tuple[int, torch.Tensor]]:
+    def chunks(self, tensor: TensorMeta) -> Iterator[tuple[int, torch.Tensor]]:
         """The elements of a tensor in row-major order, each chunk with its start."""
-        tensor = self.tensors[fqn]
         step = _CHUNK_BYTES // tensor.dtype.itemsize
         for start in range(0, tensor.numel, step):
             chunk = torch.empty(min(step, tensor.numel - start), dtype=tensor.dtype)
-            self._checkpoint.read(self._average, fqn, start, chunk)
+            self._checkpoint.read(self._average, tensor.fqn, start, chunk)
             yield start, chunk
 
 
@@ -85,25 +85,27 @@ def export(
     Raises:
         CheckpointError: the checkpoint or the base is damaged, or of another model; or a tensor is
             in neither. `out` is as it was.
-        ValueError: an argument is out of range, or the average holds NaN or Inf. The same.
+        ValueError: an argument is out of range, the average holds NaN or Inf, or `out` cannot take
+            an export. The same.
     """
     with ExitStack() as opened:
         saved = _Saved(checkpoint, name, opened)
-        base_saved = None if base is None else _Saved(base, None, opened)
-        layout, others = _model(saved, base)
-        from_base = base_saved.tensors if base_saved else {}
-        if others is None:  # not known: the base's tensors that are not averaged
-            averaged = {n for t in saved.tensors.values() for n in (t.fqn, *t.aliases)}
-            others = [t for t in from_base.values() if averaged.isdisjoint((t.fqn, *t.aliases))]
-        tensors = list(saved.tensors.values())
-        sources = {fqn: (saved, fqn) for fqn in saved.tensors}
-        problems = []
-        for other in others:
+        sources = {tensor.fqn: (saved, tensor) for tensor in saved.tensors}
+        layouts, others = _model(saved, base)
+        tensors, problems = list(saved.tensors), []
+        in_base: dict[str, TensorMeta] = {}
+        if base is not None:
+            base_saved = _Saved(base, None, opened)
+            in_base = {n: t for t in base_saved.tensors for n in (t.fqn, *t.aliases)}
+            if others is None:  # not known: the base's tensors that are not averaged
+                averaged = {n for t in saved.tensors for n in (t.fqn, *t.aliases)}
+                others = [t for t in base_saved.tensors if averaged.isdisjoint((t.fqn, *t.aliases))]
+        for other in others or ():
             names = (other.fqn, *other.aliases)
-            tensor = next((from_base[n] for n in names if n in from_base), None)
-            if layout.name_of(names) is None:
+            if not _is_written(layouts, names):
                 continue
-            if tensor is None or base_saved is None:
+            tensor = next((in_base[n] for n in names if n in in_base), None)
+            if tensor is None:
                 problems.append(f"{other.fqn} is missing")
             elif tensor.shape != other.shape:
                 problems.append(f"{other.fqn} has shape {tensor.shape}, wanted {other.shape}")
@@ -111,31 +113,39 @@ def export(
                 problems.append(f"{other.fqn} is of {tensor.dtype}, wanted {other.dtype}")
             else:
                 tensors.append(replace(other, averaged=False))
-                sources[other.fqn] = base_saved, tensor.fqn
+                sources[other.fqn] = base_saved, tensor
         if problems:
             hint = "" if base else "; give the directory of a model that has them (--base)"
             more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-            raise CheckpointError(
-                f"{base or checkpoint}: {'; '.join(problems[:_LISTED])}{more}{hint}"
-            )
-        plan = plan_export(tensors, layout, dtype, max_shard_size, weights_name)
-        in_order = sorted(plan.places, key=lambda f: (plan.places[f].file, plan.places[f].start))
+            listed = "; ".join(problems[:_LISTED])
+            raise CheckpointError(f"{base or checkpoint}: {listed}{more}{hint}")
+        plans = plan_exports(tensors, layouts, dtype, max_shard_size, weights_name)
 
         def write_values(writer: Writer) -> None:
-            for fqn in in_order:
-                source, source_fqn = sources[fqn]
-                for start, chunk in source.chunks(source_fqn):
+            for fqn in writer.plan.places:
+                source, tensor = sources[fqn]
+                for start, chunk in source.chunks(tensor):
                     writer.write_chunk(fqn, start, chunk)
                     advance(chunk.nbytes)
 
-        total = sum(sources[fqn][0].tensors[sources[fqn][1]].nbytes for fqn in in_order)
+        total = sum(sources[fqn][1].nbytes for plan in plans.values() for fqn in plan.places)
         with progress(total) as advance:
-            write_export(out, plan, Group.alone(), write_values)
+            write_export(out, plans, Group.alone(), write_values)
+    files = {model: [*plan.files, *plan.texts] for model, plan in plans.items()}
     return {
-        "library": layout.library,
-        "files": [*plan.files, *plan.texts],
-        "nbytes": sum(nbytes for _, nbytes in plan.files.values()),
+        "library": ", ".join(dict.fromkeys(layout.library for layout in layouts.values())),
+        "files": [f"{m}/{name}" if m else name for m, names in files.items() for name in names],
+        "nbytes": sum(n for plan in plans.values() for _, n in plan.files.values()),
     }
+
+
+def _is_written(layouts: Mapping[str, ModelLayout], names: Sequence[str]) -> bool:
+    """Whether a model's files hold a tensor of these names."""
+    return any(
+        layout.name_of([n.removeprefix(prefix) for n in names if n.startswith(prefix)]) is not None
+        for model, layout in layouts.items()
+        for prefix in [f"{model}." if model else ""]
+    )
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
@@ -148,16 +158,18 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     return dtype
 
 
-def _model(saved: _Saved, base: Path | None) -> tuple[ModelLayout, list[TensorMeta] | None]:
-    """The model's layout, and what the model has beside the average; None if not known."""
+def _model(
+    saved: _Saved, base: Path | None
+) -> tuple[dict[str, ModelLayout], list[TensorMeta] | None]:
+    """The layout of each model, and what the model has beside the average; None if not known."""
     try:
         model = saved.state.get("model", {})
         if "problem" in model:
             raise CheckpointError(f"{saved.path}: when it was saved, {model['problem']}")
-        layout = layout_from_json(model["card"]) if "card" in model else layout_from_directory(base)
+        layouts = layouts_from_json(model, base)
         if "others" not in model:
-            return layout, None
-        return layout, [
+            return layouts, None
+        return layouts, [
             TensorMeta(fqn, tuple(t["aliases"]), tuple(t["shape"]), torch_dtype(t["dtype"]))
             for fqn, t in model["others"].items()
         ]
