@@ -397,6 +397,7 @@ class ShardedEMA:
         """
         if module is not None:
             gatherer, values = self._gathered("copy_to()", name, None, module="a module")
+            self._unregistered("copy_to()", None)
             buckets = whole_tensors(gatherer, values, None)
             write_into(module, gatherer.tensors, buckets, self._group, select)
             return
@@ -421,8 +422,9 @@ class ShardedEMA:
         Collective: every rank calls it. Each byte is sent to rank 0 once, in bounded buckets.
         """
         state: dict[str, torch.Tensor] = {}
+        # First: state_dict() of quantized layers may move them.
+        unregistered = self._unregistered("gather_state_dict()", dtype)
         gatherer, values = self._gathered("gather_state_dict()", name, dtype)
-        unregistered = self._unregistered("gather_state_dict()")
         for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
             for fqn in (entry.fqn, *entry.aliases):
                 state[fqn] = tensor
@@ -441,8 +443,8 @@ class ShardedEMA:
 
         Collective: every rank calls it and exhausts the iterator, which is empty off rank 0.
         """
+        unregistered = self._unregistered("gather_tensors()", dtype)
         gatherer, values = self._gathered("gather_tensors()", name, dtype)
-        unregistered = self._unregistered("gather_tensors()")
         num_updates = self._num_updates
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -564,9 +566,11 @@ class ShardedEMA:
                 write, or `path` holds other files or the working directory. On every rank; `path`
                 is unchanged.
 
-        Collective: every rank calls it. Each rank writes what it owns; four small exchanges.
+        Collective: every rank calls it. Each rank writes what it owns; four small exchanges, and
+        one more where weights are replicated, which are read once.
         """
         self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
+        self._average.refuse_differing_replicas()
         averages = self._fragments(corrected=True)
         state = self._state()
         model = model_state(self._average.model, self._average.others(), self._group)
@@ -812,9 +816,9 @@ class ShardedEMA:
         gatherer = self._average.gatherer(values)
         return gatherer, [*values, *(fragment.view for fragment in gatherer.rest)]
 
-    def _unregistered(self, call: str) -> dict[str, torch.Tensor]:
+    def _unregistered(self, call: str, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
         average = self._average
-        return unregistered_tensors(call, average.model, average.plan.averaged, self._group)
+        return unregistered_tensors(call, average.model, average.plan.averaged, self._group, dtype)
 
     def _values(self, name: str | None) -> list[torch.Tensor]:
         """One average: a tensor for each fragment of the plan."""
