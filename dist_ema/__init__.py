@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dist_ema.batchnorm import update_bn
     from dist_ema.ema import ShardedEMA
+    from dist_ema.posthoc.merge import merge
     from dist_ema.posthoc.synthesize import synthesize
     from dist_ema.schedule import (
         BEMA,
@@ -26,11 +27,17 @@ __all__ = [
     "PowerFunction",
     "ShardedEMA",
     "Warmup",
+    "merge",
     "synthesize",
     "update_bn",
 ]
 
-_MODULES = {"ShardedEMA": "ema", "synthesize": "posthoc.synthesize", "update_bn": "batchnorm"}
+_MODULES = {
+    "ShardedEMA": "ema",
+    "merge": "posthoc.merge",
+    "synthesize": "posthoc.synthesize",
+    "update_bn": "batchnorm",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -6,6 +6,8 @@
                                         a consolidated checkpoint, for from_pretrained
     dist-ema synthesize PATH... --out DIR (--gamma G | --sigma-rel S | --sweep FROM:TO:BY)
                                         averages of other widths, from those kept in a run
+    dist-ema merge OUT PATH... [--weights W] [--last K] [--dtype bf16] [--base DIR]
+                                        a weighted average of checkpoints, for from_pretrained
 
 Exit status: 0 for success, 1 if the checkpoint is damaged, 2 for invalid arguments.
 """
@@ -96,6 +98,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     make.add_argument("--step", type=int, help="at which they are wanted; the last if left out")
     make.set_defaults(run=_synthesize)
+
+    average = commands.add_parser(
+        "merge",
+        help="average checkpoints",
+        description="Write the weighted average of checkpoints of ShardedEMA, safetensors, and "
+        "torch.distributed.checkpoint, in the layout of the model's library.",
+    )
+    average.add_argument("out", type=Path, help="directory to be written")
+    average.add_argument(
+        "paths", nargs="+", metavar="PATH", help="checkpoints, oldest first; by their numbers"
+    )
+    average.add_argument(
+        "--weights",
+        default="uniform",
+        metavar="W",
+        help="uniform, linear, 1-sqrt, cosine, ema:DECAY, or as --weights=-0.2,0.5,0.7",
+    )
+    average.add_argument("--normalize", action="store_true", help="divide weights by their sum")
+    average.add_argument("--last", type=int, metavar="K", help="average the last K only")
+    average.add_argument("--dtype", help="of floating tensors: fp32, bf16, ...; else their own")
+    average.add_argument("--max-shard-size", default="5GB", help="of a file (default: 5GB)")
+    average.add_argument("--name", help="the average, in checkpoints that hold several")
+    average.add_argument("--prefix", help="of the model's names in checkpoints of torch")
+    average.add_argument(
+        "--base", type=Path, metavar="DIR", help="a checkpoint that has what the others lack"
+    )
+    average.set_defaults(run=_merge)
     return parser
 
 
@@ -264,6 +293,36 @@ def _synthesize(options: argparse.Namespace) -> int:
         _say(str(result))
         if result.problem:
             sys.stderr.write(f"dist-ema: {_printable(result.problem)}\n")
+    return 0
+
+
+# merge
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from dist_ema.posthoc import merge as posthoc  # imports torch
+
+    try:
+        paths = posthoc.expand(options.paths, options.weights)
+        if options.last is not None and not 1 <= options.last <= len(paths):
+            raise ValueError(f"--last is {options.last}, wanted 1 to {len(paths)}")
+        result = posthoc.merge(
+            paths[-(options.last or 0) :],
+            options.out,
+            weights=options.weights,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+            normalize=options.normalize,
+            name=options.name,
+            prefix=options.prefix,
+            base=options.base,
+            progress=_progress,
+        )
+    except ValueError as error:
+        sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
+        return 2
+    for line in str(result).splitlines():
+        _say(line)
     return 0
 
 

@@ -171,6 +171,12 @@ class EMAOptions:
 
 # Hints.
 
+# Weights of averages of checkpoints in Megatron-LM, LAWA and others.
+MERGE_WEIGHTS = {
+    "minus-sqrt": "1-sqrt",
+    **dict.fromkeys(("mean", "average", "swa", "lawa", "pma"), "uniform"),
+}
+_PICKLED = re.compile(r"(bf16_)?zero_pp_rank_.*|global_step\d+|zero_to_fp32\.py")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")  # suffixes of files of `torch.save`
 
 _SWAP = "`with ema.average_parameters():` lets the model compute with the average, then restores it"
@@ -235,6 +241,29 @@ def no_name(name: object, names: list[str]) -> ValueError:
         f"name is a {type(name).__name__}, wanted the name of an average, one of {names}; do not "
         "pass parameters or a model: the average knows the model that it was built with"
     )
+
+
+def no_pickles(path: Path) -> str | None:
+    """The error for a checkpoint of pickles, which are not read; None if it has no known names."""
+    if path.is_file() and path.suffix in PICKLES:
+        return (
+            f"{path}: is a pickle file by its name. It is not read, since a pickle can run code; "
+            "convert it once with torch.load(..., weights_only=True) and "
+            "safetensors.torch.save_file"
+        )
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    if any(map(_PICKLED.fullmatch, names)):
+        return (
+            f"{path}: is a checkpoint of DeepSpeed ZeRO. Its files are pickles, which are not "
+            "read, since they can run code. Convert it once, with the script that DeepSpeed wrote: "
+            "python zero_to_fp32.py --safe_serialization . OUT"
+        )
+    if any(name.endswith(PICKLES) for name in names):
+        return (
+            f"{path}: has pickle files, which are not read, since a pickle can run code; convert "
+            "them once, with from_pretrained() and save_pretrained() for example"
+        )
+    return None
 
 
 def no_safetensors(path: Path) -> str:

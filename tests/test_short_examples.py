@@ -118,6 +118,19 @@ def test_a_width_chosen_after_the_run(tmp_path: Path):
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
+def test_a_merge_in_place_of_decay(tmp_path: Path):
+    printed = run_on(1, "examples/merge_for_decay.py", tmp_path, 80)
+    curves = {
+        name: [float(loss) for loss in re.findall(r"\d+: (\d+\.\d+)", line)]
+        for name, line in re.findall(r"^(\w+), (.*)$", printed, re.M)
+    }
+    assert {name: len(of) for name, of in curves.items()} == {
+        "constant": 40, "merged": 31, "decayed": 3,
+    }  # fmt: skip
+    assert curves["merged"][-1] < curves["merged"][0]
+    assert (tmp_path / "merge_for_decay.png").stat().st_size > 1000
+
+
 def test_averages_over_training(tmp_path: Path):
     script = "examples/averages_over_training.py"
     printed = under_accelerate("cpu-2", script, tmp_path, 16, **CPU)

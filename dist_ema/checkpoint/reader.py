@@ -1,4 +1,4 @@
-"""Opens checkpoints of `save` and plain safetensors files, and reads boxes of their tensors.
+"""Opens checkpoints of `save`, of torch and plain safetensors, and reads boxes of their tensors.
 
 Reading a manifest or verifying checksums needs no torch.
 
@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from dist_ema.checkpoint import dcp_reader
 from dist_ema.checkpoint.background import BackgroundSaves
 from dist_ema.checkpoint.directory import MANIFEST, becomes_visible, find
 from dist_ema.checkpoint.manifest import (
-    BLOCK_BYTES,
     MAX_HEAD,
     MAX_HEADER_BYTES,
     Manifest,
@@ -58,6 +58,7 @@ _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 _MAX_INDEX_BYTES = 100_000_000
 _MAX_OPEN = 256  # files at a time; the limit of a process is often 1024
 _NUM_SAMPLES = 256  # of a plain file, for its identity
+_PLAIN_BLOCK = 1 << 20  # bytes that are read from a plain file at a time
 _MAX_NAMES = 8  # of a kind in a message
 
 Target = tuple[Box, "torch.Tensor"]  # a box of a tensor, and the tensor to fill
@@ -165,11 +166,12 @@ class Checkpoint:
     `safetensors.torch.save_model` notes. Memory: one block.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, prefix: str | None = None) -> None:
         """
         Args:
-            path: a directory with a manifest; a safetensors file; or a directory of safetensors
-                files, with or without an index.
+            path: a directory with a manifest; a safetensors file; a directory of safetensors files,
+                with or without an index; or a directory of `torch.distributed.checkpoint`.
+            prefix: of the names of the model's tensors in the latter; see `dcp_reader.describe`.
 
         Raises:
             CheckpointError: there is no such checkpoint, or it is damaged.
@@ -179,7 +181,13 @@ class Checkpoint:
         self.files = Files(self.directory)
         try:
             self.is_plain = not (only in (None, MANIFEST) and self.files.has(MANIFEST))
-            self.manifest = self._describe_plain(only) if self.is_plain else self._read_manifest()
+            if not self.is_plain:
+                self.manifest = self._read_manifest()
+            elif only in (None, dcp_reader.METADATA) and self.files.has(dcp_reader.METADATA):
+                average = dcp_reader.describe(self.files, prefix)
+                self.manifest = Manifest("", "", _PLAIN_BLOCK, {}, {}, {PLAIN: average})
+            else:
+                self.manifest = self._describe_plain(only)
         except BaseException:
             self.close()
             raise
@@ -242,7 +250,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.directory}: {short(fqn)} is not in {name}, in which the index lists it"
                 )
-        return Manifest("", "", BLOCK_BYTES, {}, {}, {PLAIN: SavedAverage("", files, tensors)})
+        return Manifest("", "", _PLAIN_BLOCK, {}, {}, {PLAIN: SavedAverage("", files, tensors)})
 
     def _plain_files(self) -> tuple[list[str], dict[str, str]]:
         """The files to read, and the file of each tensor that an index lists."""

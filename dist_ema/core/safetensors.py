@@ -31,8 +31,8 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def dtype_name(dtype: torch.dtype) -> str | None:
-    """The safetensors name of a torch dtype; None if there is none."""
+def dtype_name(dtype: torch.dtype | str) -> str | None:
+    """The safetensors name of a torch dtype, or of one with this name; None if there is none."""
     wanted = str(dtype).removeprefix("torch.")
     return next((name for name, torch_name in _TORCH_NAMES.items() if torch_name == wanted), None)
 

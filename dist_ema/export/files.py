@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -79,13 +80,15 @@ def plan_exports(
     dtype: torch.dtype | None,
     max_shard_size: int | str,
     weights_name: str | None,
+    **options: Any,
 ) -> dict[str, ExportPlan]:
     """A plan for each model, by its name, which is its directory and begins the names of tensors.
 
     A single model has the name "".
     """
+    arguments = dtype, max_shard_size, weights_name
     return {
-        model: plan_export(tensors, layout, dtype, max_shard_size, weights_name, model=model)
+        model: plan_export(tensors, layout, *arguments, model=model, **options)
         for model, layout in layouts.items()
     }
 
@@ -98,11 +101,17 @@ def plan_export(
     weights_name: str | None,
     *,
     model: str = "",
+    metadata: Mapping[str, str] | None = None,
+    keep_dtypes: bool = False,
 ) -> ExportPlan:
     """Assign the tensors of a model to files.
 
     In a file, wider dtypes come first, then names in order, as safetensors itself writes them: so
     each tensor starts at a multiple of its itemsize, and equal tensors give equal files.
+
+    Args:
+        metadata: of the weights files, beside their own.
+        keep_dtypes: write half-precision tensors as they are although `dtype` is None.
 
     Raises:
         ValueError: an argument is out of range, or the layout cannot hold what is averaged.
@@ -114,7 +123,8 @@ def plan_export(
     if layout.library == "peft":  # which loads a single file only
         limit = sys.maxsize
     prefix = f"{model}." if model else ""
-    tensors = [replace(tensor, dtype=tensor.dtype_as(dtype)) for tensor in tensors]
+    if not keep_dtypes:
+        tensors = [replace(tensor, dtype=tensor.dtype_as(dtype)) for tensor in tensors]
     names_of = {t.fqn: [n for n in (t.fqn, *t.aliases) if n.startswith(prefix)] for t in tensors}
     names_of = {fqn: [n.removeprefix(prefix) for n in ns] for fqn, ns in names_of.items() if ns}
     tensors = [t for t in tensors if t.fqn in names_of]
@@ -143,7 +153,7 @@ def plan_export(
             size = 0
         parts[-1].append(entry)
         size += entry[2].nbytes
-    metadata = {"format": "pt", **_WRITTEN_BY}
+    metadata = {**(metadata or {}), "format": "pt", **_WRITTEN_BY}
     if layout.library == "plain":
         tied = ((alias, first) for first, *aliases in names_of.values() for alias in aliases)
         metadata |= dict(sorted(tied))
@@ -158,9 +168,12 @@ def plan_export(
             places[t.fqn] = Place(file, start, t.dtype, t.averaged)
         files[file] = header, nbytes
 
-    floating = {t.dtype for t in tensors if t.averaged and t.dtype.is_floating_point}
-    widest = max(floating, key=lambda dtype: (dtype.itemsize, str(dtype)), default=torch.float32)
-    texts = layout.config_files(widest)
+    sizes: Counter[torch.dtype] = Counter()
+    for t in tensors:
+        if t.averaged and t.dtype.is_floating_point:
+            sizes[t.dtype] += t.nbytes
+    usual = max(sizes, key=lambda kind: (sizes[kind], str(kind)), default=torch.float32)
+    texts = layout.config_files(usual)
     # from_pretrained(variant="ema") looks for model.safetensors.index.ema.json.
     index = f"{weights_name}.index.json"
     if stem.startswith(f"{library_stem}."):

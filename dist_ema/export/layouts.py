@@ -129,9 +129,10 @@ def layout_from_directory(directory: Path | None) -> ModelLayout:
     configs = {path.name: read_config(path) for path in paths if path.is_file()}
     config = configs.get("config.json", {})
     is_transformer = "model_type" in config or "architectures" in config
-    if "_class_name" not in config and not is_transformer:
-        return ModelLayout("plain")
     library = "diffusers" if "_class_name" in config else "transformers"
+    if "_class_name" not in config and not is_transformer:
+        is_adapter = "peft_type" in configs.get("adapter_config.json", {})
+        library, configs = ("peft", configs) if is_adapter else ("plain", {})
     for part in (config, *config.values()):
         if isinstance(part, dict) and (
             {"dtype", "torch_dtype"} & part.keys() or (part is config and library == "transformers")

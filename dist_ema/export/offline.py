@@ -28,24 +28,23 @@ _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64"
 _LISTED = 8  # names in a message
 
 
-class _Saved:
-    """The tensors of one average in a checkpoint, or of a directory of safetensors."""
+class Source:
+    """The tensors of one average in an open checkpoint, or of a model that others saved."""
 
-    def __init__(self, path: Path, name: str | None, opened: ExitStack) -> None:
-        self._checkpoint = opened.enter_context(Checkpoint(path))
-        averages = self._checkpoint.averages
-        names = averages_of(averages)
+    def __init__(self, checkpoint: Checkpoint, name: str | None) -> None:
+        self.path, self.state = checkpoint.directory, checkpoint.state
+        names = averages_of(checkpoint.averages)
         if name is None and len(names) > 1:
-            raise ValueError(f"{path} holds several averages, {names}; pass one as name")
-        if name is not None and name not in averages:
-            raise ValueError(f"{path} holds no average named {name!r}, but {names}")
-        self._average = averages[names[0] if name is None else name]
-        for file in self._average.files:
-            self._checkpoint.check_file(self._average, file)
-        self.path, self.state = self._checkpoint.directory, self._checkpoint.state
+            raise ValueError(f"{self.path} holds several averages, {names}; pass one as name")
+        if name is not None and name not in checkpoint.averages:
+            raise ValueError(f"{self.path} holds no average named {name!r}, but {names}")
+        self.checkpoint, self.name = checkpoint, names[0] if name is None else name
+        self.average = checkpoint.averages[self.name]
+        for file in self.average.files:
+            checkpoint.check_file(self.average, file)
         self.tensors = [
             TensorMeta(fqn, tensor.aliases, tensor.shape, torch_dtype(tensor.dtype))
-            for fqn, tensor in self._average.tensors.items()
+            for fqn, tensor in self.average.tensors.items()
         ]
 
     def chunks(self, tensor: TensorMeta) -> Iterator[tuple[int, torch.Tensor]]:
@@ -53,7 +52,7 @@ class _Saved:
         step = _CHUNK_BYTES // tensor.dtype.itemsize
         for start in range(0, tensor.numel, step):
             chunk = torch.empty(min(step, tensor.numel - start), dtype=tensor.dtype)
-            self._checkpoint.read(self._average, tensor.fqn, start, chunk)
+            self.checkpoint.read(self.average, tensor.fqn, start, chunk)
             yield start, chunk
 
 
@@ -89,20 +88,20 @@ def export(
             an export. The same.
     """
     with ExitStack() as opened:
-        saved = _Saved(checkpoint, name, opened)
+        saved = Source(opened.enter_context(Checkpoint(checkpoint)), name)
         sources = {tensor.fqn: (saved, tensor) for tensor in saved.tensors}
-        layouts, others = _model(saved, base)
+        layouts, others = models_of(saved, base)
         tensors, problems = list(saved.tensors), []
         in_base: dict[str, TensorMeta] = {}
         if base is not None:
-            base_saved = _Saved(base, None, opened)
+            base_saved = Source(opened.enter_context(Checkpoint(base)), None)
             in_base = {n: t for t in base_saved.tensors for n in (t.fqn, *t.aliases)}
             if others is None:  # not known: the base's tensors that are not averaged
                 averaged = {n for t in saved.tensors for n in (t.fqn, *t.aliases)}
                 others = [t for t in base_saved.tensors if averaged.isdisjoint((t.fqn, *t.aliases))]
         for other in others or ():
             names = (other.fqn, *other.aliases)
-            if not _is_written(layouts, names):
+            if name_in_files(layouts, names) is None:
                 continue
             tensor = next((in_base[n] for n in names if n in in_base), None)
             if tensor is None:
@@ -139,13 +138,14 @@ def export(
     }
 
 
-def _is_written(layouts: Mapping[str, ModelLayout], names: Sequence[str]) -> bool:
-    """Whether a model's files hold a tensor of these names."""
-    return any(
-        layout.name_of([n.removeprefix(prefix) for n in names if n.startswith(prefix)]) is not None
-        for model, layout in layouts.items()
-        for prefix in [f"{model}." if model else ""]
-    )
+def name_in_files(layouts: Mapping[str, ModelLayout], names: Sequence[str]) -> str | None:
+    """The name in its model's files of a tensor of these names, after the model's name."""
+    for model, layout in layouts.items():
+        prefix = f"{model}." if model else ""
+        name = layout.name_of([n.removeprefix(prefix) for n in names if n.startswith(prefix)])
+        if name is not None:
+            return prefix + name
+    return None
 
 
 def dtype_named(name: str | None) -> torch.dtype | None:
@@ -158,10 +158,14 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     return dtype
 
 
-def _model(
-    saved: _Saved, base: Path | None
+def models_of(
+    saved: Source, base: Path | None
 ) -> tuple[dict[str, ModelLayout], list[TensorMeta] | None]:
-    """The layout of each model, and what the model has beside the average; None if not known."""
+    """The layout of each model, and what they have beside the average; None if not known.
+
+    Args:
+        base: a directory with configurations, which are read if the checkpoint has no layout.
+    """
     try:
         model = saved.state.get("model", {})
         if "problem" in model:
