@@ -8,7 +8,7 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never, NoReturn
@@ -19,7 +19,7 @@ from torch import nn
 
 from dist_ema.checkpoint import dcp
 from dist_ema.checkpoint.background import TIMEOUT_S, BackgroundSaves, Handle
-from dist_ema.checkpoint.loader import load
+from dist_ema.checkpoint.reader import load
 from dist_ema.checkpoint.writer import non_finite_names, refuse_non_finite, save
 from dist_ema.core.average import Average
 from dist_ema.core.engine import FindMaster
@@ -28,7 +28,7 @@ from dist_ema.core.gather import Gatherer, one_by_one, whole_tensors, write_into
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Fragment, TensorMeta
 from dist_ema.core.lerp import MultiAvgFn, squared_norms
-from dist_ema.core.names import as_module, registrations
+from dist_ema.core.names import Modules, as_module, registrations
 from dist_ema.engines import select
 from dist_ema.export import export
 from dist_ema.export.layouts import model_state, unregistered_tensors
@@ -41,9 +41,8 @@ from dist_ema.options import (
     no_module,
     no_name,
     no_safetensors,
-    uncorrected,
 )
-from dist_ema.schedule import BEMA, Schedule, decay_at, highest, is_constant, same_rule
+from dist_ema.schedule import BEMA, Schedule, decay_at, highest, is_constant, same_rule, uncorrected
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,6 +58,10 @@ class ShardedEMA:
     Args:
         model: a plain module (also in one process), a DDP, FSDP, HSDP or tensor-parallel module,
             compiled or not, a `DeepSpeedEngine`, or what accelerate returned for one of these.
+            A list of modules holds this rank's parts of one model (pipeline stages); tensors have
+            the same names in parts as in the whole model, and ranks may hold different parts. A
+            mapping holds several models that are averaged in step ({"unet": unet, "text": text}),
+            each sharded in its own way; names of tensors start with the name of the model.
         decay: share of the average that is kept per optimizer step, in [0, 1]; or a schedule
             (t, delta) -> decay; or a mapping of names to either, for several averages that are
             updated in one pass over the live weights.
@@ -71,8 +74,8 @@ class ShardedEMA:
         params: "trainable", "all", or a predicate (fqn, parameter) -> bool. Parameters that are
             not averaged cost nothing, and are read live when gathering.
         buffers: "copy" uses live buffers; "average" averages persistent floating-point buffers
-            too; a predicate (fqn, buffer) -> bool averages those that it selects and copies the
-            rest (an expert bias yes, the vectors of spectral norm no).
+            too; a predicate (fqn, buffer) -> bool averages those among them that it selects and
+            copies the rest (an expert bias yes, the vectors of spectral norm no).
         replicas: "split": ranks that hold equal weights average a slice each; "whole": each rank
             averages all that it holds.
         dtype: of the average. At a decay of 0.9999 a bf16 average stops moving.
@@ -83,6 +86,12 @@ class ShardedEMA:
             of any `torch.optim` optimizer waits for it, and so does everything that reads the
             average; nothing else may write to the weights in between. No effect without an
             accelerator.
+        masters: (parameter) -> the fp32 master that an optimizer keeps of a low-precision
+            parameter, of the parameter's shape and placement, or None: for instance
+            `lambda p: optimizer.state[p].get("master_param")` for TransformerEngine's FusedAdam.
+            Masters are averaged in place of the parameters. Called for each averaged parameter at
+            the build and at each update, since an optimizer may make or replace its masters at any
+            time. Not for DeepSpeed, whose masters are averaged anyway, and not for FSDP1.
         into: a teacher, whose weights become the average: a second module (DINO, BYOL, mean
             teacher), sharded as the model is (for a DDP model, a plain one; for a DeepSpeedEngine
             at stage 3, one without an optimizer, as for a reference policy), or the name of a
@@ -95,12 +104,12 @@ class ShardedEMA:
 
     Raises:
         ValueError: an argument is out of range, or nothing is averaged. On every rank.
-        TypeError: `model` is not a module. On every rank.
+        TypeError: `model` is not a module, or a list or mapping of modules. On every rank.
     """
 
     def __init__(
         self,
-        model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
+        model: Modules,
         decay: float | Schedule | Mapping[str, float | Schedule] = 0.9999,
         *,
         multi_avg_fn: MultiAvgFn | None = None,
@@ -113,7 +122,7 @@ class ShardedEMA:
         device: torch.device | str | None = None,
         overlap: bool = False,
         masters: FindMaster | None = None,
-        into: nn.Module | str | None = None,
+        into: Modules | str | None = None,
         process_group: dist.ProcessGroup | None = None,
         **unknown: Never,
     ) -> None:
@@ -342,10 +351,11 @@ class ShardedEMA:
 
         Afterwards, also on an exception, weights and buffers are what they were, bit for bit. Live
         and averaged values change places in storage, so there is no second copy of either; signals
-        (Ctrl-C) wait meanwhile. Inside the block, every average of the model, or of a module around
-        or inside it, refuses to read or write; the block cannot be nested. Writes to weights inside
-        it (an optimizer step) are warned of. With `into=` the live values are set aside, a copy of
-        this rank's part, and the teacher computes with the average inside the block, too.
+        (Ctrl-C) wait meanwhile. A `BEMA` takes a temporary copy of this rank's part. Inside the
+        block, every average of the model, or of a module around or inside it, refuses to read or
+        write; the block cannot be nested. Writes to weights inside it (an optimizer step) are
+        warned of. With `into=` the live values are set aside, a copy of this rank's part, and the
+        teacher computes with the average inside the block, too.
 
         Raises:
             RuntimeError: replicas differ, or compiled code may hold copies of the weights (nothing
@@ -355,7 +365,8 @@ class ShardedEMA:
 
         Collective under DeepSpeed, and where weights are replicated and the average is split (DDP,
         HSDP, FSDP2 with tensor parallelism): an all-gather of the averaged weights on entry, of the
-        live ones on exit, and a comparison of replicas before. Else local.
+        live ones on exit, and a comparison of replicas before. Else local (FSDP): nothing is compared,
+        so every rank must enter the block with the same `name` after the same number of updates.
         """
         self._meet("average_parameters()", {"name": name}, group=self._average.swap_group)
         with self._average.swap(name or self.names[0], self._values(name)):
@@ -461,6 +472,9 @@ class ShardedEMA:
         method: str = "auto",
     ) -> None:
         """Write the average as a consolidated safetensors checkpoint, for `from_pretrained`.
+
+        Of several models, each is written to a directory of its own, `path/<name>`, and replaced
+        by itself when the files of all of them are complete.
 
         The directory holds what the model's library expects: `model.safetensors`, `config.json`
         and the generation config (transformers), `diffusion_pytorch_model.safetensors` and
@@ -807,9 +821,10 @@ class ShardedEMA:
         """One average: a tensor for each fragment of the plan."""
         name = name or self.names[0]
         kept, values = list(self._options.values), self._average.storage.values
-        schedule = self._options.schedules[name]
-        if not isinstance(schedule, BEMA):
+        if name in kept:
             return values[kept.index(name)]
+        schedule = self._options.schedules[name]
+        assert isinstance(schedule, BEMA)
         averages, initials = (values[kept.index(each)] for each in uncorrected(name))
         options = self._options
         since = self._step - options.start_step
@@ -826,7 +841,8 @@ class ShardedEMA:
     def _check_name(self, name: object) -> None:
         if name is None and len(self.names) > 1:
             raise ValueError(f"there are several averages, {self.names}; say which by name=")
-        if name is not None and (not isinstance(name, str) or name not in self.names):
+        # Integrations also gather what a BEMA is computed from.
+        if name is not None and name not in (*self.names, *self._options.values):
             raise no_name(name, self.names)
 
     def _warn_of_standstill(self, dtype: torch.dtype) -> None:

@@ -18,14 +18,10 @@ from torch import nn
 
 from dist_ema.core.engine import FindMaster
 from dist_ema.core.lerp import MultiAvgFn
-from dist_ema.schedule import BEMA, Schedule, as_schedule, code_hash, decay_at, to_json
+from dist_ema.core.names import Modules
+from dist_ema.schedule import BEMA, Schedule, as_schedule, code_hash, decay_at, to_json, uncorrected
 
 DEFAULT_NAME = "ema"
-
-
-def uncorrected(name: str) -> tuple[str, str]:
-    """Names under which a checkpoint has the average of a `BEMA`, and the initial weights."""
-    return f"{name}.uncorrected", f"{name}.initial"
 
 
 class EMAKeywords(TypedDict, total=False):
@@ -41,7 +37,7 @@ class EMAKeywords(TypedDict, total=False):
     device: torch.device | str | None
     overlap: bool
     masters: FindMaster | None
-    into: nn.Module | str | None
+    into: Modules | str | None
     process_group: dist.ProcessGroup | None
 
 
@@ -60,7 +56,7 @@ class EMAOptions:
     device: torch.device | None = None  # None: beside the weights
     overlap: bool = False
     masters: FindMaster | None = None
-    into: nn.Module | str | None = None
+    into: Modules | str | None = None
     process_group: dist.ProcessGroup | None = None
 
     @classmethod
@@ -156,8 +152,10 @@ class EMAOptions:
         texts = {"argument decay": str(rules)}
         for name, value in vars(self).items():
             if name not in ("decay", "schedules", "values", "multi_avg_fn", "process_group"):
-                is_function = callable(value) and not isinstance(value, torch.device)
-                texts[f"argument {name}"] = type(value).__name__ if is_function else str(value)
+                is_text = value is None or isinstance(
+                    value, bool | int | str | torch.dtype | torch.device
+                )
+                texts[f"argument {name}"] = str(value) if is_text else type(value).__name__
         return texts
 
 

@@ -22,7 +22,7 @@ import hashlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
@@ -217,6 +217,18 @@ class BEMA:
     def alpha(self, t: int) -> float:
         """The weight of the correction after an update at step t."""
         return float((self.lag + self.multiplier * t) ** -self.bias_power)
+
+
+def uncorrected(name: str) -> tuple[str, str]:
+    """Names under which a checkpoint has the average of a `BEMA`, and the initial weights."""
+    return f"{name}.uncorrected", f"{name}.initial"
+
+
+def averages_of(values: Iterable[str]) -> list[str]:
+    """The names of averages among those of the values in a checkpoint."""
+    names = list(values)
+    kept = {value for name in names for value in uncorrected(name)}
+    return [name for name in names if name not in kept]
 
 
 def as_schedule(value: object) -> Schedule:

@@ -26,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 
 from dist_ema.checkpoint.dcp import state_dict
-from dist_ema.checkpoint.loader import load
+from dist_ema.checkpoint.reader import load
 from dist_ema.checkpoint.writer import save
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Box, Fragment, FragmentMeta, TensorMeta

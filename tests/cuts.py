@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema.checkpoint.background import Handle
-from dist_ema.checkpoint.loader import load
+from dist_ema.checkpoint.reader import load
 from dist_ema.checkpoint.writer import save
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Box, Fragment, FragmentMeta, TensorMeta, flat_boxes

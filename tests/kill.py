@@ -32,7 +32,7 @@ from torch import nn
 
 from dist_ema import ShardedEMA
 from dist_ema.checkpoint import directory as files
-from dist_ema.checkpoint.loader import load
+from dist_ema.checkpoint.reader import load
 from dist_ema.checkpoint.writer import save
 from dist_ema.core.group import Group
 from tests.cuts import blank, infos, parts_of, state_of

@@ -81,6 +81,12 @@ def same(found: Any, wanted: Any) -> None:
     torch.testing.assert_close(found, wanted, **EXACT)
 
 
+def to_zero(averaged: list[Tensor], live: list[Tensor], num_averaged: Any) -> None:
+    """A `multi_avg_fn`: an average that does not depend on the weights, so no mix-up can hide."""
+    for average in averaged:
+        average.zero_()
+
+
 def make_ema(training: Training, decay: Any = DECAY, **options: Any) -> ShardedEMA:
     """Build the average without the warning that bf16 weights have no fp32 master."""
     with warnings.catch_warnings():

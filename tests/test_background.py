@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dist_ema.checkpoint import background, writer
+from dist_ema.checkpoint import directory as files
 from dist_ema.checkpoint.writer import save
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
@@ -89,7 +90,7 @@ def test_a_failure_in_the_background_is_raised_on_every_rank(tmp_path: Path, fai
                 with pytest.raises(CheckpointError, match=r"shard-.*No space left on device"):
                     handle.result()
             else:
-                handle._thread.join()
+                handle.join()
         finally:
             writer.write_all = write_all
         dist.barrier()
@@ -222,7 +223,7 @@ def test_a_full_disk_is_told_of_on_every_rank(tmp_path: Path, filling: int):
     dist.barrier()
     if not os.path.ismount(disk):
         pytest.skip("mounting a tmpfs is not allowed")
-    write_data, remove_own = writer._Save.write, writer._Save.remove_own
+    write_data = writer._Save.write
 
     def fill_disk():
         with open(disk / "filler", "ab", buffering=0) as file, pytest.raises(OSError):
@@ -239,13 +240,13 @@ def test_a_full_disk_is_told_of_on_every_rank(tmp_path: Path, filling: int):
 
     try:
         write(path, ranks, seed=1)
-        writer._Save.write, writer._Save.remove_own = fill, lambda self: None
+        writer._Save.write = fill
         begun = time.monotonic()
         handle = write(path, ranks, seed=2, asynchronous=True)
         with pytest.raises(CheckpointError, match=r"shard-.*No space left on device"):
             handle.result()
         assert time.monotonic() - begun < 5
-        writer._Save.write, writer._Save.remove_own = write_data, remove_own
+        writer._Save.write = write_data
         assert seed_at(path, ranks) == 1
         dist.barrier()
         assert beside(path) == ["filler"]
@@ -256,7 +257,7 @@ def test_a_full_disk_is_told_of_on_every_rank(tmp_path: Path, filling: int):
             write(path, ranks, seed=2, asynchronous=True)  # refused while ranks meet
         assert seed_at(path, ranks) == 1
     finally:
-        writer._Save.write, writer._Save.remove_own = write_data, remove_own
+        writer._Save.write = write_data
         dist.barrier()
         if ranks.rank == 0:
             subprocess.run(["umount", "-l", str(disk)], check=False)
@@ -266,7 +267,8 @@ def test_a_full_disk_is_told_of_on_every_rank(tmp_path: Path, filling: int):
 @pytest.mark.parametrize("ending", ["well", "badly"])
 def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ending: str):
     ranks, path = Group(), tmp_path / "a"
-    outcome, limit = background.StatusFiles.outcome, background._ACKNOWLEDGE_S
+    outcome = background.StatusFiles.outcome
+    limits = background._ACKNOWLEDGE_S, files.VISIBLE_WITHIN_S
     finish = writer._Save.finish
 
     def late(self, is_in_place):
@@ -277,7 +279,8 @@ def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ending: 
     def fail(self, reports):
         raise OSError(5, "Input/output error", "manifest.json")
 
-    background.StatusFiles.outcome, background._ACKNOWLEDGE_S = late, 0.05
+    background.StatusFiles.outcome = late
+    background._ACKNOWLEDGE_S = files.VISIBLE_WITHIN_S = 0.05
     if ending == "badly":
         writer._Save.finish = fail
     try:
@@ -288,7 +291,8 @@ def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ending: 
             with pytest.raises(CheckpointError, match=r"gave the save up|Input/output error"):
                 handle.result()
     finally:
-        background.StatusFiles.outcome, background._ACKNOWLEDGE_S = outcome, limit
+        background.StatusFiles.outcome = outcome
+        background._ACKNOWLEDGE_S, files.VISIBLE_WITHIN_S = limits
         writer._Save.finish = finish
     dist.barrier()
     assert path.exists() == (ending == "well")

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file, save_model
 
 from dist_ema.checkpoint import directory as files
-from dist_ema.checkpoint.loader import load
+from dist_ema.checkpoint.reader import load
 from dist_ema.checkpoint.writer import save
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
@@ -443,13 +443,11 @@ def test_two_jobs_that_save_to_one_path_lose_no_checkpoint(tmp_path: Path, can_e
 def test_what_another_job_writes_is_not_cleared_away(tmp_path: Path):
     path = tmp_path / "a"
     if Group().rank == 0:
-        directory, lock = files.locked_sibling(path, "tmp")
-        stale = files.sibling(path, "tmp")
+        stale = tmp_path / ".a.tmp-0123abcd"
         stale.mkdir()
-        files.clear_stale(path)
-        assert directory.exists() and not stale.exists()
-        files.release(lock)
-        files.clear_stale(path)
+        with files.hidden_sibling(path, "tmp") as directory:
+            files.clear_stale(path)
+            assert directory.exists() and not stale.exists()
         assert not directory.exists()
 
 

@@ -44,10 +44,7 @@ globals().update(
         KINDS,
         test_average.test_a_cut_does_not_change_a_bit_of_the_average,
         test_average.test_an_eval_forward_before_the_update_does_not_change_the_average,
-        test_swap.test_every_averaged_weight_shows_the_average,
-        test_swap.test_weights_and_buffers_come_back_bit_for_bit,
-        test_swap.test_weights_come_back_after_an_exception,
-        test_swap.test_an_evaluation_is_not_taken_for_a_write,
+        test_swap.test_weights_are_the_average_inside_and_come_back_with_buffers_bit_for_bit,
         test_swap.test_an_optimizer_step_inside_the_block_is_told_and_undone_in_the_weights,
         test_cost.test_an_update_takes_a_few_operators_however_many_weights_there_are,
         test_cost.test_an_update_allocates_nothing,
@@ -64,7 +61,7 @@ globals().update(
     )
     | over(
         [world for world in KINDS if world.name != "no_shard"],  # FSDP1 raises there by itself
-        test_swap.test_a_forward_that_fails_leaves_nothing_gathered,
+        test_swap.test_a_forward_that_fails_changes_nothing_and_leaves_nothing_gathered,
     )
     | over(
         named(WORLDS, "no_shard", "hybrid"),

@@ -27,7 +27,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,6 +36,7 @@ from dist_ema import ShardedEMA, update_bn
 from dist_ema.core.accelerator import SideStreams
 from tests.oracle import Oracle, worst_relative_error
 from tests.runs import MAX_RELATIVE_ERROR, same
+from tests.worlds_deepspeed import configuration, library
 
 DECAY = 0.9
 MB = 1 << 20
@@ -93,10 +95,11 @@ class Training:
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of the whole weights, made on the device."""
-        named = (
-            (n.replace("_fsdp_wrapped_module.", ""), p) for n, p in self.net.named_parameters()
-        )
-        return {n: whole(p.detach()).clone() for n, p in named}
+        is_fsdp1, summon = isinstance(self.model, FSDP1), FSDP1.summon_full_params
+        with summon(self.model, writeback=False) if is_fsdp1 else contextlib.nullcontext():
+            named = [(n, p.detach()) for n, p in self.net.named_parameters()]
+            wholes = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in named}
+            return {n.replace("_fsdp_wrapped_module.", ""): p.clone() for n, p in wholes.items()}
 
     def step(self, number: int) -> None:
         self.optimizer.zero_grad()
@@ -107,10 +110,13 @@ class Training:
     def loss(self, number: int) -> Tensor:
         return self.model(self.batches[number]).float().square().mean()
 
-    def train(self, ema: ShardedEMA, num_steps: int = 4) -> None:
+    def average(self, decay: Any = DECAY, num_steps: int = 4, **options: Any) -> ShardedEMA:
+        """The average of a number of steps."""
+        ema = ShardedEMA(self.model, decay, **options)
         for number in range(num_steps):
             self.step(number)
             ema.update()
+        return ema
 
     def evaluate(self) -> Tensor:
         self.model.eval()
@@ -140,10 +146,6 @@ class Training:
 def shown(ema: ShardedEMA, training: Training) -> Tensor:
     with ema.average_parameters():
         return training.evaluate()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Hold:
@@ -178,49 +180,38 @@ BEHIND = pytest.mark.parametrize(
 
 
 @BEHIND
-def test_the_next_step_waits_for_an_update_that_is_held_up(device: torch.device, behind: Any):
+@pytest.mark.parametrize("fenced", [True, False])
+def test_the_next_step_waits_for_an_update_that_is_held_up(
+    device: torch.device, behind: Any, fenced: bool
+):
+    if not fenced and on_cpu(device):
+        pytest.skip("a CPU has no streams: only on an accelerator the average would be wrong")
     training = Training(device, width=512)
-    ema = ShardedEMA(training.model, multi_avg_fn=Hold(device).average, **behind)
-    training.train(ema)
-    assert training.error(ema, start_step=1) <= MAX_RELATIVE_ERROR
-
-
-@pytest.mark.gpu
-@BEHIND
-def test_without_the_fence_the_average_would_be_wrong(behind: Any):
-    device = accelerator()
-    training = Training(device, width=512)
-
-    def no_fence(self: SideStreams) -> None:
-        pass
-
-    with mock.patch.object(SideStreams, "fence", no_fence):
-        ema = ShardedEMA(training.model, multi_avg_fn=Hold(device).average, **behind)
-        training.train(ema)
-        assert training.error(ema, start_step=1) > 100 * MAX_RELATIVE_ERROR
+    no_fence = mock.patch.object(SideStreams, "fence", lambda self: None)
+    with contextlib.nullcontext() if fenced else no_fence:
+        ema = training.average(multi_avg_fn=Hold(device).average, **behind)
+        error = training.error(ema, start_step=1)
+    assert error <= MAX_RELATIVE_ERROR if fenced else error > 100 * MAX_RELATIVE_ERROR
 
 
 @BEHIND
-def test_several_averages_behind_the_next_forward_pass(device: torch.device, behind: Any):
+def test_several_averages_and_buffers_behind_the_next_forward_pass(
+    device: torch.device, behind: Any
+):
+    """The forward pass writes to buffers, and no optimizer step comes before it."""
     training = Training(device)
-    ema = ShardedEMA(training.model, {"fast": 0.5, "slow": DECAY}, **behind)
-    training.train(ema)
-    assert training.error(ema, 0.5, name="fast") <= MAX_RELATIVE_ERROR
-    assert training.error(ema, DECAY, name="slow") <= MAX_RELATIVE_ERROR
-
-
-@BEHIND
-def test_averaged_buffers_are_those_of_their_step(device: torch.device, behind: Any):
-    """A forward pass writes to them, and no optimizer step comes before it."""
-    training = Training(device)
-    ema = ShardedEMA(training.model, DECAY, buffers="average", **behind)
-    wanted = training.net.norm.running_mean.double()
+    decays = {"fast": 0.5, "slow": DECAY}
+    ema = ShardedEMA(training.model, decays, buffers="average", **behind)
+    wanted = dict.fromkeys(decays, training.net.norm.running_mean.double())
     for number in range(4):
         training.step(number)
         ema.update()
-        wanted = DECAY * wanted + (1 - DECAY) * training.net.norm.running_mean.double()
-    found = ema.gather_state_dict()["norm.running_mean"]
-    torch.testing.assert_close(found, wanted.float().cpu(), rtol=1e-5, atol=1e-6)
+        now = training.net.norm.running_mean.double()
+        wanted = {name: d * wanted[name] + (1 - d) * now for name, d in decays.items()}
+    for name, decay in decays.items():
+        assert training.error(ema, decay, name=name) <= MAX_RELATIVE_ERROR
+        found = ema.gather_state_dict(name)["norm.running_mean"]
+        torch.testing.assert_close(found, wanted[name].float().cpu(), rtol=1e-5, atol=1e-6)
 
 
 @BEHIND
@@ -230,8 +221,7 @@ def test_whatever_reads_the_average_waits_for_it(
     device: torch.device, behind: Any, reader: str, tmp_path: Path
 ):
     training = Training(device, width=512)
-    ema = ShardedEMA(training.model, multi_avg_fn=Hold(device).average, **behind)
-    training.train(ema, 3)
+    ema = training.average(DECAY, 3, multi_avg_fn=Hold(device).average, **behind)
     other = Net(training.width).to(device)
     found = ShardedEMA(other, DECAY)
     if reader == "drift":
@@ -260,7 +250,7 @@ def test_graph_captures_are_refused():
     if device.type != "cuda":
         pytest.skip("captures a CUDA graph")
     training = Training(device, width=64)
-    training.train(ShardedEMA(training.model), 1)
+    training.average(0.9, 1)
     resident = ShardedEMA(training.model, DECAY)
     with pytest.raises(RuntimeError, match="cannot be updated while a graph is captured"):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -290,7 +280,7 @@ def held(device: torch.device, *, peak: bool = False) -> int:
 
 def test_an_offloaded_average_holds_a_few_chunks_on_the_device(device: torch.device):
     training = Training(device)
-    training.train(ShardedEMA(training.model), 1)  # what libraries allocate once
+    training.average(0.9, 1)  # what libraries allocate once
     model = sum(p.nbytes for p in training.net.parameters())
     before = held(device)
     ema = ShardedEMA(training.model, DECAY, device="cpu")
@@ -308,8 +298,7 @@ def test_an_offloaded_average_holds_a_few_chunks_on_the_device(device: torch.dev
 @pytest.mark.parametrize("options", [{}, {"device": "cpu"}], ids=["resident", "offload"])
 def test_a_swap_needs_a_few_chunks(device: torch.device, options: Any):
     training = Training(device)
-    ema = ShardedEMA(training.model, DECAY, **options)
-    training.train(ema)
+    ema = training.average(**options)
     raw, before = training.evaluate(), held(device)
     with ema.average_parameters():
         extra = held(device, peak=True) - before
@@ -346,8 +335,7 @@ def test_steps_that_a_grad_scaler_skips_are_not_averaged(device: torch.device):
 
 def test_autocast_computes_with_the_weights_that_are_shown(device: torch.device):
     training = Training(device, width=64)
-    ema = ShardedEMA(training.model, DECAY)
-    training.train(ema)
+    ema = training.average(DECAY)
     x = training.batches[0]
     training.model.eval()
     outputs = []
@@ -362,8 +350,7 @@ def test_autocast_computes_with_the_weights_that_are_shown(device: torch.device)
 @BEHIND
 def test_bf16_weights_are_averaged_in_fp32(device: torch.device, behind: Any):
     training = Training(device, dtype=torch.bfloat16)
-    ema = ShardedEMA(training.model, DECAY, **behind)
-    training.train(ema)
+    ema = training.average(**behind)
     assert training.error(ema) <= MAX_RELATIVE_ERROR
     raw = training.evaluate()
     state = {
@@ -387,8 +374,7 @@ def test_a_compiled_model_follows_the_swap(device: torch.device):
         {"backend": "aot_eager"} if on_cpu(device) else {"mode": "reduce-overhead"}
     )
     training = Training(device, width=256, wrap=lambda net: torch.compile(net, **how))
-    ema = ShardedEMA(training.model, DECAY, overlap=True)
-    training.train(ema, 6)
+    ema = training.average(DECAY, 6, overlap=True)
     for _ in range(3):  # the first calls warm up and capture
         raw = training.evaluate()
     for _ in range(2):
@@ -406,8 +392,7 @@ def test_a_compiled_model_follows_the_swap(device: torch.device):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_files_of_an_average_on_a_device(device: torch.device, options: Any, tmp_path: Path):
     training = Training(device, width=512)
-    ema = ShardedEMA(training.model, DECAY, **options)
-    training.train(ema)
+    ema = training.average(**options)
     wanted = ema.gather_state_dict()
     ema.save(tmp_path / "now")
     ema.save(tmp_path / "later", asynchronous=True).result()
@@ -434,8 +419,7 @@ def test_files_of_an_average_on_a_device(device: torch.device, options: Any, tmp
 def test_a_teacher_and_batch_norm_on_a_device(device: torch.device):
     training = Training(device)
     teacher = Net(training.width).to(device).requires_grad_(False)
-    ema = ShardedEMA(training.model, DECAY, into=teacher)
-    training.train(ema)
+    ema = training.average(into=teacher)
     assert training.error(ema) <= MAX_RELATIVE_ERROR
     torch.testing.assert_close(
         teacher.layers[0].weight.cpu(), ema.gather_state_dict()["layers.0.weight"]
@@ -451,8 +435,7 @@ def test_a_teacher_and_batch_norm_on_a_device(device: torch.device):
 def test_a_model_that_moves_to_the_host_and_back(device: torch.device):
     """Storage moves while an update may be under way."""
     training = Training(device)
-    ema = ShardedEMA(training.model, multi_avg_fn=Hold(device).average, overlap=True)
-    training.train(ema, 3)
+    ema = training.average(DECAY, 3, multi_avg_fn=Hold(device).average, overlap=True)
     training.model.cpu()
     training.model.to(device)
     junk = [torch.full_like(p, 1e9) for p in training.net.parameters()]  # where weights were
@@ -473,96 +456,52 @@ def wrapped(engine: str, net: nn.Module, device: torch.device) -> nn.Module:
         return DistributedDataParallel(net, device_ids=None if on_cpu(device) else [device])
     if engine == "fsdp1":
         for number, layer in enumerate(net.layers):
-            net.layers[number] = FullyShardedDataParallel(
-                layer, device_id=device, use_orig_params=True
-            )
-        return FullyShardedDataParallel(net, device_id=device, use_orig_params=True)
+            net.layers[number] = FSDP1(layer, device_id=device, use_orig_params=True)
+        return FSDP1(net, device_id=device, use_orig_params=True)
     mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
     for layer in net.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(net, mesh=mesh)
 
 
-def check_torch_engine(engine: str, device: torch.device, path: Path) -> None:
-    for behind in ({}, {"overlap": True}, {"device": "cpu"}):
-        training = Training(device, width=256, wrap=lambda net: wrapped(engine, net, device))
-        if engine == "fsdp1":
-            gathered = FullyShardedDataParallel.summon_full_params
-            plain = training.weights
+class ZeroTraining(Training):
+    """Steps of a DeepSpeed engine, and its fp32 masters after each."""
 
-            def weights(model: Any = training.model, plain: Any = plain) -> dict[str, Tensor]:
-                with gathered(model, writeback=False):
-                    return plain()
+    def __init__(self, device: torch.device, stage: int) -> None:
+        config = configuration(stage, batch_size=16, bf16={"enabled": True})
 
-            training.weights = weights
-            training.recorded = [weights()]
-        ema = ShardedEMA(training.model, DECAY, **behind)
-        training.train(ema)
-        check(ema, training.evaluate, lambda training=training, ema=ema: training.error(ema), path)
+        def wrap(net: Any) -> nn.Module:
+            net.norm = nn.Identity()  # not every device has a bf16 batch norm with fp32 statistics
+            optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+            return deepspeed.initialize(model=net, optimizer=optimizer, config=config)[0]
 
+        pytest.importorskip("deepspeed")
+        if on_cpu(device):
+            deepspeed = library()
+        else:
+            import deepspeed
 
-def check_zero(engine: str, device: torch.device, path: Path) -> None:
-    pytest.importorskip("deepspeed")
-    if on_cpu(device):
-        from tests.worlds_deepspeed import library
+            deepspeed.init_distributed(dist.get_default_backend_for_device(device))
+        super().__init__(device, width=256, dtype=torch.bfloat16, wrap=wrap)
 
-        deepspeed = library()
-    else:
-        import deepspeed
+    def weights(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
 
-        deepspeed.init_distributed(dist.get_default_backend_for_device(device))
-    from deepspeed.utils import safe_get_full_fp32_param
+        return {n: safe_get_full_fp32_param(p).clone() for n, p in self.net.named_parameters()}
 
-    torch.manual_seed(0)
-    net = Net(24 if on_cpu(device) else 256)
-    net.norm = nn.Identity()  # not every device has a bf16 batch norm with fp32 statistics
-    width = net.layers[0].in_features
-    config = {
-        "train_micro_batch_size_per_gpu": 16,
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": int(engine[-1])},
-        "bf16": {"enabled": True},
-    }
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-    model = deepspeed.initialize(model=net, optimizer=optimizer, config=config)[0]
-
-    def masters() -> dict[str, Tensor]:
-        return {n: safe_get_full_fp32_param(p).cpu() for n, p in net.named_parameters()}
-
-    batches = [torch.randn(16, width).to(device, torch.bfloat16) for _ in range(5)]
-    ema = ShardedEMA(model, DECAY)
-    oracle = Oracle(masters(), DECAY)
-    for batch in batches[:4]:
-        model.backward(model(batch).float().square().mean())
-        model.step()
-        ema.update()
-        oracle.update(masters())
-
-    def evaluate() -> Tensor:
-        model.eval()
-        with torch.no_grad():
-            found = model(batches[-1]).clone()
-        model.train()
-        return found
-
-    def error() -> float:
-        return worst_relative_error(ema.gather_state_dict(), oracle.average)
-
-    check(ema, evaluate, error, path)
+    def step(self, number: int) -> None:
+        self.model.backward(self.loss(number))
+        self.model.step()
+        self.recorded.append(self.weights())
 
 
-def check(
-    ema: ShardedEMA, evaluate: Callable[[], Tensor], error: Callable[[], float], path: Path
-) -> None:
+def check(training: Training, ema: ShardedEMA, path: Path) -> None:
     """What holds of an average under any engine. Collective."""
-    found = error() if dist.get_rank() == 0 else float(bool(ema.gather_state_dict()))
+    found = training.error(ema) if dist.get_rank() == 0 else float(bool(ema.gather_state_dict()))
     assert found <= MAX_RELATIVE_ERROR
-    raw = evaluate()
-    with ema.average_parameters():
-        averaged = evaluate()
-        assert not torch.equal(averaged, raw)
-    same(evaluate(), raw)
+    raw = training.evaluate()
+    assert not torch.equal(shown(ema, training), raw)
+    same(training.evaluate(), raw)
     wanted = ema.gather_state_dict()
     ema.save(path / "ema")
     ema.save(path / "later", asynchronous=True).result()
@@ -585,7 +524,13 @@ def check_engine(engine: str, device: torch.device, path: Path) -> None:
     with warnings.catch_warnings():
         # Of torch 2.8 when FSDP2 gathers; the pool makes errors of warnings.
         warnings.filterwarnings("ignore", message="Deallocating Tensor that still has live")
-        (check_zero if engine in ZERO_ENGINES else check_torch_engine)(engine, device, path)
+        is_zero = engine in ZERO_ENGINES
+        for behind in ({},) if is_zero else ({}, {"overlap": True}, {"device": "cpu"}):
+            if is_zero:
+                training: Training = ZeroTraining(device, int(engine[-1]))
+            else:
+                training = Training(device, width=256, wrap=lambda n: wrapped(engine, n, device))
+            check(training, training.average(**behind), path)
 
 
 @pytest.mark.ranks(1, 2)

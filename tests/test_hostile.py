@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,9 +24,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from dist_ema.checkpoint import directory as files
-from dist_ema.checkpoint import loader, manifest
-from dist_ema.checkpoint.loader import load
-from dist_ema.checkpoint.reader import Checkpoint, problems
+from dist_ema.checkpoint import manifest, reader
+from dist_ema.checkpoint.reader import Checkpoint, load, problems
 from dist_ema.checkpoint.writer import save
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
@@ -194,7 +194,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
 def test_what_changes_under_a_load_is_noticed(tmp_path: Path):
     ranks, path = Group(), tmp_path / "a"
     write(path, ranks, seed=1)
-    fill = loader._fill
+    fill = reader._fill
 
     def replaced(*args, copies):
         fill(*args, copies=copies)
@@ -205,11 +205,11 @@ def test_what_changes_under_a_load_is_noticed(tmp_path: Path):
             write(path, Group.alone(), seed=2)
         dist.barrier()
 
-    loader._fill = replaced
+    reader._fill = replaced
     try:  # the files that were open are those of the checkpoint that was opened
         assert seed_at(path, ranks) == 1
     finally:
-        loader._fill = fill
+        reader._fill = fill
     assert seed_at(path, ranks) == 2
 
     def altered(*args, copies):
@@ -224,12 +224,12 @@ def test_what_changes_under_a_load_is_noticed(tmp_path: Path):
                     opened.write(b"\x55")
         dist.barrier()
 
-    loader._fill = altered
+    reader._fill = altered
     try:
         with pytest.raises(CheckpointError, match=r"is altered .* in part: load again"):
             load(path, {"ema": blank("rows", TENSORS, ranks)}, TENSORS, ranks)
     finally:
-        loader._fill = fill
+        reader._fill = fill
 
 
 # Disks that ranks do not share, or that are full.
@@ -623,14 +623,24 @@ def test_forged_headers_are_refused_or_harmless(tmp_path: Path):
 
 
 @pytest.mark.ranks(0)
-def test_a_plain_file_that_is_replaced_while_it_is_read_is_refused(tmp_path: Path):
-    save_file(full(TENSORS), tmp_path / "a.safetensors")
-    save_file(full(TENSORS, 1), tmp_path / "b.safetensors")
-    with Checkpoint(tmp_path / "a.safetensors") as checkpoint:
-        (tmp_path / "b.safetensors").replace(tmp_path / "a.safetensors")
-        average = checkpoint.averages[""]
-        with pytest.raises(CheckpointError, match=r"a\.safetensors: was replaced"):
-            checkpoint.fill(average, "cube", [], put=None)
+def test_a_plain_file_that_is_replaced_while_it_is_read_is_not_mixed_with_the_new_one(
+    tmp_path: Path,
+):
+    save_file({"x": torch.zeros(3)}, tmp_path / "b.safetensors")
+    for max_open in (2, 1):
+        save_file(full(TENSORS), tmp_path / "a.safetensors")
+        with mock.patch.object(reader, "_MAX_OPEN", max_open):
+            checkpoint = Checkpoint(tmp_path)
+        with checkpoint:
+            average, out = checkpoint.averages[""], torch.zeros(30)
+            save_file(full(TENSORS, 1), tmp_path / "c.safetensors")
+            (tmp_path / "c.safetensors").replace(tmp_path / "a.safetensors")
+            if max_open == 2:  # the file is still open
+                checkpoint.read(average, "cube", 0, out)
+                assert torch.equal(out, full(TENSORS)["cube"].view(-1))
+            else:
+                with pytest.raises(CheckpointError, match=r"a\.safetensors: was replaced"):
+                    checkpoint.read(average, "cube", 0, out)
 
 
 @pytest.mark.ranks(0)

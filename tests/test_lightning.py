@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
+from dist_ema import BEMA
 from dist_ema.core.errors import CheckpointError
 from dist_ema.integrations.lightning import EMACallback
-from tests.net import FROZEN, loss_of
+from tests.net import loss_of
 from tests.oracle import worst_relative_error
-from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR
-from tests.worlds import from_rank_0, rank
+from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR, same
+from tests.worlds import barrier, from_rank_0, rank
 from tests.worlds_lightning import Module, Record, Under, under
 
 TP_TOLERANCE = {"rtol": 0, "atol": 1e-4}  # it sums in another order
@@ -29,19 +31,22 @@ class Interruption(Exception):
     pass
 
 
-def zero(averaged: list[Tensor], live: list[Tensor], num_averaged: Any) -> None:
-    """In the place of a rule: an average with which a loss does not depend on the weights."""
-    for tensor in averaged:
-        tensor.zero_()
-
-
 def fit(
-    under: Under, path: Path, *callbacks: Callback, ema: EMACallback | None = None, **options: Any
-) -> tuple[EMACallback, Trainer, Module, Record]:
-    ema, record, module = ema or EMACallback(DECAY), Record(), under.module()
-    trainer = under.trainer(path, ema, record, *callbacks, **options)
+    under: Under, path: Path, *callbacks: Callback, ema: Any = None, module: Any = None, **how: Any
+) -> tuple[EMACallback, Trainer, Any, Record]:
+    ema, record, module = ema or EMACallback(DECAY), Record(), module or under.module()
+    trainer = under.trainer(path, ema, record, *callbacks, **how)
     trainer.fit(module, under.batches(), under.validation())
     return ema, trainer, module, record
+
+
+def assert_losses(under: Under, state: dict[str, Tensor], *results: Any) -> Tensor:
+    """What was evaluated has the loss of a plain model with this state, which is returned."""
+    wanted = under.plain_loss(state)
+    for metrics in results:
+        loss = metrics[0]["loss"] if isinstance(metrics, list) else metrics["loss"]
+        torch.testing.assert_close(torch.as_tensor(loss), wanted, rtol=1e-6, atol=0)
+    return wanted
 
 
 def assert_average_of(ema: EMACallback, record: Record) -> None:
@@ -50,65 +55,78 @@ def assert_average_of(ema: EMACallback, record: Record) -> None:
     assert worst_relative_error(found, record.oracle(DECAY).average) < MAX_RELATIVE_ERROR
 
 
-def saved(under: Under, path: Path) -> tuple[EMACallback, Trainer, Module]:
+def saved(
+    under: Under, path: Path, ema: EMACallback | None = None
+) -> tuple[EMACallback, Trainer, Module]:
     """What a fit leaves that saves `path` at its end."""
-    ema, trainer, module, _ = fit(under, path.parent)
+    ema, trainer, module, _ = fit(under, path.parent, ema=ema)
     trainer.save_checkpoint(path)
     return ema, trainer, module
 
 
 def assert_same_average(found: EMACallback, wanted: EMACallback) -> None:
-    assert found.ema is not None and wanted.ema is not None
-    state, other = found.ema.gather_state_dict(), wanted.ema.gather_state_dict()
-    for states in (state, other):
-        # Not averaged but read live, and on each rank another: a sharded checkpoint has anyone's.
-        states.pop("net.running", None)
-    torch.testing.assert_close(state, other, **EXACT)
+    for name in wanted.ema.names:
+        states = [callback.ema.gather_state_dict(name) for callback in (found, wanted)]
+        for state in states:
+            # Not averaged but read live, and on each rank another: a folder of shards has anyone's.
+            state.pop("net.running", None)
+        same(*states)
     assert (found.ema.step, found.ema.num_updates) == (wanted.ema.step, wanted.ema.num_updates)
 
 
 @under()
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_the_average_is_that_of_the_weights_after_every_step(
-    under: Under, accumulate: int, tmp_path: Path
+def test_the_average_is_that_of_the_weights_after_each_step_and_is_what_evaluates(
+    under: Under, tmp_path: Path
 ):
-    ema, _, _, record = fit(under, tmp_path, accumulate_grad_batches=accumulate)
-    assert_average_of(ema, record)
-    assert ema.ema.step == len(record.weights) - 1 == 8 // accumulate
-
-
-@under()
-def test_evaluations_are_those_of_a_plain_model_with_the_average(under: Under, tmp_path: Path):
     ema, trainer, module, record = fit(under, tmp_path)
-    state = from_rank_0(ema.ema.gather_state_dict())
-    wanted = under.plain_loss(state)
-    loader = under.validation()
-    losses = [trainer.callback_metrics["loss"]]  # of the validation in fit
-    losses.append(trainer.validate(module, loader, verbose=False)[0]["loss"])
-    losses.append(trainer.test(module, loader, verbose=False)[0]["loss"])
-    for loss in losses:
-        torch.testing.assert_close(torch.as_tensor(loss), wanted, rtol=1e-6, atol=0)
+    assert_average_of(ema, record)
+    assert ema.ema.step == len(record.weights) - 1 == 8
+    state, loader = from_rank_0(ema.ema.gather_state_dict()), under.validation()
+    results = [dict(trainer.callback_metrics)]  # of the validation in fit
+    results += [trainer.validate(module, loader, verbose=False)]
+    results += [trainer.test(module, loader, verbose=False)]
+    wanted = assert_losses(under, state, *results)
     logits = trainer.predict(module, under.batches(1))[0]
     with torch.no_grad():
         plain = under.plain(state)(next(iter(under.batches(1))))
     tolerance = TP_TOLERANCE if under.name == "fsdp2_tp" else EXACT
     torch.testing.assert_close(logits, plain, **tolerance)
-    torch.testing.assert_close(module.full_weights(), record.weights[-1], **EXACT)
+    same(module.full_weights(), record.weights[-1])
     live = under.plain_loss({**state, **record.weights[-1]})
     assert (live - wanted).abs() > 1e-3 * wanted  # or nothing above would tell the two apart
 
 
-@under("alone", "ddp", "fsdp2", "fsdp2_tp")
-def test_an_average_of_zeros_has_the_loss_of_a_zero_model(under: Under, tmp_path: Path):
-    _, trainer, module, record = fit(under, tmp_path, ema=EMACallback(multi_avg_fn=zero))
-    frozen = {f"net.{name}" for name in FROZEN}
-    state = under.module().state_dict()
-    zeros = {k: v if k in frozen else torch.zeros_like(v) for k, v in state.items()}
-    wanted = under.plain_loss(zeros)
-    assert trainer.callback_metrics["loss"] == wanted
-    loader = under.validation()
-    assert trainer.test(module, loader, verbose=False)[0]["loss"] == wanted
-    torch.testing.assert_close(module.full_weights(), record.weights[-1], **EXACT)
+@under()
+def test_decay_updates_and_drift_are_logged_when_lightning_logs(under: Under, tmp_path: Path):
+    ema, record, drifts = EMACallback(DECAY), Record(), {}
+
+    class Logs(Module):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.log("trained", loss := super().training_step(batch, batch_idx))
+            return loss
+
+    class Drifts(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            drifts[trainer.global_step] = ema.ema.drift()
+
+    keep = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3)
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    options = {"log_every_n_steps": 2, "val_check_interval": 8, "accumulate_grad_batches": 2}
+    options |= {"logger": logger, "enable_checkpointing": True}
+    trainer = under.trainer(tmp_path, ema, record, Drifts(), keep, **options)
+    trainer.fit(Logs(**under.net), under.batches(16), under.validation())
+    assert_average_of(ema, record)
+    assert ema.ema.step == len(record.weights) - 1 == 8
+    if rank() == 0:
+        with (Path(logger.log_dir) / "metrics.csv").open() as file:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        wanted = [(row["step"], row["step"] + 1, DECAY) for row in rows if "trained" in row]
+        keys = ("step", "ema/updates", "ema/decay")
+        found = [tuple(map(row.get, keys)) for row in rows if "ema/updates" in row]
+        assert found == wanted and len(found) == 4
+        drift = [row["ema/drift"] for row in rows if "ema/drift" in row]
+        assert drift == [drifts[step] for step in (3, 4, 6, 8)]
+        assert min(drift) > 0
 
 
 @under()
@@ -119,16 +137,16 @@ def test_stopping_and_resuming_is_as_if_nothing_had_happened(under: Under, tmp_p
     fit(under, tmp_path / "b", keep, ema=first, max_epochs=2, enable_checkpointing=True)
     there = sorted(p.name for p in (tmp_path / "b").iterdir())
     assert there == ["epoch=1.ckpt", "last.ckpt"]  # what went before has been removed, whole
-    dist.barrier() if dist.is_initialized() else None
+    barrier()
     if rank() == 0:
         (tmp_path / "b").rename(tmp_path / "moved")
-    dist.barrier() if dist.is_initialized() else None
+    barrier()
 
     module = under.module(seed=1)
     trainer = under.trainer(tmp_path / "c", second, max_epochs=3)
     path = tmp_path / "moved" / "last.ckpt"
     trainer.fit(module, under.batches(), under.validation(), ckpt_path=path)
-    torch.testing.assert_close(module.full_weights(), uninterrupted.full_weights(), **EXACT)
+    same(module.full_weights(), uninterrupted.full_weights())
     assert_same_average(second, whole)
 
 
@@ -139,15 +157,23 @@ def test_an_average_in_a_file_is_loaded_under_another_strategy(under: Under, tmp
     before, _, _ = saved(ddp, tmp_path / "x.ckpt")
     held = torch.load(tmp_path / "x.ckpt")["dist_ema"]["averages"]["ema"]
     wanted = from_rank_0(before.ema.gather_state_dict())
-    torch.testing.assert_close(held, {name: wanted[name] for name in held}, **EXACT)
+    same(held, {name: wanted[name] for name in held})
 
     after = EMACallback(DECAY)
     loader = under.validation()
     trainer = under.trainer(tmp_path, after)
     tested = trainer.test(under.module(seed=1), loader, tmp_path / "x.ckpt", verbose=False)
     assert_same_average(after, before)
-    wanted = under.plain_loss(wanted)
-    torch.testing.assert_close(torch.as_tensor(tested[0]["loss"]), wanted, rtol=1e-5, atol=0)
+    assert_losses(under, wanted, tested)
+
+
+@under("alone", "fsdp2_full")
+def test_a_bias_corrected_average_is_loaded_from_a_file(under: Under, tmp_path: Path):
+    before, after = EMACallback(BEMA()), EMACallback(BEMA())
+    saved(under, tmp_path / "x.ckpt", ema=before)
+    again = under.trainer(tmp_path, after)
+    again.test(under.module(seed=1), under.validation(), tmp_path / "x.ckpt", verbose=False)
+    assert_same_average(after, before)
 
 
 @under("alone", "ddp", "fsdp2")
@@ -158,10 +184,9 @@ def test_an_exception_in_an_evaluation_leaves_the_live_weights(under: Under, tmp
                 raise Interruption
 
     ema, record, module = EMACallback(DECAY), Record(), under.module()
-    trainer = under.trainer(tmp_path, ema, record, Fails())
     with pytest.raises(Interruption):
-        trainer.fit(module, under.batches(), under.validation())
-    torch.testing.assert_close(module.full_weights(), record.weights[-1], **EXACT)
+        fit(under, tmp_path, record, Fails(), ema=ema, module=module)
+    same(module.full_weights(), record.weights[-1])
     assert_average_of(ema, record)
 
 
@@ -172,13 +197,13 @@ def test_a_checkpoint_in_an_evaluation_holds_live_weights(under: Under, tmp_path
             if not trainer.sanity_checking:
                 self.shown = pl_module.full_weights()
                 trainer.save_checkpoint(tmp_path / "x.ckpt")
-                torch.testing.assert_close(pl_module.full_weights(), self.shown, **EXACT)
+                same(pl_module.full_weights(), self.shown)
 
     ema, _, module, _ = fit(under, tmp_path, saves := Saves())
     assert not torch.equal(saves.shown["net.tiny"], module.full_weights()["net.tiny"])
     other, loaded = EMACallback(DECAY), under.module(seed=1)
     under.trainer(tmp_path, other).validate(loaded, under.validation(), tmp_path / "x.ckpt")
-    torch.testing.assert_close(loaded.full_weights(), module.full_weights(), **EXACT)
+    same(loaded.full_weights(), module.full_weights())
     assert_same_average(other, ema)
 
 
@@ -196,7 +221,7 @@ def test_training_after_an_evaluation_has_the_buffers_of_rank_0(under: Under, tm
         trainer = under.trainer(tmp_path, buffers, *callbacks, max_epochs=2)
         trainer.fit(under.module(), under.batches(1), under.validation())
         found.append(buffers.running)
-    torch.testing.assert_close(found[1], found[0], **EXACT)
+    same(found[1], found[0])
 
 
 @under("alone", "fsdp2")
@@ -209,7 +234,7 @@ def test_a_checkpoint_without_an_average_is_refused_or_starts_one(under: Under, 
     with pytest.raises(CheckpointError, match="holds no average"):
         under.trainer(tmp_path, EMACallback(DECAY), max_epochs=2).fit(under.module(), **again)
     ema, record = EMACallback(DECAY, missing="restart"), Record()
-    with pytest.warns(UserWarning, match="starts from the weights of the checkpoint"):
+    with pytest.warns(UserWarning, match="starts again, from the weights of the checkpoint"):
         under.trainer(tmp_path, ema, record, max_epochs=2).fit(under.module(), **again)
     assert_average_of(ema, record)
     assert ema.ema.step == 8
@@ -235,7 +260,7 @@ def test_a_second_fit_goes_on_with_the_average(under: Under, tmp_path: Path):
     trainer.test(module, under.validation(), verbose=False)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, under.batches())
-    torch.testing.assert_close(record.weights.pop(9), record.weights[8], **EXACT)  # of its start
+    same(record.weights.pop(9), record.weights[8])  # of its start
     assert_average_of(ema, record)
     assert ema.ema.step == 16 == len(record.weights) - 1
 
@@ -244,8 +269,7 @@ def test_a_second_fit_goes_on_with_the_average(under: Under, tmp_path: Path):
 def test_what_was_built_for_an_evaluation_can_be_trained_on(under: Under, tmp_path: Path):
     """Lightning evaluates in inference mode, whose tensors cannot be written to later."""
     _, _, module = saved(under, tmp_path / "x.ckpt")
-    ema = EMACallback(DECAY)
-    trainer = under.trainer(tmp_path, ema)
+    trainer = under.trainer(tmp_path, ema := EMACallback(DECAY))
     trainer.test(module, under.batches(2), tmp_path / "x.ckpt", verbose=False)
     trainer.fit(module, under.batches())
     assert ema.ema.step == 16
@@ -261,50 +285,38 @@ class Tunable(Module):
         self.val_dataloader = self.test_dataloader = under.validation
 
 
-def finder_of(kind: str) -> Callback:
-    if kind == "lr":
-        return LearningRateFinder(num_training_steps=5)
-    return BatchSizeFinder(max_trials=1)
+FINDERS = {
+    "lr": lambda: LearningRateFinder(num_training_steps=5),
+    "batch": lambda: BatchSizeFinder(max_trials=1),
+}
 
 
 @under("alone")
-@pytest.mark.parametrize("kind", ["lr", "batch"])
+@pytest.mark.parametrize("kind", FINDERS)
 @pytest.mark.parametrize("first", [True, False])
 def test_a_finder_before_training_leaves_no_trace(
     under: Under, kind: str, first: bool, tmp_path: Path
 ):
-    ema, record, finder = EMACallback(DECAY), Record(), finder_of(kind)
+    ema, record, finder = EMACallback(DECAY), Record(), FINDERS[kind]()
     callbacks = [finder, ema, record] if first else [ema, record, finder]
     under.trainer(tmp_path, *callbacks).fit(Tunable(under))
     assert_average_of(ema, record)
     assert ema.ema.step == 8 == len(record.weights) - 1
 
 
-class AtStart(Callback):
-    """The average that training starts with, if it comes after the callback."""
-
-    def __init__(self, ema: EMACallback) -> None:
-        self.ema = ema
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.state, self.step = self.ema.ema.gather_state_dict(), self.ema.ema.step
-
-
 @under("alone", "fsdp2_full")
 def test_a_finder_keeps_the_average_that_is_resumed_from(under: Under, tmp_path: Path):
-    before = EMACallback(DECAY)
+    class AtStart(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            assert_same_average(ema, before)
+
+    before, ema = EMACallback(DECAY), EMACallback(DECAY)
     trainer = under.trainer(tmp_path, before)
     trainer.fit(Tunable(under))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    wanted = before.ema.gather_state_dict()
-    ema = EMACallback(DECAY)
-    start = AtStart(ema)
-    trainer = under.trainer(tmp_path, ema, start, finder_of("lr"), max_epochs=2)
+    trainer = under.trainer(tmp_path, ema, AtStart(), FINDERS["lr"](), max_epochs=2)
     trainer.fit(Tunable(under, seed=1), ckpt_path=tmp_path / "x.ckpt")
-    for states in (wanted, start.state):
-        states.pop("net.running", None)
-    torch.testing.assert_close(start.state, wanted, **EXACT)
-    assert start.step == 8 < ema.ema.step
+    assert before.ema.step == 8 < ema.ema.step
 
 
 @under("alone")
@@ -314,14 +326,13 @@ def test_a_finder_in_an_evaluation_keeps_the_average(
     under: Under, stage: str, first: bool, tmp_path: Path
 ):
     before, _, trained = saved(under, tmp_path / "x.ckpt")
-    wanted = under.plain_loss(before.ema.gather_state_dict())
     ema, module = EMACallback(DECAY), Tunable(under, seed=1)
-    callbacks = [finder_of("batch"), ema] if first else [ema, finder_of("batch")]
+    callbacks = [FINDERS["batch"](), ema] if first else [ema, FINDERS["batch"]()]
     trainer = under.trainer(tmp_path, *callbacks)
     result = getattr(trainer, stage)(module, ckpt_path=tmp_path / "x.ckpt", verbose=False)
-    torch.testing.assert_close(torch.tensor(result[0]["loss"]), wanted, rtol=1e-6, atol=0)
+    assert_losses(under, before.ema.gather_state_dict(), result)
     assert_same_average(ema, before)
-    torch.testing.assert_close(module.full_weights(), trained.full_weights(), **EXACT)
+    same(module.full_weights(), trained.full_weights())
     # No full copy is kept.
     assert not any(isinstance(kept, dict) and "averages" in kept for kept in vars(ema).values())
 
@@ -331,20 +342,18 @@ def test_evaluating_another_model_keeps_the_average(under: Under, tmp_path: Path
     ema, trainer, module, _ = fit(under, tmp_path)
     kept, wanted = ema.ema, ema.ema.gather_state_dict()
     baseline, loader = under.module(seed=1), under.validation()
-    raw = under.plain_loss(baseline.state_dict())
     for evaluating in (under.trainer(tmp_path, EMACallback()), trainer):  # the first never trained
         with pytest.warns(UserWarning, match="no average of this model"):
             result = evaluating.validate(baseline, loader, verbose=False)
-        torch.testing.assert_close(torch.tensor(result[0]["loss"]), raw, **EXACT)
+        assert_losses(under, baseline.state_dict(), result)
     trainer.save_checkpoint(tmp_path / "baseline.ckpt")
     assert "dist_ema" not in torch.load(tmp_path / "baseline.ckpt")
     assert ema.ema is kept
-    torch.testing.assert_close(ema.ema.gather_state_dict(), wanted, **EXACT)
+    same(ema.ema.gather_state_dict(), wanted)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "EMACallback")
         result = trainer.validate(module, loader, verbose=False)
-    averaged = under.plain_loss(wanted)
-    torch.testing.assert_close(torch.tensor(result[0]["loss"]), averaged, rtol=1e-6, atol=0)
+    assert_losses(under, wanted, result)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert "dist_ema" in torch.load(tmp_path / "x.ckpt")
 
@@ -373,13 +382,12 @@ def test_after_a_save_that_failed_an_evaluation_goes_on_with_the_average(
             shown = pl_module.full_weights()
             with pytest.raises(OSError):
                 trainer.save_checkpoint(tmp_path / "file" / "x.ckpt")
-            torch.testing.assert_close(pl_module.full_weights(), shown, **EXACT)
+            same(pl_module.full_weights(), shown)
 
     ema, trainer, module, record = fit(under, tmp_path, Fails())
     result = trainer.test(module, under.validation(), verbose=False)
-    wanted = under.plain_loss(ema.ema.gather_state_dict())
-    torch.testing.assert_close(torch.tensor(result[0]["loss"]), wanted, rtol=1e-6, atol=0)
-    torch.testing.assert_close(module.full_weights(), record.weights[-1], **EXACT)
+    assert_losses(under, ema.ema.gather_state_dict(), result)
+    same(module.full_weights(), record.weights[-1])
 
 
 @under("alone")
@@ -388,9 +396,7 @@ def test_a_batch_without_a_loss_counts_as_global_step_counts_it(under: Under, tm
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
             return super().training_step(batch, batch_idx) if batch_idx % 2 else None
 
-    ema = EMACallback(DECAY)
-    trainer = under.trainer(tmp_path, ema)
-    trainer.fit(Skips(**under.net), under.batches())
+    ema, trainer, _, _ = fit(under, tmp_path, module=Skips(**under.net))
     assert ema.ema.step == trainer.global_step == 8
 
 
@@ -401,21 +407,17 @@ def test_what_an_evaluation_writes_to_a_buffer_is_lost(under: Under, tmp_path: P
             self.net.running += 1
             return self.net.running.clone()
 
-    ema, module = EMACallback(DECAY), Counts(**under.net)
-    trainer = under.trainer(tmp_path, ema)
-    trainer.fit(module, under.batches())
+    _, trainer, module, _ = fit(under, tmp_path, module=Counts(**under.net))
     before = module.net.running.clone()
     predicted = trainer.predict(module, under.batches(2))
     torch.testing.assert_close(predicted[1], before + 2)
-    torch.testing.assert_close(module.net.running, before, **EXACT)
+    same(module.net.running, before)
 
 
 class TwoOptimizers(Module):
     """The second steps in every batch, the first in every other one."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+    automatic_optimization = False
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         first, second = self.optimizers()
@@ -437,13 +439,13 @@ def test_with_several_optimizers_a_batch_counts_once_or_by_one_of_them(
 ):
     for optimizer, steps in ((None, 8), (0, 4), (1, 8)):
         ema = EMACallback(DECAY, optimizer=optimizer)
-        under.trainer(tmp_path, ema).fit(TwoOptimizers(), under.batches())
+        fit(under, tmp_path, ema=ema, module=TwoOptimizers(**under.net))
         assert ema.ema.step == steps
     module = under.module()
     weights = module.full_weights()
     with pytest.raises(ValueError, match="optimizer is 1, but the module has 1, numbered from 0"):
-        under.trainer(tmp_path, EMACallback(optimizer=1)).fit(module, under.batches())
-    torch.testing.assert_close(module.full_weights(), weights, **EXACT)
+        fit(under, tmp_path, ema=EMACallback(optimizer=1), module=module)
+    same(module.full_weights(), weights)
 
 
 @under("alone")
@@ -453,7 +455,7 @@ def test_steps_that_lightning_does_not_see_are_warned_of(under: Under, tmp_path:
             return super().optimizers(use_pl_optimizer=False)
 
     with pytest.warns(UserWarning, match="saw no optimizer step"):
-        under.trainer(tmp_path, EMACallback(DECAY)).fit(Bare(), under.batches())
+        fit(under, tmp_path, module=Bare(**under.net))
 
 
 @under("alone")
@@ -463,14 +465,12 @@ def test_a_step_that_a_gradient_scaler_skips_does_not_count(under: Under, tmp_pa
             loss = super().training_step(batch, batch_idx)
             return loss * torch.inf if batch_idx in (2, 5) else loss
 
-    ema, record = EMACallback(DECAY), Record()
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
-    trainer = under.trainer(tmp_path, ema, record, plugins=[precision])
-    trainer.fit(Overflows(), under.batches())
+    module = Overflows(**under.net)
+    ema, trainer, _, record = fit(under, tmp_path, module=module, plugins=[precision])
     assert trainer.global_step == 8 and ema.ema.step == 6
-    applied = [record.weights[i] for i in (0, 1, 2, 4, 5, 7, 8)]
-    torch.testing.assert_close(record.weights[3], record.weights[2], **EXACT)
-    record.weights = applied
+    same(record.weights[3], record.weights[2])
+    record.weights = [record.weights[i] for i in (0, 1, 2, 4, 5, 7, 8)]
     assert_average_of(ema, record)
 
 
@@ -493,5 +493,4 @@ def test_a_trainer_of_the_other_package_takes_the_callback(under: Under, tmp_pat
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
     trainer.fit(Other(), under.batches(), under.validation())
-    wanted = under.plain_loss(ema.ema.gather_state_dict())
-    torch.testing.assert_close(trainer.callback_metrics["loss"], wanted, rtol=1e-6, atol=0)
+    assert_losses(under, ema.ema.gather_state_dict(), dict(trainer.callback_metrics))

@@ -24,13 +24,14 @@ from dist_ema.core import lerp
 from dist_ema.core.accelerator import SideStreams, synchronize_if_initialized
 from tests.grid import rows
 from tests.runs import same, start
-from tests.worlds import World, worlds
+from tests.worlds import WORLDS, World
 from tests.worlds_deepspeed import WORLDS as ZERO_WORLDS
 
 CROSSING = {"target": lerp, "attribute": "_crosses", "new": lambda average, live: True}
 
 
-def check_offloaded(world: World) -> None:
+@rows([*WORLDS, *ZERO_WORLDS], "plain", "plain_bf16", "ddp", "fsdp2", "hsdp", "z2_bf16", "z3")
+def test_an_average_on_another_device_is_the_same(world: World):
     with mock.patch.object(**CROSSING), mock.patch.object(lerp, "_CHUNK_ELEMENTS", 50):
         run = start(world, device="cpu", start_step=1, update_every=2).train(5)
         batches = [b for track in run.ema._average.storage._lerp._tracks for b in track.batches]
@@ -41,16 +42,6 @@ def check_offloaded(world: World) -> None:
         before = run.training.evaluate()
         assert not torch.equal(run.averaged_logits(), before)
         same(run.training.evaluate(), before)
-
-
-@worlds("plain", "plain_bf16", "ddp-2", "fsdp2-3", "hsdp")
-def test_an_average_on_another_device_is_the_same(world: World):
-    check_offloaded(world)
-
-
-@rows(ZERO_WORLDS, "z2_bf16", "z3")
-def test_an_average_on_another_device_is_the_same_under_deepspeed(world: World):
-    check_offloaded(world)
 
 
 @pytest.mark.parametrize(
@@ -85,49 +76,42 @@ def test_the_way_there_and_back_changes_no_bit(options: dict[str, Any], dtype: t
 
 
 def test_buffers_are_read_before_the_next_forward_writes_to_them():
-    """Work that is queued until something waits for it stands in for a slow side stream."""
-    queued: list[Any] = []
+    slow: list[Any] = []
 
-    class Queue:
+    class Slow:
+        """In place of side streams: nothing runs before something waits for it."""
+
         def __init__(self, device: torch.device, count: int) -> None:
-            pass
+            self.queued: list[Any] = []
+            slow.append(self)
 
         def run(self, work: Any, items: Any) -> None:
-            for item in items:
-                work(item)
+            self.queued += [(work, item) for item in items]
 
         def fence(self) -> None:
-            for work in queued:
-                work()
-            queued.clear()
+            while self.queued:
+                work, item = self.queued.pop(0)
+                work(item)
 
         synchronize = fence
 
-    run = lerp._Track.run
-
-    def later(track: Any, work: Any) -> None:
-        queued.append(lambda: run(track, work))
-
-    def final(buffers: str, **options: Any) -> dict[str, torch.Tensor]:
+    def final(**options: Any) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        ema = ShardedEMA(model, 0.5, buffers=buffers, **options)
+        ema = ShardedEMA(model, 0.5, buffers="average", **options)
         for _ in range(3):
             model(torch.randn(5, 4)).sum().backward()
-            ema._average.storage._lerp.fence()  # as the hook before an optimizer's step does
+            for streams in slow:
+                streams.fence()  # as the hook before an optimizer's step does
             optimizer.step()
             ema.update()
         return ema.gather_state_dict()
 
-    for buffers in ("average", "copy"):
-        wanted = final(buffers)
-        with (
-            mock.patch.object(lerp, "SideStreams", Queue),
-            mock.patch.object(lerp._Track, "run", later),
-        ):
-            found = final(buffers, overlap=True)
-        same(found, wanted)
+    wanted = final()
+    with mock.patch.object(lerp, "SideStreams", Slow):
+        same(final(overlap=True), wanted)
+    assert slow
 
 
 @pytest.mark.parametrize(
@@ -147,16 +131,16 @@ class Recorder:
     """An accelerator whose streams and events write down who waits for whom."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.lines: list[str] = []
         self.current = self.stream("current")
         self.num_streams = 0
         self.capturing = False
 
     def stream(self, name: str) -> mock.MagicMock:
         stream = mock.MagicMock(label=name)
-        stream.wait_event = lambda event: self.told.append(f"{name} waits for {event.label}")
-        stream.__enter__ = lambda _: self.told.append(f"enter {name}")
-        stream.__exit__ = lambda *_: self.told.append(f"leave {name}")
+        stream.wait_event = lambda event: self.lines.append(f"{name} waits for {event.label}")
+        stream.__enter__ = lambda _: self.lines.append(f"enter {name}")
+        stream.__exit__ = lambda *_: self.lines.append(f"leave {name}")
         return stream
 
     def new_stream(self, device: torch.device) -> mock.MagicMock:
@@ -170,10 +154,10 @@ class Recorder:
 
         def record(stream: mock.Mock) -> None:
             event.label = f"the work of {stream.label}"
-            self.told.append(f"{stream.label} is recorded")
+            self.lines.append(f"{stream.label} is recorded")
 
         event.record = record
-        event.synchronize = lambda: self.told.append(f"the host waits for {event.label}")
+        event.synchronize = lambda: self.lines.append(f"the host waits for {event.label}")
         return event
 
     def streams(self, count: int) -> SideStreams:
@@ -203,98 +187,77 @@ def an_optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([weight], lr=0.1)
 
 
-FENCE = ["current waits for the work of stream 1", "current waits for the work of stream 2"]
-
-
-def test_optimizers_and_readers_wait_for_the_streams(recorder: Recorder):
-    streams, optimizer = recorder.streams(2), an_optimizer()
-    optimizer.step()
-    assert recorder.told == []  # nothing is under way
-    with streams.launching(), streams.stream(3):
-        recorder.told.append("work")
-    assert recorder.told == [
-        "current is recorded",
-        "stream 1 waits for the work of current",
-        "stream 2 waits for the work of current",
-        "enter stream 2",
-        "work",
-        "leave stream 2",
-        "stream 1 is recorded",
-        "stream 2 is recorded",
-    ]
-    recorder.told.clear()
-    optimizer.step()
-    assert recorder.told == FENCE
-    recorder.told.clear()
-    streams.synchronize()
-    streams.synchronize()
-    assert recorder.told == [
-        "the host waits for the work of stream 1",
-        "the host waits for the work of stream 2",
-    ]
-
-
-def test_chunks_of_an_offloaded_average_take_turns_on_two_streams(recorder: Recorder):
-    model = nn.Linear(30, 20)
+def offloaded(recorder: Recorder) -> ShardedEMA:
+    """An average in host memory, of three chunks that take turns on two streams."""
     with (
         mock.patch.object(**CROSSING),
         mock.patch.object(lerp, "_CHUNK_ELEMENTS", 250),
         mock.patch.object(lerp, "SideStreams", lambda device, count: recorder.streams(count)),
     ):
-        ema = ShardedEMA(model, 0.9, device="cpu")
-    recorder.told.clear()
-    ema.update()
-    assert [line for line in recorder.told if line.startswith("enter")] == [
-        "enter stream 1",
-        "enter stream 2",
-        "enter stream 1",
-    ]
-    recorder.told.clear()
+        return ShardedEMA(nn.Linear(30, 20), 0.9, device="cpu")
+
+
+def test_chunks_take_turns_on_two_streams_and_optimizers_and_readers_wait(recorder: Recorder):
+    ema, optimizer = offloaded(recorder), an_optimizer()
     ema.drift()
-    assert recorder.told[:2] == FENCE
+    recorder.lines.clear()
+    optimizer.step()
+    assert recorder.lines == []  # nothing is under way
+    ema.update()
+    assert recorder.lines == [
+        "current is recorded",
+        "stream 1 waits for the work of current",
+        "stream 2 waits for the work of current",
+        *(f"{what} stream {n}" for n in (1, 2, 1) for what in ("enter", "leave")),
+        "stream 1 is recorded",
+        "stream 2 is recorded",
+    ]
+    fence = [f"current waits for the work of stream {n}" for n in (1, 2)]
+    recorder.lines.clear()
+    optimizer.step()
+    assert recorder.lines == fence
+    recorder.lines.clear()
+    ema.drift()
+    assert recorder.lines == [
+        *fence,
+        *(f"the host waits for the work of stream {n}" for n in (1, 2)),
+    ]
+    recorder.lines.clear()
+    ema.drift()
+    assert recorder.lines == []
 
 
-def test_a_compiled_training_step_traces_no_stream(recorder: Recorder):
-    told: list[bool] = []
+def test_a_compiled_training_step_waits_each_time_and_traces_no_stream(recorder: Recorder):
+    traced: list[tuple[str, bool]] = []
 
     def launching(self: SideStreams) -> Any:
-        told.append(torch.compiler.is_compiling())
+        traced.append(("launch", torch.compiler.is_compiling()))
         return nullcontext()
 
-    model = nn.Linear(3, 3)
-    with mock.patch.object(lerp, "SideStreams", lambda device, count: recorder.streams(count)):
-        ema = ShardedEMA(model, 0.5, overlap=True)
-    wanted = ema.gather_state_dict()["weight"]
-    mock.patch.stopall()  # the compiler asks for the accelerator too
-
-    def step(x: torch.Tensor) -> None:
-        with torch.no_grad():
-            model.weight.add_(x)
-        ema.update()
-
-    compiled = torch.compile(step, backend="eager")
-    with mock.patch.object(SideStreams, "launching", launching):
-        for _ in range(3):
-            compiled(torch.ones(3, 3))
-            wanted = (wanted + model.weight.detach()) / 2
-    assert told == [False] * 3
-    torch.testing.assert_close(ema.gather_state_dict()["weight"], wanted)
-
-
-def test_a_compiled_optimizer_step_waits_each_time_and_traces_no_stream(recorder: Recorder):
-    told: list[bool] = []
-
     def fence(self: SideStreams) -> None:
-        told.append(torch.compiler.is_compiling())
+        traced.append(("fence", torch.compiler.is_compiling()))
 
-    with mock.patch.object(SideStreams, "fence", fence):
-        streams = recorder.streams(1)
-    mock.patch.stopall()  # the compiler asks for the accelerator too
-    step = torch.compile(an_optimizer().step, backend="eager")
-    for _ in range(3):
-        step()
-    assert told == [False] * 3
-    del streams
+    optimizer = an_optimizer()
+    model = nn.ParameterList(optimizer.param_groups[0]["params"])
+    with (
+        mock.patch.object(SideStreams, "launching", launching),
+        mock.patch.object(SideStreams, "fence", fence),
+    ):
+        with mock.patch.object(lerp, "SideStreams", lambda device, count: recorder.streams(count)):
+            ema = ShardedEMA(model, 0.5, overlap=True)
+        mock.patch.stopall()  # the compiler asks for the accelerator too
+
+        def step() -> None:
+            optimizer.step()
+            ema.update()
+
+        traced.clear()
+        wanted, compiled = torch.ones(2), torch.compile(step, backend="eager")
+        for _ in range(3):
+            compiled()
+            wanted = (wanted + model[0].detach()) / 2
+    assert traced == [("fence", False), ("launch", False)] * 3
+    torch.testing.assert_close(ema.gather_state_dict()["0"], wanted)
 
 
 def test_a_graph_capture_that_could_not_wait_is_refused(recorder: Recorder):
@@ -329,10 +292,10 @@ def test_an_average_that_is_gone_leaves_no_hook(recorder: Recorder):
     assert len(module._global_optimizer_pre_hooks) == before + 1
     with streams.launching():
         pass
-    recorder.told.clear()
+    recorder.lines.clear()
     del streams
     gc.collect()
-    assert recorder.told == ["the host waits for the work of stream 1"]
+    assert recorder.lines == ["the host waits for the work of stream 1"]
     assert len(module._global_optimizer_pre_hooks) == before
 
 

@@ -118,7 +118,7 @@ def test_a_failure_is_reported_at_once_in_the_order_in_which_ranks_failed(
 ):
     start = time.monotonic()
     with pytest.raises(RankFailure) as failure:
-        run(pools, body, timeout_s=2.0 if body is hangs_on_rank_0 else 30.0)
+        run(pools, body, timeout_s=1.0 if body is hangs_on_rank_0 else 30.0)
     assert time.monotonic() - start < 15  # not the timeout of the barrier that others wait in
     message, at = str(failure.value), 0
     for text in texts:

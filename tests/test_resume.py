@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from dist_ema import HalfLife, ShardedEMA
-from dist_ema.checkpoint.loader import load
+from dist_ema.checkpoint.reader import load
 from dist_ema.checkpoint.writer import save
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group

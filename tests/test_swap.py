@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from dist_ema import ShardedEMA
 from tests.net import FROZEN, TRAINABLE
 from tests.pool import fork_server
-from tests.runs import Run, a_few_worlds, live_buffers, make_ema, same, start
+from tests.runs import a_few_worlds, live_buffers, make_ema, same, start, to_zero
 from tests.worlds import (
     Training,
     World,
@@ -63,25 +63,20 @@ def test_the_forward_under_the_swap_is_that_of_a_plain_model(world: World):
     assert not torch.equal(averaged, live)
 
 
-@every_world(not_compiled)
-def test_every_averaged_weight_shows_the_average(world: World):
-    run = start(world).train(2)
-    state = from_rank_0(run.ema.gather_state_dict())
-    with run.ema.average_parameters():
-        inside = run.training.full_weights()
-    same({n: inside[n] for n in FROZEN}, {n: run.weights[-1][n] for n in FROZEN})
-    for name in TRAINABLE:
-        assert torch.equal(inside[name], state[name].to(world.engine.weights_dtype)), name
-
-
 @every_world()
-def test_weights_and_buffers_come_back_bit_for_bit(world: World):
+def test_weights_are_the_average_inside_and_come_back_with_buffers_bit_for_bit(world: World):
     run = start(world).train(2)
     training = run.training
     objects = [id(p) for p in training.parameters().values()]
     live = training.evaluate()
     buffers = live_buffers(training)  # after a forward: DDP lets rank 0's prevail in each
+    average = from_rank_0(run.ema.gather_state_dict())
     with run.ema.average_parameters(), torch.no_grad():
+        if run.ema.source == "weights":
+            shown, dtype = training.full_weights(), world.engine.weights_dtype
+            same({n: shown[n] for n in FROZEN}, {n: run.weights[-1][n] for n in FROZEN})
+            same({n: shown[n] for n in TRAINABLE}, {n: average[n].to(dtype) for n in TRAINABLE})
+        training.evaluate()
         training.loss(5)  # in training mode, so that batch statistics move
         training.net.mask.add_(1)
         assert not torch.equal(training.net.running, buffers["running"])
@@ -92,28 +87,12 @@ def test_weights_and_buffers_come_back_bit_for_bit(world: World):
 
 
 @every_world(not_compiled)
-def test_weights_come_back_after_an_exception(world: World):
-    run = start(world).train(2)
-    average, live = run.ema.gather_state_dict(), run.training.evaluate()
-    with pytest.raises(Interruption):
-        with run.ema.average_parameters():
-            run.training.evaluate()
-            raise Interruption
-    same(run.training.evaluate(), live)
-    same(run.training.full_weights(), run.weights[-1])
-    same(run.ema.gather_state_dict(), average)
-    run.train(1)
-    with run.ema.average_parameters():
-        assert not torch.equal(run.training.evaluate(), live)
-
-
-@every_world(not_compiled)
 def test_training_after_a_swap_is_bit_identical_to_training_without(world: World):
     swapped, bare = start(world), start(world)
-    for i in range(4):
+    for swaps in (True, False, True, False):
         swapped.train_unrecorded()
         bare.train_unrecorded()
-        if i in (0, 2):
+        if swaps:
             swapped.averaged_logits()
     same(swapped.ema.gather_state_dict(), bare.ema.gather_state_dict())
     same(swapped.training.full_weights(), bare.training.full_weights())
@@ -157,13 +136,9 @@ def test_a_swap_between_forward_and_backward_is_an_error_or_harmless(world: Worl
 
 
 @every_world(not_compiled)
-def test_an_average_of_zeros_makes_a_model_of_zeros(world: World, tmp_path):
-    run = start(world, params="all").train(1)
+def test_an_average_of_zeros_makes_a_model_of_zeros(world: World):
+    run = start(world, params="all", multi_avg_fn=to_zero).train(2)  # the first copies
     zeros = {name: torch.zeros_like(weight) for name, weight in run.weights[0].items()}
-    net = world.make_net()
-    net.load_state_dict(zeros, strict=False)
-    Run(other := world.train(net), make_ema(other, params="all"), []).ema.save(tmp_path / "zeros")
-    run.ema.load(tmp_path / "zeros")
     before = run.training.evaluate()
     buffers = {n: b for n, b in live_buffers(run.training).items() if n != "mask"}
     wanted = evaluate(world.plain_twin(state_of(zeros) | buffers))
@@ -319,7 +294,8 @@ def local_part(tensor: Tensor) -> Tensor:
 
 @pytest.mark.ranks(0)
 @pytest.mark.parametrize("going", ["in", "out"])
-def test_ctrl_c_leaves_weights_and_average_as_they_were(going: str):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_error_leaves_weights_and_average_as_they_were(going: str, error: type[BaseException]):
     """Wherever it comes: before each copy that a swap makes."""
     model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Linear(3, 700).bfloat16())
     with warnings.catch_warnings():
@@ -328,14 +304,14 @@ def test_ctrl_c_leaves_weights_and_average_as_they_were(going: str):
     before = parts(model, ema)
     interrupted = 0
     for at in itertools.count():
-        interrupts = Interrupts(at)
+        interrupts = Interrupts(at, error)
         try:
             with interrupts if going == "in" else contextlib.nullcontext():
                 block = ema.average_parameters()
                 block.__enter__()
             with interrupts if going == "out" else contextlib.nullcontext():
                 block.__exit__(None, None, None)
-        except KeyboardInterrupt:
+        except error:
             interrupted += 1
         same(parts(model, ema), before)  # which raises inside of a block
         if not interrupts.came:
@@ -350,18 +326,18 @@ def parts(model: nn.Module, ema: ShardedEMA) -> list[Tensor]:
 
 
 class Interrupts(TorchFunctionMode):
-    """Ctrl-C before the call of torch number `at`, counted from 0."""
+    """An error before the call of torch number `at`, counted from 0."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, error: type[BaseException]) -> None:
         super().__init__()
-        self.left, self.came = at, False
+        self.left, self.came, self.error = at, False, error
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.copy_, torch.Tensor.clone, torch.equal):
             self.left -= 1
             if self.left == -1:
                 self.came = True
-                raise KeyboardInterrupt
+                raise self.error
         return func(*args, **(kwargs or {}))
 
 
@@ -415,35 +391,40 @@ def test_a_parametrization_that_is_cached_is_computed_again():
     model, ema = small_average(nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)))
     live = model.weight.clone()
     with nn.utils.parametrize.cached():
-        assert torch.equal(model.weight, live)
+        same(model.weight, live)
         with ema.average_parameters():
             assert not torch.equal(model.weight, live)
-        assert torch.equal(model.weight, live)
+        same(model.weight, live)
 
 
 @pytest.mark.parametrize("inside", [True, False])
 @every_world(not_compiled)
-def test_a_forward_that_fails_leaves_nothing_gathered(world: World, inside: bool):
+def test_a_forward_that_fails_changes_nothing_and_leaves_nothing_gathered(
+    world: World, inside: bool
+):
     run = start(world).train(2)
     training = run.training
     live, averaged = training.evaluate(), run.averaged_logits()
+    average = run.ema.gather_state_dict()
 
     def fail(*_: Any) -> None:
         raise Interruption
 
     hook = training.net.blocks[-1].l2.register_forward_pre_hook(fail)
-    with run.ema.average_parameters() if inside else contextlib.nullcontext():
-        with pytest.raises(Interruption):
+    with pytest.raises(Interruption):
+        with run.ema.average_parameters() if inside else contextlib.nullcontext():
             training.loss(3)
     hook.remove()
     if inside:
         same(training.evaluate(), live)
     same(run.averaged_logits(), averaged)
     same(training.evaluate(), live)
+    same(training.full_weights(), run.weights[-1])
+    same(run.ema.gather_state_dict(), average)
 
 
 @pytest.mark.parametrize("inside", [True, False])
-@every_world(lambda world: world.name in ("fsdp2", "fsdp2_reshard", "hsdp"))
+@worlds("fsdp2", "fsdp2_reshard", "hsdp")
 def test_an_unshard_that_nobody_waited_for_is_dropped(world: World, inside: bool):
     run = start(world).train(2)
     training = run.training
@@ -455,18 +436,6 @@ def test_an_unshard_that_nobody_waited_for_is_dropped(world: World, inside: bool
         if inside:
             training.net.unshard(async_op=True)
     same(training.evaluate(), live)
-
-
-@pytest.mark.ranks(0)
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_on_the_way_out_leaves_live_weights(error: type[BaseException]):
-    model, ema = small_average()
-    before = parts(model, ema)
-    fails = mock.patch.object(torch.accelerator, "current_accelerator", side_effect=error("device"))
-    with pytest.raises(error, match="device"), contextlib.ExitStack() as stack:
-        with ema.average_parameters():
-            stack.enter_context(fails)
-    same(parts(model, ema), before)
 
 
 @pytest.mark.ranks(0)
@@ -488,7 +457,7 @@ def test_an_average_of_a_part_and_one_of_the_whole_refuse_each_other(shows: str)
     assert ShardedEMA(copied).update()
 
 
-@every_world(not_compiled)
+@a_few_worlds
 def test_an_optimizer_step_inside_the_block_is_told_and_undone_in_the_weights(world: World):
     run = start(world).train(2)
     masters = run.ema.source == "master"  # which the swap does not touch
@@ -516,29 +485,18 @@ def test_a_write_inside_the_block_is_told_by_name():
     same([*model.parameters(), emb.weight], live)
 
 
-@every_world(not_compiled)
-def test_an_evaluation_is_not_taken_for_a_write(world: World):
-    run = start(world).train(2)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "weights were written to")
-        with run.ema.average_parameters():
-            run.training.evaluate()
-            run.training.loss(3)
-
-
 @pytest.mark.ranks(0)
 def test_frozen_constants_of_compiled_code_are_refused():
     import torch._inductor.config as config
 
     model, ema = small_average()
-    live = [p.clone() for p in model.parameters()]
+    before = parts(model, ema)
     with config.patch(freezing=True), pytest.raises(RuntimeError, match="freezing"):
-        with ema.average_parameters():
-            pass
-    same(list(model.parameters()), live)
+        ema.average_parameters().__enter__()
+    same(parts(model, ema), before)
 
 
-@every_world(lambda world: world.name in ("ddp", "fsdp2", "hsdp"))
+@worlds("ddp", "fsdp2", "hsdp")
 def test_a_swap_that_is_cut_short_is_marked_until_values_are_loaded(world: World):
     run = start(world).train(2)
     lost = mock.patch.object(torch, "clear_autocast_cache", side_effect=RuntimeError("it is gone"))
@@ -552,7 +510,7 @@ def test_a_swap_that_is_cut_short_is_marked_until_values_are_loaded(world: World
     assert run.ema.update()
 
 
-@every_world(lambda world: world.name == "fsdp2")
+@worlds("fsdp2")
 def test_a_layer_that_was_replaced_under_fsdp2_is_told(world: World):
     run = start(world).train(1)
     run.training.net.blocks[0].l1 = nn.Linear(3, 3)

@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema.checkpoint import CheckpointError
 from tests.oracle import Oracle, worst_relative_error
-from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR
-from tests.worlds import from_rank_0, num_ranks, rank
+from tests.runs import DECAY, MAX_RELATIVE_ERROR, same, to_zero
+from tests.worlds import barrier, from_rank_0, num_ranks, rank
 from tests.worlds_accelerate import CUT_BY
 from tests.worlds_deepspeed import skip_without_overflow_checks
 from tests.worlds_trainer import (
@@ -41,35 +40,33 @@ def ema_callback(*args: Any, **options: Any) -> Any:
     return EMACallback(*args, **options)
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def recorder(kind: str, trainer: Any) -> list[dict[str, Tensor]]:
-    """The full weights before the first step and after each; to be added before the average."""
+@contextmanager
+def attached(
+    kind: str, directory: Path, *, decay: Any = DECAY, ema: Any = None, **options: Any
+) -> Iterator[tuple[Any, Any]]:
+    """A Trainer and its callback, whose `weights` are the full ones before and after each step."""
     from transformers import TrainerCallback
-
-    weights: list[dict[str, Tensor]] = []
 
     class Recorder(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            weights.append(full_weights(kind, trainer))
+            callback.weights = [full_weights(kind, trainer)]
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            weights.append(full_weights(kind, trainer))
+            callback.weights.append(full_weights(kind, trainer))
 
-    trainer.add_callback(Recorder())
-    return weights
+    with trainer_of(kind, directory, **options) as trainer:
+        trainer.add_callback(Recorder())
+        callback = ema_callback(decay, **(ema or {})).attach(trainer)
+        yield trainer, callback
 
 
 @contextmanager
 def trained(
     *args: Any, zeros: bool = False, resume: Any = None, **options: Any
 ) -> Iterator[tuple[Any, Any]]:
-    """A Trainer that has trained, and its callback: of an average, or of zeros."""
-    with trainer_of(*args, **options) as trainer:
-        callback = ema_callback(DECAY, multi_avg_fn=to_zero if zeros else None).attach(trainer)
+    """The same after training, with an average or with zeros."""
+    options |= {"ema": {"multi_avg_fn": to_zero}} if zeros else {}
+    with attached(*args, **options) as (trainer, callback):
         trainer.train(resume_from_checkpoint=resume)
         yield trainer, callback
 
@@ -85,11 +82,11 @@ KEEPS_BEST = {
 }
 
 
-def assert_average_of(callback: Any, weights: list[dict[str, Tensor]]) -> None:
-    """The average is the float64 one of the weights that a recorder kept."""
-    oracle = Oracle(weights[0], DECAY)
-    for after in weights[1:]:
-        oracle.update(after)
+def assert_average_is_right(callback: Any) -> None:
+    """It is the float64 one of the recorded weights."""
+    oracle = Oracle(callback.weights[0], DECAY)
+    for weights in callback.weights[1:]:
+        oracle.update(weights)
     assert worst_relative_error(averages(callback), oracle.average) <= MAX_RELATIVE_ERROR
 
 
@@ -104,38 +101,26 @@ def reloaded(directory: Path) -> dict[str, Tensor]:
     return AutoModelForCausalLM.from_pretrained(directory).state_dict()
 
 
-def to_zero(averaged: list[Tensor], live: list[Tensor], num_averaged: int) -> None:
-    """In place of an average: it does not depend on the weights, so a mix-up cannot hide."""
-    for average in averaged:
-        average.zero_()
-
-
 @every_kind
-def test_the_average_is_that_of_the_weights_after_each_optimizer_step(kind: str, tmp_path: Path):
-    with trainer_of(kind, tmp_path, max_steps=3, gradient_accumulation_steps=4) as trainer:
-        weights = recorder(kind, trainer)
-        callback = ema_callback(DECAY).attach(trainer)
-        trainer.train()
-        ema = callback.ema
+def test_the_average_is_that_of_the_weights_after_each_step_and_is_what_evaluates(
+    kind: str, tmp_path: Path
+):
+    options = {"max_steps": 3, "gradient_accumulation_steps": 4}
+    with trained(kind, tmp_path, **options) as (trainer, callback):
+        ema, live = callback.ema, callback.weights[-1]
         assert trainer.accelerator.num_processes == num_ranks()
         assert CUT_BY[kind] in repr(ema)
         assert (ema.step, ema.num_updates, trainer.state.global_step) == (3, 3, 3)
-        assert_average_of(callback, weights)
-
-
-@every_kind
-def test_metrics_are_those_of_a_plain_model_that_loads_the_average(kind: str, tmp_path: Path):
-    with trained(kind, tmp_path) as (trainer, callback):
-        before = full_weights(kind, trainer)
+        assert_average_is_right(callback)
         found = losses(trainer.evaluate())
         predicted = losses(trainer.predict(EVALUATED["first"]).metrics)
         with callback.raw_weights():
             raw = losses(trainer.evaluate())
         assert losses(trainer.evaluate()) == found
-        torch.testing.assert_close(full_weights(kind, trainer), before, **EXACT)
+        same(full_weights(kind, trainer), live)
         state = averages(callback)
     assert found == losses_of_plain(kind, state, tmp_path)
-    assert raw == losses_of_plain(kind, before, tmp_path) != found
+    assert raw == losses_of_plain(kind, live, tmp_path) != found
     assert list(found) == ["eval_first_loss", "eval_second_loss"]
     assert predicted == {"test_loss": found["eval_first_loss"]}
 
@@ -152,10 +137,10 @@ def test_every_evaluation_sees_an_average_of_zeros_and_training_sees_none_of_it(
     again = {"zeros": True, "resume": source, "eval_on_start": True, **EVALUATES}
     with trained(kind, tmp_path, **again) as (trainer, callback):
         # But for those of the first run: two data sets after each of two steps.
-        told = [losses(entry) for entry in trainer.state.log_history[4:]]
+        told = [found for entry in trainer.state.log_history if (found := losses(entry))][4:]
         told += [losses(trainer.evaluate()), losses(trainer.evaluate(EVALUATED["first"]))]
         told += [losses(trainer.predict(EVALUATED["second"]).metrics)]
-        torch.testing.assert_close(full_weights(kind, trainer), wanted, **EXACT)
+        same(full_weights(kind, trainer), wanted)
         state = averages(callback)
     assert not any(tensor.any() for tensor in state.values())
     found = [loss for losses in told for loss in losses.values()]
@@ -166,6 +151,33 @@ def test_every_evaluation_sees_an_average_of_zeros_and_training_sees_none_of_it(
     uniform = [math.log(VOCABULARY) * share for share in (1, 5 / 6)]
     limit = 0.01 if kind.startswith("zero") else 1e-6
     assert min(abs(expected - loss) for loss in uniform) < limit
+
+
+@every_kind
+def test_decay_updates_and_drift_are_logged_when_the_trainer_logs(kind: str, tmp_path: Path):
+    from transformers import TrainerCallback
+
+    drifts, live = {}, {"epoch", "step", "loss", "grad_norm", "learning_rate"}
+
+    class Drifts(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            drifts[state.global_step] = callback.ema.drift()
+
+    logs = {"logging_strategy": "steps", "logging_steps": 2}
+    evaluates = {**EVALUATES, "eval_steps": 3}
+    options = {**logs, **evaluates, **SAVES, "max_steps": 6}
+    with attached(kind, tmp_path, **options) as (trainer, callback):
+        trainer.add_callback(Drifts())
+        trainer.train()
+        assert not any(name.startswith("ema/") for name in trainer.evaluate())
+        lines = trainer.state.log_history
+    of_loss = {line["step"]: line for line in lines if "loss" in line}
+    assert set(of_loss[2]) == live | {"ema/decay", "ema/updates"}
+    told = [(line["ema/decay"], line["ema/updates"]) for line in of_loss.values()]
+    assert told == [(DECAY, 2), (DECAY, 4), (DECAY, 6)]
+    found = [(line["step"], line["ema/drift"]) for line in lines if "ema/drift" in line]
+    assert found == [(step, drifts[step]) for step in (2, 3, 4, 6)]  # evaluations of two data sets
+    assert min(drifts.values()) > 0
 
 
 @every_kind
@@ -181,29 +193,26 @@ def test_a_stopped_and_resumed_run_is_bit_identical_to_one_that_went_on(kind: st
             steps = (callback.ema.step, callback.ema.num_updates)
             return {name: average[name] for name in live}, live, told, steps
 
-    wanted = run("one", **EVALUATES)
+    wanted = run("two", **EVALUATES, **SAVES)
     assert wanted[-1] == (4, 4)
-    run("two", **EVALUATES, **SAVES)
     two = tmp_path / "two"
     if rank() == 0:
         (two / "checkpoint-2").rename(tmp_path / "elsewhere")
         assert (two / "checkpoint-4" / "ema" / "manifest.json").exists()
     barrier()
     # From a directory outside of that of the run, and then from the last one inside.
-    torch.testing.assert_close(
-        run("three", str(tmp_path / "elsewhere"), **EVALUATES), wanted, **EXACT
-    )
+    same(run("three", str(tmp_path / "elsewhere"), **EVALUATES), wanted)
     if rank() == 0:
         shutil.rmtree(two / "checkpoint-4")
         (tmp_path / "elsewhere").rename(two / "checkpoint-2")
     barrier()
-    torch.testing.assert_close(run("two", True, **EVALUATES), wanted, **EXACT)
+    same(run("two", True, **EVALUATES), wanted)
 
 
 @every_kind
 def test_the_best_average_is_what_is_left_and_what_is_exported(kind: str, tmp_path: Path):
-    with trainer_of(kind, tmp_path / "run", save_total_limit=1, **KEEPS_BEST) as trainer:
-        callback = ema_callback(DECAY, export=tmp_path / "best").attach(trainer)
+    options = {"ema": {"export": tmp_path / "best"}, "save_total_limit": 1, **KEEPS_BEST}
+    with attached(kind, tmp_path / "run", **options) as (trainer, callback):
         with pytest.warns(UserWarning, match="model holds the raw weights of that checkpoint"):
             trainer.train()
         best = trainer.state.best_global_step
@@ -216,25 +225,22 @@ def test_the_best_average_is_what_is_left_and_what_is_exported(kind: str, tmp_pa
         state = averages(callback)
     assert found == losses_of_plain(kind, state, tmp_path)
     exported = reloaded(tmp_path / "best")
-    torch.testing.assert_close(exported, state, **EXACT)
+    same(exported, state)
 
 
 @every_kind
 def test_the_model_is_the_average_at_the_end_if_asked(kind: str, tmp_path: Path):
-    with trainer_of(kind, tmp_path / "run") as trainer:
-        callback = ema_callback(DECAY, copy_at_end=True).attach(trainer)
-        weights = recorder(kind, trainer)
-        trainer.train()
+    with trained(kind, tmp_path / "run", ema={"copy_at_end": True}) as (trainer, callback):
         state = averages(callback)
         live = full_weights(kind, trainer)
-        torch.testing.assert_close(live, {name: state[name] for name in live}, **EXACT)
-        assert not torch.equal(live["lm_head.weight"], weights[-1]["lm_head.weight"])
+        same(live, {name: state[name] for name in live})
+        assert not torch.equal(live["lm_head.weight"], callback.weights[-1]["lm_head.weight"])
         trainer.save_model(str(tmp_path / "saved"))
         barrier()
     saved = reloaded(tmp_path / "saved")  # out here: inside, transformers would cut it for ZeRO-3
     dtype = torch.bfloat16 if kind.startswith("zero") else torch.float32
     wanted = {name: tensor.to(dtype).to(saved[name].dtype) for name, tensor in state.items()}
-    torch.testing.assert_close(saved, wanted, **EXACT)
+    same(saved, wanted)
 
 
 @pytest.mark.parametrize(
@@ -257,15 +263,14 @@ def test_a_step_that_overflows_is_no_update(kind: str, optim: str, tmp_path: Pat
             loss = super().compute_loss(*args, **kwargs)
             return loss * math.inf if self.state.global_step == 1 else loss
 
-    with trainer_of(kind, tmp_path, trainer_class=Overflows, optim=optim) as trainer:
+    options = {"trainer_class": Overflows, "optim": optim}
+    with attached(kind, tmp_path, **options) as (trainer, callback):
         if kind == "ddp":  # as it is for fp16 on a GPU
             trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-        callback = ema_callback(DECAY).attach(trainer)
         trainer.train()
         assert trainer.state.global_step == 4
         assert (callback.ema.step, callback.ema.num_updates) == (3, 3)
-        for tensor in averages(callback).values():
-            assert tensor.isfinite().all()
+        assert all(tensor.isfinite().all() for tensor in averages(callback).values())
 
 
 @pytest.mark.ranks(2)
@@ -273,17 +278,14 @@ def test_a_checkpoint_without_the_average_is_refused_or_started_from(tmp_path: P
     with trainer_of("ddp", tmp_path, **SAVES) as trainer:
         trainer.train()
     checkpoint = str(tmp_path / "checkpoint-2")
-    with trainer_of("ddp", tmp_path, seed=1) as trainer:
-        ema_callback(DECAY).attach(trainer)
-        with pytest.raises(CheckpointError, match=r"without the average; .* missing='restart'"):
+    with attached("ddp", tmp_path, seed=1) as (trainer, _):
+        with pytest.raises(CheckpointError, match=r"has no average; with missing='restart'"):
             trainer.train(resume_from_checkpoint=checkpoint)
-    with trainer_of("ddp", tmp_path, seed=1) as trainer:
-        weights = recorder("ddp", trainer)
-        callback = ema_callback(DECAY, missing="restart").attach(trainer)
-        with pytest.warns(UserWarning, match="without the average; it starts again"):
+    with attached("ddp", tmp_path, seed=1, ema={"missing": "restart"}) as (trainer, callback):
+        with pytest.warns(UserWarning, match="no average; .* it starts again"):
             trainer.train(resume_from_checkpoint=checkpoint)
         assert callback.ema.step == 2
-        assert_average_of(callback, weights)
+        assert_average_is_right(callback)
 
 
 @pytest.mark.ranks(0)
@@ -311,26 +313,20 @@ def test_a_trainer_with_a_train_of_its_own_resumes_the_average(how: str, tmp_pat
     with trained("alone", tmp_path, **SAVES):
         (tmp_path / "checkpoint-4").rename(tmp_path / "later")
     own = {"passes on": PassesOn, "resumes itself": ResumesItself, "behind": Behind}[how]
-    with trainer_of("alone", tmp_path, trainer_class=own) as trainer:
-        callback = ema_callback(DECAY).attach(trainer)
-        expects = nullcontext()
-        if how == "behind":
-            expects = pytest.warns(
-                UserWarning, match="average is taken from here; training goes on"
-            )
-        with expects:
+    again, goes_on = {"trainer_class": own}, "goes on from step 2, .*"
+    with attached("alone", tmp_path, **again) as (trainer, callback):
+        is_warned = pytest.warns(UserWarning, match=f"{goes_on} average is taken from here")
+        with is_warned if how == "behind" else nullcontext():
             trainer.train(**{"resume_from_checkpoint": True} if how == "passes on" else {})
         assert (callback.ema.step, trainer.state.global_step) == (4, 4)
     if how != "behind":
         return
     shutil.rmtree(tmp_path / "checkpoint-2" / "ema")
-    with trainer_of("alone", tmp_path, trainer_class=own) as trainer:
-        ema_callback(DECAY).attach(trainer)
-        with pytest.raises(CheckpointError, match=r"goes on from step 2, .* without the average"):
+    with attached("alone", tmp_path, **again) as (trainer, callback):
+        with pytest.raises(CheckpointError, match=f"{goes_on} has no average"):
             trainer.train()
-    with trainer_of("alone", tmp_path, trainer_class=own) as trainer:
-        callback = ema_callback(DECAY, missing="restart").attach(trainer)
-        with pytest.warns(UserWarning, match=r"goes on from step 2, .* it starts again"):
+    with attached("alone", tmp_path, ema={"missing": "restart"}, **again) as (trainer, callback):
+        with pytest.warns(UserWarning, match=f"{goes_on} it starts again"):
             trainer.train()
         assert callback.ema.step == 2
 
@@ -348,27 +344,24 @@ def test_a_best_checkpoint_without_the_average_leaves_the_last_one_and_says_so(
                 shutil.rmtree(tmp_path / "run" / "checkpoint-1" / "ema")
 
     best = tmp_path / "best"
-    with trainer_of("alone", tmp_path / "run", **KEEPS_BEST) as trainer:
-        options = {"export": best, "copy_at_end": True, "missing": missing}
-        callback = ema_callback(DECAY, **options).attach(trainer)
-        weights = recorder("alone", trainer)
+    ema = {"export": best, "copy_at_end": True, "missing": missing}
+    with attached("alone", tmp_path / "run", ema=ema, **KEEPS_BEST) as (trainer, callback):
         trainer.add_callback(Loses())
-        match = r"the best checkpoint has no average.* of step 4, .*copy_at_end has not replaced"
+        match = r"the best checkpoint has no average.* of step 4\. .*copy_at_end has not replaced"
         expects = pytest.raises if missing == "raise" else pytest.warns
         with expects(CheckpointError if missing == "raise" else UserWarning, match=match):
             trainer.train()
         assert (trainer.state.best_global_step, callback.ema.step) == (1, 4)
-        assert_average_of(callback, weights)
+        assert_average_is_right(callback)
         state = averages(callback)
-        torch.testing.assert_close(full_weights("alone", trainer), weights[1], **EXACT)
-    torch.testing.assert_close(reloaded(best), state, **EXACT)
+        same(full_weights("alone", trainer), callback.weights[1])
+    same(reloaded(best), state)
 
 
 @pytest.mark.ranks(0)
 def test_an_evaluation_before_training_says_once_that_there_is_no_average(tmp_path: Path):
     match = r"no average yet, train\(\) makes it"
-    with trainer_of("alone", tmp_path) as trainer:
-        callback = ema_callback(DECAY).attach(trainer)
+    with attached("alone", tmp_path) as (trainer, callback):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", match)
             with callback.raw_weights():
@@ -384,9 +377,9 @@ def test_an_evaluation_before_training_says_once_that_there_is_no_average(tmp_pa
 @pytest.mark.parametrize("export", ["file", "file/averaged"])
 def test_an_export_at_a_file_is_refused_before_the_first_step(export: str, tmp_path: Path):
     (tmp_path / "file").write_text("the user's")
-    with trainer_of("alone", tmp_path / "run") as trainer:
-        ema_callback(DECAY, export=tmp_path / export).attach(trainer)
-        with pytest.raises(FileExistsError, match=r"export is .*file.* is a file; name a dir"):
+    ema = {"export": tmp_path / export}
+    with attached("alone", tmp_path / "run", ema=ema) as (trainer, _):
+        with pytest.raises(FileExistsError, match=r"export=.*file.* is a file; name a dir"):
             trainer.train()
         assert trainer.state.global_step == 0
 
@@ -395,10 +388,9 @@ def test_an_export_at_a_file_is_refused_before_the_first_step(export: str, tmp_p
 def test_a_second_training_builds_the_average_anew_and_another_model_is_told_of(tmp_path: Path):
     with trained("alone", tmp_path) as (trainer, callback):
         first = callback.ema
-        weights = recorder("alone", trainer)
         trainer.train()
         assert callback.ema is not first and callback.ema.step == 4
-        assert_average_of(callback, weights)
+        assert_average_is_right(callback)
         trainer.evaluate()
         trainer.model = trainer.model_wrapped = copy.deepcopy(trainer.model)
         with pytest.warns(UserWarning, match="trainer.model is not the model that was trained"):
@@ -421,7 +413,7 @@ def test_a_metric_may_evaluate_and_an_error_in_it_leaves_the_weights(tmp_path: P
         live = full_weights("alone", trainer)
         with pytest.raises(RuntimeError, match="a metric of the user's"):
             trainer.evaluate()
-        torch.testing.assert_close(full_weights("alone", trainer), live, **EXACT)
+        same(full_weights("alone", trainer), live)
         assert not any(tensor.any() for tensor in averages(callback).values())
 
 
@@ -433,25 +425,27 @@ def test_an_evaluation_in_bf16_after_training_leaves_the_average_as_it_is(tmp_pa
         assert found == losses(trainer.evaluate())
         # The Trainer leaves the model in bf16.
         rounded = {name: weight.to(torch.bfloat16) for name, weight in live.items()}
-        torch.testing.assert_close(full_weights("alone", trainer), rounded, **EXACT)
-        torch.testing.assert_close(averages(callback), state, **EXACT)
+        same(full_weights("alone", trainer), rounded)
+        same(averages(callback), state)
     with trainer_of("alone", tmp_path, model=with_weights(state), bf16_full_eval=True) as trainer:
         assert found == losses(trainer.evaluate())
 
 
 @pytest.mark.ranks(0)
-def test_one_of_several_averages_is_evaluated_or_none(tmp_path: Path):
-    decays = {"short": 0.5, "long": 0.99}
-    found = {}
-    for evaluate in ("short", "long", False):
-        with trainer_of("alone", tmp_path) as trainer:
-            callback = ema_callback(decays, evaluate=evaluate).attach(trainer)
-            trainer.train()
+def test_of_several_averages_one_or_none_is_evaluated_and_all_or_none_are_logged(tmp_path: Path):
+    decays, metrics = {"short": 0.5, "long": 0.99}, {}
+    logs = {"logging_strategy": "steps", "logging_steps": 1, **SAVES}
+    names = {f"ema/{name}/{what}" for name in decays for what in ("decay", "drift")}
+    for evaluate, log in (("short", True), ("long", True), (False, False)):
+        options = {"decay": decays, "ema": {"evaluate": evaluate, "log": log}, **logs}
+        with trained("alone", tmp_path, **options) as (trainer, callback):
             name = evaluate or None
             state = callback.ema.gather_state_dict(name) if name else trainer.model.state_dict()
-            found[evaluate] = losses(trainer.evaluate())
-        assert found[evaluate] == losses_of_plain("alone", state, tmp_path)
-    assert len({tuple(values.values()) for values in found.values()}) == 3
+            metrics[evaluate] = losses(trainer.evaluate())
+            logged = {key for line in trainer.state.log_history for key in line if "ema/" in key}
+        assert metrics[evaluate] == losses_of_plain("alone", state, tmp_path)
+        assert logged == (names | {"ema/updates"} if log else set())
+    assert len({tuple(values.values()) for values in metrics.values()}) == 3
 
 
 @pytest.mark.ranks(0)

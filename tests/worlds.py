@@ -326,6 +326,11 @@ def state_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**weights, **{alias: weights[name] for alias, name in ALIASES.items()}}
 
 
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def from_rank_0(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tests.net import Net, batch_of_tokens, loss_of
 from tests.worlds import Ddp, Engine, Fsdp2, Plain, evaluate, rank
-from tests.worlds_deepspeed import BF16, Zero, library
+from tests.worlds_deepspeed import BF16, Zero, configuration, library
 from tests.worlds_fsdp1 import Fsdp1
 
 ENGINES: dict[str, Engine] = {
@@ -104,7 +104,7 @@ def accelerated(
         fused: whether the optimizer is.
         options: of `Accelerator`.
     """
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     options |= {"gradient_accumulation_steps": accumulate}
@@ -116,11 +116,11 @@ def accelerated(
             elif kind.startswith("zero"):
                 library()
                 options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
-                accelerator = Accelerator(
-                    mixed_precision="bf16",
-                    deepspeed_plugin=_zero_plugin(kind, accumulate),
-                    **options,
-                )
+                bf16 = {"enabled": True, "check_grad_overflow": True}
+                steps = {"gradient_accumulation_steps": accumulate}
+                config = configuration(int(kind[-1]), bf16=bf16, **steps)
+                options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config)
+                accelerator = Accelerator(mixed_precision="bf16", **options)
             else:
                 accelerator = Accelerator(cpu=True, **options)
             if scales:
@@ -139,20 +139,4 @@ def _fsdp_plugin(kind: str) -> Any:
         transformer_cls_names_to_wrap=["Block"],
         state_dict_type="SHARDED_STATE_DICT",
         **({"use_orig_params": True} if kind == "fsdp1" else {}),
-    )
-
-
-def _zero_plugin(kind: str, accumulate: int) -> Any:
-    from accelerate import DeepSpeedPlugin
-
-    return DeepSpeedPlugin(
-        hf_ds_config={
-            "train_micro_batch_size_per_gpu": 4,
-            "gradient_accumulation_steps": accumulate,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": int(kind[-1])},
-            "bf16": {"enabled": True, "check_grad_overflow": True},
-            "steps_per_print": 10**9,
-        }
     )

@@ -35,15 +35,8 @@ class Zero(Engine):
         deepspeed = library()
         if "torch_autocast" in self.config and not hasattr(deepspeed.runtime, "torch_autocast"):
             pytest.skip("this DeepSpeed has no torch_autocast")
-        config = {
-            "train_micro_batch_size_per_gpu": 4,
-            "steps_per_print": 10**9,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": self.stage, **self.zero},
-            **({} if self.bf16 is None else {"bf16": {"enabled": True, **self.bf16}}),
-            **self.config,
-        }
+        bf16 = {} if self.bf16 is None else {"bf16": {"enabled": True, **self.bf16}}
+        config = configuration(self.stage, zero=self.zero, **bf16, **self.config)
         if self.zero_init:
             with deepspeed.zero.Init(config_dict_or_path=config):
                 _put_into(net, Net(hidden=net.blocks[0].l1.out_features))
@@ -92,6 +85,19 @@ class Zero(Engine):
             else:
                 shown[name] = parameter.detach().clone()
         return shown
+
+
+def configuration(
+    stage: int, *, batch_size: int | str = 4, zero: Mapping[str, Any] | None = None, **others: Any
+) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, **(zero or {})},
+        **others,
+    }
 
 
 def library() -> Any:

@@ -145,12 +145,11 @@ class Under:
                 strategy=strategy,
                 devices=max(self.num_ranks, 1),
                 callbacks=list(callbacks),
-                logger=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 # Lightning's own deals batches out in another order after resuming.
                 use_distributed_sampler=False,
-                **{"max_epochs": 1, "enable_checkpointing": False, **options},
+                **{"max_epochs": 1, "enable_checkpointing": False, "logger": False, **options},
             )
 
     def module(self, *, seed: int = 0) -> Module:

@@ -15,17 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.pool import NO_GROUP
-from tests.worlds import Ddp, Engine, Fsdp2, Plain
+from tests.worlds_accelerate import ENGINES as ACCELERATED
 from tests.worlds_accelerate import several_devices_named_cpu
-from tests.worlds_deepspeed import BF16, Zero, library
+from tests.worlds_deepspeed import configuration, library
 
-ENGINES: dict[str, Engine] = {
-    "alone": Plain(),
-    "ddp": Ddp(),
-    "fsdp2": Fsdp2(),
-    "zero2": Zero(stage=2, **BF16),
-    "zero3": Zero(stage=3, **BF16),
-}
+ENGINES = {kind: engine for kind, engine in ACCELERATED.items() if kind != "fsdp1"}
 every_kind = pytest.mark.parametrize(
     ("kind", "num_ranks"), [pytest.param(k, NO_GROUP if k == "alone" else 2, id=k) for k in ENGINES]
 )
@@ -88,7 +82,11 @@ def trainer_of(
         try:
             if kind.startswith("zero"):
                 library()
-                arguments |= {"deepspeed": _zero_config(kind), "bf16": True}
+                auto = {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
+                zero = {"stage3_gather_16bit_weights_on_model_save": True}
+                bf16 = {"enabled": "auto", "check_grad_overflow": True}
+                options = {"batch_size": "auto", "zero": zero, "bf16": bf16, **auto}
+                arguments |= {"deepspeed": configuration(int(kind[-1]), **options), "bf16": True}
             elif kind == "fsdp2":
                 stack.enter_context(several_devices_named_cpu())
                 # accelerate reads these; transformers before 5 reads no "version".
@@ -103,11 +101,10 @@ def trainer_of(
                 use_cpu=kind != "fsdp2",
                 report_to=[],
                 disable_tqdm=True,
-                logging_strategy="no",
                 per_device_train_batch_size=2,
                 per_device_eval_batch_size=2,
                 learning_rate=1e-2,
-                **{"max_steps": 4, "save_strategy": "no", **arguments},
+                **{"max_steps": 4, "save_strategy": "no", "logging_strategy": "no", **arguments},
             )
             yield (trainer_class or Trainer)(
                 model=tiny_llama(seed) if model is None else model,
@@ -147,19 +144,3 @@ def losses_of_plain(kind: str, state: Mapping[str, Tensor], directory: Path) -> 
 def losses(metrics: Mapping[str, float]) -> dict[str, float]:
     """Those of evaluations and predictions."""
     return {n: v for n, v in metrics.items() if n.endswith("_loss") and n != "train_loss"}
-
-
-def _zero_config(kind: str) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": int(kind[-1]),
-            "stage3_gather_16bit_weights_on_model_save": True,
-        },
-        "bf16": {"enabled": "auto", "check_grad_overflow": True},
-        "steps_per_print": 10**9,
-    }

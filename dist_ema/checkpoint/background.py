@@ -8,8 +8,9 @@ through files in a directory next to the checkpoint's, on the file system that a
 
 Before the thread starts, each rank creates its status file, with space reserved for an error
 message, so that a full disk or a missing permission cannot prevent a report. A rank reports by
-writing the file and renaming it from `.rank-3` to `rank-3`. Rank 0 waits for every rank, commits or
-gives up, and reports the result in `outcome`; the others wait for it.
+writing the file and renaming it from `.dist_ema.rank-3` to `dist_ema.rank-3`. Rank 0 waits for
+every rank, commits or gives up, and reports how that ended in its own file; the others wait for it,
+and remove theirs when they have read it.
 
 Each rank holds a lock on its file while it takes part. The kernel releases the lock when the
 process ends, and so the others notice. It is a POSIX record lock: forked children do not inherit
@@ -27,44 +28,45 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from dist_ema.checkpoint.directory import becomes_visible, remove
+from dist_ema.checkpoint.directory import becomes_visible
 from dist_ema.core.errors import CheckpointError
+
+if TYPE_CHECKING:  # the command line reads checkpoints without it
+    import torch
 
 TIMEOUT_S = 300.0  # without progress, until a rank is given up
 _EXTRA_FOR_RANK_0_S = 30.0  # for rank 0 to tell the others that it gave up a rank
 _PROBE_EVERY_S = 1.0  # whether processes live; longer for many ranks
 _RESERVED_BYTES = 8192  # of each status file
 _LONGEST_PROBLEM = _RESERVED_BYTES // 12 - 20  # characters; JSON writes one as up to 12 bytes
-_ACKNOWLEDGE_S = 60.0  # for all ranks to read the outcome
+_ACKNOWLEDGE_S = 60.0  # without another rank that has read the outcome
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.002, 0.5
 _NUM_LOOKS = 30  # at the growing files, per timeout: there may be thousands
-_ENDED = "ended before it had written its part: the process is gone, or could not report"
+_REPORTED, _LEFT = "dist_ema.rank-", "dist_ema.left-"  # names of status files, before the rank
 
 
-class Handle:
+class Handle(threading.Thread):
     """An asynchronous save."""
 
     def __init__(self, path: Path, work: Callable[[], None]) -> None:
+        # Not a daemon: the interpreter waits for the thread before it exits.
+        super().__init__(target=work, name=f"save {path}", daemon=False)
         self.path = path
         self._problem: Exception | None = None
         self._is_known = False  # whether the caller has learned how the save ended
-        # Not a daemon: the interpreter waits for the thread before it exits.
-        self._thread = _SaveThread(target=self._run, args=(work,), name=f"save {path}")
-        self._thread.start()
+        self.start()
 
     def __repr__(self) -> str:
         return f"<save of {self.path}, {'done' if self.done() else 'in progress'}>"
 
     def done(self) -> bool:
         """Whether the save has ended, successfully or not. Local."""
-        return not self._thread.is_alive()
+        return not self.is_alive()
 
     def result(self, timeout: float | None = None) -> None:
         """Wait until the checkpoint is in its place. Local: any rank may call it, or none.
@@ -74,12 +76,19 @@ class Handle:
                 rank that calls.
             TimeoutError: it is not written after `timeout` seconds.
         """
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        self.join(timeout)
+        if self.is_alive():
             raise TimeoutError(f"{self.path}: is not written after {timeout} s")
         self._is_known = True
         if self._problem is not None:
             raise self._problem
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            self._problem = error
+            atexit.register(self._print_problem)  # runs after the interpreter has waited
 
     def new_problem(self) -> Exception | None:
         """The error of a save that has ended, if nobody has learned of it yet."""
@@ -87,45 +96,31 @@ class Handle:
         self._is_known = True
         return problem
 
-    def _run(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:
-            self._problem = error
-            atexit.register(self._print_problem)  # runs after the interpreter has waited
-
     def _print_problem(self) -> None:
         if (problem := self.new_problem()) is not None:
             sys.stderr.write(f"dist_ema: the save of {self.path} is lost: {problem}\n")
-
-
-class _SaveThread(threading.Thread):
-    """The thread of an asynchronous save, found by its type."""
 
 
 class BackgroundSaves:
     """The asynchronous saves of one `ShardedEMA`, and the memory for copies of its values."""
 
     def __init__(self) -> None:
-        self._last: Handle | None = None
+        self.last: Handle | None = None
         # Reused: allocating new memory costs several times as much as copying to it.
         self._staging: torch.Tensor | None = None
-
-    def start(self, path: Path, work: Callable[[], None]) -> Handle:
-        """Start a save, after `wait`."""
-        self._last = Handle(path, work)
-        return self._last
 
     def wait(self) -> None:
         """Wait for saves in progress in this process; warn if one failed without notice. Local."""
         for thread in threading.enumerate():
-            if isinstance(thread, _SaveThread):
+            if isinstance(thread, Handle):
                 thread.join()
-        if self._last is not None and (problem := self._last.new_problem()) is not None:
+        if self.last is not None and (problem := self.last.new_problem()) is not None:
             warnings.warn(f"an earlier asynchronous save failed: {problem}", stacklevel=4)
 
     def staging(self, nbytes: int, pinned: bool) -> torch.Tensor:
         """At least so many bytes of host memory, the same as in the call before if possible."""
+        import torch
+
         staging = self._staging
         if staging is None or staging.numel() < nbytes or (pinned and not staging.is_pinned()):
             self._staging = None  # freed before the next allocation
@@ -137,37 +132,24 @@ class StatusFiles:
     """Status files of the ranks of one save; see [Note: status files]."""
 
     def __init__(
-        self, directory: Path, written: Path, rank: int, size: int, timeout: float
+        self, written: Path, directory: Path, rank: int, size: int, timeout: float
     ) -> None:
         """Create this rank's file. Local; then every rank calls `meet`.
 
         Args:
-            directory: of the status files.
             written: the directory that ranks write to, whose growth is progress.
-            timeout: seconds without progress until a rank is given up.
-
-        Raises:
-            OSError: the files cannot be created.
+            directory: of the status files.
         """
-        self._directory, self._written = directory, written
+        self._written, self._directory = written, directory
         self._rank, self._size, self._timeout = rank, size, timeout
-        self._drafts: dict[str, int] = {}  # file descriptors of what is not reported yet
         self._visible: set[int] = set()  # ranks whose locks this rank sees
-        try:
-            for name in [f"rank-{rank}"] + ["outcome"] * (rank == 0):
-                self._drafts[name] = _reserve(directory / f".{name}")
-        except BaseException:
-            self.close()
-            raise
+        self._own = directory / f"{_REPORTED}{rank}"
+        self._fd: int | None = _reserve(directory / f".{_REPORTED}{rank}")
 
     def meet(self) -> None:
-        """Check that the files of the other ranks are visible, and whether their locks are. Local.
-
-        Raises:
-            CheckpointError: another rank's file does not appear here.
-        """
+        """Raise unless the files of other ranks are visible; find out whether locks are. Local."""
         others = range(1, self._size) if self._rank == 0 else [0]
-        wanted = {f".rank-{rank}" for rank in others}
+        wanted = {f".{_REPORTED}{rank}" for rank in others}
         if not becomes_visible(lambda: wanted.issubset(os.listdir(self._directory))):
             absent = sorted(wanted.difference(os.listdir(self._directory)))
             raise CheckpointError(
@@ -176,18 +158,15 @@ class StatusFiles:
         self._visible = {rank for rank in others if self._is_locked(rank) is True}
 
     def close(self) -> None:
-        """Release the locks."""
-        while self._drafts:
-            os.close(self._drafts.popitem()[1])
+        """Release the lock."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
-    def report(self, content: Any) -> None:
-        """Report to rank 0.
-
-        Raises:
-            CheckpointError: rank 0 does not wait any more.
-        """
+    def report(self, content: Mapping[str, Any]) -> None:
+        """Report to rank 0; raise CheckpointError if it does not wait any more."""
         try:
-            self._send(f"rank-{self._rank}", content)
+            self._send(content)
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"{self._written}: rank 0 gave the save up before this rank had written"
@@ -199,93 +178,83 @@ class StatusFiles:
         The report of a process that ended, or made no progress, states that as its problem.
         """
         reports: dict[int, Any] = {}
-        progress, probe_at = _Progress(self._written, self._timeout), 0.0
-        while missing := self._missing(reports):
-            if time.monotonic() >= probe_at:
-                ended = [rank for rank in missing if self._has_ended(rank)]
-                for rank in set(self._missing(reports)).intersection(ended):
-                    reports[rank] = _problem(_ENDED)
-                probe_at = time.monotonic() + _PROBE_EVERY_S + len(missing) / 100
-            elif progress.has_stalled(len(missing)):
-                text = f"has made no progress for {self._timeout:g} s (timeout=)"
-                reports |= {rank: _problem(text) for rank in self._missing(reports)}
+
+        def missing() -> set[int]:
+            for rank in self._ranks(_REPORTED).difference(reports):
+                reports[rank] = self._read(rank)
+            for rank in self._ranks(_LEFT):
+                reports[rank] = _problem("gave the save up, having waited too long for rank 0")
+            return set(range(1, self._size)).difference(reports)
+
+        given_up = self._wait(missing, self._timeout)
+        reports = {rank: _problem(text) for rank, text in given_up.items()} | reports
         return [reports[rank] for rank in sorted(reports)]
 
     def conclude(self, problem: str | None) -> None:
-        """On rank 0: report the outcome to every rank, and remove the status files."""
-        try:
-            self._send("outcome", {"problem": problem})
-        except OSError:  # the others see that the directory is gone, and look for the checkpoint
-            remove(self._directory)
-        wait, now = _SHORTEST_WAIT_S, time.monotonic()
-        deadline, probe_at = now + min(_ACKNOWLEDGE_S, self._timeout), now + _PROBE_EVERY_S
-        ended: set[int] = set()
-        # Ranks without a report are not waited for.
-        while (waiting := self._ranks("rank-") - ended) and time.monotonic() < deadline:
-            if time.monotonic() >= probe_at:
-                ended |= {rank for rank in waiting if self._has_ended(rank)}
-                probe_at = time.monotonic() + _PROBE_EVERY_S
-            time.sleep(wait)
-            wait = min(1.5 * wait, _LONGEST_WAIT_S)
-        remove(self._directory)
-        self.close()
+        """On rank 0: report how the save ended, and wait until the ranks that reported know."""
+        with suppress(OSError):  # they see that the directory is removed, and look for themselves
+            self._send({"problem": problem})
+            limit_s = min(_ACKNOWLEDGE_S, self._timeout)
+            self._wait(lambda: self._ranks(_REPORTED) - {0}, limit_s)
 
     def outcome(self, is_in_place: Callable[[], bool]) -> str | None:
-        """On other ranks: wait for the outcome; None for success.
+        """On other ranks: wait until rank 0 reports, or look for the checkpoint. None: success."""
 
-        Args:
-            is_in_place: whether the checkpoint is visible, called if rank 0 reports nothing.
-        """
+        def missing() -> set[int]:
+            is_awaited = self._read(0) is None and self._directory.exists()
+            return {0} if is_awaited else set()
+
         limit_s = self._timeout + min(self._timeout, _EXTRA_FOR_RANK_0_S)
-        progress, probe_at = _Progress(self._written, limit_s), 0.0
-        gone_since: float | None = None
-        failure: str | None = None
-        while True:
-            content = self._read("outcome")
-            if content is not None:
-                (self._directory / f"rank-{self._rank}").unlink(missing_ok=True)
-                self.close()
-                problem = content["problem"]
-                return None if problem is None else str(problem)
-            if failure is None and not self._directory.exists():
-                gone_since = gone_since or time.monotonic()
-                if is_in_place() or time.monotonic() - gone_since > _ACKNOWLEDGE_S:
-                    failure = "rank 0 gave the save up"
-            if failure is not None:
-                own, left = f"rank-{self._rank}", f"left-{self._rank}"
-                with suppress(OSError):  # if rank 0 continues after all, it gives up
-                    os.rename(self._directory / own, self._directory / left)
-                self.close()
-                return None if is_in_place() else failure
-            if time.monotonic() >= probe_at:
-                if self._has_ended(0):  # the outcome is read once more
-                    failure = "rank 0: the process ended before the checkpoint was complete"
-                probe_at = time.monotonic() + _PROBE_EVERY_S
-            elif progress.has_stalled(gone_since):
-                failure = f"rank 0: has made no progress for {limit_s:g} s (timeout=)"
+        given_up = self._wait(missing, limit_s)
+        content = self._read(0)
+        if content is not None:
+            self._own.unlink(missing_ok=True)
+            return None if content["problem"] is None else str(content["problem"])
+        if not given_up:
+            return None if becomes_visible(is_in_place) else "rank 0 gave the save up"
+        with suppress(OSError):  # if rank 0 continues after all, it gives up
+            os.rename(self._own, self._directory / f"{_LEFT}{self._rank}")
+        return None if is_in_place() else f"rank 0: {given_up[0]}"
 
-    def _missing(self, reports: dict[int, Any]) -> list[int]:
-        """Read new reports; the ranks that have not reported."""
-        for rank in self._ranks("rank-").difference(reports):
-            reports[rank] = self._read(f"rank-{rank}")
-        for rank in self._ranks("left-"):
-            reports[rank] = _problem("gave the save up, having waited too long for rank 0")
-        return [rank for rank in range(1, self._size) if rank not in reports]
+    def _wait(self, missing: Callable[[], set[int]], limit_s: float) -> dict[int, str]:
+        """Wait for missing ranks, until no rank arrives and no file grows for `limit_s`.
+
+        Returns:
+            Why those that are still missing are given up.
+        """
+        given_up: dict[int, str] = {}
+        state: tuple[int, int] | None = None
+        changed = looked = time.monotonic()
+        probe_at, wait = 0.0, _SHORTEST_WAIT_S
+        while waiting := missing() - given_up.keys():
+            now = time.monotonic()
+            if now >= probe_at:
+                ended = {r for r in waiting & self._visible if self._is_locked(r) is False}
+                text = "ended before the save was complete: the process is gone, or cannot report"
+                given_up |= dict.fromkeys(ended & missing(), text) if ended else {}
+                probe_at = time.monotonic() + _PROBE_EVERY_S + len(waiting) / 100
+            elif now - looked > limit_s / _NUM_LOOKS:
+                looked, before = now, state
+                state = len(waiting), _bytes_below(self._written)
+                if state != before:
+                    changed = now
+                elif now - changed > limit_s:
+                    text = f"has made no progress for {limit_s:g} s (timeout=)"
+                    given_up |= dict.fromkeys(missing() - given_up.keys(), text)
+            time.sleep(wait)
+            wait = min(1.5 * wait, _LONGEST_WAIT_S)
+        return given_up
 
     def _ranks(self, prefix: str) -> set[int]:
+        """The ranks that have a status file of this kind."""
         with suppress(FileNotFoundError):
             names = os.listdir(self._directory)
-            numbers = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
-            return {int(number) for number in numbers if number.isdigit()}
+            return {int(name.removeprefix(prefix)) for name in names if name.startswith(prefix)}
         return set()
-
-    def _has_ended(self, rank: int) -> bool:
-        """Whether a process has ended; False if its lock is not visible here."""
-        return rank in self._visible and self._is_locked(rank) is False
 
     def _is_locked(self, rank: int) -> bool | None:
         """Whether another process holds the lock of a rank's file; None if that is unknown."""
-        for name in (f".rank-{rank}", f"rank-{rank}"):
+        for name in (f".{_REPORTED}{rank}", f"{_REPORTED}{rank}"):
             with suppress(OSError):
                 fd = os.open(self._directory / name, os.O_RDONLY | os.O_CLOEXEC)
                 try:
@@ -297,17 +266,19 @@ class StatusFiles:
                 return False
         return None
 
-    def _send(self, name: str, content: dict[str, Any]) -> None:
+    def _send(self, content: Mapping[str, Any]) -> None:
+        """Write this rank's file and let the others see it."""
+        assert self._fd is not None
         try:
-            _overwrite(self._drafts[name], content)
+            _overwrite(self._fd, content)
         except OSError as error:  # a full disk: the reserved space is left
             problem = content["problem"] or f"{error.strerror} (writing its report)"
-            _overwrite(self._drafts[name], _problem(problem[:_LONGEST_PROBLEM]))
-        os.rename(self._directory / f".{name}", self._directory / name)
+            _overwrite(self._fd, _problem(problem[:_LONGEST_PROBLEM]))
+        os.rename(self._directory / f".{self._own.name}", self._own)
 
-    def _read(self, name: str) -> Any:
+    def _read(self, rank: int) -> Any:
         try:
-            return json.loads((self._directory / name).read_text())
+            return json.loads((self._directory / f"{_REPORTED}{rank}").read_text())
         except (OSError, ValueError):
             return None
 
@@ -323,10 +294,7 @@ def _reserve(path: Path) -> int:
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        try:
-            os.posix_fallocate(fd, 0, _RESERVED_BYTES)
-        except OSError:  # not supported by every file system
-            os.pwrite(fd, bytes(_RESERVED_BYTES), 0)
+        os.pwrite(fd, bytes(_RESERVED_BYTES), 0)
         with suppress(OSError):  # no locks here: other ranks notice in `meet`
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BaseException:
@@ -341,30 +309,6 @@ def _overwrite(fd: int, content: object) -> None:
         at += os.pwrite(fd, data[at:], at)
     os.ftruncate(fd, len(data))
     os.fsync(fd)
-
-
-class _Progress:
-    """Waits a little longer each time, and detects that nothing has changed for too long."""
-
-    def __init__(self, written: Path, limit_s: float) -> None:
-        self._written, self._limit_s = written, limit_s
-        self._last: tuple[object, int] | None = None
-        self._changed = self._looked = time.monotonic()
-        self._wait = _SHORTEST_WAIT_S
-
-    def has_stalled(self, state: object) -> bool:
-        """Whether `state` and the written files have not changed for too long; else sleeps."""
-        now = time.monotonic()
-        if now - self._looked > self._limit_s / _NUM_LOOKS:
-            self._looked = now
-            current = (state, _bytes_below(self._written))
-            if current != self._last:
-                self._last, self._changed = current, now
-            elif now - self._changed > self._limit_s:
-                return True
-        time.sleep(self._wait)
-        self._wait = min(1.5 * self._wait, _LONGEST_WAIT_S)
-        return False
 
 
 def _bytes_below(directory: Path) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dist_ema.checkpoint.manifest import check_state
+from dist_ema.checkpoint.manifest import check_state, refuse_absent
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.layout import Box, Fragment, FragmentMeta, Shape, TensorMeta, whole
 
@@ -47,10 +47,7 @@ def state_dict(
     text = json.dumps(state, allow_nan=False).encode()
     if len(text) > _STATE_BYTES:
         raise ValueError(f"the state takes {len(text)} bytes, the limit is {_STATE_BYTES}")
-    values = {name: _boxed(fragments, tensors) for name, fragments in averages.items()}
-    if alone:
-        for of_average in values.values():
-            of_average |= {fqn: _plain(value) for fqn, value in of_average.items()}
+    values = {name: _boxed(fragments, tensors, alone) for name, fragments in averages.items()}
     padded = bytearray(text.ljust(_STATE_BYTES))
     return {"averages": values, "state": torch.frombuffer(padded, dtype=torch.uint8)}
 
@@ -65,45 +62,32 @@ def load_state_dict(
     Raises:
         CheckpointError: it has other averages, tensors or boxes. Nothing has changed.
     """
-    values = {name: _boxed(fragments, tensors) for name, fragments in averages.items()}
+    pairs = []
     try:
-        state = json.loads(bytes(given["state"].cpu().tolist()))
-        saved = state["averages"]
-        check_state(state, saved)
-        absent = [name for name in averages if name not in saved]
-        if absent:
-            raise CheckpointError(
-                f"has no average named {', '.join(map(repr, absent))}; it has "
-                f"{', '.join(map(repr, saved))}"
-            )
-        missing = [
-            f"{name}, {fqn}"
-            for name, of_average in values.items()
-            for fqn in of_average
-            if fqn not in given["averages"][name]
-        ]
-        if missing:
-            raise CheckpointError(f"lacks tensors of this average: {'; '.join(missing[:8])}")
-        pairs = [
-            (f"{name}, {fqn}", value, given["averages"][name][fqn])
-            for name, of_average in values.items()
-            for fqn, value in of_average.items()
-        ]
+        state: dict[str, Any] = json.loads(bytes(given["state"].cpu().tolist()))
+        check_state(state, state["averages"])
+        refuse_absent(averages, state["averages"])
+        for name, fragments in averages.items():
+            for fqn, own in _boxed(fragments, tensors).items():
+                other = given["averages"][name].get(fqn)
+                if (problem := _mismatch(own, other)) is not None:
+                    raise CheckpointError(f"{name}, {fqn}: {problem}")
+                pairs.append((own, other))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"is no state dict of this average: {error!r}") from error
-    for label, own, other in pairs:
-        problem = _mismatch(own, other)
-        if problem:
-            raise CheckpointError(f"{label}: {problem}")
     with torch.no_grad():
-        for _, own, other in pairs:
+        for own, other in pairs:
             _fill(own, other)
-    assert isinstance(state, dict)
     return state
 
 
-def _boxed(fragments: Sequence[Fragment], tensors: Sequence[TensorMeta]) -> dict[str, torch.Tensor]:
-    """Each averaged tensor by name. A tensor without elements is a plain one."""
+def _boxed(
+    fragments: Sequence[Fragment], tensors: Sequence[TensorMeta], plain: bool = False
+) -> dict[str, torch.Tensor]:
+    """Each averaged tensor by name.
+
+    A tensor without elements is a plain one, and with `plain` so is one that is held whole.
+    """
     held: dict[str, list[Fragment]] = {}
     for fragment in fragments:
         if not fragment.meta.shape:
@@ -111,26 +95,22 @@ def _boxed(fragments: Sequence[Fragment], tensors: Sequence[TensorMeta]) -> dict
             fragment = Fragment(meta, fragment.view, is_owner=fragment.is_owner)
         if fragment.meta.numel:
             held.setdefault(fragment.meta.fqn, []).append(fragment)
-    return {
-        meta.fqn: torch.empty(meta.shape, dtype=meta.dtype)
-        if 0 in meta.shape
-        else BoxedTensor(meta.shape or (1,), meta.dtype, held.get(meta.fqn, ()))
-        for meta in tensors
-    }
-
-
-def _plain(value: torch.Tensor) -> torch.Tensor:
-    """A tensor that is held whole as a plain tensor on the same storage."""
-    if isinstance(value, BoxedTensor) and len(value.fragments) == 1:
-        tensor = value.fragments[0].tensor
-        return tensor if tensor.shape == value.shape else value
-    return value
+    values: dict[str, torch.Tensor] = {}
+    for each in tensors:
+        shape, own = each.shape or (1,), held.get(each.fqn, ())
+        if 0 in shape:
+            values[each.fqn] = torch.empty(shape, dtype=each.dtype)
+        elif plain and len(own) == 1 and own[0].meta.box == whole(shape):
+            values[each.fqn] = own[0].tensor
+        else:
+            values[each.fqn] = BoxedTensor(shape, each.dtype, own)
+    return values
 
 
 def _mismatch(own: torch.Tensor, other: object) -> str | None:
     """Why one value of a state dict cannot be filled from another."""
     if not isinstance(other, torch.Tensor):
-        return f"is a {type(other).__name__}, wanted a tensor"
+        return "is missing" if other is None else f"is a {type(other).__name__}, wanted a tensor"
     if own.shape != other.shape:
         return f"has shape {tuple(other.shape)}, the model {tuple(own.shape)}"
     if isinstance(own, BoxedTensor) and isinstance(other, BoxedTensor):
@@ -145,16 +125,12 @@ def _fill(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy a whole tensor, or one with the same boxes, into a boxed tensor."""
     if not isinstance(target, BoxedTensor):
         return  # without elements
-    if not isinstance(source, BoxedTensor):
-        outer = whole(tuple(target.shape))
-        for fragment in target.fragments:
-            fragment.tensor.copy_(source[fragment.meta.box.within(outer)])
-        return
-    by_box = {fragment.meta.box: fragment for fragment in source.fragments}
+    boxes = {f.meta.box: f.tensor for f in getattr(source, "fragments", ())}
     for fragment in target.fragments:
-        other = by_box[fragment.meta.box]
-        if other.view.data_ptr() != fragment.view.data_ptr():
-            fragment.tensor.copy_(other.tensor)
+        box, out = fragment.meta.box, fragment.tensor
+        values = boxes[box] if boxes else source[box.within(whole(tuple(target.shape)))]
+        if values.data_ptr() != out.data_ptr():
+            out.copy_(values)
 
 
 class BoxedTensor(torch.Tensor):

@@ -6,7 +6,7 @@ the old directory is then removed. On file systems that cannot exchange two name
 is `.NAME.old-xxxxxxxx` between two renames. `clear_stale` cleans up after killed processes, and
 `find` reads what they left.
 
-Only files that a save writes are removed, by their names; see `is_own`. Other files that appear in
+Only files that a save writes are removed, by their names; see `_files`. Other files that appear in
 a directory while it is replaced keep their path: they are moved to the new directory.
 """
 
@@ -30,84 +30,100 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # renameat2(2), Linux 3.15
 
 MANIFEST = "manifest.json"  # a directory without it is no checkpoint
-SHARD = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
-_STATUS = re.compile(r"\.?(rank-\d+|left-\d+|outcome)")  # status files of an asynchronous save
+_OWN_FILES = re.compile(
+    r"manifest\.json|([^/]+/)?shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors"
+    r"|\.?dist_ema\.(rank|left)-\d+"  # of an asynchronous save
+)
 
 VISIBLE_WITHIN_S = 30.0  # delay of a network file system until another host sees a new name
 
 
 @contextmanager
-def replaced_directory(path: Path) -> Iterator[Path]:
+def replaced_directory(path: Path, *, sync_files: bool = True) -> Iterator[Path]:
     """Yield an empty sibling to write a checkpoint to, which replaces `path` at the end.
 
     At any time `path` is the old directory or the new one (on file systems that cannot exchange two
     names, there is a moment when it is neither and the old one is beside it). If the block raises,
     `path` is unchanged and the sibling is removed. Parents of `path` are created.
+
+    Args:
+        sync_files: whether files may not be on disk at the end of the block.
+
+    Raises:
+        CheckpointError: see `refuse_foreign` and `refuse_working_directory`.
     """
     path = target(path)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} exists and is no directory")
     refuse_working_directory(path)
+    refuse_foreign(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_stale(path)
-    new, lock = locked_sibling(path, "tmp")
-    try:
-        if path.exists():
-            new.chmod(stat.S_IMODE(path.stat().st_mode))
+    with hidden_sibling(path, "tmp") as new:
         yield new
-        for entry in new.iterdir():
-            if entry.is_file():
-                sync(entry)
+        for file, is_own in _files(new) if sync_files else ():
+            if is_own:
+                sync(file)
+        refuse_foreign(path)
+        with suppress(FileNotFoundError):
+            new.chmod(stat.S_IMODE(path.stat().st_mode))
         put_in_place(new, path)
-    except BaseException:
-        remove(new)
-        raise
+
+
+@contextmanager
+def hidden_sibling(path: Path, kind: str) -> Iterator[Path]:
+    """Yield an empty directory beside `path`; in the end, what a save wrote to it is removed.
+
+    It is locked, so that `clear_stale` of other processes does not remove it. The kernel releases
+    the lock when this process ends.
+    """
+    lock: int | None = None
+    while lock is None:
+        directory = _sibling(path, kind)
+        directory.mkdir()
+        with suppress(FileNotFoundError):  # another process removed it before it was locked
+            lock = _lock(directory)
+        if lock is not None and not directory.exists():
+            os.close(lock)
+            lock = None
+    try:
+        yield directory
     finally:
+        remove(directory)
         release(lock)
 
 
 def refuse_foreign(path: Path) -> None:
     """Raise CheckpointError unless a path is free, empty, or a checkpoint without further files."""
-    while True:
-        before = _inode(path)
-        try:
+    with suppress(FileNotFoundError):  # free, or another process is replacing it
+        while True:
+            before = path.stat().st_ino
             problem = _obstacle(path)
-        except FileNotFoundError:  # another process is replacing it
-            continue
-        if problem is None:
-            return
-        if _inode(path) == before:  # not replaced meanwhile by another process
-            raise CheckpointError(f"{path}: {problem}")
-
-
-def _inode(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except FileNotFoundError:
-        return None
+            if problem is None:
+                return
+            if path.stat().st_ino == before:  # not replaced meanwhile by another process
+                raise CheckpointError(f"{path}: {problem}")
 
 
 def _obstacle(path: Path) -> str | None:
-    """Why a path must not be replaced, or None."""
-    if not path.exists():
-        return None
+    """Why an existing path must not be replaced, or None."""
     if not path.is_dir():
         return "exists and is no directory"
-    entries = sorted(entry.name for entry in path.iterdir())
-    if entries and MANIFEST not in entries:
+    entries = sorted(os.listdir(path))
+    if not entries:
+        return None
+    if MANIFEST not in entries:
         return (
             f"exists and is no checkpoint (it holds {', '.join(entries[:5])}); "
             "remove it or save to another path"
         )
-    if entries and not is_checkpoint(path):
+    if not is_checkpoint(path):
         return (
             f"exists and is no checkpoint of dist_ema ({MANIFEST} is of another kind or "
             "damaged); remove it or save to another path"
         )
-    foreign = [entry for entry in entries if not is_own(path / entry)]
+    foreign = {file.relative_to(path).parts[0] for file, is_own in _files(path) if not is_own}
     if foreign:
         return (
-            f"holds files that are not part of the checkpoint ({', '.join(foreign[:5])}); "
+            f"holds files that are not part of the checkpoint ({', '.join(sorted(foreign)[:5])}); "
             "move them away or save to another path"
         )
     return None
@@ -131,138 +147,81 @@ def refuse_working_directory(path: Path) -> None:
 
     Relative paths would lead into the removed directory.
     """
-    try:
-        inside = Path.cwd().is_relative_to(path.resolve())
-    except FileNotFoundError:  # the working directory was removed
-        inside = False
-    if inside:
-        raise CheckpointError(
-            f"{path} holds the working directory and cannot be replaced; give a directory below it"
-        )
-
-
-def sibling(path: Path, kind: str) -> Path:
-    """A new hidden name in the same parent; for `kind` see `clear_stale`."""
-    return path.parent / f".{path.name}.{kind}-{uuid.uuid4().hex[:8]}"
+    with suppress(FileNotFoundError):  # the working directory was removed
+        if Path.cwd().is_relative_to(path.resolve()):
+            raise CheckpointError(
+                f"{path} holds the working directory and cannot be replaced; give a directory "
+                "below it"
+            )
 
 
 def clear_stale(path: Path) -> None:
     """Remove what killed writers of this path left in its parent.
 
     If nothing is at the path, a checkpoint that a writer had renamed is put back. Directories with
-    other files are kept, and so are those that another process is writing, if it holds the lock of
-    `locked_sibling`. A directory is renamed before it is emptied, so that a writer without a lock
-    fails instead of replacing a checkpoint by an empty directory.
+    other files are kept, and so are those of `hidden_sibling` in a living process. A directory is
+    renamed before it is emptied, so that a writer without a lock fails instead of replacing a
+    checkpoint by an empty directory.
     """
     if not path.exists() and (old := _latest_old(path)) is not None:
         with suppress(OSError):  # another process has put it back or replaced it
             os.rename(old, path)
     for entry in _siblings(path, "tmp|old|mail|trash"):
-        trash = sibling(path, "trash")
-        try:
-            if _is_locked(entry) or any(map(_belongs_to_others, _foreign(entry))):
+        with suppress(OSError):  # another process has renamed it
+            if (lock := _lock(entry)) is None:
                 continue
-            os.rename(entry, trash)
-        except OSError:  # another process has renamed it
-            continue
-        remove(trash)
+            try:
+                if all(is_own or file.is_dir() for file, is_own in _files(entry)):
+                    trash = _sibling(path, "trash")
+                    os.rename(entry, trash)
+                    remove(trash)
+            finally:
+                release(lock)
 
 
-def is_own(path: Path) -> bool:
-    """Whether a save may have written all of a directory entry, by names alone."""
-    if path.is_dir() and not path.is_symlink():
-        names = os.listdir(path)
-        return bool(names) and all(map(SHARD.fullmatch, names))
-    return path.name == MANIFEST or SHARD.fullmatch(path.name) is not None
-
-
-def _foreign(directory: Path) -> list[Path]:
-    """Files that are no part of a checkpoint, in its directory and those of its averages."""
-    foreign = []
-    with suppress(OSError):
-        for entry in directory.iterdir():
-            inside = list(entry.iterdir()) if entry.is_dir() and not entry.is_symlink() else []
-            if any(SHARD.fullmatch(each.name) for each in inside):
-                foreign += [each for each in inside if not SHARD.fullmatch(each.name)]
-            elif not is_own(entry):
-                foreign.append(entry)
-    return foreign
-
-
-def _belongs_to_others(path: Path) -> bool:
-    """Whether a foreign file is neither a status file nor an empty directory."""
-    if path.is_dir() and not path.is_symlink():
-        return any(path.iterdir())
-    return _STATUS.fullmatch(path.name) is None
+def _files(directory: Path) -> Iterator[tuple[Path, bool]]:
+    """All files and empty directories below a directory, and whether a save wrote them, by name."""
+    for parent, directories, names in os.walk(directory):
+        if not directories and not names and Path(parent) != directory:
+            yield Path(parent), False
+        links = [name for name in directories if os.path.islink(os.path.join(parent, name))]
+        for name in (*names, *links):
+            file = Path(parent, name)
+            yield file, _OWN_FILES.fullmatch(str(file.relative_to(directory))) is not None
 
 
 def remove(directory: Path) -> None:
-    """Remove what a save writes to a directory, and the directory if it is empty then."""
-    with suppress(OSError):
-        for entry in list(directory.iterdir()):
-            with suppress(OSError):
-                if entry.is_dir() and not entry.is_symlink():
-                    for each in list(entry.iterdir()):
-                        if SHARD.fullmatch(each.name):
-                            each.unlink()
-                    entry.rmdir()
-                elif is_own(entry) or _STATUS.fullmatch(entry.name):
-                    entry.unlink()
-        directory.rmdir()
-
-
-def locked_sibling(path: Path, kind: str) -> tuple[Path, int]:
-    """Create a sibling that `clear_stale` of other processes does not remove.
-
-    Returns:
-        The directory, and the file descriptor that holds its lock, for `release`. The kernel
-        releases the lock when this process ends.
-    """
-    while True:
-        directory = sibling(path, kind)
-        directory.mkdir()
-        fd = _lock(directory)
-        if fd is None:  # removed by another process before it was locked
-            continue
-        if directory.exists():
-            return directory, fd
-        os.close(fd)
+    """Remove the files that a save wrote to a directory, then the directories that are empty."""
+    for file, is_own in list(_files(directory)):
+        with suppress(OSError):
+            if is_own:
+                file.unlink()
+    for parent, _, _ in os.walk(directory, topdown=False):
+        with suppress(OSError):
+            os.rmdir(parent)
 
 
 def _lock(directory: Path) -> int | None:
-    """Lock a directory against `clear_stale`; None if it does not exist."""
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    with suppress(OSError):  # another writer has locked it, or the file system has no locks
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return fd
+    """Lock a directory until the returned descriptor is released; None if another one holds it.
 
-
-def release(fd: int) -> None:
-    """Release a lock, even if a forked child has inherited the descriptor."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_UN)
-    except OSError:  # a file system without locks
-        pass
-    os.close(fd)
-
-
-def _is_locked(directory: Path) -> bool:
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return False
+    On a file system without locks, nothing is locked.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
         os.close(fd)
-    return False
+        return None
+    except OSError:
+        pass
+    return fd
+
+
+def release(lock: int) -> None:
+    """Release a lock, even if a forked child has inherited the descriptor."""
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    os.close(lock)
 
 
 def find(path: Path) -> Path:
@@ -301,8 +260,11 @@ def put_in_place(new: Path, path: Path) -> None:
         OSError: the system refuses, or `new` is no checkpoint. `path` is unchanged.
     """
     (new / MANIFEST).stat()
-    sync(new)
-    old, lock = None, _lock(path) if path.exists() else None
+    for parent, _, _ in os.walk(new):
+        sync(Path(parent))
+    old = lock = None
+    with suppress(FileNotFoundError):
+        lock = _lock(path)
     try:
         while True:
             try:
@@ -316,40 +278,35 @@ def put_in_place(new: Path, path: Path) -> None:
             if _exchange(new, path):
                 old = new
                 break
-            aside = sibling(path, "old")
+            aside = _sibling(path, "old")
             with suppress(FileNotFoundError):  # another process is replacing it
                 os.rename(path, aside)
                 old = aside
         sync(path.parent)
         if old is not None:
-            _clear_replaced(old, path)
+            for file in [file for file, is_own in _files(old) if not is_own]:
+                to = path / file.relative_to(old)
+                with suppress(OSError):  # another process has cleared it away
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    _rename_to_free_name(file, to)
+            remove(old)
             sync(path.parent)
     finally:
         if lock is not None:
             release(lock)
 
 
-def _clear_replaced(old: Path, path: Path) -> None:
-    """Remove a replaced directory, after moving other files in it to the same names in `path`."""
-    with suppress(OSError):  # another process has cleared it away
-        for each in _foreign(old):
-            to = path / each.relative_to(old)
-            to.parent.mkdir(exist_ok=True)
-            _rename_to_free_name(each, to)
-    remove(old)
+def _sibling(path: Path, kind: str) -> Path:
+    """A new hidden name in the same parent; for `kind` see `clear_stale`."""
+    return path.parent / f".{path.name}.{kind}-{uuid.uuid4().hex[:8]}"
 
 
 def _siblings(path: Path, kinds: str) -> list[Path]:
     pattern = re.compile(re.escape(f".{path.name}.") + rf"({kinds})-[0-9a-f]{{8}}")
-    try:
-        entries = list(path.parent.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [
-        entry
-        for entry in entries
-        if pattern.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink()
-    ]
+    with suppress(FileNotFoundError, NotADirectoryError):
+        named = [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]
+        return [entry for entry in named if entry.is_dir() and not entry.is_symlink()]
+    return []
 
 
 def _latest_old(path: Path) -> Path | None:

@@ -32,6 +32,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 from typing import Any
 from urllib.parse import quote
@@ -53,9 +54,10 @@ _MAX_DIMS = 64  # of a tensor, as in torch
 _MAX_NUMEL = 1 << 62
 
 # Of a file or directory: neither a path nor hidden.
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_%-][A-Za-z0-9._%-]{0,254}")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_%-][A-Za-z0-9._%-]{0,254}")
 
 # Types of values; int is a whole number in [0, 2**63), [T] a list of T, {str: T} a mapping to T.
+_HEAD = {"id": str, "algorithm": str, "bytes": int}
 _STATE = {"step": int, "num_updates": int, "averages": {str: {"schedule": dict}}}
 _BOXES = {"offsets": [int], "sizes": [int], "files": [int], "starts": [int], "checksums": [str]}
 _TENSOR = {"shape": [int], "dtype": str, "aliases": [str], "boxes": _BOXES}
@@ -68,6 +70,8 @@ _SCHEMA = {
     "state": _STATE,
     "averages": {str: {"directory": str, "files": {str: _FILE}, "tensors": {str: _TENSOR}}},
 }
+_PLAIN_TENSOR = {"dtype": str, "shape": [int], "data_offsets": [int]}
+_KINDS = {int: "whole number", str: "string", dict: "mapping"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ class SavedFile:
     checksum: str  # of the header
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SavedAverage:
     """One average: its tensors, and the files that hold them."""
 
@@ -120,6 +124,17 @@ class SavedAverage:
         """The name of each tensor, by its name and by its aliases."""
         names = {alias: fqn for fqn, t in self.tensors.items() for alias in t.aliases}
         return names | {fqn: fqn for fqn in self.tensors}
+
+    @cached_property
+    def contents(self) -> Mapping[str, Sequence[tuple[str, SavedBox]]]:
+        """The boxes of each file in the order of its bytes, with the names of their tensors."""
+        contents: dict[str, list[tuple[str, SavedBox]]] = {name: [] for name in self.files}
+        for fqn, tensor in self.tensors.items():
+            for saved in tensor.boxes:
+                contents[saved.file].append((fqn, saved))
+        for boxes in contents.values():
+            boxes.sort(key=lambda entry: (entry[1].start, entry[1].nbytes))
+        return contents
 
     @property
     def nbytes(self) -> int:
@@ -155,9 +170,16 @@ def directory_of(name: str, names: Sequence[str]) -> str:
     quoted = quote(name, safe="").replace("~", "%7E")
     if quoted.startswith(".") or quoted == MANIFEST:
         quoted = quoted.replace(".", "%2E")
-    if not PLAIN_NAME.fullmatch(quoted):
+    if not _PLAIN_NAME.fullmatch(quoted):
         raise CheckpointError(f"average {name!r}: cannot name a directory; use a shorter name")
     return quoted
+
+
+def check_file_names(names: Iterable[object], where: object) -> None:
+    """Raise unless names are those of entries of one directory, which are not hidden."""
+    for name in names:
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+            raise CheckpointError(f"{where}: file {short(name)} is not a plain name")
 
 
 # Writing.
@@ -173,21 +195,18 @@ def dump(manifest: Manifest) -> bytes:
         "block_bytes": manifest.block_bytes,
         "written": manifest.written,
         "state": manifest.state,
+        "averages": {name: _columns(average) for name, average in manifest.averages.items()},
     }
-    lines = [f'"{key}": {_json(value)}' for key, value in body.items()]
-    lines.append(f'"averages": {{{", ".join(map(_dump_average, manifest.averages.items()))}}}')
-    text = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    text = _json(body, depth=4).encode() + b"\n"  # a line for each file and tensor
     return head(manifest.id, manifest.algorithm, text) + text
 
 
-def _dump_average(item: tuple[str, SavedAverage]) -> str:
-    """JSON with one line for each file and each tensor, for human readers."""
-    name, average = item
+def _columns(average: SavedAverage) -> dict[str, Any]:
     files = {
-        file: {"nbytes": f.nbytes, "header_bytes": f.header_bytes, "checksum": f.checksum}
-        for file, f in average.files.items()
+        name: {"nbytes": f.nbytes, "header_bytes": f.header_bytes, "checksum": f.checksum}
+        for name, f in average.files.items()
     }
-    numbers = {file: number for number, file in enumerate(files)}
+    numbers = {name: number for number, name in enumerate(files)}
     tensors = {
         fqn: {
             "shape": t.shape,
@@ -203,18 +222,15 @@ def _dump_average(item: tuple[str, SavedAverage]) -> str:
         }
         for fqn, t in average.tensors.items()
     }
-
-    def lines(entries: Mapping[str, object]) -> str:
-        return ",\n".join(f"{_json(key)}: {_json(value)}" for key, value in entries.items())
-
-    return (
-        f'{_json(name)}: {{"directory": {_json(average.directory)},\n"files": {{\n{lines(files)}\n'
-        f'}},\n"tensors": {{\n{lines(tensors)}\n}}}}'
-    )
+    return {"directory": average.directory, "files": files, "tensors": tensors}
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+def _json(value: object, depth: int = 0) -> str:
+    """JSON in which the entries of mappings have a line each, down to a depth."""
+    if depth == 0 or not isinstance(value, dict):
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    lines = [f"{_json(key)}:{_json(each, depth - 1)}" for key, each in value.items()]
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def head(save_id: str, algorithm: str, body: bytes) -> bytes:
@@ -232,33 +248,33 @@ def head(save_id: str, algorithm: str, body: bytes) -> bytes:
 # Reading.
 
 
-def read_head(start: bytes) -> dict[str, Any] | None:
-    """The first line of a manifest, not verified; None if the file is no manifest.
+def read_head(start: bytes, nbytes: int) -> dict[str, Any]:
+    """The first line of a manifest, with "head_bytes". Its checksum is not verified.
 
     Args:
         start: the first `MAX_HEAD` bytes of the file.
+        nbytes: length of the file.
+
+    Raises:
+        CheckpointError: the file is no manifest, or has not the length that its first line states.
     """
+    if nbytes > _MAX_BYTES:
+        raise CheckpointError(f"is {nbytes} bytes long, more than any manifest")
     line, newline, _ = start.partition(b"\n")
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError):
-        return None
-    is_head = bool(newline) and isinstance(fields, dict) and fields.get("format") == FORMAT
-    return fields | {"head_bytes": len(line) + 1} if is_head else None
-
-
-def check_size(start: bytes, nbytes: int) -> None:
-    """Raise if a manifest has not the length that its first line states, before it is read."""
-    if nbytes > _MAX_BYTES:
-        raise CheckpointError(f"is {nbytes} bytes long, more than any manifest")
-    fields = read_head(start)
-    if fields is None or type(fields.get("bytes")) is not int:
+        fields = None
+    if not newline or not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise CheckpointError(
             "is not the manifest of a dist_ema checkpoint, or its start is altered"
         )
-    wanted = fields["head_bytes"] + fields["bytes"]
+    check_types(fields, _HEAD, "the first line")
+    head_bytes = len(line) + 1
+    wanted = head_bytes + fields["bytes"]
     if nbytes != wanted:
         raise CheckpointError(f"is altered or cut short: {nbytes} bytes, {wanted} were written")
+    return fields | {"head_bytes": head_bytes}
 
 
 def parse(data: bytes) -> Manifest:
@@ -278,26 +294,19 @@ def parse(data: bytes) -> Manifest:
 
 
 def _parse(data: bytes) -> Manifest:
-    fields = read_head(data[:MAX_HEAD])
-    if fields is None:
-        raise CheckpointError(
-            "is not the manifest of a dist_ema checkpoint, or its start is altered"
-        )
-    body = data[fields["head_bytes"] :]
-    save_id, algorithm = fields.get("id"), fields.get("algorithm")
-    if not isinstance(save_id, str) or not isinstance(algorithm, str):
-        raise CheckpointError("the id or algorithm in its first line is not a string")
-    if head(save_id, algorithm, body) != data[: fields["head_bytes"]]:
+    fields = read_head(data[:MAX_HEAD], len(data))
+    save_id, algorithm, head_bytes = fields["id"], fields["algorithm"], fields["head_bytes"]
+    body = data[head_bytes:]
+    if head(save_id, algorithm, body) != data[:head_bytes]:
         raise CheckpointError("is altered or cut short: the checksum in its first line differs")
     top = json.loads(body)
-    if not isinstance(top, dict) or top.get("format") != FORMAT:
-        raise CheckpointError("is not the manifest of a dist_ema checkpoint")
-    if top.get("version") != VERSION:
+    check_types(top, {"version": int}, "the manifest")
+    if top["version"] != VERSION:
         raise CheckpointError(
-            f"has format version {short(top.get('version'))}, this library reads {VERSION}; "
+            f"has format version {top['version']}, this library reads {VERSION}; "
             "use the version of dist_ema that wrote it"
         )
-    _check(top, _SCHEMA, "")
+    check_types(top, _SCHEMA, "the manifest")
     if (top["id"], top["algorithm"]) != (save_id, algorithm):
         raise CheckpointError("has another id or algorithm in its first line than in its body")
     if not re.fullmatch(r"[0-9a-f]{32}", save_id):
@@ -305,10 +314,11 @@ def _parse(data: bytes) -> Manifest:
     block_bytes = top["block_bytes"]
     if not 4096 <= block_bytes <= 64 << 20 or block_bytes % 16:
         raise CheckpointError(f"block_bytes is {block_bytes}")
-    averages = {
-        name: _average(value, f"average {short(name)}", block_bytes)
-        for name, value in top["averages"].items()
-    }
+    averages = {}
+    for name, value in top["averages"].items():
+        where = f"average {short(name)}"
+        check_file_names([*value["files"], *filter(None, [value["directory"]])], where)
+        averages[name] = _average(value, where, block_bytes)
     directories = [average.directory for average in averages.values()]
     if not averages or len(set(directories)) != len(directories):
         raise CheckpointError(f"averages are in the directories {short(directories)}")
@@ -316,27 +326,46 @@ def _parse(data: bytes) -> Manifest:
     return Manifest(save_id, algorithm, block_bytes, top["written"], top["state"], averages)
 
 
-def _check(value: object, schema: Any, where: str) -> None:
+def plain_average(name: str, nbytes: int, header: Mapping[str, Any], length: int) -> SavedAverage:
+    """The tensors of a safetensors file that no save wrote. Its header is not trusted either."""
+    entries = dict(header)
+    metadata = entries.pop("__metadata__", {})
+    check_types(metadata, {str: str}, "__metadata__")
+    check_types(entries, {str: _PLAIN_TENSOR}, "the header")
+    aliases: dict[str, list[str]] = {fqn: [] for fqn in entries}
+    for alias, fqn in metadata.items():  # as `safetensors.torch.save_model` notes tied weights
+        if fqn in entries and alias not in entries:
+            aliases[fqn].append(alias)
+    tensors = {}
+    for fqn, entry in entries.items():
+        shape, starts = entry["shape"], [length + start for start in entry["data_offsets"][:1]]
+        boxes = {"offsets": [0] * len(shape), "sizes": shape, "files": [0], "starts": starts}
+        tensors[fqn] = {**entry, "aliases": aliases[fqn], "boxes": boxes | {"checksums": None}}
+    file = {"nbytes": nbytes, "header_bytes": length, "checksum": ""}
+    value = {"directory": "", "files": {name: file}, "tensors": tensors}
+    saved = _average(value, name, BLOCK_BYTES)
+    for fqn, tensor in saved.tensors.items():
+        start = tensor.boxes[0].start - length
+        if entries[fqn]["data_offsets"] != [start, start + tensor.nbytes]:
+            raise CheckpointError(f"data_offsets of {short(fqn)} do not fit its shape and dtype")
+    return saved
+
+
+def check_types(value: object, schema: Any, where: object) -> None:
     """Raise if a JSON value does not have the types of a schema; further keys are allowed."""
-    if isinstance(schema, list):
-        (kind,) = schema
-        is_valid = isinstance(value, list) and not set(map(type, value)) - {kind}
-        if is_valid and value and kind is int:
-            is_valid = min(value) >= 0 and max(value) < 1 << 63  # type: ignore[call-overload]
-        wanted = "a list of whole numbers" if kind is int else "a list of strings"
-    elif schema is int:
-        is_valid, wanted = type(value) is int and 0 <= value < 1 << 63, "a whole number"
-    elif schema is str:
-        is_valid, wanted = isinstance(value, str), "a string"
-    else:
-        is_valid, wanted = isinstance(value, dict), "a mapping"
+    is_list, kind = isinstance(schema, list), schema
+    if isinstance(schema, list | dict):
+        kind = schema[0] if is_list else dict
+    values: Any = value if is_list else [value]
+    is_valid = isinstance(values, list) and set(map(type, values)) <= {kind}
+    if is_valid and values and kind is int:
+        is_valid = 0 <= min(values) and max(values) < 1 << 63
     if not is_valid:
+        wanted = f"a list of {_KINDS[kind]}s" if is_list else f"a {_KINDS[kind]}"
         raise CheckpointError(f"{where} is {short(value)}, wanted {wanted}")
-    if isinstance(schema, dict):
-        assert isinstance(value, dict)
-        keys = zip(value, repeat(schema[str])) if str in schema else schema.items()
-        for key, inner in keys:
-            _check(value.get(key), inner, f"{where}, {short(key)}" if where else short(key))
+    if isinstance(schema, dict) and isinstance(value, dict):
+        for key, inner in zip(value, repeat(schema[str])) if str in schema else schema.items():
+            check_types(value.get(key), inner, f"{where}, {short(key)}")
 
 
 def check_state(state: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -345,7 +374,7 @@ def check_state(state: Mapping[str, Any], names: Iterable[str]) -> None:
     {"step": int, "num_updates": int, "averages": {name: {"schedule": {...}, "decay": float|None}}},
     with further JSON beside these.
     """
-    _check(state, _STATE, "state")
+    check_types(state, _STATE, "state")
     averages = state["averages"]
     if set(averages) != set(names):
         raise CheckpointError(f"state is of the averages {short(sorted(averages))}")
@@ -355,17 +384,27 @@ def check_state(state: Mapping[str, Any], names: Iterable[str]) -> None:
             raise CheckpointError(f"state: the decay of {short(name)} is {short(decay)}")
 
 
+def refuse_absent(names: Iterable[str], saved: Iterable[str]) -> None:
+    """Raise if averages with these names are not among those that were saved."""
+    saved = list(saved)
+    absent = [name for name in names if name not in saved]
+    if absent:
+        raise CheckpointError(
+            f"has no average named {', '.join(map(repr, absent))}; it has "
+            f"{', '.join(map(repr, saved))}"
+        )
+
+
 def _average(value: Mapping[str, Any], where: str, block_bytes: int) -> SavedAverage:
-    for name in (*value["files"], *filter(None, [value["directory"]])):
-        if not PLAIN_NAME.fullmatch(name):
-            raise CheckpointError(f"{where}: {short(name)} is not a plain name")
-    files = {name: SavedFile(**_only(entry, _FILE)) for name, entry in value["files"].items()}
+    files = {
+        name: SavedFile(entry["nbytes"], entry["header_bytes"], entry["checksum"])
+        for name, entry in value["files"].items()
+    }
     for name, file in files.items():
         if not 8 <= file.header_bytes <= min(file.nbytes, MAX_HEADER_BYTES):
             raise CheckpointError(f"{name}: a header of {file.header_bytes} bytes in {file.nbytes}")
     numbered = list(files.items())
     tensors = {}
-    ranges: dict[str, list[tuple[int, int, str]]] = {name: [] for name in files}
     for fqn, entry in value["tensors"].items():
         label = f"{where}, tensor {short(fqn)}"
         shape, dtype = tuple(entry["shape"]), entry["dtype"]
@@ -378,15 +417,18 @@ def _average(value: Mapping[str, Any], where: str, block_bytes: int) -> SavedAve
         if problem:
             raise CheckpointError(f"{label}: {problem}")
         tensors[fqn] = SavedTensor(shape, dtype, tuple(entry["aliases"]), boxes)
-        for saved in boxes:
-            ranges[saved.file].append((saved.start, saved.nbytes, fqn))
-    for name, file in files.items():
-        _check_partition(name, ranges[name], file)
-    return SavedAverage(value["directory"], files, tensors)
-
-
-def _only(entry: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    return {key: entry[key] for key in keys}
+    average = SavedAverage(value["directory"], files, tensors)
+    for name, contents in average.contents.items():  # which must not overlap nor leave gaps
+        end, previous = files[name].header_bytes, "the header"
+        for fqn, saved in contents:
+            if saved.start != end:
+                kind = "overlaps" if saved.start < end else "leaves a gap after"
+                at = f"{short(fqn)} at byte {saved.start}"
+                raise CheckpointError(f"{name}: {at} {kind} {short(previous)}")
+            end, previous = saved.start + saved.nbytes, fqn
+        if end != (nbytes := files[name].nbytes):
+            raise CheckpointError(f"{name}: has {nbytes} bytes, of which {end} are accounted for")
+    return average
 
 
 def _boxes(
@@ -397,6 +439,7 @@ def _boxes(
     files: Sequence[tuple[str, SavedFile]],
     block_bytes: int,
 ) -> tuple[SavedBox, ...]:
+    """The boxes of a tensor. With None for checksums they have none."""
     numbers, starts, checksums = columns["files"], columns["starts"], columns["checksums"]
     count, ndim = len(numbers), len(shape)
     for key, length in (("starts", count), ("offsets", count * ndim), ("sizes", count * ndim)):
@@ -414,10 +457,10 @@ def _boxes(
         if start + nbytes > file.nbytes:
             raise CheckpointError(f"{where}: bytes {start} to {start + nbytes} are not in {name}")
         last = first - (-nbytes // block_bytes)
-        box = Box(corner, extent)
-        boxes.append(SavedBox(box, name, start, nbytes, tuple(checksums[first:last])))
+        own = () if checksums is None else tuple(checksums[first:last])
+        boxes.append(SavedBox(Box(corner, extent), name, start, nbytes, own))
         first = last
-    if first != len(checksums):
+    if checksums is not None and first != len(checksums):
         raise CheckpointError(f"{where}: {first} blocks with checksums {short(checksums)}")
     return tuple(boxes)
 
@@ -425,18 +468,6 @@ def _boxes(
 def _rows(column: Sequence[int], count: int, width: int) -> Iterable[Shape]:
     """`count` tuples of `width` numbers."""
     return zip(*[iter(column)] * width, strict=True) if width else repeat((), count)
-
-
-def _check_partition(name: str, ranges: list[tuple[int, int, str]], file: SavedFile) -> None:
-    """Raise if ranges (start, length, tensor) overlap or leave gaps in a file."""
-    end, previous = file.header_bytes, "the header"
-    for start, length, fqn in sorted(ranges):
-        if start != end:
-            kind = "overlaps" if start < end else "leaves a gap after"
-            raise CheckpointError(f"{name}: {short(fqn)} at byte {start} {kind} {short(previous)}")
-        end, previous = start + length, fqn
-    if end != file.nbytes:
-        raise CheckpointError(f"{name}: has {file.nbytes} bytes, of which {end} are accounted for")
 
 
 def short(value: object) -> str:

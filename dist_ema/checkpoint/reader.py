@@ -1,6 +1,11 @@
 """Opens checkpoints of `save` and plain safetensors files, and reads boxes of their tensors.
 
 Reading a manifest or verifying checksums needs no torch.
+
+[Note: a failed load changes nothing]
+In `load`, every byte that a rank needs is read and verified once, and only when all ranks have
+succeeded, the values are read again and copied. Each step that may fail on one rank ends with an
+exchange, so that the same error is raised on every rank.
 """
 
 from __future__ import annotations
@@ -9,47 +14,55 @@ import bisect
 import json
 import os
 import stat
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
-from safetensors import SafetensorError, safe_open
 
-from dist_ema.checkpoint.directory import MANIFEST, find
+from dist_ema.checkpoint.background import BackgroundSaves
+from dist_ema.checkpoint.directory import MANIFEST, becomes_visible, find
 from dist_ema.checkpoint.manifest import (
     BLOCK_BYTES,
     MAX_HEAD,
     MAX_HEADER_BYTES,
-    PLAIN_NAME,
     Manifest,
     SavedAverage,
     SavedBox,
     SavedFile,
     SavedTensor,
-    check_size,
+    check_file_names,
+    check_types,
     checksum,
     parse,
+    plain_average,
+    read_head,
+    refuse_absent,
     short,
 )
 from dist_ema.core.errors import CheckpointError
-from dist_ema.core.layout import Box, flat_boxes, flat_ends, overlap, whole
-from dist_ema.core.safetensors import ITEMSIZE, torch_dtype
+from dist_ema.core.layout import Box, Fragment, TensorMeta, flat_boxes, flat_ends, overlap, whole
+from dist_ema.core.safetensors import torch_dtype
+from dist_ema.schedule import averages_of, uncorrected
 
 if TYPE_CHECKING:
     import torch
+
+    from dist_ema.core.group import Group
 
 PLAIN = ""  # name of the average in plain safetensors files
 _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 _MAX_INDEX_BYTES = 100_000_000
 _MAX_OPEN = 256  # files at a time; the limit of a process is often 1024
 _NUM_SAMPLES = 256  # of a plain file, for its identity
-_PLAIN_CHUNK = 4 << 20  # elements, read from a plain file at a time
+_MAX_NAMES = 8  # of a kind in a message
 
 Target = tuple[Box, "torch.Tensor"]  # a box of a tensor, and the tensor to fill
 Put = Callable[["torch.Tensor", "torch.Tensor"], None]
+Source = tuple[SavedAverage, dict[str, str]]  # an average, and the saved name of each tensor
 
 
 def _copy(out: torch.Tensor, values: torch.Tensor) -> None:
@@ -73,6 +86,7 @@ class Files:
                 f"{directory}: {error.strerror}; a checkpoint is a directory that every rank sees"
             ) from error
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._first: dict[str, tuple[int, ...]] = {}  # each file, when it was opened first
 
     def close(self) -> None:
         for fd in (self._fd, *self._open.values()):
@@ -97,11 +111,7 @@ class Files:
             return False
 
     def size(self, name: str) -> int:
-        return self.status(name).st_size
-
-    def status(self, name: str) -> os.stat_result:
-        """The status of a file, which is kept open: no other file can get its inode number."""
-        return os.fstat(self._file(name))
+        return os.fstat(self._file(name)).st_size
 
     def read(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill the buffer with the bytes of a file from `start` on."""
@@ -133,9 +143,15 @@ class Files:
             fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
         except OSError as error:
             raise CheckpointError(f"{self.directory / name}: {error.strerror}") from error
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status, problem = os.fstat(fd), ""
+        identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        if not stat.S_ISREG(status.st_mode):
+            problem = "is no regular file"
+        elif self._first.setdefault(name, identity) != identity:
+            problem = "was replaced while it was read; load again"
+        if problem:
             os.close(fd)
-            raise CheckpointError(f"{self.directory / name}: is no regular file")
+            raise CheckpointError(f"{self.directory / name}: {problem}")
         while len(self._open) >= self.max_open:
             os.close(self._open.popitem(last=False)[1])
         self._open[name] = fd
@@ -161,14 +177,13 @@ class Checkpoint:
         path = find(path)
         self.directory, only = (path.parent, path.name) if path.is_file() else (path, None)
         self.files = Files(self.directory)
-        self._plain_files: dict[str, Any] = {}
         try:
             self.is_plain = not (only in (None, MANIFEST) and self.files.has(MANIFEST))
             self.manifest = self._describe_plain(only) if self.is_plain else self._read_manifest()
         except BaseException:
             self.close()
             raise
-        self._buffer: bytearray | None = None
+        self.buffer = bytearray()  # for a block; several checkpoints may share one
         self._boxes: tuple[SavedTensor | None, _BoxIndex] = (None, _BoxIndex(()))
 
     def __enter__(self) -> Checkpoint:
@@ -178,7 +193,6 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        self._plain_files.clear()
         self.files.close()
 
     @property
@@ -205,194 +219,154 @@ class Checkpoint:
     def _read_manifest(self) -> Manifest:
         try:
             nbytes = self.files.size(MANIFEST)
-            check_size(self.files.read_bytes(MANIFEST, 0, min(nbytes, MAX_HEAD)), nbytes)
+            read_head(self.files.read_bytes(MANIFEST, 0, min(nbytes, MAX_HEAD)), nbytes)
             return parse(self.files.read_bytes(MANIFEST, 0, nbytes))
         except CheckpointError as error:
             raise CheckpointError(f"{self.directory / MANIFEST}: {error}") from error
 
     def _describe_plain(self, only: str | None) -> Manifest:
+        names, index = ([only], dict[str, str]()) if only is not None else self._plain_files()
         tensors: dict[str, SavedTensor] = {}
         files: dict[str, SavedFile] = {}
-        for name, listed in self._plain_files_in(only).items():
+        for name in names:
             described = self._describe_plain_file(name)
-            files[name] = SavedFile(self.files.size(name), 0, "")
-            missing = [fqn for fqn in listed if fqn not in described]
-            if missing:
+            for fqn in described.tensors.keys() & tensors.keys():
                 raise CheckpointError(
-                    f"{self.directory}: {short(missing[0])} is not in {name}, in which the index "
-                    "lists it"
+                    f"{self.directory}: {short(fqn)} is in {tensors[fqn].boxes[0].file} and in "
+                    f"{name}; give the path of one file"
                 )
-            for fqn, tensor in described.items():
-                if fqn in tensors:
-                    raise CheckpointError(
-                        f"{self.directory}: {short(fqn)} is in {tensors[fqn].boxes[0].file} and in "
-                        f"{name}; give the path of one file"
-                    )
-                tensors[fqn] = tensor
-        average = SavedAverage("", files, tensors)
-        return Manifest("", "", BLOCK_BYTES, {}, {}, {PLAIN: average})
+            files |= described.files
+            tensors |= described.tensors
+        for fqn, name in index.items():
+            if fqn not in tensors or tensors[fqn].boxes[0].file != name:
+                raise CheckpointError(
+                    f"{self.directory}: {short(fqn)} is not in {name}, in which the index lists it"
+                )
+        return Manifest("", "", BLOCK_BYTES, {}, {}, {PLAIN: SavedAverage("", files, tensors)})
 
-    def _plain_files_in(self, only: str | None) -> dict[str, list[str]]:
-        """The files to read, each with the tensors that an index lists in it."""
-        if only is not None:
-            return {only: []}
+    def _plain_files(self) -> tuple[list[str], dict[str, str]]:
+        """The files to read, and the file of each tensor that an index lists."""
         names = [name for name in self.files.names() if self.files.has(name)]
         indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
+        weights = [name for name in names if name.endswith(_SUFFIX)]
         if len(indices) > 1:
             raise CheckpointError(f"{self.directory}: has several indices, {', '.join(indices)}")
         if indices:
-            return self._indexed_files(indices[0])
-        weights = [name for name in names if name.endswith(_SUFFIX)]
+            where, nbytes = self.directory / indices[0], self.files.size(indices[0])
+            index = self._json(indices[0], 0, min(nbytes, _MAX_INDEX_BYTES))
+            check_types(index, {"weight_map": {str: str}}, f"{where}: is no index; it")
+            check_file_names(index["weight_map"].values(), where)
+            return sorted(set(index["weight_map"].values())), index["weight_map"]
         if not weights:
             raise CheckpointError(
                 f"{self.directory}: is not a checkpoint; it has no manifest.json and no "
                 f"safetensors file, but {short(names[:8]) if names else 'nothing'}"
             )
-        return {name: [] for name in weights}
+        return weights, {}
 
-    def _indexed_files(self, index: str) -> dict[str, list[str]]:
-        where = self.directory / index
-        nbytes = self.files.size(index)
-        if nbytes > _MAX_INDEX_BYTES:
-            raise CheckpointError(f"{where}: is {nbytes} bytes long, more than any index")
-        try:
-            weight_map = json.loads(self.files.read_bytes(index, 0, nbytes))["weight_map"]
-            listed: dict[str, list[str]] = {name: [] for name in sorted(set(weight_map.values()))}
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{where}: is no index of safetensors files") from error
-        for name in listed:
-            if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
-                raise CheckpointError(f"{where}: file {short(name)} is not a plain name")
-        for fqn, name in weight_map.items():
-            listed[name].append(fqn)
-        return listed
-
-    def _describe_plain_file(self, name: str) -> dict[str, SavedTensor]:
+    def _describe_plain_file(self, name: str) -> SavedAverage:
         path = self.directory / name
-        with _as_checkpoint_error(path), self._open_plain(name, "np") as file:
-            metadata, keys = file.metadata() or {}, list(file.keys())
-            slices = {fqn: file.get_slice(fqn) for fqn in keys}
-            shapes = {fqn: tuple(each.get_shape()) for fqn, each in slices.items()}
-            dtypes = {fqn: str(each.get_dtype()) for fqn, each in slices.items()}
-        if "DCP_SHARDING_INFO" in metadata:
+        try:
+            length, header = self._header(name)
+            described = plain_average(name, self.files.size(name), header, length)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{path}: is no safetensors file, or cut short ({error})"
+            ) from error
+        if "DCP_SHARDING_INFO" in header.get("__metadata__", ()):
             raise CheckpointError(
                 f"{path}: holds pieces of tensors, and there is no manifest.json that describes "
                 "them; the save was not completed, or the manifest was lost"
             )
-        unknown = [
-            f"{short(fqn)} ({dtype})" for fqn, dtype in dtypes.items() if dtype not in ITEMSIZE
-        ]
-        if unknown:
-            raise CheckpointError(f"{path}: unknown dtypes: {', '.join(unknown)}")
-        aliases: dict[str, list[str]] = {}
-        for alias, fqn in metadata.items():  # as `safetensors.torch.save_model` notes tied weights
-            if fqn in shapes and alias not in shapes:
-                aliases.setdefault(fqn, []).append(alias)
-        tensors = {}
-        for fqn, shape in shapes.items():
-            box, itemsize = whole(shape), ITEMSIZE[dtypes[fqn]]
-            saved = SavedBox(box, name, 0, box.numel * itemsize, ())
-            tensors[fqn] = SavedTensor(shape, dtypes[fqn], tuple(aliases.get(fqn, ())), (saved,))
-        return tensors
+        return described
 
-    def _open_plain(self, name: str, framework: str) -> Any:
-        """Open a file with safetensors: the one that was described, not one that replaced it."""
-        status, path = self.files.status(name), self.directory / name
-        file = safe_open(path, framework=framework)
-        if not os.path.samestat(status, os.stat(path)):
-            raise CheckpointError(f"{path}: was replaced while it was read; load again")
-        return file
+    def _header(self, path: str) -> tuple[int, dict[str, Any]]:
+        """The length of a safetensors file's header, and its entries."""
+        length = int.from_bytes(self.files.read_bytes(path, 0, 8), "little") + 8
+        if length > min(self.files.size(path), MAX_HEADER_BYTES):
+            raise CheckpointError(f"a header of {length} bytes")
+        return length, self._json(path, 8, length - 8)
+
+    def _json(self, path: str, start: int, nbytes: int) -> dict[str, Any]:
+        """A mapping in JSON, which is a part of a file."""
+        try:
+            value = json.loads(self.files.read_bytes(path, start, nbytes))
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.directory / path}: is no index or header, but other text")
+        return value
 
     # Checking.
 
-    def check_file(self, average: SavedAverage, name: str) -> None:
-        """Raise if a file has another length or another header than was written."""
-        path, saved = average.path_of(name), average.files[name]
-        nbytes = self.files.size(path)
-        if nbytes != saved.nbytes:
+    def check_file(self, average: SavedAverage, name: str) -> bytes:
+        """Raise if a file has another length or header than the manifest says. Returns the header.
+
+        Plain files have no manifest, and nothing is returned.
+        """
+        path, file, boxes = average.path_of(name), average.files[name], average.contents[name]
+        where, nbytes = self.directory / path, self.files.size(path)
+        if nbytes != file.nbytes:
             reason = "it is another file"
-            if nbytes < saved.nbytes:
-                beyond = [
-                    fqn
-                    for fqn, tensor in average.tensors.items()
-                    for box in tensor.boxes
-                    if box.file == name and box.start + box.nbytes > nbytes
-                ]
+            if nbytes < file.nbytes:
+                beyond = [fqn for fqn, saved in boxes if saved.start + saved.nbytes > nbytes]
                 reason = f"the file is cut short, in or before tensor {', '.join(beyond[:3])}"
             raise CheckpointError(
-                f"{self.directory / path}: has {nbytes} bytes, {saved.nbytes} were written; "
-                f"{reason}"
+                f"{where}: has {nbytes} bytes, {file.nbytes} were written; {reason}"
             )
-        if not self.is_plain:
-            header = self.files.read_bytes(path, 0, saved.header_bytes)
-            if checksum(self.manifest.algorithm)(header) != saved.checksum:
-                raise CheckpointError(f"{self.directory / path}: the header is altered")
-
-    def check_header(self, average: SavedAverage, name: str) -> bytes:
-        """Raise if a file's header differs from the manifest. Returns the header."""
-        path, saved = average.path_of(name), average.files[name]
+        if self.is_plain:
+            return b""
+        header = self.files.read_bytes(path, 0, file.header_bytes)
+        if checksum(self.manifest.algorithm)(header) != file.checksum:
+            raise CheckpointError(f"{where}: the header is altered")
         expected: dict[str, Any] = {}
         offsets: dict[str, Any] = {}
-        for fqn, tensor in average.tensors.items():
-            for box in tensor.boxes:
-                if box.file == name:
-                    start = box.start - saved.header_bytes
-                    expected[fqn] = {
-                        "dtype": tensor.dtype,
-                        "shape": list(box.box.sizes),
-                        "data_offsets": [start, start + box.nbytes],
-                    }
-                    offsets[fqn] = {"saved_offsets": list(box.box.offsets)}
-        header = self.files.read_bytes(path, 0, min(saved.header_bytes, MAX_HEADER_BYTES))
+        for fqn, saved in boxes:
+            start = saved.start - file.header_bytes
+            expected[fqn] = {
+                "dtype": average.tensors[fqn].dtype,
+                "shape": list(saved.box.sizes),
+                "data_offsets": [start, start + saved.nbytes],
+            }
+            offsets[fqn] = {"saved_offsets": list(saved.box.offsets)}
         try:
-            entries = json.loads(header[8:])
-            offsets_in_file = json.loads(entries.pop("__metadata__")["DCP_SHARDING_INFO"])
-        except (LookupError, TypeError, ValueError, RecursionError, AttributeError):
-            entries = offsets_in_file = None
-        length = int.from_bytes(header[:8], "little") + 8
-        if (length, entries, offsets_in_file) != (saved.header_bytes, expected, offsets):
-            raise CheckpointError(f"{self.directory / path}: the header differs from the manifest")
+            length, entries = self._header(path)
+            saved_offsets = json.loads(entries.pop("__metadata__")["DCP_SHARDING_INFO"])
+        except (CheckpointError, LookupError, TypeError, ValueError, RecursionError):
+            length, entries, saved_offsets = 0, {}, None
+        if (length, entries, saved_offsets) != (file.header_bytes, expected, offsets):
+            raise CheckpointError(f"{where}: the header differs from the manifest")
         return header
 
     def block(self, average: SavedAverage, fqn: str, saved: SavedBox, number: int) -> memoryview:
-        """The verified bytes of a block, valid until the next call.
+        """The bytes of a block, valid until the next call. Verified, unless the file is plain.
 
         Raises:
             CheckpointError: they are not what was written, or cannot be read.
         """
-        buffer = self.buffer
-        start = number * self.manifest.block_bytes
-        view = memoryview(buffer)[: min(self.manifest.block_bytes, saved.nbytes - start)]
-        path = average.path_of(saved.file)
-        self.files.read(path, saved.start + start, view)
-        if checksum(self.manifest.algorithm)(view) != saved.checksums[number]:
-            first = saved.start + start
+        block_bytes = self.manifest.block_bytes
+        if len(self.buffer) < block_bytes:
+            self.buffer = bytearray(block_bytes)
+        start = number * block_bytes
+        view = memoryview(self.buffer)[: min(block_bytes, saved.nbytes - start)]
+        path, first = average.path_of(saved.file), saved.start + start
+        self.files.read(path, first, view)
+        if saved.checksums and checksum(self.manifest.algorithm)(view) != saved.checksums[number]:
             raise CheckpointError(
                 f"{self.directory / path}: tensor {fqn} is altered between bytes {first} and "
                 f"{first + len(view)}"
             )
         return view
 
-    @property
-    def buffer(self) -> bytearray:
-        """Holds a block."""
-        if self._buffer is None:
-            self._buffer = bytearray(self.manifest.block_bytes)
-        return self._buffer
-
-    def share_buffer(self, buffer: bytearray) -> None:
-        """Use a buffer that other checkpoints use too, at least as long as a block."""
-        self._buffer = buffer
-
     # Reading.
 
     def read(self, average: SavedAverage, fqn: str, start: int, out: torch.Tensor) -> None:
         """Fill a 1-D tensor of the saved dtype with elements from `start` on, row-major."""
-        shape, at = average.tensors[fqn].shape, 0
-        targets = []
-        for box in flat_boxes(shape, start, start + out.numel()):
-            targets.append((box, out[at : at + box.numel].view(box.sizes)))
-            at += box.numel
+        outer = whole(average.tensors[fqn].shape)
+        targets = [
+            (box, out[at : at + box.numel].view(box.sizes))
+            for at, box in boxes_within(outer, start, start + out.numel())
+        ]
         self.fill(average, fqn, targets)
 
     def fill(
@@ -407,12 +381,11 @@ class Checkpoint:
         Args:
             put: called with a part of a target and its saved values; None only verifies.
         """
-        tensor = average.tensors[fqn]
-        if self.is_plain:
-            self._fill_plain(fqn, tensor, targets, put)
+        if self.is_plain and put is None:
             return
         import torch
 
+        tensor = average.tensors[fqn]
         if tensor is not self._boxes[0]:
             self._boxes = tensor, _BoxIndex(tensor.boxes)
         parts: dict[Box, tuple[SavedBox, list[tuple[Box, Target]]]] = {}
@@ -442,40 +415,8 @@ class Checkpoint:
                 values = torch.frombuffer(view, dtype=dtype)
                 for at, outer, inner, (box, out) in moves:
                     run = values[at : at + outer.numel].view(outer.sizes)
-                    put(_indexed(out, inner, box), run[inner.within(outer)])
-
-    def _fill_plain(
-        self, fqn: str, tensor: SavedTensor, targets: Sequence[Target], put: Put | None
-    ) -> None:
-        name = tensor.boxes[0].file
-        path = self.directory / name
-        with _as_checkpoint_error(path):
-            if name not in self._plain_files:
-                self._plain_files[name] = self._open_plain(name, "pt")
-            file = self._plain_files[name]
-            if put is None:
-                return
-            for box, out in targets:
-                for start in range(0, box.numel, _PLAIN_CHUNK):
-                    stop = min(start + _PLAIN_CHUNK, box.numel)
-                    for _, part in boxes_within(box, start, stop):
-                        index = part.within(whole(tensor.shape))
-                        values = file.get_slice(fqn)[index] if index else file.get_tensor(fqn)
-                        put(_indexed(out, part, box), values)
-
-
-def _indexed(out: torch.Tensor, box: Box, outer: Box) -> torch.Tensor:
-    index: Any = (..., *box.within(outer))
-    view: torch.Tensor = out[index]
-    return view
-
-
-@contextmanager
-def _as_checkpoint_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{path}: is no safetensors file, or cut short ({error})") from error
+                    index: Any = (..., *inner.within(box))
+                    put(out[index], run[inner.within(outer)])
 
 
 class _BoxIndex:
@@ -517,26 +458,217 @@ def problems(
     """
     files, block_bytes = checkpoint.files, checkpoint.manifest.block_bytes
     for average in checkpoint.averages.values():
-        absent = set()
-        for name in average.files:
+        for name, boxes in average.contents.items():
+            is_there = True
             try:
                 checkpoint.check_file(average, name)
-                checkpoint.check_header(average, name)
             except CheckpointError as error:
                 yield str(error)
-                if not files.has(average.path_of(name)):
-                    absent.add(name)
-        boxes = [(fqn, saved) for fqn, t in average.tensors.items() for saved in t.boxes]
-        for fqn, saved in sorted(boxes, key=lambda entry: (entry[1].file, entry[1].start)):
-            for start in range(0, saved.nbytes if saved.file not in absent else 0, block_bytes):
-                try:
-                    checkpoint.block(average, fqn, saved, start // block_bytes)
-                except CheckpointError as error:
-                    yield str(error)
-                advance(min(block_bytes, saved.nbytes - start))
+                is_there = files.has(average.path_of(name))
+            for fqn, saved in boxes if is_there else ():
+                for number in range(len(saved.checksums)):
+                    try:
+                        checkpoint.block(average, fqn, saved, number)
+                    except CheckpointError as error:
+                        yield str(error)
+                    advance(min(block_bytes, saved.nbytes - number * block_bytes))
         for name in files.names(average.directory):
             if name.endswith(_SUFFIX) and name not in average.files:
                 yield (
                     f"{files.directory / average.path_of(name)}: is not in the manifest; other "
                     "readers take it for a part"
                 )
+
+
+def load(
+    path: str | Path,
+    averages: Mapping[str, Sequence[Fragment]],
+    tensors: Sequence[TensorMeta],
+    group: Group,
+    *,
+    strict: bool = True,
+    others: Collection[str] = (),
+    background: BackgroundSaves | None = None,
+) -> dict[str, Any]:
+    """Fill averages from a checkpoint, however their tensors were sharded when it was saved.
+
+    Collective: every rank calls it. All fragments are filled, whether or not this rank owns them.
+    Memory: one block.
+
+    A safetensors file, or a directory of them with or without an index, is loaded as the average
+    too; its names are those of the model. It has no checksums and no counters: the returned state
+    is empty.
+
+    Args:
+        strict: refuse missing and unexpected tensors, instead of warning of them.
+        others: names that safetensors files may have beside the averaged ones.
+
+    Returns:
+        The saved state.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or there is none; an average or a tensor is
+            missing or does not fit; ranks see different files. On every rank, and nothing has
+            changed.
+    """
+    from dist_ema.checkpoint.writer import tensors_of_all_ranks  # imports torch
+
+    path = Path(path)
+    with group.together(error=CheckpointError):
+        (background or BackgroundSaves()).wait()
+    if not group.equal(sorted(others)):
+        others = set().union(*group.all_gather(set(others)))
+    every = tensors_of_all_ranks(tensors, group)
+    while True:
+        try:
+            return _load(path, averages, every, group, strict, others)
+        except CheckpointError:
+            # A network file system may show the files to some ranks later than to others.
+            if not _becomes_visible_to_all(path, group):
+                raise
+
+
+def _becomes_visible_to_all(path: Path, group: Group) -> bool:
+    """Whether a rank did not see what another one saw, and all see it now. Collective."""
+
+    def names() -> set[str]:
+        place = find(path)
+        return {str(each) for each in (place, *place.rglob("*")) if os.path.lexists(each)}
+
+    own = names()
+    every: set[str] = set().union(*group.all_gather(own))
+    if not group.any(own != every):
+        return False
+    is_visible = becomes_visible(lambda: names().issuperset(every))
+    return not group.any(not is_visible)
+
+
+def _load(
+    path: Path,
+    averages: Mapping[str, Sequence[Fragment]],
+    tensors: Sequence[TensorMeta],
+    group: Group,
+    strict: bool,
+    others: Collection[str],
+) -> dict[str, Any]:
+    with ExitStack() as opened:
+        with group.together(error=CheckpointError):
+            checkpoint = opened.enter_context(Checkpoint(path))
+            identity = checkpoint.identity()
+        if not group.equal(identity):
+            every = group.all_gather(identity)
+            raise CheckpointError(f"{path}: ranks see different checkpoints: {', '.join(every)}")
+        with group.together(error=CheckpointError):
+            try:
+                sources, notes = _match(checkpoint, list(averages), tensors, others, strict)
+            except CheckpointError as error:
+                raise CheckpointError(f"{checkpoint.directory}: {error}") from None
+            files = [(average, name) for average, _ in sources.values() for name in average.files]
+            for average, name in files[group.rank :: group.size]:
+                checkpoint.check_file(average, name)
+        with group.together(error=CheckpointError):
+            _fill(checkpoint, sources, averages, copies=False)
+        with group.together(error=CheckpointError):
+            try:
+                _fill(checkpoint, sources, averages, copies=True)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error}; the checkpoint changed while it was read, and the average is "
+                    "overwritten in part: load again"
+                ) from error
+    for note in notes:
+        warnings.warn(f"{checkpoint.directory}: {note}", stacklevel=5)
+    return dict(checkpoint.state)
+
+
+def _fill(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    averages: Mapping[str, Sequence[Fragment]],
+    *,
+    copies: bool,
+) -> None:
+    """Read and verify every block that this rank needs, and copy the values if `copies`. Local."""
+    import torch
+
+    for name, (average, saved_names) in sources.items():
+        targets: dict[str, list[Target]] = {}
+        for fragment in averages[name]:
+            if fragment.meta.numel:
+                target = (fragment.meta.box, fragment.tensor)
+                targets.setdefault(fragment.meta.fqn, []).append(target)
+        with torch.no_grad():
+            for fqn, saved_name in saved_names.items():
+                put = _copy if copies else None
+                checkpoint.fill(average, saved_name, targets.get(fqn, ()), put)
+
+
+def _match(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    tensors: Sequence[TensorMeta],
+    others: Collection[str],
+    strict: bool,
+) -> tuple[dict[str, Source], list[str]]:
+    """For each average, the saved one and the names of its tensors; and warnings.
+
+    Raises:
+        CheckpointError: an average or a tensor is missing or does not fit; all of them are listed.
+    """
+    saved, allowed, notes = checkpoint.averages, set[str](), list[str]()
+    if checkpoint.is_plain:
+        if len(names) != 1:
+            raise CheckpointError(
+                f"holds one average without a name, and {', '.join(names)} are wanted; build "
+                "ShardedEMA with one decay to load it"
+            )
+        saved = {names[0]: saved[PLAIN]}
+        allowed = set(others) | {alias for t in tensors for alias in t.aliases}
+    refuse_absent(names, saved)
+    ignored = [n for n in averages_of(saved) if not {n, *uncorrected(n)}.intersection(names)]
+    if ignored:
+        notes.append(f"its averages {', '.join(map(repr, ignored))} are not loaded")
+    sources = {}
+    for name in names:
+        saved_names, more = _match_one(saved[name], tensors, allowed, strict)
+        sources[name] = saved[name], saved_names
+        notes += more
+    return sources, notes
+
+
+def _match_one(
+    average: SavedAverage, tensors: Sequence[TensorMeta], allowed: Collection[str], strict: bool
+) -> tuple[dict[str, str], list[str]]:
+    import torch
+
+    known, saved_names = average.names(), dict[str, str]()
+    unfit, missing, rounded = list[str](), list[str](), list[str]()
+    for meta in tensors:
+        fqn = next((known[n] for n in (meta.fqn, *meta.aliases) if n in known), None)
+        if fqn is None:
+            missing.append(meta.fqn)
+            continue
+        saved_names[meta.fqn] = fqn
+        shape, dtype = average.tensors[fqn].shape, torch_dtype(average.tensors[fqn].dtype)
+        is_number = dtype.is_complex or dtype.is_floating_point
+        if shape != meta.shape:
+            unfit.append(f"{meta.fqn}: the checkpoint has shape {shape}, the model {meta.shape}")
+        elif dtype.is_complex != meta.dtype.is_complex or not is_number:
+            unfit.append(f"{meta.fqn}: the checkpoint has {dtype}, the average {meta.dtype}")
+        elif torch.promote_types(dtype, meta.dtype) != meta.dtype:
+            rounded.append(meta.fqn)
+    used = set(saved_names.values())
+    unexpected = [n for n in average.tensors if n not in used and n not in allowed]
+    notes = [
+        *_listed("does not fit", unfit),
+        *_listed("missing", missing),
+        *_listed("unexpected", unexpected),
+    ]
+    if unfit or (strict and notes):
+        raise CheckpointError("; ".join(notes) + " (strict=False loads the rest)" * (not unfit))
+    return saved_names, notes + _listed("rounded to a narrower dtype", rounded)
+
+
+def _listed(kind: str, names: Sequence[str]) -> list[str]:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return [f"{kind}: {', '.join(names[:_MAX_NAMES])}{more}"] if names else []

@@ -8,11 +8,14 @@ neither has checksums. The files here have the layout of the second, so its read
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -26,13 +29,9 @@ from dist_ema.checkpoint.background import TIMEOUT_S, BackgroundSaves, Handle, S
 from dist_ema.checkpoint.directory import (
     MANIFEST,
     becomes_visible,
-    clear_stale,
-    locked_sibling,
-    put_in_place,
-    refuse_foreign,
+    hidden_sibling,
     refuse_working_directory,
-    release,
-    remove,
+    replaced_directory,
     sync,
     target,
 )
@@ -101,41 +100,55 @@ def save(
         refuse_working_directory(place)
     tensors = tensors_of_all_ranks(tensors, group)
     with group.together(error=CheckpointError):
-        if asynchronous:
-            averages, non_finite = _copied(averages, background)
-        else:
-            non_finite = non_finite_names(averages)
+        copies = _room_for_copies(averages, background) if asynchronous else None
+        non_finite = non_finite_names(averages, copies)
     refuse_non_finite(non_finite, group)
-    work = _Save(place, averages, tensors, state)
-    status: StatusFiles | None = None
-    try:
+    with ExitStack() as files, ExitStack() as mail:  # what is left to do if the save fails
+        directories, save_id = [], uuid.uuid4().hex
         with group.together(error=CheckpointError):
             if group.rank == 0:
-                work.begin(with_status=asynchronous and group.size > 1)
-        work.orders = group.broadcast(work.orders)
+                directories.append(files.enter_context(replaced_directory(place, sync_files=False)))
+                for name in averages:
+                    _directory_of(directories[0], name, averages).mkdir(exist_ok=True)
+                if asynchronous and group.size > 1:
+                    directories.append(mail.enter_context(hidden_sibling(place, "mail")))
+        directories, save_id = group.broadcast((directories, save_id))
+        work = _Save(place, directories[0], save_id, copies or averages, tensors, state)
+        status: StatusFiles | None = None
         with group.together(error=CheckpointError):
-            work.check_visible()
+            wanted = [_directory_of(directories[0], name, averages) for name in averages]
+            wanted += directories
+            if not becomes_visible(lambda: all([each.is_dir() for each in wanted])):
+                raise CheckpointError(
+                    f"{place}: this rank does not see {directories[0]}, which rank 0 created; a "
+                    "checkpoint needs a directory that all ranks share"
+                )
+            if len(directories) > 1:
+                status = StatusFiles(
+                    directories[0], directories[1], group.rank, group.size, timeout
+                )
+                mail.callback(status.close)
+        if status is not None:
+            with group.together(error=CheckpointError):
+                status.meet()
         if asynchronous:
-            if group.size > 1:
-                with group.together(error=CheckpointError):
-                    status = work.status_files(group.rank, group.size, timeout)
-                with group.together(error=CheckpointError):
-                    status.meet()
+            left = files.pop_all(), mail.pop_all()
             rank = group.rank
-            return background.start(place, lambda: _write_apart(work, rank, status))
+            background.last = Handle(place, lambda: _write_apart(work, rank, status, *left))
+            return background.last
         with group.together(error=CheckpointError):
             report = work.write(group.rank)
         reports = group.gather(report)
         with group.together(error=CheckpointError):
             if group.rank == 0:
                 work.finish(reports)
-    except BaseException:
-        if status is not None:
-            status.close()
-        if group.rank == 0:
-            work.abandon()
-        raise
+                files.close()
     return None
+
+
+def _directory_of(directory: Path, name: str, averages: Averages) -> Path:
+    """The directory of an average's files, in that of the checkpoint."""
+    return directory / manifest.directory_of(name, list(averages))
 
 
 def tensors_of_all_ranks(tensors: Sequence[TensorMeta], group: Group) -> Sequence[TensorMeta]:
@@ -194,40 +207,34 @@ def refuse_non_finite(names: set[str], group: Group) -> None:
         )
 
 
-def non_finite_names(averages: Averages) -> set[str]:
-    """Names of the tensors that hold NaN or Inf in what this rank owns. Local."""
-    return {
-        fragment.meta.fqn
-        for fragment in _owned(averages)
-        if not all(map(_is_finite, fragment.view.split(_chunk_of(fragment))))
-    }
+def non_finite_names(averages: Averages, copies: Averages | None = None) -> set[str]:
+    """Names of tensors that hold NaN or Inf in what this rank owns; fills `copies` too. Local."""
+    names = set()
+    sources = list(_owned(averages))
+    targets = sources if copies is None else list(_owned(copies))
+    for source, copied in zip(sources, targets, strict=True):
+        step = _FINITE_CHUNK.get(source.view.device.type, _FINITE_CHUNK_ELSEWHERE)
+        values, out = source.view.detach().split(step), copied.view.split(step)
+        for chunk, copy in zip(values, out, strict=True):
+            if copies is not None:
+                copy.copy_(chunk)
+            if not _is_finite(copy):
+                names.add(source.meta.fqn)
+    return names
 
 
-def _copied(averages: Averages, background: BackgroundSaves) -> tuple[Averages, set[str]]:
-    """Copies on the CPU of what this rank owns, and the names that `non_finite_names` has. Local.
-
-    The copies are in the memory of the last such call.
-    """
-    non_finite = set()
+def _room_for_copies(averages: Averages, background: BackgroundSaves) -> Averages:
+    """Fragments on the CPU for what this rank owns, in the memory of the last such call. Local."""
     owned = list(_owned(averages))
-    needed = sum(_aligned(fragment.view.nbytes) for fragment in owned)
+    ends = [0, *itertools.accumulate(_aligned(fragment.view.nbytes) for fragment in owned)]
     pinned = any(is_accelerator(fragment.view.device) for fragment in owned)
-    staging = background.staging(needed, pinned)
-    copies: dict[str, list[Fragment]] = {}
-    end = 0
-    for name, fragments in averages.items():
-        copies[name] = []
-        for fragment in _owned({name: fragments}):
-            values = fragment.view.detach()
-            copy = staging[end : end + values.nbytes].view(values.dtype)
-            end += _aligned(values.nbytes)
-            step = _chunk_of(fragment)
-            for out, chunk in zip(copy.split(step), values.split(step), strict=True):
-                out.copy_(chunk)
-                if not _is_finite(out):
-                    non_finite.add(fragment.meta.fqn)
-            copies[name].append(Fragment(fragment.meta, copy))
-    return copies, non_finite
+    starts, staging = iter(ends), background.staging(ends[-1], pinned)
+
+    def room_for(fragment: Fragment) -> Fragment:
+        room = staging[next(starts) :][: fragment.view.nbytes].view(fragment.view.dtype)
+        return Fragment(fragment.meta, room)
+
+    return {name: [room_for(f) for f in _owned({name: fs})] for name, fs in averages.items()}
 
 
 def _owned(averages: Averages) -> Iterator[Fragment]:
@@ -244,10 +251,6 @@ def _is_finite(values: torch.Tensor) -> bool:
     return math.isfinite(total.item()) or bool(values.isfinite().all())
 
 
-def _chunk_of(fragment: Fragment) -> int:
-    return _FINITE_CHUNK.get(fragment.view.device.type, _FINITE_CHUNK_ELSEWHERE)
-
-
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
@@ -255,151 +258,73 @@ def _aligned(nbytes: int) -> int:
 # Writing.
 
 
-@dataclass(frozen=True, slots=True)
-class _Orders:
-    """What rank 0 tells every rank of a save."""
-
-    directory: str  # to write to
-    status: str  # directory of status files, if the save is asynchronous
-    save_id: str
-
-
+@dataclass(frozen=True)
 class _Save:
-    """A checkpoint in progress: begun and finished by rank 0, written by every rank.
+    """A checkpoint in progress: every rank writes, then rank 0 finishes.
 
     Memory: one block, and on rank 0 the manifest. Row-major data on the CPU is written in place.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        averages: Averages,
-        tensors: Sequence[TensorMeta],
-        state: Mapping[str, Any],
-    ) -> None:
-        self.path, self._averages, self._tensors, self._state = path, averages, tensors, state
-        self.orders = _Orders("", "", "")
-        self._written: list[Path] = []
-        self._locks: list[int] = []  # on rank 0, of the directories it created
-
-    def begin(self, *, with_status: bool) -> None:
-        """Create the directory to write to, and remove what killed saves left. On rank 0."""
-        refuse_foreign(self.path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        clear_stale(self.path)
-        directories = []
-        for kind in ("tmp", "mail")[: 1 + with_status]:
-            directory, lock = locked_sibling(self.path, kind)
-            self._locks.append(lock)
-            directories.append(str(directory))
-            # Known at once, so that `abandon` removes it if the next step fails.
-            self.orders = _Orders(directories[0], "".join(directories[1:]), uuid.uuid4().hex)
-        for name in self._averages:
-            self._directory(name).mkdir(exist_ok=True)
-
-    def check_visible(self) -> None:
-        """Raise if this rank does not see the directories that rank 0 created."""
-        wanted = [str(self._directory(name)) for name in self._averages]
-        wanted += filter(None, [self.orders.status])
-        if not becomes_visible(lambda: all([os.path.isdir(each) for each in wanted])):
-            raise CheckpointError(
-                f"{self.path}: this rank does not see {self.orders.directory}, which rank 0 "
-                "created; a checkpoint needs a directory that all ranks share"
-            )
-
-    def status_files(self, rank: int, size: int, timeout: float) -> StatusFiles:
-        """Create this rank's status file."""
-        return StatusFiles(
-            Path(self.orders.status), Path(self.orders.directory), rank, size, timeout
-        )
+    path: Path  # of the checkpoint
+    directory: Path  # that is written
+    save_id: str
+    averages: Averages
+    tensors: Sequence[TensorMeta]
+    state: Mapping[str, Any]
 
     def write(self, rank: int) -> Report:
         """Write this rank's files and wait until they are on disk."""
-        return [
-            self._write_average(name, fragments, rank) for name, fragments in self._averages.items()
-        ]
+        return [self._write_average(name, rank) for name in self.averages]
 
     def finish(self, reports: Sequence[Report]) -> None:
-        """Write the manifest and put the checkpoint in its place. On rank 0."""
-        data = manifest.dump(self._manifest(reports))
-        directory = Path(self.orders.directory)
-        path = directory / MANIFEST
+        """Write the manifest. On rank 0."""
+        path, data = self.directory / MANIFEST, manifest.dump(self.manifest(reports))
         try:
             path.write_bytes(data)
             sync(path)
-            for name in self._averages:
-                sync(self._directory(name))
-            refuse_foreign(self.path)
-            put_in_place(directory, self.path)
         except OSError as error:
-            raise CheckpointError(f"{error.filename or path}: {error.strerror}") from error
-        self._unlock()
-
-    def abandon(self) -> None:
-        """Remove what was written. On rank 0, when no rank writes any more."""
-        for directory in filter(None, (self.orders.directory, self.orders.status)):
-            remove(Path(directory))
-        self._unlock()
-
-    def _unlock(self) -> None:
-        while self._locks:
-            release(self._locks.pop())
+            raise CheckpointError(f"{path}: {error.strerror}") from error
 
     def is_in_place(self) -> bool:
         """Whether the checkpoint at the path is the one of this save."""
         try:
             with open(self.path / MANIFEST, "rb") as file:
-                fields = manifest.read_head(file.read(manifest.MAX_HEAD))
-        except OSError:
+                nbytes = os.fstat(file.fileno()).st_size
+                head = manifest.read_head(file.read(manifest.MAX_HEAD), nbytes)
+        except (OSError, CheckpointError):
             return False
-        return fields is not None and fields.get("id") == self.orders.save_id
+        return bool(head["id"] == self.save_id)
 
-    def remove_own(self) -> None:
-        """Remove what this rank wrote: a full disk may leave no room for the error message."""
-        for path in self._written:
-            path.unlink(missing_ok=True)
-
-    def _directory(self, name: str) -> Path:
-        return Path(self.orders.directory) / manifest.directory_of(name, list(self._averages))
-
-    def _write_average(self, name: str, fragments: Sequence[Fragment], rank: int) -> dict[str, Any]:
-        number_of = {meta.fqn: i for i, meta in enumerate(self._tensors)}
-        boxes = [
-            (number_of[f.meta.fqn], f.meta.box, f.tensor)
-            for f in fragments
-            if f.is_owner and f.meta.numel
-        ]
+    def _write_average(self, name: str, rank: int) -> dict[str, Any]:
+        directory = _directory_of(self.directory, name, self.averages)
+        number_of = {meta.fqn: i for i, meta in enumerate(self.tensors)}
+        owned = [f for f in _owned({name: self.averages[name]}) if f.meta.numel]
+        boxes = [(number_of[f.meta.fqn], f.meta.box, f.tensor) for f in owned]
         if rank == 0:  # tensors without elements
             boxes += [
                 (i, whole(meta.shape), torch.empty(meta.shape, dtype=meta.dtype))
-                for i, meta in enumerate(self._tensors)
+                for i, meta in enumerate(self.tensors)
                 if 0 in meta.shape
             ]
-        boxes.sort(key=lambda entry: entry[0])
         files: list[list[tuple[int, Box, torch.Tensor]]] = []
-        nth = 0
-        for at, entry in enumerate(boxes):  # a name is unique in a file
-            nth = nth + 1 if at and boxes[at - 1][0] == entry[0] else 0
+        num_boxes: Counter[int] = Counter()
+        for entry in sorted(boxes, key=lambda entry: entry[0]):  # a name is unique in a file
+            nth = num_boxes[entry[0]]
+            num_boxes[entry[0]] += 1
             if nth == len(files):
                 files.append([])
             files[nth].append(entry)
         report: dict[str, Any] = {"files": [], "boxes": []}
         for nth, entries in enumerate(files):
             shard = f"shard-{rank + 1:05d}-model-{nth + 1:05d}-of-{len(files):05d}.safetensors"
-            names = [self._tensors[i].fqn for i, _, _ in entries]
-            offsets = {
-                fqn: {"saved_offsets": list(box.offsets)}
-                for fqn, (_, box, _) in zip(names, entries, strict=True)
-            }
+            named = [(self.tensors[i].fqn, box, tensor) for i, box, tensor in entries]
+            offsets = {fqn: {"saved_offsets": list(box.offsets)} for fqn, box, _ in named}
             header, starts, nbytes = header_of(
-                [
-                    (fqn, str(dtype_name(tensor.dtype)), box.sizes)
-                    for fqn, (_, box, tensor) in zip(names, entries, strict=True)
-                ],
+                [(fqn, str(dtype_name(tensor.dtype)), box.sizes) for fqn, box, tensor in named],
                 {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)},
             )
-            tensors = list(zip(names, (tensor for *_, tensor in entries), strict=True))
-            checksums = self._write_file(self._directory(name) / shard, header, tensors)
+            tensors = [(fqn, tensor) for fqn, _, tensor in named]
+            checksums = self._write_file(directory / shard, header, tensors)
             report["files"].append([shard, nbytes, len(header), checksum(ALGORITHM)(header)])
             report["boxes"] += [
                 [i, box.offsets, box.sizes, nth, start, blocks]
@@ -416,7 +341,6 @@ class _Save:
         part = "its header"
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            self._written.append(path)
             try:
                 write_all(fd, memoryview(header))
                 for fqn, tensor in tensors:
@@ -433,33 +357,26 @@ class _Save:
             raise CheckpointError(f"{path}: {error.strerror} (writing {part})") from error
         return checksums
 
-    def _manifest(self, reports: Sequence[Report]) -> Manifest:
+    def manifest(self, reports: Sequence[Report]) -> Manifest:
         """The manifest of what all ranks report; raises if the boxes do not cover the tensors."""
-        averages = {}
         with manifest.collector_paused():
-            for name, of_ranks in zip(self._averages, zip(*reports, strict=True), strict=True):
-                averages[name] = self._saved_average(name, of_ranks)
-        return Manifest(
-            self.orders.save_id,
-            ALGORITHM,
-            BLOCK_BYTES,
-            written_by(len(reports)),
-            self._state,
-            averages,
-        )
+            of_averages = zip(self.averages, zip(*reports, strict=True), strict=True)
+            averages = {name: self._saved_average(name, of_ranks) for name, of_ranks in of_averages}
+        written = written_by(len(reports))
+        return Manifest(self.save_id, ALGORITHM, BLOCK_BYTES, written, self.state, averages)
 
     def _saved_average(self, name: str, reports: Sequence[dict[str, Any]]) -> SavedAverage:
         files: dict[str, SavedFile] = {}
-        boxes: list[list[SavedBox]] = [[] for _ in self._tensors]
+        boxes: list[list[SavedBox]] = [[] for _ in self.tensors]
         for report in reports:
             shards = [shard for shard, *_ in report["files"]]
             files |= {shard: SavedFile(*fields) for shard, *fields in report["files"]}
             for i, offsets, sizes, nth, start, checksums in report["boxes"]:
                 box = Box(tuple(offsets), tuple(sizes))
-                nbytes = box.numel * self._tensors[i].dtype.itemsize
+                nbytes = box.numel * self.tensors[i].dtype.itemsize
                 boxes[i].append(SavedBox(box, shards[nth], start, nbytes, tuple(checksums)))
         tensors = {}
-        for meta, saved in zip(self._tensors, boxes, strict=True):
+        for meta, saved in zip(self.tensors, boxes, strict=True):
             problem = uncovered(meta.shape, [s.box for s in saved])
             if problem:
                 raise CheckpointError(
@@ -468,50 +385,42 @@ class _Save:
                 )
             dtype = str(dtype_name(meta.dtype))
             tensors[meta.fqn] = SavedTensor(meta.shape, dtype, meta.aliases, tuple(saved))
-        return SavedAverage(manifest.directory_of(name, list(self._averages)), files, tensors)
+        return SavedAverage(manifest.directory_of(name, list(self.averages)), files, tensors)
 
 
-def _write_apart(work: _Save, rank: int, status: StatusFiles | None) -> None:
-    """Write on a thread: ranks exchange what became of it through status files."""
+def _write_apart(
+    work: _Save, rank: int, status: StatusFiles | None, files: ExitStack, mail: ExitStack
+) -> None:
+    """Write on a thread: ranks exchange what became of it through status files.
+
+    `files` puts the checkpoint in its place or removes what was written; `mail` removes the status.
+    """
     report: Report | None = None
     problem: Exception | None = None
-    try:
-        report = work.write(rank)
-    except Exception as error:
-        problem = error
-        work.remove_own()
-    own = {"problem": None if problem is None else describe(problem), "report": report}
-    try:
-        if status is not None and rank > 0:
-            status.report(own)
-            failure = status.outcome(work.is_in_place)
-        else:
-            failure = _finish_apart(work, own, status)
-    except Exception as error:
-        problem, failure = problem or error, describe(error)
-    finally:
-        if status is not None:
-            status.close()
+    failure: str | None = None
+    with mail:
+        try:
+            report = work.write(rank)
+        except Exception as error:
+            problem = error
+        own = {"problem": None if problem is None else describe(problem), "report": report}
+        try:
+            if status is not None and rank > 0:
+                status.report(own)
+                failure = status.outcome(work.is_in_place)
+            else:
+                with files:
+                    reports = [own, *(status.reports() if status is not None else [])]
+                    problems = [each["problem"] if each else "could not write" for each in reports]
+                    if any(problems):
+                        raise CheckpointError(merge_errors(problems))
+                    work.finish([each["report"] for each in reports])
+        except Exception as error:
+            problem, failure = problem or error, describe(error)
+        if status is not None and rank == 0:
+            status.conclude(failure)
     if failure is not None:
         raise CheckpointError(failure) from problem
-
-
-def _finish_apart(work: _Save, own: dict[str, Any], status: StatusFiles | None) -> str | None:
-    """On rank 0: finish if all ranks have written, and tell them. Returns the error, if any."""
-    failure: str | None = None
-    try:
-        reports = [own, *(status.reports() if status is not None else [])]
-        problems = [each["problem"] if each else "could not write" for each in reports]
-        if any(problems):
-            raise CheckpointError(merge_errors(problems))
-        work.finish([each["report"] for each in reports])
-    except Exception as error:
-        failure = describe(error)
-    if status is not None:
-        status.conclude(failure)
-    if failure is not None:
-        work.abandon()
-    return failure
 
 
 def row_major_blocks(tensor: torch.Tensor) -> Iterator[memoryview]:

@@ -24,12 +24,12 @@ from dist_ema.core.engine import (
 )
 from dist_ema.core.gather import Gatherer
 from dist_ema.core.group import Group
-from dist_ema.core.names import registrations
+from dist_ema.core.names import Modules, registrations
 from dist_ema.core.plan import averaged_names, make_plan, rebind
 from dist_ema.core.replicas import differing, refuse_destroyed
 from dist_ema.core.storage import AverageStorage, allocate, average_dtype
 from dist_ema.core.swap import Buffers, DeferredSignals, Marks, Swap, WrittenWeights
-from dist_ema.core.teacher import Teacher
+from dist_ema.core.teacher import Teacher, as_teacher
 
 if TYPE_CHECKING:
     from dist_ema.options import EMAOptions
@@ -44,7 +44,7 @@ class Average:
         self,
         model: nn.Module,
         options: EMAOptions,
-        into: nn.Module | str | None,
+        into: Modules | str | None,
         group: Group,
         select: Select,
     ) -> None:
@@ -56,6 +56,9 @@ class Average:
         """
         self.model, self.group = model, group
         self.lock = RLock()  # held while values are updated or exchanged
+        if into is not None and not isinstance(into, str):
+            with group.together():
+                into = as_teacher(into)
         self._options, self._into, self._select = options, into, select
         self._masters: Masters | None = None
         with group.together():

@@ -21,6 +21,7 @@ from dist_ema.core.layout import TensorMeta
 from dist_ema.core.safetensors import torch_dtype
 from dist_ema.export.files import Writer, plan_exports, write_export
 from dist_ema.export.layouts import ModelLayout, layouts_from_json
+from dist_ema.schedule import averages_of
 
 _CHUNK_BYTES = 32 << 20  # read and written at a time
 _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -33,10 +34,10 @@ class _Saved:
     def __init__(self, path: Path, name: str | None, opened: ExitStack) -> None:
         self._checkpoint = opened.enter_context(Checkpoint(path))
         averages = self._checkpoint.averages
-        names = list(averages)
+        names = averages_of(averages)
         if name is None and len(names) > 1:
             raise ValueError(f"{path} holds several averages, {names}; pass one as name")
-        if name is not None and name not in names:
+        if name is not None and name not in averages:
             raise ValueError(f"{path} holds no average named {name!r}, but {names}")
         self._average = averages[names[0] if name is None else name]
         for file in self._average.files:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from dist_ema.core.errors import CheckpointError
-from dist_ema.core.names import unwrap
+from dist_ema.core.names import Models, as_module, unwrap
 from dist_ema.ema import ShardedEMA
 from dist_ema.integrations.base import load_from
 
@@ -31,58 +31,58 @@ def register(
     accelerate does not report a skipped step, which counts. `accelerator.save_state(path)` calls
     `ema.save(path/name)`, and `load_state` loads it or raises a `CheckpointError`: both become
     collective. Only a weak reference to the average is kept; `free_memory()` frees its name.
+    accelerate logs what you pass to `accelerator.log`: `ema.decay`, `ema.drift()`.
 
     Args:
-        accelerator: the one whose `prepare` returned the averaged model.
+        accelerator: the one whose `prepare` returned the averaged model or models.
         name: directory in each checkpoint; each registered average needs its own.
         optimizer: the prepared optimizer whose steps count. None: a step counts if none skipped it.
     """
-    if not isinstance(accelerator, Accelerator):
-        raise TypeError(f"accelerator is a {type(accelerator).__name__}, wanted an Accelerator")
-    if not isinstance(ema, ShardedEMA):
-        wanted = "a ShardedEMA of what prepare() returned"
-        raise TypeError(f"ema is a {type(ema).__name__}, wanted {wanted}")
-    if not isinstance(optimizer, AcceleratedOptimizer | None):
-        wanted = "what accelerator.prepare() returned"
-        raise ValueError(f"optimizer is a {type(optimizer).__name__}, wanted {wanted}")
+    for label, value, kind, wanted in (
+        ("accelerator", accelerator, Accelerator, "an Accelerator"),
+        ("ema", ema, ShardedEMA, "a ShardedEMA of what prepare() returned"),
+        ("optimizer", optimizer, AcceleratedOptimizer | None, "what prepare() returned"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{label} is a {type(value).__name__}, wanted {wanted}")
     if not name or name != Path(name).name or name.startswith("."):
         raise ValueError(f"name is {name!r}, wanted that of a directory in each checkpoint")
     if isinstance(ema.gate, _Registration):
-        which = "this" if ema.gate.accelerator is accelerator else "another"
         raise ValueError(
-            f"this average is registered as {ema.gate.name!r} with {which} accelerator already; "
-            "register each ShardedEMA once, with the accelerator that prepared its model"
+            f"this average is registered as {ema.gate.name!r} already; register each ShardedEMA "
+            "once, with the accelerator that prepared its model"
         )
-    model, models = unwrap(ema.model), accelerator._models
-    prepared = next((m for m in models if unwrap(m) is model), None)
-    if models and prepared is None:
+    model, known = as_module(ema.model), {id(unwrap(m)): m for m in accelerator._models}
+    averaged = [unwrap(m) for m in (model.children() if isinstance(model, Models) else [model])]
+    if missing := [m for m in averaged if id(m) not in known] if known else []:
         raise ValueError(
-            f"ema averages a {type(model).__name__} that this accelerator has not prepared; it has "
-            f"prepared: {', '.join(type(unwrap(m)).__name__ for m in models)}; average what "
-            "prepare() returned, and register with that accelerator"
+            f"ema averages a {type(missing[0]).__name__} that this accelerator has not prepared; "
+            f"it has prepared: {', '.join(type(unwrap(m)).__name__ for m in known.values())}; "
+            "average what prepare() returned, and register with that accelerator"
         )
-    for hook in list(accelerator._save_model_state_pre_hook.values()):
-        other = getattr(hook, "__self__", None)
-        if isinstance(other, _Registration) and other.name == name:
-            gc.collect()  # an average without references may remain in a cycle
-            if other.ema() is not None and other.is_held():
-                raise ValueError(
-                    f"an average is registered as {name!r} with this accelerator already; give "
-                    "each its own name=, or drop that one and call accelerator.free_memory() before"
-                )
-            other.remove()
-    ema.gate = _Registration(accelerator, ema, name, optimizer, prepared)
+    registered: dict[str, _Registration] = vars(accelerator).setdefault("_dist_ema", {})
+    if (other := registered.get(name)) is not None:
+        gc.collect()  # an average without references may remain in a cycle
+        if other.ema() is not None and other.is_held():
+            raise ValueError(
+                f"an average is registered as {name!r} with this accelerator already; give each "
+                "its own name=, or drop that one and call accelerator.free_memory() before"
+            )
+        for hook in other.hooks:
+            hook.remove()
+        if (old := other.ema()) is not None:
+            old.gate = None
+    ema.gate = registered[name] = _Registration(accelerator, ema, name, optimizer)
+    ema.gate.models = [weakref.ref(known[id(m)]) for m in averaged if known]
 
 
 class _Registration:
     """The gate of an average and its hooks in an accelerator, which hold the average weakly."""
 
-    def __init__(
-        self, accelerator: Accelerator, ema: ShardedEMA, name: str, optimizer: Any, prepared: Any
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, ema: ShardedEMA, name: str, optimizer: Any):
         self.accelerator, self.name, self.optimizer = accelerator, name, optimizer
         self.ema, self.group = weakref.ref(ema), ema.group
-        self.model = None if prepared is None else weakref.ref(prepared)
+        self.models: list[weakref.ref[Any]] = []  # as the accelerator has prepared them
         self.hooks = (
             accelerator.register_save_state_pre_hook(self.save),
             accelerator.register_load_state_pre_hook(self.load),
@@ -96,15 +96,9 @@ class _Registration:
         return self.accelerator.sync_gradients and not skipped
 
     def is_held(self) -> bool:
-        """Whether the accelerator has not released the model."""
-        models = self.accelerator._models
-        return self.model is None or any(model is self.model() for model in models)
-
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        if (ema := self.ema()) is not None:
-            ema.gate = None
+        """Whether the accelerator has not released the models."""
+        kept = [id(model) for model in self.accelerator._models]
+        return all(id(model()) in kept for model in self.models)
 
     def save(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
         if (ema := self._average()) is not None:
@@ -119,12 +113,11 @@ class _Registration:
             )
 
     def _average(self) -> ShardedEMA | None:
-        """The average, if every rank still has it. Collective: every rank calls it."""
+        """The average, if every rank has it; else warns the caller of the hook. Collective."""
         ema = self.ema()
         if not self.group.any(ema is None):
             return ema
         if self.is_held():
-            text = f"the average registered as {self.name!r} is in no checkpoint any more: nobody "
-            text += "holds it; keep the ShardedEMA for as long as the model is trained"
-            warnings.warn(text, stacklevel=4)  # the caller of save_state() or load_state()
+            text = "is in no checkpoint any more: nobody holds it; keep the ShardedEMA"
+            warnings.warn(f"the average registered as {self.name!r} {text}", stacklevel=4)
         return None

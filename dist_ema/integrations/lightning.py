@@ -4,10 +4,10 @@ Tested with one device, DDP and `ModelParallelStrategy`; `FSDPStrategy` and othe
 
 [Note: Lightning's events]
 Some strategies load a checkpoint after `on_fit_start`, so the average is built at `on_train_start`.
-Callbacks do not learn the path of a checkpoint, and only rank 0 saves what they add to a folder of
-shards, so `trainer.save_checkpoint` is wrapped. Finders of a learning rate or batch size save and
-load a file of their own, whose path `trainer.ckpt_path` keeps: it is ignored. The batch size finder
-runs in `on_validation_start`, so the average is swapped in one event later.
+Callbacks do not learn a checkpoint's path, and only rank 0 saves what they add to a folder of
+shards, so `trainer.save_checkpoint` is wrapped. `trainer.ckpt_path` may be a file that a finder of
+learning rates or batch sizes made: it is ignored. Such a finder may run in `on_validation_start`,
+so the average is swapped in one event later.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
@@ -27,13 +27,10 @@ from dist_ema.ema import ShardedEMA
 from dist_ema.integrations.base import RESTART, AveragingCallback, Decay, load_from
 from dist_ema.options import EMAKeywords
 
-if TYPE_CHECKING:
+try:  # A Trainer of either package only calls the hooks and does not check the class.
     from lightning.pytorch.callbacks import Callback
-else:  # A Trainer of either package only calls the hooks and does not check the class.
-    try:
-        from lightning.pytorch.callbacks import Callback
-    except ImportError:
-        from pytorch_lightning.callbacks import Callback
+except ImportError:
+    from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
 
 KEY = "dist_ema"  # in a checkpoint that is a file; the folder in one that is a folder
 
@@ -43,10 +40,9 @@ class EMACallback(AveragingCallback, Callback):
 
     The average, `self.ema`, is updated at the end of each batch in which an optimizer stepped and
     no gradient scaler skipped the step. Validation, test and predict use it; afterwards, also on an
-    exception, weights and buffers are what they were. Checkpoints hold live weights, and beside
-    them the average: one file has whole tensors, gathered on rank 0, under
-    `torch.load(path)["dist_ema"]["averages"]["ema"]`, a folder of shards has a folder `dist_ema`.
-    `fit(ckpt_path=...)` and `test(ckpt_path=...)` load it on any number of devices.
+    exception, weights and buffers are what they were. Checkpoints hold live weights and the average
+    (one file: whole, under `torch.load(path)["dist_ema"]["averages"]["ema"]`; a folder of shards:
+    in a folder `dist_ema`). `ckpt_path=` of `fit` or `test` loads it on any number of devices.
 
     Args:
         decay, options: as for `ShardedEMA`. Names of weights are those in the LightningModule.
@@ -54,6 +50,8 @@ class EMACallback(AveragingCallback, Callback):
         optimizer: number of the optimizer whose steps count, from 0 (a GAN's generator, say).
         missing: when a checkpoint has no average (`weights_only`, say), "raise", or "restart" with
             a warning: the average starts from the weights of the checkpoint.
+        log: whether to log `ema/decay` and `ema/updates` at logging steps, and `ema/drift` where
+            the average is validated or saved; of several averages, `ema/<name>/decay`.
     """
 
     def __init__(
@@ -63,16 +61,13 @@ class EMACallback(AveragingCallback, Callback):
         evaluate: bool | str = True,
         optimizer: int | None = None,
         missing: str = "raise",
+        log: bool = True,
         **options: Unpack[EMAKeywords],
     ) -> None:
-        super().__init__(decay, options, evaluate, missing, picks=False)
-        if isinstance(optimizer, bool) or not isinstance(optimizer, int | None):
-            what = f"optimizer is {optimizer!r}, wanted the number of an optimizer, or None"
-            raise TypeError(what)
-        if optimizer is not None and optimizer < 0:
-            raise ValueError(f"optimizer is {optimizer}, wanted a number from 0, or None")
+        super().__init__(decay, options, evaluate, missing, log)
+        if optimizer is not None and (type(optimizer) is not int or optimizer < 0):
+            raise ValueError(f"optimizer is {optimizer!r}, wanted a number from 0, or None")
         self._optimizer = optimizer
-        self._trainer: Any = None
         self._shown = ExitStack()
         self._own: set[str] = set()  # paths that this run of the trainer saved to
         self._path: Any = None  # of the checkpoint that the user resumes from
@@ -90,6 +85,7 @@ class EMACallback(AveragingCallback, Callback):
         self._settle()
         if self._stepped and self.ema:
             self.ema.update()
+            self._tell_loggers(drift=False)
         self._stepped = False
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -102,6 +98,15 @@ class EMACallback(AveragingCallback, Callback):
         if self._pending:
             self._stepped |= not self._overflowed(self._trainer.precision_plugin)
             self._pending = False
+
+    def _tell_loggers(self, *, drift: bool) -> None:
+        """As Lightning's own monitors do, by private names of 2.6. Collective if `drift`."""
+        trainer = self._trainer
+        is_time = self._logs and (drift or trainer._logger_connector.should_update_logs)
+        if is_time and trainer.state.fn == "fit" and (trainer.training or trainer.validating):
+            metrics = self._metrics(drift=drift)
+            for logger in trainer.loggers if metrics else ():
+                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._saved = self._saved_step = self._path = None
@@ -119,8 +124,7 @@ class EMACallback(AveragingCallback, Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         number, total = self._optimizer or 0, len(trainer.optimizers)
         if number >= max(total, 1):
-            text = f"optimizer is {number}, but the module has {total}, numbered from 0"
-            raise ValueError(f"EMACallback: {text}")
+            raise ValueError(f"optimizer is {number}, but the module has {total}, numbered from 0")
         self._pending = self._stepped = False
         self._build_or_load()
 
@@ -152,11 +156,9 @@ class EMACallback(AveragingCallback, Callback):
         path = Path(self._trainer.strategy.broadcast(str(self._path)))
         saved, self._saved = self._saved, None
         if saved is not None:
-            averages = {
-                name: {fqn: value.view(value.shape or 1) for fqn, value in tensors.items()}
-                for name, tensors in saved["averages"].items()
-            }
-            ema.load_state_dict({"averages": averages, "state": saved["state"]})
+            for tensors in saved["averages"].values():
+                tensors |= {fqn: t.view(1) for fqn, t in tensors.items() if t.dim() == 0}
+            ema.load_state_dict(saved)
         # Without a saved step, a folder is what an earlier checkpoint left at this path.
         elif self._saved_step is None or not load_from(ema, path / KEY):
             reason = "saved without EMACallback, or weights_only, or without its folder dist_ema"
@@ -173,13 +175,11 @@ class EMACallback(AveragingCallback, Callback):
         if ema is None or _writes_folder(trainer.strategy):
             return
         ema.refuse_non_finite()
-        state = ema.state_dict()
-        averages = {
-            name: {fqn: tensor for fqn, tensor in ema.gather_tensors(name) if fqn in averaged}
-            for name, averaged in state["averages"].items()
-        }
+        state, whole = ema.state_dict(), {}
+        for name, averaged in state["averages"].items():
+            whole[name] = {fqn: t for fqn, t in ema.gather_tensors(name) if fqn in averaged}
         if ema.group.rank == 0:
-            checkpoint[KEY] = {"averages": averages, "state": state["state"]}
+            checkpoint[KEY] = {"averages": whole, "state": state["state"]}
 
     def _save(
         self, inner: Any, filepath: Any, weights_only: Any = None, storage_options: Any = None
@@ -190,21 +190,23 @@ class EMACallback(AveragingCallback, Callback):
         strategy, ema, shows = self._trainer.strategy, self._current(), self._is_shown
         self._shown.close()
         try:
+            if ema is not None and not weights_only:
+                self._tell_loggers(drift=True)
             inner(filepath, weights_only, storage_options)
             if ema is not None and not weights_only and _writes_folder(strategy):
                 ema.save(Path(strategy.broadcast(str(filepath))) / KEY)
         except BaseException:
-            # Ranks that have not failed would not join an exchange of values.
-            shows = shows and ema is not None and ema.group.size == 1
+            if shows and ema is not None and ema.group.size == 1:
+                self._show()  # of several ranks, those that have not failed would not join
             raise
-        finally:
-            if shows:
-                self._show()
+        if shows:
+            self._show()
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if self._evaluates and trainer.state.fn != "fit":
             self._build_or_load()
         if self._evaluates and self._current() is not None:
+            self._tell_loggers(drift=True)
             self._show()
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
@@ -228,8 +230,6 @@ class EMACallback(AveragingCallback, Callback):
 
 def _writes_folder(strategy: Any) -> bool:
     """Whether every rank writes to a checkpoint. By private names of Lightning 2.6."""
-    names = {cls.__name__ for cls in type(strategy).__mro__}  # each package has its own classes
-    if "FSDPStrategy" in names:
-        return bool(strategy._state_dict_type == "sharded")
-    is_sharded = "ModelParallelStrategy" in names and strategy._save_distributed_checkpoint
-    return is_sharded or "DeepSpeedStrategy" in names
+    cuts = getattr(strategy, "_state_dict_type", "") == "sharded"  # FSDPStrategy
+    cuts |= getattr(strategy, "_save_distributed_checkpoint", False)  # ModelParallelStrategy
+    return cuts or getattr(strategy, "strategy_name", "") == "deepspeed"

@@ -1,8 +1,8 @@
 """An average under the Hugging Face Trainer: `EMACallback(decay=0.9999).attach(trainer)`.
 
 [Note: what attaching does]
-A callback does not get its Trainer, and is only called after an evaluation. So `attach`
-wraps `trainer.evaluation_loop`, which `evaluate` and `predict` call, and `_inner_training_loop`,
+A callback does not get its Trainer, and is called after evaluations and after loggers. So `attach`
+wraps `log`, `evaluation_loop`, which `evaluate` and `predict` call, and `_inner_training_loop`,
 which gets the checkpoint to resume from. Where a subclass resumes without it, the average is read
 from the checkpoint of the restored `global_step`.
 """
@@ -44,6 +44,8 @@ class EMACallback(AveragingCallback, TrainerCallback):
         copy_at_end: make the model the average when training ends, for `trainer.save_model()`.
         missing: when a checkpoint has no average, "raise", or "restart" with a warning: the average
             starts from the weights of the checkpoint.
+        log: whether to log `ema/decay` and `ema/updates` with the training loss, and `ema/drift`
+            where the average is evaluated or saved; of several averages, `ema/<name>/decay`.
     """
 
     def __init__(
@@ -54,34 +56,31 @@ class EMACallback(AveragingCallback, TrainerCallback):
         export: str | Path | None = None,
         copy_at_end: bool = False,
         missing: str = "raise",
+        log: bool = True,
         **options: Unpack[EMAKeywords],
     ) -> None:
-        super().__init__(decay, options, evaluate, missing, picks=bool(export) or copy_at_end)
+        names_one = (bool(export) or copy_at_end) if evaluate is False else evaluate
+        super().__init__(decay, options, names_one, missing, log)
+        self._evaluates, self._has_warned = evaluate is not False, False
         self._export, self._copy_at_end = export, copy_at_end
-        self._trainer: Any = None
         self._trial: Any = None
         self._resume_from: Path | None = None
-        self._has_warned = False
 
     def attach(self, trainer: Trainer) -> EMACallback:
-        """Join a Trainer before `train()`: adds the callback to its callbacks. Local.
-
-        `trainer.remove_callback` ends that. See [Note: what attaching does]. Returns the callback.
-        """
+        """Join a Trainer before `train()`, until `trainer.remove_callback`. Local. Returns self."""
         if self._trainer is not None:
             raise ValueError("this EMACallback is attached to a Trainer already; make another one")
         callbacks = trainer.callback_handler.callbacks
         if any(isinstance(other, EMACallback) and other is not self for other in callbacks):
-            raise ValueError(
-                "this Trainer has an EMACallback already; several averages are one callback's: "
-                "decay={'short': 0.999, 'long': 0.9999}"
-            )
+            text = "several averages are one callback's: decay={'short': 0.999, 'long': 0.9999}"
+            raise ValueError(f"this Trainer has an EMACallback already; {text}")
         if self not in callbacks:
             trainer.add_callback(self)
         self._trainer = trainer
         methods: Any = trainer
         methods._inner_training_loop = functools.partial(self._train, trainer._inner_training_loop)
         methods.evaluation_loop = functools.partial(self._evaluate, trainer.evaluation_loop)
+        methods.log = functools.partial(self._log, trainer.log)
         return self
 
     def _train(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -100,8 +99,18 @@ class EMACallback(AveragingCallback, TrainerCallback):
         elif self.ema is not None and unwrap(self._trainer.model) is not unwrap(self.ema.model):
             text = "trainer.model is not the model that was trained, and is evaluated as it is"
             warnings.warn(text, stacklevel=3)
+        self._log_drift()
         with self._showing():
             return inner(*args, **kwargs)
+
+    def _log(self, inner: Callable[..., Any], logs: dict[str, float], *args: Any, **kw: Any) -> Any:
+        if "loss" in logs and self._times_listed():  # a logging step; any rank may log other things
+            logs.update(self._metrics())
+        return inner(logs, *args, **kw)
+
+    def _log_drift(self) -> None:
+        if drift := self._metrics(drift=True):  # collective
+            self._trainer.log(drift)
 
     @contextmanager
     def raw_weights(self) -> Iterator[None]:
@@ -130,20 +139,16 @@ class EMACallback(AveragingCallback, TrainerCallback):
                 )
             path = Path(self._export or ".").absolute()
             if file := next((p for p in (path, *path.parents) if p.is_file()), None):
-                text = f"export is {str(self._export)!r}, but {file} is a file; name a directory"
-                raise FileExistsError(text)
+                raise FileExistsError(f"export={self._export}: {file} is a file; name a directory")
         self._overflowed(self._trainer.accelerator)
-        source, problem = self._resume_from, "the checkpoint was saved without the average"
-        if source is None:
-            if step == 0:
-                return
-            source = self._checkpoint(step)
-            problem = f"training goes on from step {step}, with a checkpoint without the average"
-        if not load_from(ema, path := source / DIRECTORY):
-            self._report(f"{path}: {problem}; {RESTART}")
-        elif self._resume_from is None:
-            reason = f"training goes on from step {step}, without a resume_from_checkpoint"
-            warnings.warn(f"{path}: the average is taken from here; {reason}", stacklevel=2)
+        if (source := self._resume_from) is None and step == 0:
+            return
+        path = (source or self._checkpoint(step)) / DIRECTORY
+        goes_on = "" if source else f"training goes on from step {step}, "
+        if not load_from(ema, path):
+            self._report(f"{path}: {goes_on}the checkpoint has no average; {RESTART}")
+        elif goes_on:
+            warnings.warn(f"{path}: {goes_on}the average is taken from here", stacklevel=2)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.ema is not None
@@ -154,6 +159,7 @@ class EMACallback(AveragingCallback, TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.ema is not None
+        self._log_drift()
         self.ema.save(self._checkpoint(state.global_step) / DIRECTORY)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -162,9 +168,8 @@ class EMACallback(AveragingCallback, TrainerCallback):
         if self._evaluates and args.load_best_model_at_end and best is not None:
             if not load_from(ema, Path(best) / DIRECTORY):
                 problem = (
-                    f"{best}: the best checkpoint has no average. The average is the last one, of "
-                    f"step {ema.step}, and the model holds the raw weights of the best checkpoint: "
-                    "copy_at_end has not replaced them"
+                    f"{best}: the best checkpoint has no average, the last is of step {ema.step}. "
+                    "The model holds raw weights: copy_at_end has not replaced them"
                 )
         if self._copy_at_end and problem is None:
             ema.copy_to(name=self._name)

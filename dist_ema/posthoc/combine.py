@@ -76,7 +76,7 @@ def combine(
     # One buffer for all: a block of each of a hundred checkpoints would be half a GB.
     buffer = bytearray(max(one.checkpoint.manifest.block_bytes for one in [*snapshots, like]))
     for one in snapshots:
-        one.checkpoint.share_buffer(buffer)
+        one.checkpoint.buffer = buffer
     dtypes = {torch_dtype(tensor.dtype) for tensor in average.tensors.values()}
     widest = max((_sum_dtype(d).itemsize / d.itemsize for d in dtypes), default=1)
     limit = int(_SUMS_BYTES / len(outputs) / widest) // 16 * 16
@@ -132,7 +132,7 @@ def combine(
         for saved in tensor.boxes:
             entries[saved.file].append((fqn, saved))
     for name in sorted(entries):
-        header = like.checkpoint.check_header(average, name)
+        header = like.checkpoint.check_file(average, name)
         with ExitStack() as stack:
             files = [stack.enter_context(open(o.directory / name, "xb")) for o in outputs]
             fds = [file.fileno() for file in files]

@@ -170,7 +170,7 @@ class Simulation:
             for rank in range(1, self.world.size)
         ]
         save = self._save(directory, [])
-        data, made_s = clocked(lambda: manifest.dump(save._manifest([own, *others])))
+        data, made_s = clocked(lambda: manifest.dump(save.manifest([own, *others])))
         saved = {
             "save: plan s": plan_s,
             "save: told MB": sum(len(pickle.dumps(report)) for report in others) / 1e6,
@@ -190,9 +190,8 @@ class Simulation:
 
     def _save(self, directory: Path, fragments: Sequence[Fragment]) -> UnwrittenSave:
         tensors = [TensorMeta(n, (), shape, torch.float32) for n, shape in self.world.parameters]
-        save = UnwrittenSave(directory / "ema", {"ema": fragments}, tensors, STATE)
-        save.orders = writer._Orders(str(directory), "", "0" * 32)
-        return save
+        averages = {"ema": fragments}
+        return UnwrittenSave(directory / "ema", directory, "0" * 32, averages, tensors, STATE)
 
 
 def on_meta(meta: FragmentMeta) -> Fragment:
