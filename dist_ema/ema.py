@@ -97,8 +97,9 @@ class ShardedEMA:
             at stage 3, one without an optimizer, as for a reference policy), or the name of a
             second adapter of a PEFT model, frozen, of the same configuration as the adapter that
             is trained. It starts as a copy, and is ready for a forward pass after each update (an
-            adapter, after `model.set_adapter(into)`). Its own dtype is used; replicas keep it
-            whole.
+            adapter, after `model.set_adapter(into)`; under FSDP2 call `model.reshard()` before, or
+            PEFT freezes gathered copies in place of the weights). Its own dtype is used; replicas
+            keep it whole.
         process_group: the ranks that together hold the model; the default group if None.
 
     Raises:
