@@ -8,7 +8,7 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never, NoReturn
@@ -28,7 +28,7 @@ from dist_ema.core.gather import Gatherer, one_by_one, whole_tensors, write_into
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Fragment, TensorMeta
 from dist_ema.core.lerp import MultiAvgFn, squared_norms
-from dist_ema.core.names import as_module, registrations
+from dist_ema.core.names import Modules, as_module, registrations
 from dist_ema.engines import select
 from dist_ema.export import export
 from dist_ema.export.layouts import model_state, unregistered_tensors
@@ -58,6 +58,10 @@ class ShardedEMA:
     Args:
         model: a plain module (also in one process), a DDP, FSDP, HSDP or tensor-parallel module,
             compiled or not, a `DeepSpeedEngine`, or what accelerate returned for one of these.
+            A list of modules holds this rank's parts of one model (pipeline stages); tensors have
+            the same names in parts as in the whole model, and ranks may hold different parts. A
+            mapping holds several models that are averaged in step ({"unet": unet, "text": text}),
+            each sharded in its own way; names of tensors start with the name of the model.
         decay: share of the average that is kept per optimizer step, in [0, 1]; or a schedule
             (t, delta) -> decay; or a mapping of names to either, for several averages that are
             updated in one pass over the live weights.
@@ -70,8 +74,8 @@ class ShardedEMA:
         params: "trainable", "all", or a predicate (fqn, parameter) -> bool. Parameters that are
             not averaged cost nothing, and are read live when gathering.
         buffers: "copy" uses live buffers; "average" averages persistent floating-point buffers
-            too; a predicate (fqn, buffer) -> bool averages those that it selects and copies the
-            rest (an expert bias yes, the vectors of spectral norm no).
+            too; a predicate (fqn, buffer) -> bool averages those among them that it selects and
+            copies the rest (an expert bias yes, the vectors of spectral norm no).
         replicas: "split": ranks that hold equal weights average a slice each; "whole": each rank
             averages all that it holds.
         dtype: of the average. At a decay of 0.9999 a bf16 average stops moving.
@@ -82,23 +86,30 @@ class ShardedEMA:
             of any `torch.optim` optimizer waits for it, and so does everything that reads the
             average; nothing else may write to the weights in between. No effect without an
             accelerator.
+        masters: (parameter) -> the fp32 master that an optimizer keeps of a low-precision
+            parameter, of the parameter's shape and placement, or None: for instance
+            `lambda p: optimizer.state[p].get("master_param")` for TransformerEngine's FusedAdam.
+            Masters are averaged in place of the parameters. Called for each averaged parameter at
+            the build and at each update, since an optimizer may make or replace its masters at any
+            time. Not for DeepSpeed, whose masters are averaged anyway, and not for FSDP1.
         into: a teacher, whose weights become the average: a second module (DINO, BYOL, mean
             teacher), sharded as the model is (for a DDP model, a plain one; for a DeepSpeedEngine
             at stage 3, one without an optimizer, as for a reference policy), or the name of a
             second adapter of a PEFT model, frozen, of the same configuration as the adapter that
             is trained. It starts as a copy, and is ready for a forward pass after each update (an
-            adapter, after `model.set_adapter(into)`). Its own dtype is used; replicas keep it
-            whole.
+            adapter, after `model.set_adapter(into)`; under FSDP2 call `model.reshard()` before, or
+            PEFT freezes gathered copies in place of the weights). Its own dtype is used; replicas
+            keep it whole.
         process_group: the ranks that together hold the model; the default group if None.
 
     Raises:
         ValueError: an argument is out of range, or nothing is averaged. On every rank.
-        TypeError: `model` is not a module. On every rank.
+        TypeError: `model` is not a module, or a list or mapping of modules. On every rank.
     """
 
     def __init__(
         self,
-        model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
+        model: Modules,
         decay: float | Schedule | Mapping[str, float | Schedule] = 0.9999,
         *,
         multi_avg_fn: MultiAvgFn | None = None,
@@ -111,7 +122,7 @@ class ShardedEMA:
         device: torch.device | str | None = None,
         overlap: bool = False,
         masters: FindMaster | None = None,
-        into: nn.Module | str | None = None,
+        into: Modules | str | None = None,
         process_group: dist.ProcessGroup | None = None,
         **unknown: Never,
     ) -> None:
@@ -340,10 +351,11 @@ class ShardedEMA:
 
         Afterwards, also on an exception, weights and buffers are what they were, bit for bit. Live
         and averaged values change places in storage, so there is no second copy of either; signals
-        (Ctrl-C) wait meanwhile. Inside the block, every average of the model, or of a module around
-        or inside it, refuses to read or write; the block cannot be nested. Writes to weights inside
-        it (an optimizer step) are warned of. With `into=` the live values are set aside, a copy of
-        this rank's part, and the teacher computes with the average inside the block, too.
+        (Ctrl-C) wait meanwhile. A `BEMA` takes a temporary copy of this rank's part. Inside the
+        block, every average of the model, or of a module around or inside it, refuses to read or
+        write; the block cannot be nested. Writes to weights inside it (an optimizer step) are
+        warned of. With `into=` the live values are set aside, a copy of this rank's part, and the
+        teacher computes with the average inside the block, too.
 
         Raises:
             RuntimeError: replicas differ, or compiled code may hold copies of the weights (nothing
@@ -353,7 +365,8 @@ class ShardedEMA:
 
         Collective under DeepSpeed, and where weights are replicated and the average is split (DDP,
         HSDP, FSDP2 with tensor parallelism): an all-gather of the averaged weights on entry, of the
-        live ones on exit, and a comparison of replicas before. Else local.
+        live ones on exit, and a comparison of replicas before. Else local (FSDP): nothing is
+        compared, so every rank must enter the block with the same `name`, after as many updates.
         """
         self._meet("average_parameters()", {"name": name}, group=self._average.swap_group)
         with self._average.swap(name or self.names[0], self._values(name)):
@@ -385,6 +398,7 @@ class ShardedEMA:
         """
         if module is not None:
             gatherer, values = self._gathered("copy_to()", name, None, module="a module")
+            self._unregistered("copy_to()", None)
             buckets = whole_tensors(gatherer, values, None)
             write_into(module, gatherer.tensors, buckets, self._group, select)
             return
@@ -409,8 +423,9 @@ class ShardedEMA:
         Collective: every rank calls it. Each byte is sent to rank 0 once, in bounded buckets.
         """
         state: dict[str, torch.Tensor] = {}
+        # First: state_dict() of quantized layers may move them.
+        unregistered = self._unregistered("gather_state_dict()", dtype)
         gatherer, values = self._gathered("gather_state_dict()", name, dtype)
-        unregistered = self._unregistered("gather_state_dict()")
         for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
             for fqn in (entry.fqn, *entry.aliases):
                 state[fqn] = tensor
@@ -429,8 +444,8 @@ class ShardedEMA:
 
         Collective: every rank calls it and exhausts the iterator, which is empty off rank 0.
         """
+        unregistered = self._unregistered("gather_tensors()", dtype)
         gatherer, values = self._gathered("gather_tensors()", name, dtype)
-        unregistered = self._unregistered("gather_tensors()")
         num_updates = self._num_updates
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -459,6 +474,9 @@ class ShardedEMA:
         method: str = "auto",
     ) -> None:
         """Write the average as a consolidated safetensors checkpoint, for `from_pretrained`.
+
+        Of several models, each is written to a directory of its own, `path/<name>`, and replaced
+        by itself when the files of all of them are complete.
 
         The directory holds what the model's library expects: `model.safetensors`, `config.json`
         and the generation config (transformers), `diffusion_pytorch_model.safetensors` and
@@ -549,9 +567,11 @@ class ShardedEMA:
                 write, or `path` holds other files or the working directory. On every rank; `path`
                 is unchanged.
 
-        Collective: every rank calls it. Each rank writes what it owns; four small exchanges.
+        Collective: every rank calls it. Each rank writes what it owns; four small exchanges, and
+        one more where weights are replicated, which are read once.
         """
         self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
+        self._average.refuse_differing_replicas()
         averages = self._fragments(corrected=True)
         state = self._state()
         model = model_state(self._average.model, self._average.others(), self._group)
@@ -797,9 +817,9 @@ class ShardedEMA:
         gatherer = self._average.gatherer(values)
         return gatherer, [*values, *(fragment.view for fragment in gatherer.rest)]
 
-    def _unregistered(self, call: str) -> dict[str, torch.Tensor]:
+    def _unregistered(self, call: str, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
         average = self._average
-        return unregistered_tensors(call, average.model, average.plan.averaged, self._group)
+        return unregistered_tensors(call, average.model, average.plan.averaged, self._group, dtype)
 
     def _values(self, name: str | None) -> list[torch.Tensor]:
         """One average: a tensor for each fragment of the plan."""

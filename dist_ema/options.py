@@ -18,7 +18,17 @@ from torch import nn
 
 from dist_ema.core.engine import FindMaster
 from dist_ema.core.lerp import MultiAvgFn
-from dist_ema.schedule import BEMA, Schedule, as_schedule, code_hash, decay_at, to_json, uncorrected
+from dist_ema.core.names import Modules
+from dist_ema.schedule import (
+    BEMA,
+    Schedule,
+    as_schedule,
+    averages_of,
+    code_hash,
+    decay_at,
+    to_json,
+    uncorrected,
+)
 
 DEFAULT_NAME = "ema"
 
@@ -36,7 +46,7 @@ class EMAKeywords(TypedDict, total=False):
     device: torch.device | str | None
     overlap: bool
     masters: FindMaster | None
-    into: nn.Module | str | None
+    into: Modules | str | None
     process_group: dist.ProcessGroup | None
 
 
@@ -55,7 +65,7 @@ class EMAOptions:
     device: torch.device | None = None  # None: beside the weights
     overlap: bool = False
     masters: FindMaster | None = None
-    into: nn.Module | str | None = None
+    into: Modules | str | None = None
     process_group: dist.ProcessGroup | None = None
 
     @classmethod
@@ -118,8 +128,9 @@ class EMAOptions:
             for name, schedule in self.schedules.items()
             for value in (uncorrected(name) if isinstance(schedule, BEMA) else (name,))
         }
-        if taken := [name for name in self.schedules if values.get(name, name) != name]:
-            raise ValueError(f"a BEMA keeps a value named {taken[0]!r}; rename that average")
+        averages = averages_of(self.schedules)
+        if taken := [name for name in self.schedules if name not in averages]:
+            raise ValueError(f"{taken[0]!r} is the name of a value that a BEMA keeps; use another")
         return values
 
     def decays(self, since: int) -> tuple[list[float], list[float]]:
@@ -151,8 +162,10 @@ class EMAOptions:
         texts = {"argument decay": str(rules)}
         for name, value in vars(self).items():
             if name not in ("decay", "schedules", "values", "multi_avg_fn", "process_group"):
-                is_function = callable(value) and not isinstance(value, torch.device)
-                texts[f"argument {name}"] = type(value).__name__ if is_function else str(value)
+                is_text = value is None or isinstance(
+                    value, bool | int | str | torch.dtype | torch.device
+                )
+                texts[f"argument {name}"] = str(value) if is_text else type(value).__name__
         return texts
 
 

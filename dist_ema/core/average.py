@@ -24,12 +24,12 @@ from dist_ema.core.engine import (
 )
 from dist_ema.core.gather import Gatherer
 from dist_ema.core.group import Group
-from dist_ema.core.names import registrations
+from dist_ema.core.names import Modules, registrations
 from dist_ema.core.plan import averaged_names, make_plan, rebind
 from dist_ema.core.replicas import differing, refuse_destroyed
 from dist_ema.core.storage import AverageStorage, allocate, average_dtype
 from dist_ema.core.swap import Buffers, DeferredSignals, Marks, Swap, WrittenWeights
-from dist_ema.core.teacher import Teacher
+from dist_ema.core.teacher import Teacher, as_teacher
 
 if TYPE_CHECKING:
     from dist_ema.options import EMAOptions
@@ -44,7 +44,7 @@ class Average:
         self,
         model: nn.Module,
         options: EMAOptions,
-        into: nn.Module | str | None,
+        into: Modules | str | None,
         group: Group,
         select: Select,
     ) -> None:
@@ -56,6 +56,9 @@ class Average:
         """
         self.model, self.group = model, group
         self.lock = RLock()  # held while values are updated or exchanged
+        if into is not None and not isinstance(into, str):
+            with group.together():
+                into = as_teacher(into)
         self._options, self._into, self._select = options, into, select
         self._masters: Masters | None = None
         with group.together():
@@ -78,7 +81,7 @@ class Average:
         needs_others = self.plan.num_shared_groups > 0 or self.engine.communicates
         # The ranks that take part in a swap.
         self.swap_group = group if group.any(needs_others) else Group.alone()
-        self._refuse_differing_replicas()
+        self.refuse_differing_replicas()
         self._teacher: Teacher | None = None
         self._copies_frozen = False  # whether the next update copies frozen weights to the teacher
         with group.together(), torch.no_grad():
@@ -228,6 +231,7 @@ class Average:
 
     def gatherer(self, values: Sequence[torch.Tensor]) -> Gatherer:
         """The gatherer for one average's values. Collective: every rank calls it."""
+        self.refuse_differing_replicas()
         registered = [w for w in self.others() if w.is_buffer and w.persistent]
         buffers = [without_gaps(w) for w in registered]  # copies of those with gaps
         key: list[object] = [
@@ -254,6 +258,7 @@ class Average:
         """
         with self.group.together():
             refuse_destroyed(self.plan.replica_groups)
+        self.refuse_differing_replicas()
         self._await_copies()
         self.engine.release()
         for fragment, value in zip(self.plan.fragments, values, strict=True):
@@ -276,10 +281,10 @@ class Average:
         with torch.no_grad(), self.swap_group.together():
             refuse_freezing()
             refuse_destroyed(self.plan.replica_groups)
-            buffers = Buffers(self.model, self.engine.buffers())
+            buffers = Buffers(self.model, self.engine.buffers(), self.engine.precomputed())
             self.engine.release()
             self._await_copies()
-        self._refuse_differing_replicas()
+        self.refuse_differing_replicas()
         marks, signals = self.marks, DeferredSignals()
         started = entered = False
         written: WrittenWeights | None = None
@@ -368,14 +373,19 @@ class Average:
                 if not new.in_place:
                     new.forward_view.copy_(old.view)
 
-    def _refuse_differing_replicas(self) -> None:
-        """Raise if ranks that hold the same weights do not hold the same bits. Collective."""
+    def refuse_differing_replicas(self) -> None:
+        """Raise if ranks that hold the same weights do not hold the same bits. Collective.
+
+        Called wherever the slices of replicas are put together: weights that were equal at the
+        start may be different ones under one name.
+        """
         names = differing(self.plan.replica_groups, self.plan.num_shared_groups, self.swap_group)
         if names:
             raise RuntimeError(
                 f"weights that several ranks hold differ between them: {', '.join(names)}. Each of "
                 "these ranks averages a slice of them, and a swap would overwrite the others' live "
                 "values; synchronize the weights, pass replicas='whole' to let each rank average "
-                "its own, or, if these are different weights under one name (experts), "
-                "process_group= with the ranks that together hold one model"
+                "its own, or, if these are different weights under one name (experts as plain "
+                "tensors), shard them as DTensors, or pass process_group= with the ranks that "
+                "together hold one model"
             )

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+Modules = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
+
 # Type of the wrapper -> attribute of the module that it wraps.
 _WRAPPERS = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),

@@ -18,12 +18,25 @@ from torch import nn
 
 from dist_ema.core.engine import Engine, Weight, pointer
 from dist_ema.core.layout import Fragment, FragmentMeta
-from dist_ema.core.names import named_modules
+from dist_ema.core.names import as_module, named_modules
 from dist_ema.core.plan import Plan
 from dist_ema.core.storage import AverageStorage
 
 # Settings of an adapter that say where it is from, or how its weights were initialized.
 _ORIGINS = ("inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping")
+
+
+def as_teacher(into: object) -> nn.Module:
+    """The module of an `into` argument, which may be a list or mapping as the model may be.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        return as_module(into)
+    except TypeError as error:
+        wanted = "a torch.nn.Module or the name of an adapter"
+        raise ValueError(f"into is a {type(into).__name__}, wanted {wanted}") from error
 
 
 class Teacher:
@@ -46,11 +59,6 @@ class Teacher:
             ValueError: the teacher is sharded in another way, has other settings, or trains; the
                 weights are named.
         """
-        if not isinstance(into, nn.Module | str):
-            kind = type(into).__name__
-            raise ValueError(
-                f"into is a {kind}, wanted a torch.nn.Module or the name of an adapter"
-            )
         self._select = select
         self._adapter = into if isinstance(into, str) else None
         self._module = model if isinstance(into, str) else into
@@ -103,7 +111,8 @@ class Teacher:
                 raise error(
                     f"{weight.fqn}: requires grad, and an optimizer may write to the teacher; call "
                     f"set_adapter({self._student!r}) before the optimizer step and update(), or "
-                    f"set_adapter({self._adapter!r}, inference_mode=True)"
+                    f"set_adapter({self._adapter!r}, inference_mode=True); under FSDP2 call "
+                    "reshard() of the model before each"
                 )
 
     def copy_parameters(self, *, frozen_only: bool) -> None:
@@ -169,7 +178,10 @@ class Teacher:
             elif self._adapter is None or weight.fqn in plan.averaged:
                 problems.append(f"{weight.fqn} is missing")
         if problems:
-            raise ValueError(f"into has another layout than the model: {'; '.join(problems)}")
+            raise ValueError(
+                f"into has another layout than the model: {'; '.join(problems)}"
+                + ("; use DDP, FSDP2 or ZeRO-3" if self._adapter is not None else "")
+            )
         self._copied = [pair for pair in self._pairs if pair[0].fqn not in plan.averaged]
         self._dtypes = {student.fqn: teacher.tensor.dtype for student, teacher in self._pairs}
         self._fragments: dict[FragmentMeta, Fragment] = {
