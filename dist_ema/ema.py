@@ -156,6 +156,7 @@ class ShardedEMA:
         self._average = Average(module, self._options, into, self._group, select)
         self._step = self._num_updates = 0
         self._num_resets = 0  # since the build or a load: ranks must agree
+        self._has_compared = False  # replicas, since the first update
         self._decays: list[float] | None = None
         self._applied_steps = self._average.engine.applied_steps()
         # Returns whether an optimizer step has just happened, where the engine does not know. Local
@@ -571,7 +572,7 @@ class ShardedEMA:
         one more where weights are replicated, which are read once.
         """
         self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
-        self._average.refuse_differing_replicas()
+        self._compare_replicas()
         averages = self._fragments(corrected=True)
         state = self._state()
         model = model_state(self._average.model, self._average.others(), self._group)
@@ -813,9 +814,16 @@ class ShardedEMA:
     ) -> tuple[Gatherer, list[torch.Tensor]]:
         """The gatherer of an average, and the values to gather. Collective."""
         self._meet(what, {"name": name, "dtype": dtype, **others})
+        self._compare_replicas()
         values = self._values(name)
         gatherer = self._average.gatherer(values)
         return gatherer, [*values, *(fragment.view for fragment in gatherer.rest)]
+
+    def _compare_replicas(self) -> None:
+        """Compare replicas, once after the first update. Collective: every rank calls it."""
+        if self._num_updates > 0 and not self._has_compared:
+            self._average.refuse_differing_replicas()
+            self._has_compared = True
 
     def _unregistered(self, call: str, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
         average = self._average

@@ -231,7 +231,6 @@ class Average:
 
     def gatherer(self, values: Sequence[torch.Tensor]) -> Gatherer:
         """The gatherer for one average's values. Collective: every rank calls it."""
-        self.refuse_differing_replicas()
         registered = [w for w in self.others() if w.is_buffer and w.persistent]
         buffers = [without_gaps(w) for w in registered]  # copies of those with gaps
         key: list[object] = [
@@ -376,8 +375,9 @@ class Average:
     def refuse_differing_replicas(self) -> None:
         """Raise if ranks that hold the same weights do not hold the same bits. Collective.
 
-        Called wherever the slices of replicas are put together: weights that were equal at the
-        start may be different ones under one name.
+        Called where the live weights are written, and when slices are put together for the first
+        time after an update: weights that were equal at the start may be different ones under one
+        name.
         """
         names = differing(self.plan.replica_groups, self.plan.num_shared_groups, self.swap_group)
         if names:
