@@ -97,8 +97,9 @@ class ShardedEMA:
             at stage 3, one without an optimizer, as for a reference policy), or the name of a
             second adapter of a PEFT model, frozen, of the same configuration as the adapter that
             is trained. It starts as a copy, and is ready for a forward pass after each update (an
-            adapter, after `model.set_adapter(into)`). Its own dtype is used; replicas keep it
-            whole.
+            adapter, after `model.set_adapter(into)`; under FSDP2 call `model.reshard()` before, or
+            PEFT freezes gathered copies in place of the weights). Its own dtype is used; replicas
+            keep it whole.
         process_group: the ranks that together hold the model; the default group if None.
 
     Raises:
@@ -155,6 +156,7 @@ class ShardedEMA:
         self._average = Average(module, self._options, into, self._group, select)
         self._step = self._num_updates = 0
         self._num_resets = 0  # since the build or a load: ranks must agree
+        self._has_compared = False  # replicas, since the first update
         self._decays: list[float] | None = None
         self._applied_steps = self._average.engine.applied_steps()
         # Returns whether an optimizer step has just happened, where the engine does not know. Local
@@ -364,8 +366,8 @@ class ShardedEMA:
 
         Collective under DeepSpeed, and where weights are replicated and the average is split (DDP,
         HSDP, FSDP2 with tensor parallelism): an all-gather of the averaged weights on entry, of the
-        live ones on exit, and a comparison of replicas before. Else local (FSDP): nothing is compared,
-        so every rank must enter the block with the same `name` after the same number of updates.
+        live ones on exit, and a comparison of replicas before. Else local (FSDP): nothing is
+        compared, so every rank must enter the block with the same `name`, after as many updates.
         """
         self._meet("average_parameters()", {"name": name}, group=self._average.swap_group)
         with self._average.swap(name or self.names[0], self._values(name)):
@@ -397,6 +399,7 @@ class ShardedEMA:
         """
         if module is not None:
             gatherer, values = self._gathered("copy_to()", name, None, module="a module")
+            self._unregistered("copy_to()", None)
             buckets = whole_tensors(gatherer, values, None)
             write_into(module, gatherer.tensors, buckets, self._group, select)
             return
@@ -421,8 +424,9 @@ class ShardedEMA:
         Collective: every rank calls it. Each byte is sent to rank 0 once, in bounded buckets.
         """
         state: dict[str, torch.Tensor] = {}
+        # First: state_dict() of quantized layers may move them.
+        unregistered = self._unregistered("gather_state_dict()", dtype)
         gatherer, values = self._gathered("gather_state_dict()", name, dtype)
-        unregistered = self._unregistered("gather_state_dict()")
         for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
             for fqn in (entry.fqn, *entry.aliases):
                 state[fqn] = tensor
@@ -441,8 +445,8 @@ class ShardedEMA:
 
         Collective: every rank calls it and exhausts the iterator, which is empty off rank 0.
         """
+        unregistered = self._unregistered("gather_tensors()", dtype)
         gatherer, values = self._gathered("gather_tensors()", name, dtype)
-        unregistered = self._unregistered("gather_tensors()")
         num_updates = self._num_updates
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -564,9 +568,11 @@ class ShardedEMA:
                 write, or `path` holds other files or the working directory. On every rank; `path`
                 is unchanged.
 
-        Collective: every rank calls it. Each rank writes what it owns; four small exchanges.
+        Collective: every rank calls it. Each rank writes what it owns; four small exchanges, and
+        one more where weights are replicated, which are read once.
         """
         self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
+        self._compare_replicas()
         averages = self._fragments(corrected=True)
         state = self._state()
         model = model_state(self._average.model, self._average.others(), self._group)
@@ -815,13 +821,20 @@ class ShardedEMA:
     ) -> tuple[Gatherer, list[torch.Tensor]]:
         """The gatherer of an average, and the values to gather. Collective."""
         self._meet(what, {"name": name, "dtype": dtype, **others})
+        self._compare_replicas()
         values = self._values(name)
         gatherer = self._average.gatherer(values)
         return gatherer, [*values, *(fragment.view for fragment in gatherer.rest)]
 
-    def _unregistered(self, call: str) -> dict[str, torch.Tensor]:
+    def _compare_replicas(self) -> None:
+        """Compare replicas, once after the first update. Collective: every rank calls it."""
+        if self._num_updates > 0 and not self._has_compared:
+            self._average.refuse_differing_replicas()
+            self._has_compared = True
+
+    def _unregistered(self, call: str, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
         average = self._average
-        return unregistered_tensors(call, average.model, average.plan.averaged, self._group)
+        return unregistered_tensors(call, average.model, average.plan.averaged, self._group, dtype)
 
     def _values(self, name: str | None) -> list[torch.Tensor]:
         """One average: a tensor for each fragment of the plan."""

@@ -19,7 +19,16 @@ from torch import nn
 from dist_ema.core.engine import FindMaster
 from dist_ema.core.lerp import MultiAvgFn
 from dist_ema.core.names import Modules
-from dist_ema.schedule import BEMA, Schedule, as_schedule, code_hash, decay_at, to_json, uncorrected
+from dist_ema.schedule import (
+    BEMA,
+    Schedule,
+    as_schedule,
+    averages_of,
+    code_hash,
+    decay_at,
+    to_json,
+    uncorrected,
+)
 
 DEFAULT_NAME = "ema"
 
@@ -119,8 +128,9 @@ class EMAOptions:
             for name, schedule in self.schedules.items()
             for value in (uncorrected(name) if isinstance(schedule, BEMA) else (name,))
         }
-        if taken := [name for name in self.schedules if values.get(name, name) != name]:
-            raise ValueError(f"a BEMA keeps a value named {taken[0]!r}; rename that average")
+        averages = averages_of(self.schedules)
+        if taken := [name for name in self.schedules if name not in averages]:
+            raise ValueError(f"{taken[0]!r} is the name of a value that a BEMA keeps; use another")
         return values
 
     def decays(self, since: int) -> tuple[list[float], list[float]]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_ema import BEMA, ShardedEMA
-from tests import worlds_deepspeed
+from dist_ema import BEMA, HalfLife, ShardedEMA
+from dist_ema.core.errors import CheckpointError
+from tests import worlds_deepspeed, worlds_fsdp1
 from tests.grid import rows
 from tests.net import TRAINABLE
 from tests.oracle import worst_relative_error
@@ -18,7 +19,7 @@ from tests.runs import same, start
 from tests.worlds import WORLDS, World, from_rank_0
 
 SETTINGS = {"ema_power": 0.4, "bias_power": 0.3, "lag": 3.0, "multiplier": 0.5}
-ROWS = [*WORLDS, *worlds_deepspeed.WORLDS]
+ROWS = [*WORLDS, *worlds_fsdp1.WORLDS, *worlds_deepspeed.WORLDS]
 
 
 class TRL:
@@ -49,37 +50,70 @@ class TRL:
         }
 
 
-@rows(ROWS, "plain", "ddp", "fsdp1", "fsdp2", "zero2")
+@rows(ROWS, "plain", "ddp", "full_mixed", "fsdp2", "hsdp", "z2")
 @pytest.mark.parametrize(("freq", "after"), [(1, 0), (3, 2)])
 def test_the_corrected_average_is_gathered_shown_and_resumed(
     world: World, freq: int, after: int, tmp_path: Path
 ):
     options: dict[str, Any] = {"update_every": freq, "start_step": after}
     run = start(world, BEMA(**SETTINGS), **options)
-    oracle = TRL(run.training.full_weights(), freq, after)
-    for i in range(9):
-        run.train(1, first=i)
-        weights = run.training.full_weights()
-        oracle.update(weights)
+    oracle = TRL(run.weights[0], freq, after)
+    for _ in range(8):
+        run.train(1)
+        oracle.update(run.weights[-1])
         state = from_rank_0(run.ema.gather_state_dict())
-        assert worst_relative_error(state, oracle.shown(weights)) <= 2e-6
-        if i == 5:
-            run.ema.save(tmp_path / "ema")
+        assert worst_relative_error(state, oracle.shown(run.weights[-1])) <= 2e-6
     same(run.averaged_logits(), world.parallel_twin(state).evaluate())
-    run.ema.export(tmp_path / "export")
-    run.ema.reset()
-    run.ema.load(tmp_path / "ema")
-    again = start(world, BEMA(**SETTINGS), **options)
-    again.ema.load(tmp_path / "ema")
-    assert again.ema.step == run.ema.step == 6
-    for kept, other in zip(values(run.ema), values(again.ema), strict=True):
-        assert torch.equal(kept, other)
+    run.ema.save(tmp_path / "ema")
+    kept = values(run.ema)
+    assert len(kept) == 2 and any(not torch.equal(*pair) for pair in zip(*kept, strict=True))
+    other = start(world, BEMA(**SETTINGS), seed=1, **options)
+    other.ema.load(tmp_path / "ema")
+    assert (other.ema.step, other.ema.decay) == (run.ema.step, run.ema.decay)
+    for own, loaded in zip(kept, values(other.ema), strict=True):
+        same(own, loaded)
+    # The corrected values are in the checkpoint, for those who have no live weights.
+    plain = start(world, 0.5, seed=1)
+    with pytest.warns(UserWarning, match="was saved with"):
+        plain.ema.load(tmp_path / "ema")
+    loaded = from_rank_0(plain.ema.gather_state_dict())
+    same({n: loaded[n] for n in TRAINABLE}, {n: state[n] for n in TRAINABLE})
 
 
-def values(ema: ShardedEMA) -> list[Tensor]:
-    """The average and the initial weights of this rank."""
-    return [f.view for each in ema.state_dict()["averages"].values() for f in fragments(each)]
+def values(ema: ShardedEMA) -> list[list[Tensor]]:
+    """This rank's part of the average and of the initial weights."""
+    return [
+        [part for tensor in tensors.values() for part in parts(tensor)]
+        for tensors in ema.state_dict()["averages"].values()
+    ]
 
 
-def fragments(tensors: dict[str, Any]) -> list[Any]:
-    return [f for tensor in tensors.values() for f in getattr(tensor, "fragments", ())]
+def parts(tensor: Any) -> list[Tensor]:
+    return [f.view for f in tensor.fragments] if hasattr(tensor, "fragments") else [tensor]
+
+
+@pytest.mark.ranks(2)
+def test_a_checkpoint_without_initial_weights_is_refused(tmp_path: Path):
+    model = torch.nn.Linear(3, 3)
+    ShardedEMA(model, 0.5).save(tmp_path / "ema")
+    with pytest.raises(CheckpointError, match=r"no average named 'ema\.uncorrected'"):
+        ShardedEMA(model, BEMA()).load(tmp_path / "ema")
+
+
+def test_a_bema_has_no_second_module_and_no_name_twice():
+    model = torch.nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="without bias correction"):
+        ShardedEMA(model, BEMA(), into=torch.nn.Linear(3, 3))
+    for name in ("a.initial", "a.uncorrected"):
+        with pytest.raises(ValueError, match="that a BEMA keeps"):
+            ShardedEMA(model, {"a": BEMA(), name: 0.5})
+
+
+@pytest.mark.parametrize(("start", "every"), [(0, 1), (2, 1), (3, 4)])
+def test_a_share_of_the_run_is_the_half_life_of_torchtitan(start: int, every: int):
+    model = torch.nn.Linear(3, 3)
+    ema = ShardedEMA(model, HalfLife(fraction=0.05), start_step=start, update_every=every)
+    for step in range(1, 40):
+        if ema.update() and step > start:
+            n = max((step - start) // every, 1)
+            assert ema.decay == pytest.approx(2 ** (-1 / (0.05 * n)), rel=1e-12)

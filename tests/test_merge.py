@@ -421,6 +421,8 @@ def test_tied_weights_that_some_leave_out(tmp_path: Path):
         assert file.metadata()["head"] == "emb"
     merge([paths[0]], tmp_path / "out", base=paths[1])  # nor is a tied one taken from the base
     assert written(tmp_path / "out").keys() == {"emb", "w"}
+    merge(paths, tmp_path / "out", base=write_plain(tmp_path / "base", states[2]))
+    assert written(tmp_path / "out").keys() == {"emb", "w"}
     states[2]["head"][3, 3] += 1
     write_plain(tmp_path / "2.safetensors", states[2])
     with pytest.raises(CheckpointError, match=r"0: head is missing, .*1 has it"):

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -224,6 +224,32 @@ class Fsdp2(TensorParallel):
         return options
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertParallel(Fsdp2):
+    """Experts on a mesh of their own, where FSDP cuts them again; all else over all ranks."""
+
+    model_parallel: int = 2
+
+    def wrap(self, net: Net) -> nn.Module:
+        shape = (dist.get_world_size() // self.model_parallel, self.model_parallel)
+        experts = mesh(shape, ("efsdp", "ep"))
+        options: dict[str, Any] = {"mesh": experts["efsdp"]}
+        if self.shard_columns:
+            options["shard_placement_fn"] = lambda p: Shard(1) if p.shape[1] % 2 == 0 else None
+        for block in net.blocks:
+            block.mesh, banks = experts["ep"], [block.l1, block.l2]
+            for bank in banks:
+                for name, p in bank.named_parameters():
+                    cut = distribute_tensor(p.detach(), block.mesh, [Shard(0)])
+                    setattr(bank, name, nn.Parameter(cut))
+            fully_shard(banks, **options)
+            fully_shard(block, mesh=self._mesh())
+        return fully_shard(net, mesh=self._mesh())
+
+    def _mesh(self) -> DeviceMesh:
+        return mesh((dist.get_world_size(),), ("shard",))
+
+
 def evaluate(model: nn.Module, seed: int = 7) -> Tensor:
     """The logits of any form of the net in eval mode."""
     model.eval()
@@ -387,6 +413,13 @@ WORLDS = [
         ranks=(4,),
         engine=Fsdp2(model_parallel=2, reshard_after_forward=False, **MIXED),
         net=TP_NET,
+    ),
+    World(name="fsdp2_ep", ranks=(2, 4), engine=ExpertParallel(), net={"num_experts": 3}),
+    World(
+        name="fsdp2_ep_columns",
+        ranks=(4,),
+        engine=ExpertParallel(shard_columns=True),
+        net={"num_experts": 5, **EVEN},
     ),
     World(name="tp", ranks=(2,), engine=TensorParallel(), net=TP_NET),
 ]

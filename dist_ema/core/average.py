@@ -81,7 +81,7 @@ class Average:
         needs_others = self.plan.num_shared_groups > 0 or self.engine.communicates
         # The ranks that take part in a swap.
         self.swap_group = group if group.any(needs_others) else Group.alone()
-        self._refuse_differing_replicas()
+        self.refuse_differing_replicas()
         self._teacher: Teacher | None = None
         self._copies_frozen = False  # whether the next update copies frozen weights to the teacher
         with group.together(), torch.no_grad():
@@ -257,6 +257,7 @@ class Average:
         """
         with self.group.together():
             refuse_destroyed(self.plan.replica_groups)
+        self.refuse_differing_replicas()
         self._await_copies()
         self.engine.release()
         for fragment, value in zip(self.plan.fragments, values, strict=True):
@@ -279,10 +280,10 @@ class Average:
         with torch.no_grad(), self.swap_group.together():
             refuse_freezing()
             refuse_destroyed(self.plan.replica_groups)
-            buffers = Buffers(self.model, self.engine.buffers())
+            buffers = Buffers(self.model, self.engine.buffers(), self.engine.precomputed())
             self.engine.release()
             self._await_copies()
-        self._refuse_differing_replicas()
+        self.refuse_differing_replicas()
         marks, signals = self.marks, DeferredSignals()
         started = entered = False
         written: WrittenWeights | None = None
@@ -371,14 +372,20 @@ class Average:
                 if not new.in_place:
                     new.forward_view.copy_(old.view)
 
-    def _refuse_differing_replicas(self) -> None:
-        """Raise if ranks that hold the same weights do not hold the same bits. Collective."""
+    def refuse_differing_replicas(self) -> None:
+        """Raise if ranks that hold the same weights do not hold the same bits. Collective.
+
+        Called where the live weights are written, and when slices are put together for the first
+        time after an update: weights that were equal at the start may be different ones under one
+        name.
+        """
         names = differing(self.plan.replica_groups, self.plan.num_shared_groups, self.swap_group)
         if names:
             raise RuntimeError(
                 f"weights that several ranks hold differ between them: {', '.join(names)}. Each of "
                 "these ranks averages a slice of them, and a swap would overwrite the others' live "
                 "values; synchronize the weights, pass replicas='whole' to let each rank average "
-                "its own, or, if these are different weights under one name (experts), "
-                "process_group= with the ranks that together hold one model"
+                "its own, or, if these are different weights under one name (experts as plain "
+                "tensors), shard them as DTensors, or pass process_group= with the ranks that "
+                "together hold one model"
             )

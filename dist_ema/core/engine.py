@@ -4,6 +4,14 @@
 Each way of cutting a model has one engine file. It knows which fragments this rank holds, whether
 their views are still valid, how to drop gathered copies before the storage is written, and how to
 make the forward pass read what was written. Everything else is written once, against fragments.
+
+[Note: wrappers]
+A tensor subclass may hold other tensors in place of storage, and lists their attributes in
+`__tensor_flatten__`. Where it holds one, of its own shape and dtype, and a copy of the wrapper has
+the values of that one, the inner tensor is the weight: torchao's float8 training, for example.
+Any further tensor that the wrapper holds was computed from the weight or belongs to a quantization:
+it would be wrong beside averaged values. So such a wrapper has a problem, unless the library
+computes the tensor again where it is None (`Engine.precomputed_names`).
 """
 
 from __future__ import annotations
@@ -11,8 +19,9 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
@@ -62,10 +71,13 @@ class Engine(ABC):
     is_plain = False  # whether every rank holds all of each weight
     takes_masters = True  # whether `masters=` may replace what the fragments view
     source = "weights"  # or "master": what the fragments view
+    # Attributes of wrappers that are computed from the weight, and computed again if None.
+    precomputed_names: Set[str] = frozenset()
 
     def __init__(self, model: nn.Module) -> None:
         """`model` is as the user holds it, wrapped or not. It is not changed."""
         self._model = model
+        self._wrapped: list[Registration] = []  # since `weights`
 
     @property
     def kind(self) -> str:
@@ -79,7 +91,9 @@ class Engine(ABC):
 
     def weights(self) -> list[Weight]:
         """Every parameter and buffer, in the order of `state_dict()`. Local."""
-        return self._list(registrations(self._model))
+        registered = registrations(self._model)
+        self._wrapped = [r for r in registered if not r.is_buffer and self._is_wrapped(r)]
+        return self._list(registered)
 
     def buffers(self) -> list[Weight]:
         """The buffers that are registered now. They may be added, resized or removed. Local."""
@@ -106,7 +120,7 @@ class Engine(ABC):
             # Names in the state dict, if there are any, and those of a parameter first.
             names = sorted([r for r in names if r.persistent] or names, key=lambda r: r.is_buffer)
             first = names[0]
-            shape, problem = tuple(tensor.shape), _problem(tensor)
+            shape, problem = tuple(tensor.shape), _problem(tensor, self.precomputed_names)
             fragments: Sequence[Fragment] = ()
             if problem is None:
                 try:
@@ -145,7 +159,8 @@ class Engine(ABC):
         Raises:
             ValueError: the tensor cannot be read as fragments.
         """
-        return tuple(tensor.shape), (whole_fragment(fqn, tensor),)
+        values = values_of(tensor, self.precomputed_names)
+        return tuple(tensor.shape), (whole_fragment(fqn, values),)
 
     @abstractmethod
     def stamp(self) -> list[int]:
@@ -169,9 +184,35 @@ class Engine(ABC):
             yield fragment.view
             yield fragment.forward_view
 
+    def _is_wrapped(self, registration: Registration) -> bool:
+        tensor = self._tensor(registration)
+        has_values = path_to_values(tensor, self.precomputed_names) is not None
+        return has_values and is_wrapper(local_of(tensor))
+
+    def wrappers(self) -> list[tuple[str, torch.Tensor]]:
+        """The wrappers whose inner tensors are averaged or read, by fqn. See [Note: wrappers]."""
+        return [(r.fqn, local_of(self._tensor(r))) for r in self._wrapped]
+
+    def precomputed(self) -> list[tuple[dict[str, torch.Tensor | None], str]]:
+        """Where tensors are kept that were computed from weights: a dict and a key. Local."""
+        attributes = [vars(wrapper) for _, wrapper in self.wrappers()]
+        return [(d, n) for d in attributes for n in self.precomputed_names if d.get(n) is not None]
+
     def release(self) -> None:
-        """Drop gathered copies, so that the storage may be written. May be collective."""
-        return
+        """Drop gathered copies, and what was computed from the weights. May be collective.
+
+        Raises:
+            RuntimeError: a weight is held with others that may have been computed from it.
+        """
+        for attributes, name in self.precomputed():
+            attributes[name] = None
+        for fqn, wrapper in self.wrappers():
+            if len(held := _held(wrapper, self.precomputed_names)) > 1:
+                raise RuntimeError(
+                    f"{fqn}: its {type(wrapper).__name__} holds {', '.join(sorted(held))} now, and "
+                    "what was computed from other values of the weight would be used with these; "
+                    "remove it, or leave the weight out by params="
+                )
 
     def refresh(self, weights: Sequence[Weight]) -> None:
         """Let the next forward pass read these weights, whose storage was written. Local."""
@@ -187,18 +228,19 @@ class Engine(ABC):
         """
 
 
-def _problem(tensor: torch.Tensor) -> str | None:
+def _problem(tensor: torch.Tensor, precomputed: Set[str]) -> str | None:
     """Why a tensor's storage cannot be viewed; None if it can."""
     if tensor.is_meta or nn.parameter.is_lazy(tensor):
         return (
             "no storage yet; materialize the model (to_empty, a first forward of lazy modules, "
             "loading) before building the average"
         )
-    local = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
-    if is_wrapper(local):
+    local = local_of(tensor)
+    if is_wrapper(local) and not _reads_inner(tensor, precomputed):
         return (
             f"is a {type(local).__name__}, whose values are in other tensors (quantized or "
-            "scaled); leave it out by params=, or convert it to a plain parameter"
+            f"scaled: {', '.join(sorted(_held(local, precomputed)))}); leave it out by params=, or "
+            "convert it to a plain parameter"
         )
     return None
 
@@ -213,9 +255,58 @@ def without_gaps(buffer: Weight) -> Weight:
     return replace(buffer, fragments=(fragment,) if tensor.numel() else (), problem=None)
 
 
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
+
+
 def is_wrapper(tensor: torch.Tensor | None) -> bool:
     """Whether a tensor holds other tensors in place of storage. A DTensor does not count."""
     return hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "_local_tensor")
+
+
+def path_to_values(tensor: torch.Tensor, precomputed: Set[str]) -> str | None:
+    """Dotted attributes from a DTensor or wrapper to the plain tensor that holds its values.
+
+    "" for a plain tensor, and None where no single one of its shape and dtype does.
+    """
+    path = ["_local_tensor"] if hasattr(tensor, "_local_tensor") else []
+    tensor = local_of(tensor)
+    while is_wrapper(tensor):
+        names = [*_held(tensor, precomputed)]
+        inner = getattr(tensor, names[0]) if len(names) == 1 else None
+        if inner is None or (inner.shape, inner.dtype) != (tensor.shape, tensor.dtype):
+            return None
+        path += names
+        tensor = inner
+    return ".".join(path)
+
+
+def values_of(tensor: torch.Tensor, precomputed: Set[str]) -> torch.Tensor:
+    """The plain tensor that holds the values of a DTensor's local part or of a wrapper."""
+    path = path_to_values(tensor, precomputed)
+    values: torch.Tensor = attrgetter(path)(tensor) if path else tensor
+    return values
+
+
+def _held(wrapper: torch.Tensor, precomputed: Set[str]) -> set[str]:
+    """Attributes of a wrapper that are tensors, whether or not it lists them."""
+    own = {name for name, value in vars(wrapper).items() if isinstance(value, torch.Tensor)}
+    return {*wrapper.__tensor_flatten__()[0], *own} - precomputed  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def _reads_inner(tensor: torch.Tensor, precomputed: Set[str]) -> bool:
+    """Whether a copy of a wrapper has the values of the one tensor that it holds."""
+    if path_to_values(tensor, precomputed) is None:
+        return False
+    values = values_of(tensor, precomputed)
+    try:
+        copied = torch.empty_like(values).copy_(local_of(tensor))
+        return torch.allclose(copied, values, rtol=0, atol=0, equal_nan=True)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False  # it cannot be copied
 
 
 def cut_range(
@@ -285,7 +376,7 @@ def _with_master(weight: Weight, master: object, engine: Engine) -> Weight:
     if not isinstance(master, torch.Tensor) or not master.is_floating_point():
         kind = master.dtype if isinstance(master, torch.Tensor) else type(master).__name__
         raise ValueError(f"{weight.fqn}: masters= returned {kind}, wanted an fp32 tensor or None")
-    problem = _problem(master)
+    problem = _problem(master, engine.precomputed_names)
     if master.dtype.itemsize < 4:
         problem = f"is {master.dtype}; scaled or split masters cannot be averaged, use fp32 ones"
     try:
@@ -322,23 +413,39 @@ def refuse_freezing() -> None:
 
 
 class Registered:
-    """Tensors by where they are registered, and their addresses with no Python work for each."""
+    """Tensors by where they are registered, and their addresses with no Python work for each.
 
-    def __init__(self, registered: Iterable[Registration]) -> None:
-        kept = [r for r in registered if not is_wrapper(r.registry.get(r.name))]
-        self._registries = [r.registry for r in kept]
-        self._names = [r.name for r in kept]
+    DTensors and wrappers take some, and wrappers whose values cannot be read have no address.
+    """
+
+    def __init__(
+        self, registered: Iterable[Registration], precomputed: Set[str] = frozenset()
+    ) -> None:
+        paths = {r: path_to_values(r.tensor, precomputed) for r in registered}
+        plain = [r for r, path in paths.items() if path == ""]
+        self._registries = [r.registry for r in plain]
+        self._names = [r.name for r in plain]
+        self._others = [(r, attrgetter(path)) for r, path in paths.items() if path]
 
     def tensors(self) -> Iterator[torch.Tensor | None]:
-        """What is registered there now; None where nothing is."""
+        """The plain tensors that are registered there now; None where nothing is."""
         return map(dict.get, self._registries, self._names)
 
     def addresses(self) -> list[int]:
-        """The tensors' data pointers. A DTensor has none: take that of its local tensor."""
+        """The data pointers of what is registered there now."""
+        others = [_pointer_at(r.registry.get(r.name), values) for r, values in self._others]
         try:
-            return list(map(torch.Tensor.data_ptr, self.tensors()))  # type: ignore[arg-type]
+            return [*map(torch.Tensor.data_ptr, self.tensors()), *others]  # type: ignore[arg-type]
         except TypeError:  # nothing is registered at some place now
-            return [pointer(tensor) for tensor in self.tensors()]
+            return [*map(pointer, self.tensors()), *others]
+
+
+def _pointer_at(tensor: torch.Tensor | None, values: attrgetter[torch.Tensor]) -> int:
+    """Address of a tensor's values; -1 if it is of another kind now."""
+    try:
+        return pointer(values(tensor))
+    except AttributeError:
+        return -1
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

@@ -112,12 +112,15 @@ def _refuse_differing_selection(
 def rebind(plan: Plan, weights: Sequence[Weight], group: Group) -> Plan:
     """The same plan over storage that moved. Local.
 
+    Parameters that are not averaged may have another shape: bitsandbytes packs frozen weights anew.
+
     Raises:
         RuntimeError: parameters or averaged buffers have other names, shapes or shards.
     """
     weights = _fixed(weights, plan.averaged)
-    differences = _differences(plan.weights, weights)
-    buffers = _differences(*([w for w in ws if w.is_buffer] for ws in (plan.weights, weights)))
+    differences = _differences(plan.weights, weights, plan.averaged)
+    before, after = ([w for w in ws if w.is_buffer] for ws in (plan.weights, weights))
+    buffers = _differences(before, after, plan.averaged)
     if buffers and len(buffers) == len(differences):
         raise RuntimeError(
             f"averaged buffers have changed since this average was built: {'; '.join(buffers)}; "
@@ -189,13 +192,17 @@ def _assemble(
     )
 
 
-def _differences(old: Sequence[Weight], new: Sequence[Weight]) -> list[str]:
+def _differences(
+    old: Sequence[Weight], new: Sequence[Weight], averaged: frozenset[str]
+) -> list[str]:
     """How two layouts differ, one text for each tensor."""
 
     def layout(weight: Weight | None) -> object:
         if weight is None:
             return None
-        return weight.aliases, weight.shape, weight.is_buffer, [f.meta for f in weight.fragments]
+        metas = [f.meta for f in weight.fragments]
+        layout = (weight.shape, metas) if weight.fqn in averaged else len(metas)
+        return weight.aliases, weight.is_buffer, layout
 
     def describe(weight: Weight | None) -> str:
         if weight is None:

@@ -149,16 +149,26 @@ class _Overwrite:
 
 
 class Buffers:
-    """Copies of a model's buffers, to restore them after a swap. Local.
+    """Copies of a model's buffers, to restore them and what was precomputed after a swap. Local.
 
     They are copied, not exchanged: an evaluation may write to them (DDP broadcasts rank 0's,
     `update_bn` recomputes them), and neither the live nor the averaged values may change.
     """
 
-    def __init__(self, model: nn.Module, buffers: Sequence[Weight]) -> None:
-        """`buffers` are all buffers that the model has now."""
+    def __init__(
+        self,
+        model: nn.Module,
+        buffers: Sequence[Weight],
+        precomputed: Sequence[tuple[dict[str, torch.Tensor | None], str]],
+    ) -> None:
+        """
+        Args:
+            buffers: all buffers that the model has now.
+            precomputed: where tensors are kept that were computed from weights.
+        """
         every = registrations(model)
-        self._registered = [(r.registry, r.name, r.tensor) for r in every if r.is_buffer]
+        places = [(r.registry, r.name) for r in every if r.is_buffer] + list(precomputed)
+        self._registered = [(place, name, place[name]) for place, name in places]
         self._copies = [(f.view, f.view.clone()) for w in buffers for f in w.fragments]
         # Slices of larger tensors have no fragments.
         slices = [w.tensor for w in buffers if w.problem and type(w.tensor) is torch.Tensor]

@@ -111,7 +111,8 @@ class Teacher:
                 raise error(
                     f"{weight.fqn}: requires grad, and an optimizer may write to the teacher; call "
                     f"set_adapter({self._student!r}) before the optimizer step and update(), or "
-                    f"set_adapter({self._adapter!r}, inference_mode=True)"
+                    f"set_adapter({self._adapter!r}, inference_mode=True); under FSDP2 call "
+                    "reshard() of the model before each"
                 )
 
     def copy_parameters(self, *, frozen_only: bool) -> None:
@@ -177,7 +178,10 @@ class Teacher:
             elif self._adapter is None or weight.fqn in plan.averaged:
                 problems.append(f"{weight.fqn} is missing")
         if problems:
-            raise ValueError(f"into has another layout than the model: {'; '.join(problems)}")
+            raise ValueError(
+                f"into has another layout than the model: {'; '.join(problems)}"
+                + ("; use DDP, FSDP2 or ZeRO-3" if self._adapter is not None else "")
+            )
         self._copied = [pair for pair in self._pairs if pair[0].fqn not in plan.averaged]
         self._dtypes = {student.fqn: teacher.tensor.dtype for student, teacher in self._pairs}
         self._fragments: dict[FragmentMeta, Fragment] = {

@@ -91,6 +91,9 @@ class SeveralEngines(Engine):
     def versioned(self, weight: Weight) -> Iterator[torch.Tensor]:
         return self._engine_of[weight.fqn].versioned(weight)
 
+    def precomputed(self) -> list[tuple[dict[str, torch.Tensor | None], str]]:
+        return [place for engine in self._engines for place in engine.precomputed()]
+
     def release(self) -> None:
         for engine in self._engines:
             engine.release()

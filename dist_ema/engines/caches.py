@@ -1,6 +1,7 @@
-"""What torch keeps of weights besides their storage: caches, and graphs for a backward pass.
+"""What libraries keep of weights besides their storage: caches, and graphs for a backward pass.
 
-Private name, checked in torch 2.8 to 2.15: `torch.nn.utils.parametrize._cache`.
+Private names: `torch.nn.utils.parametrize._cache`, checked in torch 2.8 to 2.15;
+`_precomputed_scale` of the weights of float8 and BitNet training, checked in torchao 0.18.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import torch
 from torch.nn.utils import parametrize
 
 from dist_ema.core.requirements import require_names
+
+# Of a sharded weight; where it is None, the all-gather of FSDP2 computes it.
+PRECOMPUTED = frozenset({"_precomputed_scale"})
 
 
 def require_caches() -> None:

@@ -27,11 +27,18 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dist_ema.core.engine import Cut, Engine, Registered, is_wrapper, pointer
+from dist_ema.core.engine import (
+    Cut,
+    Engine,
+    Registered,
+    path_to_values,
+    pointer,
+    values_of,
+)
 from dist_ema.core.layout import Box, Fragment, FragmentMeta, Shape, dense_order
 from dist_ema.core.names import Registration, is_instance, registrations
 from dist_ema.core.requirements import require_names
-from dist_ema.engines.caches import outdate
+from dist_ema.engines.caches import PRECOMPUTED, outdate
 
 _SHARD = attrgetter("sharded_param._local_tensor")  # of an `FSDPParam`
 Run = tuple[int, int, int]  # start in the global dim, start in the local dim, length
@@ -39,6 +46,8 @@ Run = tuple[int, int, int]  # start in the global dim, start in the local dim, l
 
 class DTensorEngine(Engine):
     """Shards that DTensor places on a device mesh. Nothing here communicates."""
+
+    precomputed_names = PRECOMPUTED
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -49,17 +58,21 @@ class DTensorEngine(Engine):
             for group in _param_groups(module)
             for fsdp_param in group.fsdp_params
             for key in _keys(fsdp_param)
+            if not _is_replaced(fsdp_param)
         }
         self._fsdp_params = list({id(p): p for p in self._managed.values()}.values())
-        self._watched = [p for p in self._fsdp_params if not is_wrapper(_SHARD(p))]
+        paths = [(p, path_to_values(p.sharded_param, PRECOMPUTED)) for p in self._fsdp_params]
+        self._plain = [p for p, path in paths if path == "_local_tensor"]
+        wrapped = [(p, path) for p, path in paths if path and path != "_local_tensor"]
+        self._wrapped_shards = [(p, attrgetter(f"sharded_param.{path}")) for p, path in wrapped]
         self._warn_of_cut_ties()
         others = [
             r
             for r in registrations(model)
             if not r.is_buffer and (id(r.owner), r.name) not in self._managed
         ]
-        self._distributed = Registered(r for r in others if isinstance(r.tensor, DTensor))
-        self._whole = Registered(r for r in others if not isinstance(r.tensor, DTensor))
+        self._distributed = [r for r in others if isinstance(r.tensor, DTensor)]
+        self._others = Registered(others, PRECOMPUTED)
 
     @staticmethod
     def claims(model: nn.Module) -> bool:
@@ -68,14 +81,13 @@ class DTensorEngine(Engine):
         )
 
     def stamp(self) -> list[int]:
-        sharded = list(map(torch.Tensor.data_ptr, map(_SHARD, self._watched)))
-        distributed = self._distributed.tensors()
-        shards = [pointer(t._local_tensor if isinstance(t, DTensor) else t) for t in distributed]
-        return sharded + shards + self._whole.addresses()
+        shards = map(torch.Tensor.data_ptr, map(_SHARD, self._plain))
+        wrapped = (pointer(values(p)) for p, values in self._wrapped_shards)
+        return [*shards, *wrapped, *self._others.addresses()]
 
     def process_groups(self) -> list[dist.ProcessGroup]:
         tensors = [p.sharded_param for p in self._fsdp_params]
-        tensors += self._distributed.tensors()
+        tensors += [r.registry.get(r.name) for r in self._distributed]
         meshes = {id(t.device_mesh): t.device_mesh for t in tensors if isinstance(t, DTensor)}
         return [
             mesh.get_group(axis)
@@ -85,6 +97,10 @@ class DTensorEngine(Engine):
         ]
 
     def release(self) -> None:
+        super().release()
+        self._reshard()
+
+    def _reshard(self) -> None:
         # The next forward would read weights that are gathered already (on the root at least, which
         # does not reshard after forward by default). `module.reshard()` is not enough: it keeps an
         # all-gather that was not waited for, and does nothing after an exception in a forward.
@@ -94,9 +110,9 @@ class DTensorEngine(Engine):
                 group._to_sharded()
 
     def publish(self) -> None:
-        self.release()
+        self._reshard()
         gathered = (getattr(p, "_unsharded_param", None) for p in self._fsdp_params)
-        outdate(tensor for tensor in gathered if tensor is not None)
+        outdate([t for t in gathered if t is not None] + [w for _, w in self.wrappers()])
 
     def _warn_of_cut_ties(self) -> None:
         """Warn of weights that were tied across `fully_shard` units and are several weights now."""
@@ -125,7 +141,7 @@ class DTensorEngine(Engine):
     def cut(self, fqn: str, tensor: torch.Tensor) -> Cut:
         if not isinstance(tensor, DTensor):
             return super().cut(fqn, tensor)
-        shape, local = tuple(tensor.shape), tensor._local_tensor.detach()
+        shape, local = tuple(tensor.shape), values_of(tensor, PRECOMPUTED).detach()
         indices = _global_indices(tensor)
         if indices is None or local.numel() == 0:
             return shape, ()
@@ -159,6 +175,16 @@ def _param_groups(fsdp_module: Any) -> list[Any]:
         for fsdp_param in group.fsdp_params[:1]:
             require_names(fsdp_param, "_module_info sharded_param", "torch")
     return groups
+
+
+def _is_replaced(fsdp_param: Any) -> bool:
+    """Whether a shard on the meta device was replaced by a loaded one.
+
+    transformers does so; the first forward pass puts the registered one into its place.
+    """
+    info = fsdp_param._module_info
+    registered = info.module._parameters.get(info.param_name)
+    return fsdp_param.sharded_param.is_meta and not getattr(registered, "is_meta", True)
 
 
 def _keys(fsdp_param: Any) -> Iterator[tuple[int, str]]:

@@ -24,7 +24,7 @@ class PlainEngine(Engine):
         return True
 
     def publish(self) -> None:
-        outdate()
+        outdate(wrapper for _, wrapper in self.wrappers())
 
     def stamp(self) -> list[int]:
         # The number of parameters changes if some were added since, which are not averaged.

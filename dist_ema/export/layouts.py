@@ -31,7 +31,16 @@ from torch import nn
 
 from dist_ema.core.engine import Weight
 from dist_ema.core.group import Group
-from dist_ema.core.names import Models, class_of, ddp_modules, is_instance, registrations, unwrap
+from dist_ema.core.layout import TensorMeta
+from dist_ema.core.names import (
+    Models,
+    Registration,
+    class_of,
+    ddp_modules,
+    is_instance,
+    registrations,
+    unwrap,
+)
 from dist_ema.core.safetensors import dtype_name
 
 _WEIGHTS_NAMES = {
@@ -294,7 +303,11 @@ def _differing_names(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
 
 
 def unregistered_tensors(
-    call: str, model: nn.Module, averaged: Collection[str], group: Group
+    call: str,
+    model: nn.Module,
+    averaged: Collection[str],
+    group: Group,
+    dtype: torch.dtype | None,
 ) -> dict[str, torch.Tensor]:
     """CPU copies of the tensors of `state_dict()` that no module registers.
 
@@ -303,16 +316,20 @@ def unregistered_tensors(
     Args:
         call: the public call, for error messages.
         averaged: fqns of averaged weights.
+        dtype: in which the others are gathered.
 
     Raises:
-        ValueError: a tensor may have been computed from an averaged weight. On every rank.
+        ValueError: a tensor may have been computed from an averaged weight; or it describes a
+            quantization whose bits are kept in another floating dtype. On every rank.
         RuntimeError: ranks hold different ones.
     """
     result: dict[str, torch.Tensor] = {}
     hashes: dict[str, str] = {}
     with group.together(call, hashes):  # compares what the block puts into `hashes`
         extra = _differing_names(model)[0]
-        registered = {r.fqn: r.tensor for r in registrations(unwrap(model))} if extra else {}
+        every = registrations(unwrap(model))
+        _refuse_changed_bits(every, extra, dtype)
+        registered = {r.fqn: r.tensor for r in every} if extra else {}
         ids = {id(tensor) for tensor in registered.values()}
         changing = {id(tensor) for fqn, tensor in registered.items() if fqn in averaged}
         for key, value in extra.items():
@@ -337,6 +354,26 @@ def unregistered_tensors(
             digest = xxhash.xxh3_64_hexdigest(tensor.reshape(-1).view(torch.uint8).numpy().data)
             hashes[f"state_dict()[{key!r}]"] = f"{tensor.dtype} {tuple(tensor.shape)} {digest}"
     return result
+
+
+def _refuse_changed_bits(
+    registered: Sequence[Registration], extra: Collection[str], dtype: torch.dtype | None
+) -> None:
+    """Raise ValueError if a floating tensor holds the bits of a quantization, and would be cast.
+
+    bitsandbytes does so with `quant_storage=torch.bfloat16`. It keeps a `quant_state` at the layer,
+    and `state_dict()` has it under the weight's name, but not if the weight is sharded.
+    """
+    for r in registered:
+        kept = r.tensor.dtype
+        if TensorMeta(r.fqn, (), (), kept).dtype_as(dtype) == kept:
+            continue
+        at_layer = r.name == "weight" and getattr(r.owner, "quant_state", None) is not None
+        if at_layer or any(key.startswith(f"{r.fqn}.") for key in extra):
+            raise ValueError(
+                f"{r.fqn} holds the bits of a quantization as {kept}, and another dtype would "
+                f"change them; pass dtype={kept}, or quantize it with an integer storage"
+            )
 
 
 def _library_layout(module: nn.Module, extra: Iterable[str]) -> ModelLayout:

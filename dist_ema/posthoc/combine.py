@@ -38,10 +38,11 @@ from dist_ema.posthoc.snapshots import Snapshot
 
 _SUMS_BYTES = 128 << 20  # of the sums in progress, over all results
 _MIN_BLOCK_BYTES = 4096
+_IN_CACHE = 1 << 17  # elements of plain files that are read at a time: sums stay in cache
 SERIAL = 32_768  # elements: torch computes longer tensors with threads of its own
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Term:
     """A saved tensor, and its coefficient in each of several sums."""
 
@@ -49,6 +50,19 @@ class Term:
     average: SavedAverage
     fqn: str
     coefficients: Sequence[float]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tensor is in one place, without checksums."""
+        return self.checkpoint.is_plain and len(self.average.tensors[self.fqn].boxes) == 1
+
+    def read(self, first: int, numel: int, buffer: bytearray) -> torch.Tensor:
+        """Elements of a plain tensor from `first` on."""
+        tensor = self.average.tensors[self.fqn]
+        dtype, (saved,) = torch_dtype(tensor.dtype), tensor.boxes
+        view = memoryview(buffer)[: numel * dtype.itemsize]
+        self.checkpoint.files.read(saved.file, saved.start + first * dtype.itemsize, view)
+        return torch.frombuffer(view, dtype=dtype)
 
 
 class WeightedSums:
@@ -81,9 +95,16 @@ class WeightedSums:
         return self._storage[0].numel() // num_sums // _sum_dtype(dtype).itemsize
 
     def compute(
-        self, terms: Sequence[Term], boxes: Sequence[Box], dtype: torch.dtype
+        self,
+        terms: Sequence[Term],
+        boxes: Sequence[Box],
+        dtype: torch.dtype,
+        first: int | None = None,
     ) -> torch.Tensor:
         """The sums of some boxes of a tensor, valid until the next call.
+
+        Args:
+            first: if the boxes are a range of elements of the tensor, where it starts.
 
         Returns:
             A tensor of shape (number of sums, elements of all boxes), box after box.
@@ -94,7 +115,7 @@ class WeightedSums:
         groups = list(by_checkpoint.values())
         halves = [list(chain(*groups[i::2])) for i in range(min(2, len(groups)))]
         tasks = [
-            self._threads.submit(self._add_up, i, half, boxes, dtype)
+            self._threads.submit(self._add_up, i, half, boxes, dtype, first)
             for i, half in enumerate(halves)
         ]
         wait(tasks)
@@ -106,7 +127,12 @@ class WeightedSums:
         return total
 
     def _add_up(
-        self, thread: int, terms: Sequence[Term], boxes: Sequence[Box], dtype: torch.dtype
+        self,
+        thread: int,
+        terms: Sequence[Term],
+        boxes: Sequence[Box],
+        dtype: torch.dtype,
+        first: int | None,
     ) -> torch.Tensor:
         wide, num_sums = _sum_dtype(dtype), len(terms[0].coefficients)
         numel = sum(box.numel for box in boxes)
@@ -119,9 +145,17 @@ class WeightedSums:
             (box, sums[:, end - box.numel : end].view(num_sums, *box.sizes))
             for box, end in zip(boxes, ends[1:], strict=True)
         ]
+        plain = [term for term in terms if first is not None and term.is_plain]
+        for at in range(0, numel, _IN_CACHE):
+            part = sums[:, at : at + _IN_CACHE]
+            for term in plain:
+                values = term.read((first or 0) + at, part.shape[1], self._buffers[thread])
+                _add(term.coefficients, part, values)
         for term in terms:
-            term.checkpoint.buffer = self._buffers[thread]
-            term.checkpoint.fill(term.average, term.fqn, targets, partial(_add, term.coefficients))
+            if term not in plain:
+                term.checkpoint.buffer = self._buffers[thread]
+                add = partial(_add, term.coefficients)
+                term.checkpoint.fill(term.average, term.fqn, targets, add)
         return sums
 
 

@@ -18,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,6 @@ from dist_ema.options import MERGE_WEIGHTS, no_pickles
 from dist_ema.posthoc.combine import SERIAL, Term, WeightedSums
 
 _RANGE = 1 << 20  # elements that are summed at a time, a block of fp32
-_PLAIN_RANGE = 1 << 18  # of files without checksums: stays in cache
 _SUMS_BYTES = 2 * 16 * _RANGE  # of complex128 on two threads
 _MAX_OPEN = 512  # files at a time, over all checkpoints
 _TOLERANCE = 1e-6  # of the sum of given weights
@@ -344,7 +344,7 @@ class _Sum:
                 first.checkpoint.read(first.average, first.fqn, start, values)
             else:
                 boxes = flat_boxes(self.meta.shape, start, stop)
-                values = sums.compute(self.terms, boxes, self.meta.dtype)[0]
+                values = sums.compute(self.terms, boxes, self.meta.dtype, start)[0]
             yield start, values, self.nbytes * (stop - start) // self.meta.numel
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
@@ -355,10 +355,9 @@ class _Sum:
             if last + 1 - begin == saved.box.numel:
                 ends.append(last + 1)
         ends.sort()
-        is_plain = all(term.checkpoint.is_plain for term in self.terms)
-        start, longest = 0, _PLAIN_RANGE if is_plain else _RANGE
+        start = 0
         while start < self.meta.numel:
-            stop = min(start + longest, self.meta.numel)
+            stop = min(start + _RANGE, self.meta.numel)
             before = bisect_right(ends, stop)
             if before and ends[before - 1] > start:
                 stop = ends[before - 1]
@@ -400,7 +399,7 @@ def _match(
         aliases.setdefault(first, []).append(name)
         if first != name:
             return
-        metas = [each.meta(name) for each in holders]
+        metas, before = [each.meta(name) for each in holders], len(problems)
         for each, meta in zip(holders, metas, strict=True):
             if meta.shape != metas[0].shape:
                 problems.append(
@@ -414,7 +413,9 @@ def _match(
                 )
             if meta.dtype.is_floating_point and meta.dtype.itemsize == 1:
                 problems.append(f"{each.path}: {name} is quantized, of {meta.dtype}; dequantize it")
-        widest = max((meta.dtype for meta in metas), key=lambda kind: kind.itemsize)
+        if len(problems) > before:
+            return
+        widest = reduce(torch.promote_types, (meta.dtype for meta in metas))
         averaged[name] = len(holders) > 1 or holders[0] is not base
         if not averaged[name] or _kind(widest) == "integer":
             terms = [holders[-1].term(name, 1.0)]
@@ -425,15 +426,17 @@ def _match(
         sources[name] = _Sum(replace(metas[0], fqn=name, dtype=widest), terms)
 
     for name in names:
+        having = [each for each in inputs if name in each.known]
         without = [each for each in inputs if name not in each.known]
-        holders = [each if name in each.known else base for each in inputs]
-        if not without or (base is not None and name in base.known):
-            add(name, [each for each in holders if each is not None], factors)
-        elif twin := _twin(name, [each for each in inputs if name in each.known], inputs):
+        if not without:
+            add(name, inputs, factors)
+        elif twin := _twin(name, having, inputs):
             aliases.setdefault(twin, []).append(name)
+        elif base is not None and name in base.known:
+            add(name, [each if name in each.known else base for each in inputs], factors)
         else:
-            other = next(each for each in inputs if name in each.known)
-            problems += [f"{each.path}: {name} is missing, {other.path} has it" for each in without]
+            have = f"{name} is missing, {having[0].path} has it"
+            problems += [f"{each.path}: {have}" for each in without]
     missing = [item for each in inputs for item in each.missing()]
     missing = [(known, tensor) for known, tensor in missing if names.keys().isdisjoint(known)]
     others = {name: tensor for known, tensor in missing for name in known}
