@@ -597,9 +597,9 @@ class ShardedEMA:
         (`ema.state.<name>.ema_params`, formerly `ema_optimizer`), or else, with a warning, the
         weights of the model. No pickle in it is executed.
 
-        If the saved schedule, `start_step` or `update_every` differs from the constructor's, a warning
-        says so and the constructor's is used. A custom callable is compared by its name, its code
-        and the plain values in its closure.
+        If the saved schedule, `start_step` or `update_every` differs from the constructor's, a
+        warning says so and the constructor's is used. A custom callable is compared by its name,
+        its code and the plain values in its closure.
 
         Args:
             strict: refuse missing and unexpected tensors, instead of warning of them.

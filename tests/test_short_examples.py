@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from dist_ema import HalfLife, ShardedEMA
 from tests.scripts import BIN, ROOT, run, run_on, under_accelerate
 from tests.test_examples import CPU
 
@@ -25,8 +29,8 @@ def assert_averaged_is_better(printed: str) -> None:
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_an_example_is_short(script: Path):
-    if script.stem != "digits_diffusion":
-        assert len(script.read_text().splitlines()) <= 80
+    limits = {"digits_diffusion": 400, "pipeline": 120, "torchtitan_like": 110}
+    assert len(script.read_text().splitlines()) <= limits.get(script.stem, 80)
 
 
 def test_fsdp2(tmp_path: Path):
@@ -85,6 +89,33 @@ def test_resuming_elsewhere(tmp_path: Path):
     starts = re.findall(r"goes on from (step \d+, average \w+)", printed)
     assert len(set(stops)) == 3
     assert starts == stops[:2]
+
+
+def test_pipeline(tmp_path: Path):
+    printed = run_on(4, "examples/pipeline.py", 2, 1, tmp_path)
+    printed += run_on(4, "examples/pipeline.py", 4, 2, tmp_path)
+    last = run_on(1, "examples/pipeline.py", 1, 1, tmp_path)
+    assert re.findall(r"(\d stages, steps \d+ to \d+)", printed + last) == [
+        "2 stages, steps 0 to 30", "4 stages, steps 30 to 60", "1 stages, steps 60 to 90",
+    ]  # fmt: skip
+    assert_averaged_is_better(last)
+    # The last average of the pipeline, in one process with the whole model.
+    decoder = runpy.run_path(str(ROOT / "examples" / "pipeline.py"))["Decoder"](range(4))
+    ema = ShardedEMA(decoder, HalfLife(steps=10))
+    ema.load(tmp_path / "step-000060" / "ema")
+    exported = load_file(tmp_path / "step-000060" / "model" / "model.safetensors")
+    loaded = ema.gather_state_dict()
+    assert loaded.keys() == exported.keys()
+    assert all(torch.equal(loaded[name], exported[name]) for name in loaded)
+
+
+def test_torchtitan_like(tmp_path: Path):
+    script = "examples/torchtitan_like.py"
+    assert "steps 0 to 20, of the average to 20" in run_on(4, script, 2, 1, tmp_path)
+    printed = run_on(4, script, 4, 2, tmp_path)
+    assert "steps 20 to 40, of the average to 40" in printed
+    assert_averaged_is_better(printed)
+    assert {path.name for path in tmp_path.glob("step-*")} == {f"step-{n}" for n in (10, 20, 30, 40)}
 
 
 def test_teacher():
