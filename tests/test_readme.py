@@ -90,6 +90,7 @@ def test_blocks_under_other_launchers(launch: str, made: list[str], tmp_path: Pa
 def test_every_constructor_in_a_table_builds():
     names = {name: getattr(dist_ema, name) for name in dist_ema.__all__}
     names |= {"EMACallback": EMACallback, "model": nn.Linear(2, 2), "d": 0.9, "u": 3, "k": 2}
+    names |= {"model_parts": [nn.Linear(2, 2)], "f": 0.05, "s": 1}
     found = re.findall(r"`((?:ShardedEMA|EMACallback)\([^`]*=[^`]*\))`", PROSE)
     assert len(set(found)) >= 8
     for code in found:
