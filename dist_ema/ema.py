@@ -356,7 +356,9 @@ class ShardedEMA:
         block, every average of the model, or of a module around or inside it, refuses to read or
         write; the block cannot be nested. Writes to weights inside it (an optimizer step) are
         warned of. With `into=` the live values are set aside, a copy of this rank's part, and the
-        teacher computes with the average inside the block, too.
+        teacher computes with the average inside the block, too. Complete backward passes before the
+        block: activation checkpointing would compute their forward pass again, with averaged
+        weights.
 
         Raises:
             RuntimeError: replicas differ, or compiled code may hold copies of the weights (nothing
