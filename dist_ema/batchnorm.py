@@ -38,10 +38,13 @@ def update_bn(
 
     Raises:
         ValueError: no rank passed any batch. The statistics are unchanged.
+        TypeError: `model` is not a module. Of several models, pass each that has batch norms.
 
     Collective: every rank calls it. One all-reduce of two numbers per channel. Momenta and training
     modes are restored; after an exception, the statistics are too.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, wanted one torch.nn.Module")
     layers = [
         m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
     ]

@@ -382,7 +382,7 @@ class ShardedEMA:
                 raise
 
     @torch.no_grad()
-    def copy_to(self, module: nn.Module | None = None, *, name: str | None = None) -> None:
+    def copy_to(self, module: Modules | None = None, *, name: str | None = None) -> None:
         """Make the average permanent in the live weights, or write it into a plain module.
 
         Without a module, the live weights become the average, masters and low-precision copies
@@ -390,7 +390,8 @@ class ShardedEMA:
         rank: averaged weights, and frozen weights and buffers as they live here.
 
         Args:
-            module: a module of the model's own class that no engine shards, on every rank.
+            module: a module of the model's own class that no engine shards, on every rank; or a
+                mapping of them, where the model is one.
 
         Raises:
             ValueError: `module` is sharded, or its names or shapes are others (they are listed).
@@ -854,9 +855,14 @@ class ShardedEMA:
             return [average.clone() for average in averages]
         alpha = schedule.alpha(since + options.start_step)
         lives = (fragment.view for fragment in self._average.plan.fragments)
+        num_parameters = len(self._average.plan.parameters)
         return [
             average + (live.to(average) - initial).mul_(alpha)
-            for average, live, initial in zip(averages, lives, initials, strict=True)
+            if number < num_parameters
+            else average.clone()  # a corrected variance could be negative
+            for number, (average, live, initial) in enumerate(
+                zip(averages, lives, initials, strict=True)
+            )
         ]
 
     def _check_name(self, name: object) -> None:

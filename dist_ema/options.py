@@ -281,7 +281,7 @@ def no_module(model: Any) -> TypeError:
     """The error for a model that is not a module."""
     text = (
         f"model is a {type(model).__name__}, wanted the torch.nn.Module that is trained (wrapped "
-        "or not)"
+        "or not), or a list or mapping of such modules"
     )
     items = [] if isinstance(model, Iterator) else model  # iterating would exhaust a generator
     if isinstance(items, list | tuple) and all(isinstance(item, torch.Tensor) for item in items):

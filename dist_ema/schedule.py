@@ -196,7 +196,8 @@ class BEMA:
     `update_freq` is `update_every` and its `update_after` is `start_step`; its default is an update
     every 400 steps. The initial weights are those of the last initial copy, and are kept in shards
     as a second average. `average_parameters`, `gather_*`, `export`, `copy_to` and `save` use the
-    shown values, with alpha at the last update and the live weights of that moment.
+    shown values, with alpha at the last update and the live weights of that moment. Averaged
+    buffers are not corrected: the variance of a batch norm could become negative.
     """
 
     ema_power: float = 0.5  # at least 0

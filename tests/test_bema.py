@@ -117,3 +117,19 @@ def test_a_share_of_the_run_is_the_half_life_of_torchtitan(start: int, every: in
         if ema.update() and step > start:
             n = max((step - start) // every, 1)
             assert ema.decay == pytest.approx(2 ** (-1 / (0.05 * n)), rel=1e-12)
+
+
+def test_averaged_buffers_are_not_corrected():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    bema, plain = (
+        ShardedEMA(model, rule, buffers="average")
+        for rule in (BEMA(**SETTINGS), lambda t, delta: BEMA(**SETTINGS)(t, delta))
+    )
+    for _ in range(20):
+        model(0.01 * torch.randn(16, 4))
+        bema.update()
+        plain.update()
+    state, uncorrected = bema.gather_state_dict(), plain.gather_state_dict()
+    assert (state["1.running_var"] > 0).all()
+    same(state["1.running_var"], uncorrected["1.running_var"])

@@ -187,3 +187,16 @@ def test_masters_that_never_appear_are_warned_of_at_the_first_update():
     ema = ShardedEMA(net, masters=lambda p: None)
     with pytest.warns(UserWarning, match="no fp32 master"):
         ema.update()
+
+
+@pytest.mark.ranks(0)
+def test_a_master_that_is_a_copy_is_refused():
+    run = Training("plain")
+    run.step(0)
+    with pytest.raises(ValueError, match="a new tensor at each call"):
+        ShardedEMA(run.net, masters=lambda p: p.detach().float())
+    flat = {
+        id(p): run.optimizer.master(p).view(-1) for p in run.net.parameters() if p.grad is not None
+    }
+    ema = ShardedEMA(run.net, 0.9, masters=lambda p: flat[id(p)].view(p.shape))
+    assert ema.update() and ema.source == "master"

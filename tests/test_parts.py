@@ -17,7 +17,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema import BEMA, ShardedEMA
+from dist_ema import BEMA, ShardedEMA, update_bn
 from tests.net import Net, batch_of_tokens, loss_of
 from tests.oracle import Oracle, worst_relative_error
 
@@ -197,6 +197,24 @@ def test_stages_with_one_name_for_different_weights_are_refused():
     torch.manual_seed(dist.get_rank())
     with pytest.raises(RuntimeError, match=r"differ between them: 0\.bias, 0\.weight"):
         ShardedEMA([nn.Sequential(nn.Linear(3, 3))])
+
+
+@pytest.mark.ranks(2)
+def test_stages_with_one_name_for_different_shapes_are_refused():
+    size = 3 + dist.get_rank()
+    with pytest.raises(ValueError, match=r"x\.weight: \(3, 3\) and \(4, 4\)"):
+        ShardedEMA([nn.ModuleDict({"x": nn.Linear(size, size)})])
+
+
+@pytest.mark.ranks(0)
+def test_a_plain_mapping_gets_the_average_by_copy_to_and_no_statistics():
+    models, copies = ({"a": nn.Linear(2, 2), "b": nn.Linear(2, 3)} for _ in range(2))
+    ema = ShardedEMA(models, 0.5)
+    ema.update()
+    ema.copy_to(copies)
+    assert torch.equal(copies["b"].weight, models["b"].weight)
+    with pytest.raises(TypeError, match="wanted one"):
+        update_bn([], models)
 
 
 @pytest.mark.ranks(2)

@@ -342,8 +342,8 @@ class Masters:
     ) -> None:
         """
         Raises:
-            ValueError: the engine has masters of its own, or a master has another dtype, shape or
-                placement than its parameter.
+            ValueError: the engine has masters of its own; or a master is a copy, or has another
+                dtype, shape or placement than its parameter.
         """
         if not engine.takes_masters:
             raise ValueError(
@@ -353,22 +353,31 @@ class Masters:
         self._find = find
         trained = [w for w in weights if w.fqn in averaged and not w.is_buffer]
         self._parameters = [w.tensor for w in trained]
+        # Kept, so that an address in `stamp` is not used again.
         self._held = list(map(find, self._parameters))
-        self._locals = [getattr(m, "_local_tensor", m) for m in self._held if m is not None]
         cuts = {
             w.fqn: _with_master(w, master, engine)
             for w, master in zip(trained, self._held, strict=True)
             if master is not None
         }
         self.weights = [cuts.get(w.fqn, w) for w in weights]
+        if self.stamp() != list(map(_pointer_of_master, self._held)):
+            raise ValueError(
+                "masters= returns a new tensor at each call; it must return the tensor that the "
+                "optimizer writes, or a view of it, not a copy (.float(), .clone())"
+            )
 
     def __bool__(self) -> bool:
         """Whether there is a master."""
-        return bool(self._locals)
+        return any(master is not None for master in self._held)
 
     def stamp(self) -> list[int]:
         """Changes if a master appears, is replaced or moves. Local: asks for each parameter."""
-        return [*map(id, map(self._find, self._parameters)), *map(pointer, self._locals)]
+        return list(map(_pointer_of_master, map(self._find, self._parameters)))
+
+
+def _pointer_of_master(master: torch.Tensor | None) -> int:
+    return -1 if master is None else pointer(local_of(master))
 
 
 def _with_master(weight: Weight, master: object, engine: Engine) -> Weight:

@@ -29,7 +29,7 @@ from dist_ema.core.layout import (
     overlap,
     whole,
 )
-from dist_ema.core.names import registrations
+from dist_ema.core.names import Modules, as_module, registrations
 from dist_ema.core.plan import Plan
 from dist_ema.core.replicas import find_holders
 from dist_ema.core.swap import Marks
@@ -345,7 +345,7 @@ def one_by_one(
 
 
 def write_into(
-    module: nn.Module,
+    given: Modules,
     tensors: list[TensorMeta],
     buckets: Generator[list[tuple[TensorMeta, torch.Tensor]], None, None],
     group: Group,
@@ -359,10 +359,14 @@ def write_into(
         ValueError: the module is sharded, or its names or shapes differ. On every rank.
     """
     with group.together():
-        engine = select(module) if isinstance(module, nn.Module) else None
+        try:
+            module = as_module(given)
+            engine = select(module)
+        except TypeError:
+            engine = None
         if engine is None or not engine.is_plain:
             raise ValueError(
-                f"module is a {type(module).__name__}, wanted a plain torch.nn.Module whose "
+                f"module is a {type(given).__name__}, wanted a plain torch.nn.Module whose "
                 "weights every rank holds whole; copy_to() without it writes the live weights"
             )
         Marks(module.modules()).refuse("copy_to() into a module")

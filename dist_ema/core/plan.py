@@ -18,7 +18,7 @@ from torch import nn
 
 from dist_ema.core.engine import Engine, Weight
 from dist_ema.core.group import Group
-from dist_ema.core.layout import Fragment
+from dist_ema.core.layout import Fragment, Shape
 from dist_ema.core.replicas import Holders, ReplicaGroup, find_holders, find_replica_groups
 
 Selects = str | Callable[[str, nn.Parameter], bool]
@@ -91,21 +91,29 @@ def make_plan(
 def _refuse_differing_selection(
     weights: Sequence[Weight], averaged: frozenset[str], group: Group
 ) -> None:
-    """Raise if a weight or buffer is averaged on some ranks only. Collective."""
-    own = {w.fqn: w.fqn in averaged for w in weights}
+    """Raise if a weight is averaged on some ranks only, or has several shapes. Collective."""
+    own = {
+        w.fqn: (w.fqn in averaged, w.shape if not w.is_buffer or w.fqn in averaged else None)
+        for w in weights
+    }
     if group.equal(own):
         return
-    first: dict[str, bool] = {}
-    differing = {
-        fqn
-        for report in group.all_gather(own)  # parts of a model have their own names
-        for fqn, is_averaged in report.items()
-        if first.setdefault(fqn, is_averaged) != is_averaged
-    }
-    if differing:
+    first: dict[str, tuple[bool, Shape | None]] = {}
+    differing: dict[str, list[tuple[bool, Shape | None]]] = {}
+    for report in group.all_gather(own):  # parts of a model have their own names
+        for fqn, value in report.items():
+            if first.setdefault(fqn, value) != value:
+                differing[fqn] = [first[fqn], value]
+    if some := sorted(fqn for fqn, (a, b) in differing.items() if a[0] != b[0]):
         raise ValueError(
-            f"averaged on some ranks and not on others: {', '.join(sorted(differing))}; "
+            f"averaged on some ranks and not on others: {', '.join(some)}; "
             "requires_grad, params= and buffers= must choose the same weights on every rank"
+        )
+    if differing:
+        listed = (f"{fqn}: {a[1]} and {b[1]}" for fqn, (a, b) in sorted(differing.items()))
+        raise ValueError(
+            f"ranks have other shapes of one name: {'; '.join(listed)}; in the parts of one model, "
+            "tensors have the names that they have in the whole"
         )
 
 

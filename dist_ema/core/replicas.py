@@ -202,8 +202,9 @@ def find_replica_groups(
         for key, label in labels.items():
             if not all(label in reports[rank] for rank in key[0]):
                 raise RuntimeError(
-                    f"ranks {list(key[0])} list the weights that they share in different orders; "
-                    "build the model in the same way on every rank"
+                    f"ranks {list(key[0])} list the weights that they share in different orders "
+                    "or with different dtypes; build the model (and masters=) in the same way on "
+                    "every rank"
                 )
     names: dict[tuple[int, int], set[tuple[str, str]]] = {}
     for report in reports:
