@@ -81,7 +81,7 @@ class Pipeline:
             x[:, i + 1] = torch.where(follows[:, i], (5 * x[:, i] + 3) % VOCAB, x[:, i + 1])
         run, losses = self.schedule.step if train else self.schedule.eval, []
         target = {"target": x[:, 1:], "losses": losses} if self.is_last else {}
-        run(*[x[:, :-1]][: self.is_first], **target)
+        run(*[x[:, :-1].contiguous()][: self.is_first], **target)
         return torch.stack(losses).mean().item() if losses else None
 
 
