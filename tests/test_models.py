@@ -182,12 +182,13 @@ def test_weights_in_wrappers_are_averaged_and_shown(kind: str, precomputes: bool
     plain = ShardedEMA(build(lambda model: model, "plain"), 0.5)
     plain.load(tmp_path / "saved")
     same(from_rank_0(plain.gather_state_dict()), state)
-    loss = model(batch(0)).square().mean()
-    with ema.average_parameters(), pytest.raises(RuntimeError, match="inplace"):
-        loss.backward()
     step(3)
     ema.copy_to()
     same(weights_of(model), from_rank_0(ema.gather_state_dict()))
+    # The last claim: before torch 2.11, FSDP2 does not recover from a backward pass that fails.
+    loss = model(batch(0)).square().mean()
+    with ema.average_parameters(), pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
     twin = build(CONVERT[kind], "fsdp2", weights_of(model))
     same(model(batch(9)).detach(), twin(batch(9)).detach())  # with a scale of the new weights
 
