@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CheckpointError, OSError) as error:
         sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
         return 1
+    except ValueError as error:  # an argument is out of range
+        sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -256,20 +259,16 @@ def _verify(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from dist_ema.export import offline  # imports torch
 
-    try:
-        result = offline.export(
-            options.path,
-            options.out,
-            name=options.name,
-            dtype=offline.dtype_named(options.dtype),
-            max_shard_size=options.max_shard_size,
-            weights_name=options.weights_name,
-            base=options.base,
-            progress=_progress,
-        )
-    except ValueError as error:
-        sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
-        return 2
+    result = offline.export(
+        options.path,
+        options.out,
+        name=options.name,
+        dtype=offline.dtype_named(options.dtype),
+        max_shard_size=options.max_shard_size,
+        weights_name=options.weights_name,
+        base=options.base,
+        progress=_progress,
+    )
     _say(
         f"{options.out}: {_size(result['nbytes'])} in the layout of {result['library']}, "
         f"{', '.join(result['files'])}"
@@ -283,12 +282,8 @@ def _export(options: argparse.Namespace) -> int:
 def _synthesize(options: argparse.Namespace) -> int:
     from dist_ema.posthoc import synthesize as posthoc  # imports torch
 
-    try:
-        wanted = posthoc.parse_widths(options.out, options.gamma, options.sigma_rel, options.sweep)
-        results = posthoc.sweep(options.paths, wanted, step=options.step, progress=_progress)
-    except ValueError as error:
-        sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
-        return 2
+    wanted = posthoc.parse_widths(options.out, options.gamma, options.sigma_rel, options.sweep)
+    results = posthoc.sweep(options.paths, wanted, step=options.step, progress=_progress)
     for result in results:
         _say(str(result))
         if result.problem:
@@ -302,25 +297,21 @@ def _synthesize(options: argparse.Namespace) -> int:
 def _merge(options: argparse.Namespace) -> int:
     from dist_ema.posthoc import merge as posthoc  # imports torch
 
-    try:
-        paths = posthoc.expand(options.paths, options.weights)
-        if options.last is not None and not 1 <= options.last <= len(paths):
-            raise ValueError(f"--last is {options.last}, wanted 1 to {len(paths)}")
-        result = posthoc.merge(
-            paths[-(options.last or 0) :],
-            options.out,
-            weights=options.weights,
-            dtype=options.dtype,
-            max_shard_size=options.max_shard_size,
-            normalize=options.normalize,
-            name=options.name,
-            prefix=options.prefix,
-            base=options.base,
-            progress=_progress,
-        )
-    except ValueError as error:
-        sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
-        return 2
+    paths = posthoc.expand(options.paths, options.weights)
+    if options.last is not None and not 1 <= options.last <= len(paths):
+        raise ValueError(f"--last is {options.last}, wanted 1 to {len(paths)}")
+    result = posthoc.merge(
+        paths[-(options.last or 0) :],
+        options.out,
+        weights=options.weights,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        normalize=options.normalize,
+        name=options.name,
+        prefix=options.prefix,
+        base=options.base,
+        progress=_progress,
+    )
     for line in str(result).splitlines():
         _say(line)
     return 0

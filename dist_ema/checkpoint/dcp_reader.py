@@ -82,8 +82,8 @@ def describe(
             one.
 
     Returns:
-        The tensors. With `prefer_average` also "is_average", whether they are torchtitan's average,
-        and "step", its count of optimizer steps or None.
+        The tensors, and a dict, empty without `prefer_average`: "is_average" says whether they are
+        torchtitan's average, "step" is its number of optimizer steps, or None.
 
     Raises:
         CheckpointError: the directory is damaged or incomplete, has values of other kinds than
@@ -111,17 +111,17 @@ def describe(
             state = {"step": _step(files, tensors, slices), "is_average": prefix is not None}
         paths = _fields(top).get("planner_data")
         names = _model_names(tensors, paths if isinstance(paths, dict) else {}, prefix)
-        found = {}
+        saved_tensors = {}
         for name, fqn in names.items():
-            found[name] = _tensor(files, fqn, tensors[fqn], slices)
+            saved_tensors[name] = _tensor(files, fqn, tensors[fqn], slices)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
     except Exception as error:  # a malformed pickle raises many kinds
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{where}: is malformed or cut short ({short(reason)})") from error
-    used = {saved.file for tensor in found.values() for saved in tensor.boxes}
+    used = {saved.file for tensor in saved_tensors.values() for saved in tensor.boxes}
     sizes = {name: SavedFile(files.size(name), 0, "") for name in sorted(used)}
-    return SavedAverage("", sizes, found), state
+    return SavedAverage("", sizes, saved_tensors), state
 
 
 def _average(tensors: Collection[str]) -> str | None:
@@ -164,13 +164,13 @@ def _model_names(
         holders = {fqn: _holder(fqn, paths.get(fqn)) for fqn in tensors}
         kept = {h for h in holders.values() if not any(map(_NOT_MODEL.fullmatch, h.split(".")))}
         named = {h for h in kept if h.split(".")[-2:-1] in (["model"], ["state_dict"])}
-        found = (paths and named) or kept
-        if len(found) != 1:
+        heads = (paths and named) or kept
+        if len(heads) != 1:
             raise CheckpointError(
                 f"does not show which tensors are the model's; pass prefix, such as one of "
                 f"{short(sorted({*holders.values()}))}"
             )
-        (head,) = found
+        (head,) = heads
         tensors = [fqn for fqn in tensors if holders[fqn] == head]
     names = {
         fqn[len(head) : len(fqn) - len(tail)]: fqn
@@ -257,7 +257,7 @@ def _read_slice(
             if name in records and records[name].file_size > limit:
                 raise CheckpointError(f"{label}: {name} has {records[name].file_size} bytes")
         if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
-            raise CheckpointError(f"{label}: is of a machine with another byte order")
+            raise CheckpointError(f"{label}: was written on a machine with another byte order")
         described = _Unpickler(archive.read(records["data.pkl"])).load()
     return label, file, offset, length, records, described
 
@@ -271,10 +271,10 @@ def _saved_tensor(tensor: Any, dtype: str, box: Box) -> tuple[str, int]:
     if type(tensor).__name__ not in _ALLOWED["torch._utils"]:
         raise CheckpointError(f"a slice holds a {type(tensor).__name__}, wanted a plain tensor")
     (_, storage, key, *_), first, sizes, strides, *rest = tensor.args
-    found = _STORAGES[storage.__name__] or dtype_name(str(rest[2]))
+    kind = _STORAGES[storage.__name__] or dtype_name(str(rest[2]))
     sizes, strides = _shape(sizes), _shape(strides)
-    if (found, sizes) != (dtype, box.sizes):
-        raise CheckpointError(f"a slice has {found} of {sizes}, wanted {dtype} of {box.sizes}")
+    if (kind, sizes) != (dtype, box.sizes):
+        raise CheckpointError(f"a slice has {kind} of {sizes}, wanted {dtype} of {box.sizes}")
     for d, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
         if size > 1 and stride != math.prod(sizes[d + 1 :]):
             raise CheckpointError(
@@ -285,7 +285,7 @@ def _saved_tensor(tensor: Any, dtype: str, box: Box) -> tuple[str, int]:
 
 
 class _Object:
-    """Stands for an object in a pickle: keeps what it was built of."""
+    """A stand-in for an object in a pickle. It keeps the constructor's arguments and the state."""
 
     args: tuple[Any, ...]
     state: Any

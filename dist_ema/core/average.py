@@ -67,7 +67,7 @@ class Average:
             self.engine = select(model)
             weights = self.engine.weights()
             averaged = averaged_names(weights, options.params, options.buffers)
-            weights = self._with_masters(weights, averaged)
+            weights = self._with_masters(self.engine, weights, averaged)
         trains = any(w.fqn in averaged and not w.is_buffer for w in weights)
         if not group.any(trains):  # a part of a model may have frozen weights only
             raise ValueError(
@@ -138,7 +138,7 @@ class Average:
                 f"{engine.kind} now; build ShardedEMA after fully_shard(), DDP or "
                 "accelerator.prepare(), with what they return"
             )
-        weights = self._with_masters(engine.weights(), self.plan.averaged, engine)
+        weights = self._with_masters(engine, engine.weights(), self.plan.averaged)
         self.plan = rebind(self.plan, weights, self.group)
         self.engine = engine
         self.storage.bind(self.plan.fragments)
@@ -146,13 +146,13 @@ class Average:
         self._remember()
 
     def _with_masters(
-        self, weights: list[Weight], averaged: frozenset[str], engine: Engine | None = None
+        self, engine: Engine, weights: list[Weight], averaged: frozenset[str]
     ) -> list[Weight]:
         """The weights, averaged from the masters that `masters=` knows of now. Local."""
         find = self._options.masters
         if find is None:
             return weights
-        self._masters = Masters(find, engine or self.engine, weights, averaged)
+        self._masters = Masters(find, engine, weights, averaged)
         return self._masters.weights
 
     @property

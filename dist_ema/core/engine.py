@@ -329,8 +329,8 @@ def cut_range(
 class Masters:
     """The fp32 masters that an optimizer outside of the engine keeps of parameters.
 
-    [Note: masters=] An optimizer may create its masters at its first step and replace them when its
-    state is loaded, and nothing tells; so it is asked at every update, one call a parameter.
+    An optimizer may create its masters at its first step, and replace them when its state is
+    loaded. Nothing reports that, so `find` is called at every update, once per parameter.
     """
 
     def __init__(
@@ -401,10 +401,9 @@ def _with_master(weight: Weight, master: object, engine: Engine) -> Weight:
             "are placed in different ways; masters= must return a tensor of the parameter's "
             "shape, memory format and placement"
         )
-    views = zip(fragments, weight.fragments, strict=True)
-    if all(own.view.data_ptr() == live.view.data_ptr() for own, live in views):
+    pairs = list(zip(fragments, weight.fragments, strict=True))
+    if all(own.view.data_ptr() == live.view.data_ptr() for own, live in pairs):
         return weight  # the parameter is its own master
-    pairs = zip(fragments, weight.fragments, strict=True)
     return replace(
         weight,
         fragments=tuple(replace(own, forward_view=live.forward_view) for own, live in pairs),
@@ -424,7 +423,7 @@ def refuse_freezing() -> None:
 class Registered:
     """Tensors by where they are registered, and their addresses with no Python work for each.
 
-    DTensors and wrappers take some, and wrappers whose values cannot be read have no address.
+    For DTensors and wrappers some work is needed. Wrappers whose values cannot be read are skipped.
     """
 
     def __init__(

@@ -246,17 +246,17 @@ def coefficients(weights: str | Sequence[float], n: int, *, normalize: bool = Fa
             if not 0 <= decay < 1:
                 raise ValueError(problem)
             return [decay ** (n - 1)] + [(1 - decay) * decay ** (n - 1 - j) for j in range(1, n)]
-        found = [float(each) for each in (text.split(",") if text else weights)]
+        numbers = [float(each) for each in (text.split(",") if text else weights)]
     except (TypeError, ValueError):
         raise ValueError(problem) from None
-    total = math.fsum(found)
-    if len(found) != n or not math.isfinite(total):
+    total = math.fsum(numbers)
+    if len(numbers) != n or not math.isfinite(total):
         raise ValueError(problem)
     if normalize and abs(total) > _TOLERANCE:
-        return [each / total for each in found]
+        return [each / total for each in numbers]
     if normalize or abs(total - 1) > _TOLERANCE:
         raise ValueError(f"weights add up to {total:g}, wanted 1; normalize divides by the sum")
-    return found
+    return numbers
 
 
 def _refuse_overlap(out: Path, paths: Sequence[Path]) -> None:
@@ -276,10 +276,10 @@ class _Input(Source):
     def __init__(self, path: Path, name: str | None, prefix: str | None, opened: ExitStack) -> None:
         nested = (path / each for each in _NESTED if (path / each / METADATA).is_file())
         is_known = any((path / each).is_file() for each in (MANIFEST, METADATA))
-        found = path if is_known or any(path.glob("*.safetensors")) else next(nested, None)
-        if problem := no_pickles(path) if found is None else None:
+        place = path if is_known or any(path.glob("*.safetensors")) else next(nested, None)
+        if problem := no_pickles(path) if place is None else None:
             raise CheckpointError(problem)
-        checkpoint = opened.enter_context(Checkpoint(found or path, prefix))
+        checkpoint = opened.enter_context(Checkpoint(place or path, prefix))
         super().__init__(checkpoint, None if checkpoint.is_plain else name)
         self.path = path
         directory = path if path.is_dir() else path.parent
@@ -381,7 +381,7 @@ def _match(
 ) -> tuple[list[TensorMeta], dict[str, _Sum]]:
     """The tensors of the result, and what each is computed from, by name.
 
-    A name that is of one tensor with another name in every checkpoint is an alias in the result.
+    A name that stands for the same tensor as another name in every checkpoint becomes its alias.
 
     Raises:
         CheckpointError: checkpoints do not fit to each other.
@@ -473,7 +473,7 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def _twin(name: str, holders: Sequence[_Input], inputs: Sequence[_Input]) -> str | None:
-    """A tensor of all checkpoints that has the same values, where some know the name: a tied one.
+    """The name of a tied tensor: one of all checkpoints, with equal values in all `holders`.
 
     Vectors and constants are not tied, since they may be equal by chance.
     """
@@ -512,7 +512,7 @@ def _equal(source: _Input, a: str, b: str) -> bool:
 
 
 def _layouts(inputs: Sequence[_Input]) -> dict[str, ModelLayout]:
-    """The layouts of the first checkpoint that a library knows, for names as they are in files."""
+    """The layouts of the first checkpoint that has a library's configuration, by names in files."""
     known = [each for each in inputs if {t.library for t in each.layouts.values()} != {"plain"}]
     layouts = (known or inputs)[0].layouts
     for layout in layouts.values():
@@ -527,11 +527,11 @@ def _layouts(inputs: Sequence[_Input]) -> dict[str, ModelLayout]:
 def _tokenizer_files(directories: Sequence[Path]) -> list[Path]:
     """The files of a tokenizer or processor, in the first directory that has some."""
     for directory in directories:
-        found = [
+        files = [
             entry
             for entry in sorted(directory.iterdir())
             if _TOKENIZER_FILE.fullmatch(entry.name) and entry.is_file()
         ]
-        if found:
-            return found
+        if files:
+            return files
     return []
