@@ -35,12 +35,11 @@ from dist_ema.export.layouts import model_state, unregistered_tensors
 from dist_ema.options import (
     ATTRIBUTES,
     DEFAULT_NAME,
-    PICKLES,
     EMAOptions,
     no_attribute,
     no_module,
     no_name,
-    no_safetensors,
+    no_pickles,
 )
 from dist_ema.schedule import BEMA, Schedule, decay_at, highest, is_constant, same_rule, uncorrected
 
@@ -626,8 +625,9 @@ class ShardedEMA:
             if step is not None and (isinstance(step, bool) or not _is_count(step)):
                 raise ValueError(f"step is {step!r}, wanted a number of optimizer steps >= 0")
             step = None if step is None else operator.index(step)  # JSON knows no other integers
-            if Path(path).suffix in PICKLES and not Path(path).is_dir():
-                raise CheckpointError(no_safetensors(Path(path)))
+            is_file = not Path(path).is_dir()
+            if is_file and (problem := no_pickles(Path(path))):
+                raise CheckpointError(problem)
         weights = [*self._average.plan.weights, *self._average.others()]
         names = {n for w in weights for n in (w.fqn, *w.aliases)}
         state = load(
