@@ -114,14 +114,12 @@ def plan_exports(
             raise ValueError(f"weights_name is {name!r}, wanted a name ending in {_SUFFIX}")
         names_of = {t.fqn: names_in_model(model, (t.fqn, *t.aliases)) for t in tensors}
         entries = _entries([t for t in tensors if names_of[t.fqn]], names_of, layout)
-        tied = (
-            (alias, first) for first, *more in filter(None, names_of.values()) for alias in more
-        )
+        tied = {alias: first for first, *more in filter(None, names_of.values()) for alias in more}
         plans[model] = _plan_of_files(
             _split(entries, sys.maxsize if layout.library == "peft" else limit),  # reads one file
             layout,
             name,
-            metadata | (dict(sorted(tied)) if layout.library == "plain" else {}),
+            metadata | (dict(sorted(tied.items())) if layout.library == "plain" else {}),
             copies,
         )
     return plans
@@ -252,8 +250,8 @@ def write_export(
                     directory = on_rank_0.enter_context(_replaced_files(directory, plan))
                     for name, text in plan.texts.items():
                         (directory / name).write_text(text)
-                    for file in plan.copies:
-                        shutil.copyfile(file, directory / file.name)
+                    for copied in plan.copies:
+                        shutil.copyfile(copied, directory / copied.name)
                     for name, (header, nbytes) in plan.files.items():
                         with (directory / name).open("xb") as file:
                             file.write(header)
