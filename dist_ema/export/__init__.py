@@ -15,6 +15,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,7 +55,8 @@ def export(
     layouts = layouts_of_all_ranks(model, layouts, group)
     with group.together():
         if group.rank == 0:
-            plans = plan_exports(gatherer.tensors, layouts, dtype, max_shard_size, weights_name)
+            tensors = [replace(t, dtype=t.dtype_as(dtype)) for t in gatherer.tensors]
+            plans = plan_exports(tensors, layouts, max_shard_size, weights_name)
     plans = group.broadcast(plans)
     gatherer.refuse_unreadable(frozenset(fqn for plan in plans.values() for fqn in plan.places))
 
