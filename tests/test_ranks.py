@@ -225,13 +225,31 @@ def test_a_rank_that_waits_names_those_that_have_not_arrived():
 
 
 @pytest.mark.ranks(2)
-def test_the_error_at_the_time_out_names_who_has_not_arrived():
+def test_a_call_of_one_rank_alone_names_the_others_and_meets_no_collective_of_theirs():
+    """As under `if accelerator.is_main_process:`, while the others go on to train."""
     group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
     ema = ShardedEMA(linear(), decay=0.5, process_group=group)
     if dist.get_rank() == 0:
-        with pytest.raises(RuntimeError, match=r"drift\(\): ranks that have not arrived: 1"):
+        with pytest.raises(RuntimeError, match=r"drift\(\): ranks .*arrived: 1; .*is_main_process"):
             ema.drift()
+    else:
+        gradients = torch.ones(1000)
+        with pytest.raises(RuntimeError):
+            dist.all_reduce(gradients, group=group)
+        assert torch.equal(gradients, torch.ones(1000))
     dist.barrier()
+
+
+@pytest.mark.ranks(2)
+def test_a_call_that_failed_for_want_of_ranks_may_be_made_again():
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=5))
+    ema = ShardedEMA(linear(), decay=0.5, process_group=group)
+    with mock.patch.object(Group, "_timeout_s", lambda self: 0.1):
+        if dist.get_rank() == 0:
+            with pytest.raises(RuntimeError, match="arrived: 1"):
+                ema.drift()
+    dist.barrier()
+    ema.drift()
 
 
 @pytest.mark.ranks(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +28,10 @@ _BROADCAST_BYTES = 32 << 20  # at a time
 _GLOO_GATHER_BYTES = 2 << 20  # of all ranks, at a time
 _GATHER_BYTES = 8 << 20
 _GATHER_BYTES_OF_A_RANK = 1 << 18
+_ADVICE = (
+    "every rank must make this call: move it out of `if rank == 0:` or "
+    "`if accelerator.is_main_process:`"
+)
 _ERRORS = {
     error.__name__: error
     for error in (
@@ -99,7 +103,8 @@ class Group:
     ) -> Iterator[None]:
         """Run a local block, then compare: if it raises on any rank, raise on every rank.
 
-        Collective: every rank calls it. Costs an all-reduce of three integers where all is well.
+        Collective: every rank calls it. Where all is well it costs an all-reduce of three integers,
+        and a few small requests to the store if there is a `call`.
 
         Args:
             call: the public call that begins with this block. Ranks in different calls raise, and
@@ -127,8 +132,8 @@ class Group:
         self._refuse_destroyed_group()
         labels = {"the call": call} | dict(values or {})
         bits = digest(sorted(labels.items()))[0] >> 1  # the order of labels may differ
-        with self._watching(call):
-            failed, highest, lowest = self.maxima([int(problem is not None), bits, -bits])
+        self._meet(call)
+        failed, highest, lowest = self.maxima([int(problem is not None), bits, -bits])
         if not failed and highest == -lowest:
             return
         own = None if problem is None else (type(problem).__name__, describe(problem))
@@ -149,50 +154,65 @@ class Group:
                 "ShardedEMA again after init_process_group(), and load() the average's checkpoint"
             ) from error
 
-    @contextmanager
-    def _watching(self, call: str) -> Iterator[None]:
-        """While this rank waits in the block, log which ranks have not arrived.
+    def _meet(self, call: str) -> None:
+        """Wait until every rank is in a public call, before any collective begins. Collective.
 
-        A rank sets a key in the store of the default process group, and deletes it when all ranks
-        have arrived. Without a store, nothing is logged.
+        Ranks meet in the store of the default process group: a collective of ours that one rank
+        alone begins would be matched with one of the training of the others, and gloo would abort
+        them. Two small requests to the store; without a store, returns at once.
+
+        Raises:
+            RuntimeError: some ranks have not arrived after 0.9 of the process group's timeout.
         """
-        store, prefix = (
-            _default_store(),
-            f"dist_ema/{getattr(self.process_group, 'group_name', '')}",
-        )
+        store = _default_store()
         if not call or store is None:
-            yield
+            return
+        prefix = f"dist_ema/{getattr(self.process_group, 'group_name', '')}"
+        own = f"{prefix}/{self.rank}"
+        try:
+            store.set(own, call)
+            number = int(store.add(f"{prefix}/arrivals", 1))
+            meeting = (number - 1) // self.size
+            gate = f"{prefix}/all-{meeting}"
+            if number % self.size == 0:
+                store.set(gate, "")
+                store.delete_key(f"{prefix}/all-{meeting - 1}")  # all have left that one
+        except Exception:  # the process that hosts the store has ended
             return
 
         def absent() -> str:
             with suppress(Exception):
                 missing = [r for r in range(self.size) if not store.check([f"{prefix}/{r}"])]
-                if missing:
-                    return f"ranks that have not arrived: {', '.join(map(str, missing))}"
-            return "all ranks have arrived"
+                return f"ranks that have not arrived: {', '.join(map(str, missing))}"
+            return "not all ranks have arrived"
 
-        def warn() -> None:
-            _LOG.warning(
-                "%s: rank %d has waited for %.0f s; %s",
-                call,
-                self.rank,
-                self.warn_after_s,
-                absent(),
-            )
-
-        timer = threading.Timer(self.warn_after_s, warn)
-        timer.daemon = True
-        with suppress(Exception):  # the process that hosts the store may have ended
-            store.set(f"{prefix}/{self.rank}", call)
-        timer.start()
+        started, limit_s, has_warned = time.monotonic(), self._timeout_s(), False
         try:
-            yield
-        except Exception as error:  # the keys stay: other ranks read them when they fail
-            raise RuntimeError(f"{call}: {absent()}; {error}") from error
-        finally:
-            timer.cancel()
+            while not _has_key(store, gate):
+                waited_s = time.monotonic() - started
+                time.sleep(min(max(waited_s / 10, 2e-4), 0.1))
+                if waited_s > limit_s:
+                    raise RuntimeError(f"{call}: {absent()}; {_ADVICE}")
+                if waited_s > self.warn_after_s and not has_warned:
+                    has_warned = True
+                    text = "%s: rank %d has waited for %.0f s; %s; %s"
+                    _LOG.warning(text, call, self.rank, waited_s, absent(), _ADVICE)
+        except BaseException:
+            with suppress(Exception):
+                store.add(f"{prefix}/arrivals", -1)
+            raise
         with suppress(Exception):
-            store.delete_key(f"{prefix}/{self.rank}")
+            store.delete_key(own)
+
+    def _timeout_s(self) -> float:
+        """How long to wait for ranks: less than those that wait in a collective of this group.
+
+        Private names, read in torch 2.8 to 2.15.
+        """
+        group, timeout = self.process_group, dist.default_pg_timeout
+        with suppress(Exception):
+            timeout = group._get_backend(self.device).options._timeout  # type: ignore[union-attr]
+        return float(0.9 * timeout.total_seconds())
 
     def maxima(self, numbers: Sequence[int]) -> list[int]:
         """The elementwise maximum over all ranks. Collective: every rank calls it."""
@@ -342,6 +362,14 @@ def _default_store() -> Any:
     with suppress(Exception):
         return distributed_c10d._get_default_store()
     return None
+
+
+def _has_key(store: Any, key: str) -> bool:
+    """Whether the store has a key. True if the store is gone: there is nothing to wait for."""
+    try:
+        return bool(store.check([key]))
+    except Exception:
+        return True
 
 
 def digest(*parts: object) -> tuple[int, int]:
