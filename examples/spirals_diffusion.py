@@ -11,8 +11,8 @@ the noise, trained at a constant learning rate. `launch/demo.sh` runs the three 
 The last two stop unless every bit of the average is what it was at the end of `train`.
 
 The task was chosen while looking at seed 0; seeds 1, 2 and 3, drawn once afterwards, show the same:
-samples of the raw weights lie beside the spirals or leave out parts of them, each time others; those
-of the average follow them from end to end. Both leave strays between the arms.
+samples of the raw weights lie beside the spirals or leave out parts of them, others at each look;
+those of the average follow them from end to end. Both leave strays between the arms.
 
 Any engine that accelerate can launch will do (resuming on another number: DDP). On CPU:
 
