@@ -167,7 +167,9 @@ class Group:
         store = _default_store()
         if not call or store is None:
             return
-        prefix = f"dist_ema/{getattr(self.process_group, 'group_name', '')}"
+        # Different groups may have one name: `split_group` numbers them on each rank.
+        ranks = digest(dist.get_process_group_ranks(self.process_group))[0]
+        prefix = f"dist_ema/{getattr(self.process_group, 'group_name', '')}/{ranks}"
         own = f"{prefix}/{self.rank}"
         try:
             store.set(own, call)
