@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import struct
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -45,11 +46,11 @@ class Group:
     """A process group, or the one process there is. Ranks are counted within the group."""
 
     warn_after_s = 30.0  # of waiting for other ranks at the start of a public call
+    process_group: dist.ProcessGroup | None = None
+    rank, size = 0, 1
+    device = torch.device("cpu")  # of the tensors that the group can send
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.process_group: dist.ProcessGroup | None = None
-        self.rank, self.size = 0, 1
-        self.device = torch.device("cpu")  # of the tensors that the group can send
         if not (dist.is_available() and dist.is_initialized()):
             if group is not None:
                 raise ValueError("process_group was given but torch.distributed is not initialized")
@@ -72,10 +73,7 @@ class Group:
     @classmethod
     def alone(cls) -> Group:
         """This process by itself: the same calls, and no communication."""
-        group = cls.__new__(cls)
-        group.process_group, group.rank, group.size = None, 0, 1
-        group.device = torch.device("cpu")
-        return group
+        return cls.__new__(cls)
 
     def outdated(self) -> bool:
         """Whether this process was taken for the only one and is now one of several. Local."""
@@ -246,15 +244,13 @@ class Group:
         """This group and the known groups by their ranks, counted within this group. Local."""
         if self.process_group is None:
             return {}
-        rank_of = {
-            outer: rank
-            for rank, outer in enumerate(dist.get_process_group_ranks(self.process_group))
-        }
+        ranks = dist.get_process_group_ranks(self.process_group)
+        rank_of = dict(zip(ranks, range(self.size), strict=True))
         groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         for group in (self.process_group, *known):
-            outer = dist.get_process_group_ranks(group)
-            if all(rank in rank_of for rank in outer):
-                groups.setdefault(tuple(rank_of[rank] for rank in outer), group)
+            members = tuple(map(rank_of.get, dist.get_process_group_ranks(group)))
+            if None not in members:
+                groups.setdefault(members, group)  # type: ignore[arg-type]
         return groups
 
     def any(self, flag: bool) -> bool:
@@ -377,13 +373,83 @@ def _has_key(store: Any, key: str) -> bool:
 def digest(*parts: object) -> tuple[int, int]:
     """A 128-bit digest of the `repr` of some values, as two int64."""
     raw = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
-    return (
-        int.from_bytes(raw[:8], "little", signed=True),
-        int.from_bytes(raw[8:], "little", signed=True),
-    )
+    first, second = struct.unpack("<2q", raw)
+    return first, second
 
 
-def gather_chunk(device: torch.device, num_ranks: int, itemsize: int) -> int:
+def exchange_slices(
+    slices: Callable[[int, int, int], Iterable[torch.Tensor]],
+    index: int,
+    numels: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    gather: Callable[[torch.Tensor, torch.Tensor], Iterable[dist.Work]],
+) -> None:
+    """Let every rank fill its storage with what each rank wrote to its own slice of it.
+
+    Collective. Each byte is sent once, in chunks; the next chunk is on its way while the last one
+    is copied to its place.
+
+    Args:
+        slices: (i, start, stop) -> the storage of elements [start, stop) of slice i, as 1-D
+            tensors in order; less where the slice ends before.
+        index: of the slice that this rank wrote.
+        numels: of each slice.
+        dtype: in which elements are sent.
+        device: from which the group can send.
+        gather: (rows, own) -> the works of an all-gather of 1-D bytes that fills row i with `own`
+            of the rank that wrote slice i.
+    """
+    longest = max(numels)
+    size = max(1, min(longest, _gather_chunk(device, len(numels), dtype.itemsize)))
+    staging = torch.empty(2, len(numels) + 1, size, dtype=dtype, device=device)
+
+    def start_gathering(start: int) -> tuple[Iterable[dist.Work], torch.Tensor]:
+        own, *_ = buffers = staging[start // size % 2]
+        pieces = [*slices(index, start, start + size)]
+        first = pieces[0] if pieces else own[:0]
+        if (first.numel(), first.dtype, first.device) == (size, dtype, device):
+            own = first  # sent from where it is
+        else:
+            for piece, staged in _side_by_side(pieces, own):
+                staged.copy_(piece)
+        # As bytes, since no backend supports every dtype.
+        return gather(buffers[1:].view(torch.uint8), own.view(torch.uint8)), buffers[1:]
+
+    def finish(start: int, works: Iterable[dist.Work], rows: torch.Tensor) -> None:
+        for work in works:
+            work.wait()
+        for i, row in enumerate(rows):
+            if i != index:
+                for piece, staged in _side_by_side(slices(i, start, start + size), row):
+                    piece.copy_(staged)
+
+    last: tuple[int, Iterable[dist.Work], torch.Tensor] | None = None
+    for start in range(0, longest, size):
+        current = (start, *start_gathering(start))
+        if last is not None:
+            finish(*last)
+        last = current
+    if last is not None:
+        finish(*last)
+
+
+def all_gather_bytes(group: dist.ProcessGroup) -> Callable[..., list[dist.Work]]:
+    """The `gather` of `exchange_slices` for all ranks of a process group."""
+    return lambda rows, own: [all_gather_single(rows.view(-1), own, group=group, async_op=True)]
+
+
+def _side_by_side(
+    pieces: Iterable[torch.Tensor], staging: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each piece with its part of a staging buffer that holds them end to end."""
+    at = 0
+    for piece in pieces:
+        yield piece, staging[at : at + piece.numel()]
+        at += piece.numel()
+
+
+def _gather_chunk(device: torch.device, num_ranks: int, itemsize: int) -> int:
     """Elements of each rank in one all-gather, when a large tensor is gathered in chunks.
 
     Gloo copies a chunk and its threads free some copies late: with 8 MB a swap held up to 95 MB on

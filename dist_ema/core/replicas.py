@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from dist_ema.core.group import Group, all_gather_single, device_for, digest, gather_chunk
+from dist_ema.core.group import Group, all_gather_bytes, device_for, digest, exchange_slices
 from dist_ema.core.layout import Fragment, FragmentMeta, bits
 
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
@@ -97,7 +97,8 @@ class ReplicaGroup:
 
     def own(self) -> Iterator[Fragment]:
         """The slices that this rank averages."""
-        return self._slices(self.cuts[self.index], self.cuts[self.index + 1])
+        for fragment, start, stop in self._ranges(self.index, 0, self.cuts[-1]):
+            yield from fragment.slices(start, stop)
 
     def share(self, storage: Storage = attrgetter("forward_view")) -> None:
         """Fill the storage of all fragments with what each rank wrote to its own slices.
@@ -106,9 +107,6 @@ class ReplicaGroup:
         """
         if not self.is_shared:
             return
-        # One dtype, unless the model was cast in part later: the widest loses nothing.
-        dtype = functools.reduce(torch.promote_types, {storage(f).dtype for f in self.fragments})
-        longest = max(b - a for a, b in itertools.pairwise(self.cuts))
         process_group = self.process_group or self.group.process_group
         assert process_group is not None
         device = device_for(
@@ -116,24 +114,20 @@ class ReplicaGroup:
             storage(self.fragments[0]).device,
             point_to_point=self.process_group is None,
         )
-        chunk = max(1, min(longest, gather_chunk(device, len(self.ranks), dtype.itemsize)))
-        own, index = torch.empty(chunk, dtype=dtype, device=device), self.index
-        rows = torch.empty(len(self.ranks), chunk, dtype=dtype, device=device)
-        for start in range(0, longest, chunk):
-            for values, staged in self._chunk(index, start, own, storage):
-                staged.copy_(values)
-            # As bytes, since no backend supports every dtype.
-            self._all_gather(own.view(torch.uint8), rows.view(torch.uint8))
-            for i, row in enumerate(rows):
-                if i != index:
-                    for values, staged in self._chunk(i, start, row, storage):
-                        values.copy_(staged)
+        exchange_slices(
+            lambda i, start, stop: (
+                storage(fragment)[a:b] for fragment, a, b in self._ranges(i, start, stop)
+            ),
+            self.index,
+            [b - a for a, b in itertools.pairwise(self.cuts)],
+            # One dtype, unless the model was cast in part later: the widest loses nothing.
+            functools.reduce(torch.promote_types, {storage(f).dtype for f in self.fragments}),
+            device,
+            all_gather_bytes(self.process_group) if self.process_group else self._send_to_each,
+        )
 
-    def _all_gather(self, own: torch.Tensor, rows: torch.Tensor) -> None:
-        """Fill row i of `rows` with `own` of rank `ranks[i]`. Collective among `ranks`."""
-        if self.process_group is not None:
-            all_gather_single(rows.view(-1), own, group=self.process_group)
-            return
+    def _send_to_each(self, rows: torch.Tensor, own: torch.Tensor) -> list[dist.Work]:
+        """An all-gather among `ranks`, point to point in the group that holds the model."""
         operations = []
         for rank, row in zip(self.ranks, rows, strict=True):
             if rank != self.group.rank:
@@ -141,32 +135,18 @@ class ReplicaGroup:
                     self.group.point_to_point(dist.isend, own, rank),
                     self.group.point_to_point(dist.irecv, row, rank),
                 ]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+        return dist.batch_isend_irecv(operations)
 
-    def _slices(self, start: int, stop: int) -> Iterator[Fragment]:
-        """The fragments of elements [start, stop) of the sequence."""
-        if start >= stop:
+    def _ranges(self, i: int, start: int, stop: int) -> Iterator[tuple[Fragment, int, int]]:
+        """The fragments, and their elements, of [start, stop) of the slice of rank `ranks[i]`."""
+        first, last = self.cuts[i] + start, min(self.cuts[i] + stop, self.cuts[i + 1])
+        if first >= last:
             return
-        for i in range(bisect.bisect_right(self._starts, start) - 1, len(self.fragments)):
-            fragment, first = self.fragments[i], self._starts[i]
-            if first >= stop:
+        for number in range(bisect.bisect_right(self._starts, first) - 1, len(self.fragments)):
+            fragment, base = self.fragments[number], self._starts[number]
+            if base >= last:
                 return
-            yield from fragment.slices(
-                max(0, start - first), min(fragment.meta.numel, stop - first)
-            )
-
-    def _chunk(
-        self, index: int, start: int, staging: torch.Tensor, storage: Storage
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Storage of a chunk of rank `ranks[index]`'s slices, each with its part of `staging`."""
-        first = self.cuts[index] + start
-        last = min(self.cuts[index + 1], first + len(staging))
-        at = 0
-        for fragment in self._slices(first, last):
-            values = storage(fragment)
-            yield values, staging[at : at + values.numel()]
-            at += values.numel()
+            yield fragment, max(0, first - base), min(fragment.meta.numel, last - base)
 
 
 def find_replica_groups(
