@@ -8,7 +8,7 @@ import os
 import struct
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -26,9 +26,6 @@ all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(
 )
 
 _BROADCAST_BYTES = 32 << 20  # at a time
-_GLOO_GATHER_BYTES = 2 << 20  # of all ranks, at a time
-_GATHER_BYTES = 8 << 20
-_GATHER_BYTES_OF_A_RANK = 1 << 18
 _ADVICE = (
     "every rank must make this call: move it out of `if rank == 0:` or "
     "`if accelerator.is_main_process:`"
@@ -377,89 +374,9 @@ def digest(*parts: object) -> tuple[int, int]:
     return first, second
 
 
-def exchange_slices(
-    slices: Callable[[int, int, int], Iterable[torch.Tensor]],
-    index: int,
-    numels: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    gather: Callable[[torch.Tensor, torch.Tensor], Iterable[dist.Work]],
-) -> None:
-    """Let every rank fill its storage with what each rank wrote to its own slice of it.
-
-    Collective. Each byte is sent once, in chunks; the next chunk is on its way while the last one
-    is copied to its place.
-
-    Args:
-        slices: (i, start, stop) -> the storage of elements [start, stop) of slice i, as 1-D
-            tensors in order; less where the slice ends before.
-        index: of the slice that this rank wrote.
-        numels: of each slice.
-        dtype: in which elements are sent.
-        device: from which the group can send.
-        gather: (rows, own) -> the works of an all-gather of 1-D bytes that fills row i with `own`
-            of the rank that wrote slice i.
-    """
-    longest = max(numels)
-    size = max(1, min(longest, _gather_chunk(device, len(numels), dtype.itemsize)))
-    staging = torch.empty(2, len(numels) + 1, size, dtype=dtype, device=device)
-
-    def start_gathering(start: int) -> tuple[Iterable[dist.Work], torch.Tensor]:
-        own, *_ = buffers = staging[start // size % 2]
-        pieces = [*slices(index, start, start + size)]
-        first = pieces[0] if pieces else own[:0]
-        if (first.numel(), first.dtype, first.device) == (size, dtype, device):
-            own = first  # sent from where it is
-        else:
-            for piece, staged in _side_by_side(pieces, own):
-                staged.copy_(piece)
-        # As bytes, since no backend supports every dtype.
-        return gather(buffers[1:].view(torch.uint8), own.view(torch.uint8)), buffers[1:]
-
-    def finish(start: int, works: Iterable[dist.Work], rows: torch.Tensor) -> None:
-        for work in works:
-            work.wait()
-        for i, row in enumerate(rows):
-            if i != index:
-                for piece, staged in _side_by_side(slices(i, start, start + size), row):
-                    piece.copy_(staged)
-
-    last: tuple[int, Iterable[dist.Work], torch.Tensor] | None = None
-    for start in range(0, longest, size):
-        current = (start, *start_gathering(start))
-        if last is not None:
-            finish(*last)
-        last = current
-    if last is not None:
-        finish(*last)
-
-
-def all_gather_bytes(group: dist.ProcessGroup) -> Callable[..., list[dist.Work]]:
-    """The `gather` of `exchange_slices` for all ranks of a process group."""
-    return lambda rows, own: [all_gather_single(rows.view(-1), own, group=group, async_op=True)]
-
-
-def _side_by_side(
-    pieces: Iterable[torch.Tensor], staging: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each piece with its part of a staging buffer that holds them end to end."""
-    at = 0
-    for piece in pieces:
-        yield piece, staging[at : at + piece.numel()]
-        at += piece.numel()
-
-
-def _gather_chunk(device: torch.device, num_ranks: int, itemsize: int) -> int:
-    """Elements of each rank in one all-gather, when a large tensor is gathered in chunks.
-
-    Gloo copies a chunk and its threads free some copies late: with 8 MB a swap held up to 95 MB on
-    a CPU and took a fifth less time. NCCL needs larger chunks, with a minimum for each rank.
-    """
-    if device.type == "cpu":
-        nbytes = _GLOO_GATHER_BYTES // num_ranks
-    else:
-        nbytes = max(_GATHER_BYTES // num_ranks, _GATHER_BYTES_OF_A_RANK)
-    return max(1, nbytes // itemsize)
+def backends_of(group: dist.ProcessGroup) -> dict[str, str]:
+    """The name of a process group's backend for each type of device."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
 
 
 def device_for(
@@ -469,10 +386,9 @@ def device_for(
 
     Gloo accepts tensors of an accelerator in collectives, but not in `isend` and `irecv`.
     """
-    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     supported = {
         device
-        for device, backend in backends.items()
+        for device, backend in backends_of(group).items()
         if device == "cpu" or backend != "gloo" or not point_to_point
     }
     if wanted.type in supported:

@@ -26,10 +26,12 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from dist_ema.core.group import Group, all_gather_bytes, device_for, digest, exchange_slices
+from dist_ema.core.group import Group, all_gather_single, backends_of, device_for, digest
 from dist_ema.core.layout import Fragment, FragmentMeta, bits
 
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
+_CHUNK_BYTES = 8 << 20  # of all ranks, exchanged at a time
+_CHUNK_BYTES_OF_A_RANK = 1 << 18  # at least
 _HASHED_ELEMENTS = 1 << 20  # at a time on an accelerator: 16 MB of scratch
 
 Holders = tuple[int, ...]  # ranks, ascending
@@ -109,33 +111,17 @@ class ReplicaGroup:
             return
         process_group = self.process_group or self.group.process_group
         assert process_group is not None
-        device = device_for(
-            process_group,
-            storage(self.fragments[0]).device,
-            point_to_point=self.process_group is None,
-        )
         exchange_slices(
-            lambda i, start, stop: (
+            lambda i, start, stop: [
                 storage(fragment)[a:b] for fragment, a, b in self._ranges(i, start, stop)
-            ),
-            self.index,
+            ],
             [b - a for a, b in itertools.pairwise(self.cuts)],
             # One dtype, unless the model was cast in part later: the widest loses nothing.
             functools.reduce(torch.promote_types, {storage(f).dtype for f in self.fragments}),
-            device,
-            all_gather_bytes(self.process_group) if self.process_group else self._send_to_each,
+            storage(self.fragments[0]).device,
+            process_group,
+            range(len(self.ranks)) if self.process_group else self.ranks,
         )
-
-    def _send_to_each(self, rows: torch.Tensor, own: torch.Tensor) -> list[dist.Work]:
-        """An all-gather among `ranks`, point to point in the group that holds the model."""
-        operations = []
-        for rank, row in zip(self.ranks, rows, strict=True):
-            if rank != self.group.rank:
-                operations += [
-                    self.group.point_to_point(dist.isend, own, rank),
-                    self.group.point_to_point(dist.irecv, row, rank),
-                ]
-        return dist.batch_isend_irecv(operations)
 
     def _ranges(self, i: int, start: int, stop: int) -> Iterator[tuple[Fragment, int, int]]:
         """The fragments, and their elements, of [start, stop) of the slice of rank `ranks[i]`."""
@@ -147,6 +133,115 @@ class ReplicaGroup:
             if base >= last:
                 return
             yield fragment, max(0, first - base), min(fragment.meta.numel, last - base)
+
+
+def exchange_slices(
+    slices: Callable[[int, int, int], list[torch.Tensor]],
+    numels: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    group: dist.ProcessGroup,
+    ranks: Sequence[int],
+) -> None:
+    """Fill storage that some ranks hold with what each of them wrote to its own slice of it.
+
+    Collective among `ranks`. Each byte is sent once, in chunks; a chunk is on its way while the one
+    before it is copied to its place. With gloo, or among some ranks of a group, messages go from
+    storage to storage without a copy: gloo's all-gather would copy each byte three times.
+
+    Args:
+        slices: (i, start, stop) -> the storage of elements [start, stop) of slice i, as 1-D
+            tensors in order; less where the slice ends before.
+        numels: of slice i, which rank `ranks[i]` wrote.
+        dtype: in which elements are sent.
+        device: of the storage.
+        ranks: within `group`.
+    """
+    index, longest = ranks.index(dist.get_rank(group)), max(numels)
+    sender = device_for(group, device)
+    sends = len(ranks) < dist.get_world_size(group) or backends_of(group)[sender.type] == "gloo"
+    if sends:
+        sender = device_for(group, device, point_to_point=True)
+    nbytes = max(_CHUNK_BYTES // len(ranks), _CHUNK_BYTES_OF_A_RANK)
+    size = max(1, min(longest, nbytes // dtype.itemsize))
+    # For two chunks, a row for each rank, and one that an all-gather sends.
+    staging = torch.empty(2, len(ranks) + 1, size, dtype=dtype, device=sender)
+    last: tuple[list[dist.Work], list[_Row]] = [], []
+    for number, start in enumerate(range(0, longest, size)):
+        buffers = staging[number % 2]
+        rows = [
+            _Row(slices(i, start, start + size), buffer, may_be_storage=sends)
+            for i, buffer in enumerate(buffers[:-1])
+        ]
+        if sends:
+            own = rows.pop(index).filled()
+            peers = [rank for rank in ranks if rank != ranks[index]]
+            works = _send(own, [row.buffer for row in rows], peers, group)
+        else:
+            _Row(rows.pop(index).pieces, buffers[-1]).filled()
+            gathered, own = buffers[:-1].reshape(-1), buffers[-1]
+            # As bytes, since no backend supports every dtype.
+            as_bytes = gathered.view(torch.uint8), own.view(torch.uint8)
+            works = [all_gather_single(*as_bytes, group=group, async_op=True)]
+        _finish(*last)
+        last = works, rows
+    _finish(*last)
+
+
+class _Row:
+    """A chunk of a slice: its storage, and the buffer that is sent or received."""
+
+    def __init__(
+        self, pieces: list[torch.Tensor], staging: torch.Tensor, *, may_be_storage: bool = False
+    ) -> None:
+        kinds = [(piece.dtype, piece.device) for piece in pieces]
+        self.is_storage = may_be_storage and kinds == [(staging.dtype, staging.device)]
+        numel = sum(piece.numel() for piece in pieces)
+        self.pieces, self.buffer = pieces, pieces[0] if self.is_storage else staging[:numel]
+
+    def filled(self) -> torch.Tensor:
+        """The buffer, after the storage is copied to it."""
+        for piece, part in self._pairs():
+            part.copy_(piece)
+        return self.buffer
+
+    def store(self) -> None:
+        """Copy the buffer to the storage; autograd notices the write."""
+        if self.is_storage:
+            torch.autograd.graph.increment_version(
+                [piece for piece in self.pieces if not piece.is_inference()]
+            )
+        for piece, part in self._pairs():
+            piece.copy_(part)
+
+    def _pairs(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        if self.is_storage:
+            return ()
+        parts = self.buffer.split([piece.numel() for piece in self.pieces])
+        return zip(self.pieces, parts, strict=True)
+
+
+def _send(
+    own: torch.Tensor,
+    received: Sequence[torch.Tensor],
+    peers: Sequence[int],
+    group: dist.ProcessGroup,
+) -> list[dist.Work]:
+    """Exchange messages with some ranks of a process group, as bytes."""
+    operations = [
+        dist.P2POp(operation, buffer.view(torch.uint8), group=group, group_peer=peer)
+        for buffer_of_peer, peer in zip(received, peers, strict=True)
+        for operation, buffer in ((dist.isend, own), (dist.irecv, buffer_of_peer))
+        if buffer.numel()
+    ]
+    return dist.batch_isend_irecv(operations) if operations else []
+
+
+def _finish(works: Iterable[dist.Work], rows: Iterable[_Row]) -> None:
+    for work in works:
+        work.wait()
+    for row in rows:
+        row.store()
 
 
 def find_replica_groups(

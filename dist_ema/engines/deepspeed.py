@@ -26,9 +26,9 @@ from torch import nn
 
 from dist_ema.core.engine import Cut, Engine, Registered, Weight, cut_range, pointer
 from dist_ema.core.errors import require, require_names
-from dist_ema.core.group import all_gather_bytes, exchange_slices
 from dist_ema.core.layout import whole_fragment
 from dist_ema.core.names import Registration, is_instance, layers, registrations
+from dist_ema.core.replicas import exchange_slices
 from dist_ema.engines.plain import outdate
 
 _STAGE_3 = "fp16_groups fp16_partitioned_groups_flat"
@@ -185,16 +185,16 @@ class _Flat(_Whole):
                 )
 
     def publish(self) -> None:
-        """All-gather the copies, a chunk of each rank's part at a time."""
+        """Let every rank have the parts of all, a chunk of each at a time."""
         for copy, process_group in zip(self._copies, self._process_groups or (), strict=False):
             parts = copy.detach().view(dist.get_world_size(process_group), -1)
             exchange_slices(
                 lambda i, start, stop, parts=parts: [parts[i, start:stop]],
-                dist.get_rank(process_group),
                 [parts.shape[1]] * len(parts),
                 copy.dtype,
                 copy.device,
-                all_gather_bytes(process_group),
+                process_group,
+                range(len(parts)),
             )
 
     def _held(self, i: int) -> slice:
