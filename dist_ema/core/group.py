@@ -124,7 +124,11 @@ class Group:
                     raise problem
                 raise error(describe(problem)) from problem
             return
-        self._refuse_destroyed_group()
+        if is_destroyed(self.process_group):
+            raise RuntimeError(
+                "the process group that this average was built with has been destroyed; build "
+                "ShardedEMA again after init_process_group(), and load() the average's checkpoint"
+            )
         labels = {"the call": call} | dict(values or {})
         bits = digest(sorted(labels.items()))[0] >> 1  # the order of labels may differ
         self._meet(call)
@@ -139,15 +143,6 @@ class Group:
             kind = next(failure[0] for failure in failures if failure)
             raise (error or _ERRORS.get(kind, RuntimeError))(text) from problem
         _raise_difference(call, [labels for _, labels in reports], error)
-
-    def _refuse_destroyed_group(self) -> None:
-        try:
-            dist.get_backend(self.process_group)
-        except ValueError as error:
-            raise RuntimeError(
-                "the process group that this average was built with has been destroyed; build "
-                "ShardedEMA again after init_process_group(), and load() the average's checkpoint"
-            ) from error
 
     def _meet(self, call: str) -> None:
         """Wait until every rank is in a public call, before any collective begins. Collective.
@@ -372,6 +367,14 @@ def digest(*parts: object) -> tuple[int, int]:
     raw = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
     first, second = struct.unpack("<2q", raw)
     return first, second
+
+
+def is_destroyed(group: dist.ProcessGroup | None) -> bool:
+    """Whether there was a group that has been destroyed since. Local."""
+    try:
+        return group is not None and not dist.get_backend(group)
+    except ValueError:
+        return True
 
 
 def backends_of(group: dist.ProcessGroup) -> dict[str, str]:

@@ -18,7 +18,7 @@ import bisect
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
@@ -26,7 +26,14 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from dist_ema.core.group import Group, all_gather_single, backends_of, device_for, digest
+from dist_ema.core.group import (
+    Group,
+    all_gather_single,
+    backends_of,
+    device_for,
+    digest,
+    is_destroyed,
+)
 from dist_ema.core.layout import Fragment, FragmentMeta, bits
 
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
@@ -81,8 +88,8 @@ class ReplicaGroup:
     process_group: dist.ProcessGroup | None  # of exactly `ranks`, if all of them know one
     number: int  # among the shared replica groups of all ranks; -1 if not shared
     fragments: tuple[Fragment, ...]
+    starts: tuple[int, ...]  # of each fragment in the sequence
     cuts: tuple[int, ...]
-    _starts: list[int] = field(init=False)  # of each fragment in the sequence
 
     @property
     def is_shared(self) -> bool:
@@ -92,10 +99,6 @@ class ReplicaGroup:
     def index(self) -> int:
         """This rank's position in `ranks`."""
         return self.ranks.index(self.group.rank)
-
-    def __post_init__(self) -> None:
-        sizes = (f.meta.numel for f in self.fragments[:-1])
-        object.__setattr__(self, "_starts", [0, *itertools.accumulate(sizes)])
 
     def own(self) -> Iterator[Fragment]:
         """The slices that this rank averages."""
@@ -128,8 +131,8 @@ class ReplicaGroup:
         first, last = self.cuts[i] + start, min(self.cuts[i] + stop, self.cuts[i + 1])
         if first >= last:
             return
-        for number in range(bisect.bisect_right(self._starts, first) - 1, len(self.fragments)):
-            fragment, base = self.fragments[number], self._starts[number]
+        for number in range(bisect.bisect_right(self.starts, first) - 1, len(self.fragments)):
+            fragment, base = self.fragments[number], self.starts[number]
             if base >= last:
                 return
             yield fragment, max(0, first - base), min(fragment.meta.numel, last - base)
@@ -289,38 +292,32 @@ def find_replica_groups(
     if any(device != "cpu" for pairs in nameless for _, device in pairs):
         group.connect()
     numbers = {label: i for i, label in enumerate(sorted(names))}
-    replica_groups = []
-    for key in sorted(members):
-        holders, fragments = key[0], tuple(members[key])
-        number, process_group = -1, None
-        if key in labels:
-            number = numbers[labels[key]]
-            if len({reports[rank][labels[key]] for rank in holders}) == 1:
-                process_group = process_groups.get(holders)
-        replica_groups.append(
-            ReplicaGroup(
-                holders,
-                group,
-                process_group,
-                number,
-                fragments,
-                even_cuts(sum(f.meta.numel for f in fragments), len(holders)),
-            )
+
+    def replica_group(key: tuple[Holders, str, str]) -> ReplicaGroup:
+        ranks, fragments, label = key[0], tuple(members[key]), labels.get(key)
+        is_known = label is not None and len({reports[rank][label] for rank in ranks}) == 1
+        *starts, numel = itertools.accumulate((f.meta.numel for f in fragments), initial=0)
+        return ReplicaGroup(
+            ranks,
+            group,
+            process_groups.get(ranks) if is_known else None,
+            -1 if label is None else numbers[label],
+            fragments,
+            tuple(starts),
+            even_cuts(numel, len(ranks)),
         )
-    return tuple(replica_groups), len(numbers)
+
+    return tuple(map(replica_group, sorted(members))), len(numbers)
 
 
 def refuse_destroyed(replica_groups: Sequence[ReplicaGroup]) -> None:
     """Raise if a process group of replicas has been destroyed. Local."""
     for replica_group in replica_groups:
-        if replica_group.process_group is not None:
-            try:
-                dist.get_backend(replica_group.process_group)
-            except ValueError as error:
-                raise RuntimeError(
-                    f"the process group of ranks {list(replica_group.ranks)}, which hold the same "
-                    "weights, has been destroyed; build ShardedEMA again, without that group"
-                ) from error
+        if is_destroyed(replica_group.process_group):
+            raise RuntimeError(
+                f"the process group of ranks {list(replica_group.ranks)}, which hold the same "
+                "weights, has been destroyed; build ShardedEMA again, without that group"
+            )
 
 
 @torch.no_grad()

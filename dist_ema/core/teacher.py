@@ -234,13 +234,12 @@ def _averaged_adapter(
         fqn: {replaced for replaced, name in _replacements(fqn, adapter) if name in names}
         for fqn in sorted(averaged)
     }
-    several = [components for components in candidates.values() if components]
+    several = [*filter(None, candidates.values())]
     common = set.intersection(*several) if several else set()
     if len(common) == 1:
         _refuse_other_settings(model, "".join(common), adapter)
     missing = [fqn for fqn, components in candidates.items() if not components]
-    trained = [fqn for fqn in missing if adapter in fqn.split(".")]
-    if trained:
+    if trained := [fqn for fqn in missing if adapter in fqn.split(".")]:
         raise ValueError(
             f"into={adapter!r}: {trained[0]} is of that adapter and would be averaged itself; call "
             "set_adapter() with the name of the student's, which freezes the teacher, or leave it "
@@ -268,9 +267,11 @@ def _refuse_other_settings(model: nn.Module, student: str, teacher: str) -> None
     differences = dict.fromkeys(
         f"{label} is {here.get(label)}, of {student!r} {there.get(label)}"
         for _, module in named_modules(model)
-        for attribute, values in _public_attributes(module)
-        if isinstance(values, dict)
-        if student in values and teacher in values
+        for attribute, values in [
+            ("peft_config", getattr(module, "peft_config", None)),
+            *(item for item in vars(module).items() if not item[0].startswith("_")),
+        ]
+        if isinstance(values, dict) and student in values and teacher in values
         for here, there in [[_settings(attribute, values[name]) for name in (teacher, student)]]
         for label in dict.fromkeys((*here, *there))
         if here.get(label) != there.get(label)
@@ -281,11 +282,6 @@ def _refuse_other_settings(model: nn.Module, student: str, teacher: str) -> None
             f"compute something else with the same weights: {'; '.join(differences)}; add it with "
             f"the configuration of {student!r}"
         )
-
-
-def _public_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield "peft_config", getattr(module, "peft_config", None)
-    yield from (item for item in vars(module).items() if not item[0].startswith("_"))
 
 
 def _settings(label: str, value: Any) -> dict[str, Any]:
@@ -312,12 +308,9 @@ def _difference(student: Weight, teacher: Weight) -> str | None:
         return teacher.problem
     if teacher.shape != student.shape:
         return f"has shape {teacher.shape}, the model's {student.shape}"
-    if [_place(f) for f in teacher.fragments] != [_place(f) for f in student.fragments]:
+    places = [[(f.meta.box, f.meta.order) for f in w.fragments] for w in (teacher, student)]
+    if places[0] != places[1]:
         return "is sharded in another way"
     if any(not f.in_place for f in teacher.fragments):
         return "is a copy that its engine overwrites from a master"
     return None
-
-
-def _place(fragment: Fragment) -> object:
-    return fragment.meta.box, fragment.meta.order
