@@ -37,6 +37,7 @@ from dist_ema.core.names import (
     Registration,
     class_of,
     ddp_modules,
+    is_in_parts,
     is_instance,
     registrations,
     unwrap,
@@ -166,7 +167,7 @@ def model_state(model: nn.Module, others: Iterable[Weight], group: Group) -> dic
         if w.persistent
     }
     try:
-        if _is_in_parts(model):
+        if is_in_parts(model):
             reports = group.gather((layouts, described, problem))
             layouts = _merged([layouts for layouts, _, _ in reports])
             described = {fqn: d for _, described, _ in reports for fqn, d in described.items()}
@@ -222,15 +223,11 @@ def layouts_of_all_ranks(
     Args:
         layouts: what `own_layouts` gave on this rank.
     """
-    if _is_in_parts(model):
+    if is_in_parts(model):
         reports = group.gather(layouts)
         with group.together():
             layouts = _merged(reports)
     return layouts
-
-
-def _is_in_parts(model: nn.Module) -> bool:
-    return isinstance(model, Models) and not model.are_named
 
 
 def _merged(reports: Iterable[Mapping[str, ModelLayout]]) -> dict[str, ModelLayout]:
@@ -335,7 +332,7 @@ def unregistered_tensors(
         for key, value in extra.items():
             if not isinstance(value, torch.Tensor) or id(value) in ids:
                 continue  # extra state, or a registered tensor under another name
-            if _is_in_parts(model):
+            if is_in_parts(model):
                 raise ValueError(
                     f"state_dict() of a part has {key}, which no module holds as a parameter or "
                     "buffer; gather each part by its own state_dict() in average_parameters()"
