@@ -33,6 +33,7 @@ from dist_ema.core.group import (
     device_for,
     digest,
     is_destroyed,
+    message,
 )
 from dist_ema.core.layout import Fragment, FragmentMeta, bits
 
@@ -232,7 +233,7 @@ def _send(
 ) -> list[dist.Work]:
     """Exchange messages with some ranks of a process group, as bytes."""
     operations = [
-        dist.P2POp(operation, buffer.view(torch.uint8), group=group, group_peer=peer)
+        message(operation, buffer.view(torch.uint8), group, peer)
         for buffer_of_peer, peer in zip(received, peers, strict=True)
         for operation, buffer in ((dist.isend, own), (dist.irecv, buffer_of_peer))
         if buffer.numel()
