@@ -22,10 +22,10 @@ from dist_ema.core.engine import (
     refuse_freezing,
     without_gaps,
 )
-from dist_ema.core.gather import Gatherer
+from dist_ema.core.gather import Gatherer, refuse_unequal_copies
 from dist_ema.core.group import Group
 from dist_ema.core.layout import Fragment
-from dist_ema.core.names import Modules, registrations
+from dist_ema.core.names import Modules, is_in_parts, registrations
 from dist_ema.core.plan import averaged_names, make_plan, rebind
 from dist_ema.core.replicas import differing, refuse_destroyed
 from dist_ema.core.storage import AverageStorage, allocate, average_dtype
@@ -232,8 +232,12 @@ class Average:
 
     def gatherer(self, values: Sequence[torch.Tensor]) -> Gatherer:
         """The gatherer for one average's values. Collective: every rank calls it."""
-        registered = [w for w in self.others() if w.is_buffer and w.persistent]
+        others = [w for w in self.others() if w.persistent]
+        registered = [w for w in others if w.is_buffer]
         buffers = [without_gaps(w) for w in registered]  # copies of those with gaps
+        if is_in_parts(self.model):
+            frozen = [w for w in others if not w.is_buffer]
+            refuse_unequal_copies(self.model, [*frozen, *buffers], self.group)
         key: list[object] = [
             (
                 (w.fqn, w.aliases, w.shape, w.tensor.dtype, w.problem),

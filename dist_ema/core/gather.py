@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema.core.engine import Engine, Weight
-from dist_ema.core.group import Group
+from dist_ema.core.group import Group, digest
 from dist_ema.core.layout import (
     Box,
     Fragment,
@@ -31,7 +31,7 @@ from dist_ema.core.layout import (
 )
 from dist_ema.core.names import Modules, as_module, registrations
 from dist_ema.core.plan import Plan
-from dist_ema.core.replicas import find_holders
+from dist_ema.core.replicas import find_holders, hash_of
 from dist_ema.core.swap import Marks
 
 _BUCKET_BYTES = 16 << 20  # of chunks that are gathered at a time
@@ -407,6 +407,54 @@ def _owned_buffers(buffers: Sequence[Weight], group: Group) -> tuple[list[Weight
     own = list(itertools.compress(unsharded, is_owner))
     fragments = [f for w in own for f in w.fragments]
     return own + sharded, fragments + list(itertools.compress(shards, is_owner[len(unsharded) :]))
+
+
+def refuse_unequal_copies(model: nn.Module, weights: Sequence[Weight], group: Group) -> None:
+    """Raise ValueError if different parts of a model differ in a tensor that both of them have.
+
+    The values of one rank are gathered, as those of ranks with the same part are taken for equal.
+    Collective: every rank calls it. One all-gather of names, and one of hashes of such tensors.
+
+    Args:
+        weights: what is not averaged here. Replicas of averaged weights are compared anyway.
+    """
+    part = digest([r.fqn for r in registrations(model)])[0]
+    layouts = {w.fqn: f"{w.tensor.dtype} of shape {w.shape}" for w in weights}
+    reports = group.all_gather((part, layouts))
+    parts_of: defaultdict[str, set[int]] = defaultdict(set)
+    for number, names in reports:
+        for fqn in names:
+            parts_of[fqn].add(number)
+    problems = _differing_texts(reports)
+    if not problems and any(len(parts) > 1 for parts in parts_of.values()):
+        with group.together():
+            hashes = {
+                f"{w.fqn}{list(f.meta.box.offsets) if len(w.fragments) > 1 else ''}": (
+                    f"values of hash {hash_of([f]):x}"
+                )
+                for w in weights
+                if len(parts_of[w.fqn]) > 1
+                for f in w.fragments
+            }
+        problems = _differing_texts(group.all_gather((part, hashes)))
+    if problems:
+        raise ValueError(
+            f"parts of the model have different tensors of one name: {'; '.join(problems)}; give "
+            "them names of their own, or equal values"
+        )
+
+
+def _differing_texts(reports: Sequence[tuple[int, Mapping[str, str]]]) -> list[str]:
+    """Where a text is another one in another part than in the first that has it."""
+    first: dict[str, tuple[int, int, str]] = {}
+    problems: dict[str, str] = {}
+    for rank, (part, texts) in enumerate(reports):
+        for name, text in texts.items():
+            first_rank, first_part, wanted = first.setdefault(name, (rank, part, text))
+            if part != first_part and text != wanted:
+                both = f"{name} has {wanted} on rank {first_rank} and {text} on rank {rank}"
+                problems.setdefault(name, both)
+    return list(problems.values())
 
 
 def _merge(reports: Sequence[Sequence[TensorMeta]]) -> list[TensorMeta]:

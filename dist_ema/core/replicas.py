@@ -331,12 +331,12 @@ def differing(replica_groups: Sequence[ReplicaGroup], num_shared: int, group: Gr
     shared = [g for g in replica_groups if g.is_shared]
     numbers = [1 - (1 << 63)] * (2 * num_shared)
     for replica_group in shared:
-        value, at = _hash(replica_group.fragments) >> 1, 2 * replica_group.number
+        value, at = hash_of(replica_group.fragments) >> 1, 2 * replica_group.number
         numbers[at : at + 2] = value, -value
     maxima = group.maxima(numbers) if num_shared else []
     if all(high == -low for high, low in zip(maxima[::2], maxima[1::2], strict=True)):
         return []
-    hashes = {(f.meta.fqn, f.meta.box): _hash([f]) for g in shared for f in g.fragments}
+    hashes = {(f.meta.fqn, f.meta.box): hash_of([f]) for g in shared for f in g.fragments}
     first: dict[tuple[str, object], int] = {}
     return sorted(
         {
@@ -348,7 +348,7 @@ def differing(replica_groups: Sequence[ReplicaGroup], num_shared: int, group: Gr
     )
 
 
-def _hash(fragments: Iterable[Fragment]) -> int:
+def hash_of(fragments: Iterable[Fragment]) -> int:
     """64 bits, signed, of the bits of masters and weights: equal for equal bits, NaN included."""
     state = xxhash.xxh3_64()
     tensors = ([f.view] if f.in_place else [f.view, f.forward_view] for f in fragments)

@@ -32,6 +32,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ from dist_ema.export.layouts import ModelLayout, read_config
 _SUFFIX = ".safetensors"
 _WRITTEN_BY = {"written_by": "dist_ema.export"}  # in the metadata of weights files and indices
 _BLOCK = 1 << 18  # elements that are cast, checked and written at a time: they stay in cache
+_SYNC_BYTES = 32 << 20  # after which a sync begins that runs beside further writes
 _MAX_OPEN = 256  # files at a time; the usual limit of a process is 1024
 _LOCK_TIMEOUT_S = 300.0
 
@@ -283,12 +285,29 @@ class Writer:
 
     def __init__(self, directory: Path, plan: ExportPlan) -> None:
         self.directory, self.plan = directory, plan
-        self._open: dict[str, int] = {}
         self.not_finite: set[str] = set()  # averaged tensors that hold NaN or Inf
+        self._open: dict[str, int] = {}
+        self._unsynced = 0  # bytes
+        self._syncing: Future[None] | None = None
+        self._disk, self._behind = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def sees_files(self) -> bool:
         """Whether this process sees the files that rank 0 has created."""
         return all((self.directory / name).is_file() for name in self.plan.files)
+
+    def write_batches(self, batches: Iterable[Iterable[tuple[str, int, torch.Tensor]]]) -> None:
+        """Write batches of chunks, see `write_chunk`, each while the next is computed."""
+        last: Future[None] | None = None
+        for batch in batches:
+            if last is not None:
+                last.result()
+            last = self._behind.submit(self._write_batch, batch)
+        if last is not None:
+            last.result()
+
+    def _write_batch(self, batch: Iterable[tuple[str, int, torch.Tensor]]) -> None:
+        for chunk in batch:
+            self.write_chunk(*chunk)
 
     def write_chunk(self, fqn: str, start: int, values: torch.Tensor) -> None:
         """Write elements of a row-major tensor from `start` on: 1-D, in any dtype and place."""
@@ -296,9 +315,9 @@ class Writer:
         if place.file not in self._open:
             if len(self._open) == _MAX_OPEN:
                 self.sync()
-                self.close()
+                self._close_files()
             self._open[place.file] = os.open(self.directory / place.file, os.O_WRONLY)
-        at = place.start + start * place.dtype.itemsize
+        fd, at = self._open[place.file], place.start + start * place.dtype.itemsize
         for values_of_block in values.split(_BLOCK):
             block = values_of_block.to("cpu", place.dtype)
             comparable = block.float() if block.element_size() == 1 else block
@@ -306,15 +325,32 @@ class Writer:
                 self.not_finite.add(fqn)
             data = block.view(torch.uint8).numpy().data
             while data:  # a write may be partial
-                n = os.pwrite(self._open[place.file], data, at)
+                n = os.pwrite(fd, data, at)
                 data, at = data[n:], at + n
+            self._unsynced += block.nbytes
+            if self._unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+                self._wait()
+                self._syncing = self._disk.submit(os.fdatasync, fd)
+                self._unsynced = 0
+
+    def _wait(self) -> None:
+        """Wait for the last sync that was started; raises if it failed."""
+        syncing, self._syncing = self._syncing, None
+        if syncing is not None:
+            syncing.result()
 
     def sync(self) -> None:
         """Wait until what this process wrote is on disk."""
+        self._wait()
         for fd in self._open.values():
             os.fsync(fd)
 
     def close(self) -> None:
+        self._behind.shutdown(cancel_futures=True)
+        self._disk.shutdown()
+        self._close_files()
+
+    def _close_files(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
 

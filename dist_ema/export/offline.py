@@ -6,7 +6,7 @@ frozen weights and buffers. Their values come from a base, a directory that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -122,10 +122,13 @@ def export(
         plans = plan_exports(tensors, layouts, max_shard_size, weights_name)
 
         def write_values(writer: Writer) -> None:
-            for fqn in writer.plan.places:
+            writer.write_batches(chunks(writer.plan.places))
+
+        def chunks(names: Iterable[str]) -> Iterator[list[tuple[str, int, torch.Tensor]]]:
+            for fqn in names:
                 source, tensor = sources[fqn]
                 for start, chunk in source.chunks(tensor):
-                    writer.write_chunk(fqn, start, chunk)
+                    yield [(fqn, start, chunk)]
                     advance(chunk.nbytes)
 
         total = sum(sources[fqn][1].nbytes for plan in plans.values() for fqn in plan.places)
