@@ -9,7 +9,7 @@ fragment. For 70 billion parameters in 723 tensors on 1,024 ranks, a rank sends 
 [Note: groups of replicas]
 No process group is created here: torch has no way to create one among some ranks that leaves the
 user's own `new_group()` calls alone. A known group with exactly these ranks is used; without one,
-replicas exchange the same bytes point to point in the group that holds the model.
+replicas exchange the same bytes by messages in the group that holds the model.
 """
 
 from __future__ import annotations
