@@ -24,6 +24,7 @@ RUN: dict[str, Callable[[str, Path], str]] = {
     "accelerate": lambda page, cwd: under_accelerate(
         "cpu-2", SCRIPT, page, "accelerate", cwd=cwd, **CPU
     ),
+    "fsdp2": lambda page, cwd: run_on(2, SCRIPT, page, "fsdp2", cwd=cwd),
     "python": lambda page, cwd: run_on(1, SCRIPT, page, "python", cwd=cwd),
     "afterwards": lambda page, cwd: run_on(1, SCRIPT, page, "afterwards", cwd=cwd),
 }
@@ -49,6 +50,16 @@ MADE = {
         "sweep/sigma_rel-0.05/manifest.json",
         "chosen/model.safetensors",
         "merged/model.safetensors",
+    ],
+    ("examples/README.md", "accelerate"): [
+        *("unet/config.json", "unet/diffusion_pytorch_model.safetensors"),
+        *("pipeline/model_index.json", "checkpoint-8/ema/manifest.json"),
+    ],
+    ("examples/README.md", "fsdp2"): ["policy/adapter_model.safetensors"],
+    ("examples/README.md", "python"): ["adapter/adapter_model.safetensors"],
+    ("examples/README.md", "torchrun"): [
+        "gpt/average/manifest.json",
+        "gpt/model/model.safetensors",
     ],
 }
 

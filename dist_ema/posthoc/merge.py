@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -32,7 +31,7 @@ from dist_ema.checkpoint.writer import written_by
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
 from dist_ema.core.layout import TensorMeta, flat_boxes, flat_ends, whole
-from dist_ema.export.files import Writer, plan_exports, write_export
+from dist_ema.export.files import Writer, plan_exports, summary, write_export
 from dist_ema.export.layouts import ModelLayout
 from dist_ema.export.offline import Source, dtype_named, models_of, name_in_files
 from dist_ema.options import MERGE_WEIGHTS, no_pickles
@@ -161,13 +160,15 @@ def merge(
         }
         metadata = {"merged": json.dumps(origin)}
         plans = plan_exports(
-            tensors, layouts, None, max_shard_size, None, metadata=metadata, keep_dtypes=True
+            tensors,
+            layouts,
+            max_shard_size,
+            None,
+            metadata=metadata,
+            copies=_tokenizer_files(searched),
         )
-        copies = _tokenizer_files(searched)
 
         def write_values(writer: Writer) -> None:
-            for file in copies:
-                shutil.copyfile(file, writer.directory / file.name)
             for fqn in writer.plan.places:
                 for start, values, nbytes in sources[fqn].chunks(sums):
                     for i, part in enumerate(values.split(SERIAL)):
@@ -178,17 +179,10 @@ def merge(
         total = sum(source.nbytes for source in sources.values())
         with WeightedSums(_SUMS_BYTES, used) as sums, progress(total) as advance:
             write_export(Path(out), plans, Group.alone(), write_values)
-    names = {model: [*plan.files, *plan.texts] for model, plan in plans.items()}
     return MergeResult(
         target(Path(out)),
         {str(path): factor for path, factor in zip(paths, factors, strict=True)},
-        ", ".join(dict.fromkeys(layout.library for layout in layouts.values())),
-        [
-            str(Path(model) / n)
-            for model in names
-            for n in (*names[model], *(c.name for c in copies))
-        ],
-        sum(nbytes for plan in plans.values() for _, nbytes in plan.files.values()),
+        **summary(plans),
     )
 
 
