@@ -214,10 +214,13 @@ def test_an_unknown_suite_is_refused(capsys: pytest.CaptureFixture[str]):
     )
 
 
-def test_the_readme_tells_what_the_committed_results_tell(tmp_path: Path):
-    copied = tmp_path / "README.md"
-    copied.write_text((report.ROOT / "README.md").read_text())
-    readme.write(report.directory_for("cpu"), copied)
-    assert copied.read_text() == (report.ROOT / "README.md").read_text()
+def test_the_pages_show_the_committed_results(tmp_path: Path):
+    pages = [Path("README.md"), readme.PAGE]
+    for page in pages:
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / page).write_text((report.ROOT / page).read_text())
+    readme.write(report.directory_for("cpu"), tmp_path)
+    for page in pages:
+        assert (tmp_path / page).read_text() == (report.ROOT / page).read_text()
     with pytest.raises(SystemExit, match=r"no update\.json"):
-        readme.told(tmp_path)
+        readme.read(tmp_path)

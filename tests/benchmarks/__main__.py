@@ -4,7 +4,7 @@
 
 All of them if none is named, but for `trace`, which tells nothing without a GPU. Each writes
 SUITE.json and SUITE.md into a folder of tests/benchmarks/results named after the device; `plots`
-draws what is there into examples/, and `readme` puts it into the README.
+draws them into examples/, and `readme` writes them into README.md and tests/benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="CUDA where there is any")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--plots", type=Path, default=report.ROOT / "examples")
-    parser.add_argument("--readme", type=Path, default=report.ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, default=report.ROOT, help="folder of the pages")
     options = parser.parse_args(arguments)
     suites = options.suites or [*SUITES, *TOLD]
     known = [*SUITES, TRACE, *TOLD]
