@@ -30,7 +30,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -51,6 +51,8 @@ from dist_ema.export.layouts import ModelLayout, read_config
 _SUFFIX = ".safetensors"
 _WRITTEN_BY = {"written_by": "dist_ema.export"}  # in the metadata of weights files and indices
 _BLOCK = 1 << 18  # elements that are cast, checked and written at a time: they stay in cache
+_NUM_THREADS = 3  # one of them may wait for the disk
+_MAX_WRITING = 16  # blocks at a time
 _SYNC_BYTES = 32 << 20  # after which a sync begins that runs beside further writes
 _MAX_OPEN = 256  # files at a time; the usual limit of a process is 1024
 _LOCK_TIMEOUT_S = 300.0
@@ -281,73 +283,72 @@ def summary(plans: Mapping[str, ExportPlan]) -> dict[str, Any]:
 
 
 class Writer:
-    """The open files of an export that this process writes to."""
+    """The open files of an export that this process writes to.
+
+    Threads convert, check and write blocks, and wait for the disk, while the caller computes what
+    follows.
+    """
 
     def __init__(self, directory: Path, plan: ExportPlan) -> None:
         self.directory, self.plan = directory, plan
         self.not_finite: set[str] = set()  # averaged tensors that hold NaN or Inf
         self._open: dict[str, int] = {}
+        self._threads = ThreadPoolExecutor(_NUM_THREADS)
+        self._writing: deque[Future[None]] = deque()
+        self._syncs: list[Future[None]] = []
         self._unsynced = 0  # bytes
-        self._syncing: Future[None] | None = None
-        self._disk, self._behind = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def sees_files(self) -> bool:
         """Whether this process sees the files that rank 0 has created."""
         return all((self.directory / name).is_file() for name in self.plan.files)
 
-    def write_batches(self, batches: Iterable[Iterable[tuple[str, int, torch.Tensor]]]) -> None:
-        """Write batches of chunks, see `write_chunk`, each while the next is computed."""
-        last: Future[None] | None = None
-        for batch in batches:
-            if last is not None:
-                last.result()
-            last = self._behind.submit(self._write_batch, batch)
-        if last is not None:
-            last.result()
-
-    def _write_batch(self, batch: Iterable[tuple[str, int, torch.Tensor]]) -> None:
-        for chunk in batch:
-            self.write_chunk(*chunk)
-
     def write_chunk(self, fqn: str, start: int, values: torch.Tensor) -> None:
-        """Write elements of a row-major tensor from `start` on: 1-D, in any dtype and place."""
+        """Write elements of a row-major tensor from `start` on: 1-D, in any dtype and place.
+
+        The values must not change before `sync()` has returned.
+        """
         place = self.plan.places[fqn]
         if place.file not in self._open:
             if len(self._open) == _MAX_OPEN:
                 self.sync()
-                self._close_files()
             self._open[place.file] = os.open(self.directory / place.file, os.O_WRONLY)
         fd, at = self._open[place.file], place.start + start * place.dtype.itemsize
-        for values_of_block in values.split(_BLOCK):
-            block = values_of_block.to("cpu", place.dtype)
-            comparable = block.float() if block.element_size() == 1 else block
-            if place.averaged and not is_finite(comparable):
-                self.not_finite.add(fqn)
-            data = block.view(torch.uint8).numpy().data
-            while data:  # a write may be partial
-                n = os.pwrite(fd, data, at)
-                data, at = data[n:], at + n
-            self._unsynced += block.nbytes
-            if self._unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
-                self._wait()
-                self._syncing = self._disk.submit(os.fdatasync, fd)
+        for block in values.split(_BLOCK):
+            # On this thread, whose current stream the values were computed on.
+            block = block if block.device.type == "cpu" else block.to("cpu", place.dtype)
+            self._writing.append(self._threads.submit(self._write, fqn, block, fd, at))
+            if len(self._writing) > _MAX_WRITING:
+                self._writing.popleft().result()
+            at += block.numel() * place.dtype.itemsize
+            self._unsynced += block.numel() * place.dtype.itemsize
+            if self._unsynced >= _SYNC_BYTES and all(sync.done() for sync in self._syncs[-1:]):
+                self._syncs.append(self._threads.submit(os.fdatasync, fd))
                 self._unsynced = 0
 
-    def _wait(self) -> None:
-        """Wait for the last sync that was started; raises if it failed."""
-        syncing, self._syncing = self._syncing, None
-        if syncing is not None:
-            syncing.result()
+    def _write(self, fqn: str, block: torch.Tensor, fd: int, at: int) -> None:
+        """Convert, check and write a block of a tensor at a byte of a file. On a thread."""
+        place = self.plan.places[fqn]
+        block = block.to(place.dtype)
+        comparable = block.float() if block.element_size() == 1 else block
+        if place.averaged and not is_finite(comparable):
+            self.not_finite.add(fqn)
+        data = block.view(torch.uint8).numpy().data
+        while data:  # a write may be partial
+            n = os.pwrite(fd, data, at)
+            data, at = data[n:], at + n
 
     def sync(self) -> None:
-        """Wait until what this process wrote is on disk."""
-        self._wait()
+        """Wait until what this process wrote is on disk, and close the files."""
+        for task in (*self._writing, *self._syncs):
+            task.result()
         for fd in self._open.values():
             os.fsync(fd)
+        self._writing.clear()
+        self._syncs.clear()
+        self._close_files()
 
     def close(self) -> None:
-        self._behind.shutdown(cancel_futures=True)
-        self._disk.shutdown()
+        self._threads.shutdown(cancel_futures=True)
         self._close_files()
 
     def _close_files(self) -> None:

@@ -6,7 +6,7 @@ frozen weights and buffers. Their values come from a base, a directory that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,13 @@ from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
 from dist_ema.core.layout import TensorMeta
 from dist_ema.core.safetensors import torch_dtype
-from dist_ema.export.files import Writer, names_in_model, plan_exports, summary, write_export
+from dist_ema.export.files import (
+    Writer,
+    names_in_model,
+    plan_exports,
+    summary,
+    write_export,
+)
 from dist_ema.export.layouts import ModelLayout, layouts_from_json
 from dist_ema.schedule import averages_of
 
@@ -122,13 +128,10 @@ def export(
         plans = plan_exports(tensors, layouts, max_shard_size, weights_name)
 
         def write_values(writer: Writer) -> None:
-            writer.write_batches(chunks(writer.plan.places))
-
-        def chunks(names: Iterable[str]) -> Iterator[list[tuple[str, int, torch.Tensor]]]:
-            for fqn in names:
+            for fqn in writer.plan.places:
                 source, tensor = sources[fqn]
                 for start, chunk in source.chunks(tensor):
-                    yield [(fqn, start, chunk)]
+                    writer.write_chunk(fqn, start, chunk)
                     advance(chunk.nbytes)
 
         total = sum(sources[fqn][1].nbytes for plan in plans.values() for fqn in plan.places)
