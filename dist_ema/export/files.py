@@ -113,16 +113,13 @@ def plan_exports(
     metadata = {**(metadata or {}), "format": "pt", **_WRITTEN_BY}
     plans: dict[str, ExportPlan] = {}
     for model, layout in layouts.items():
-        name = layout.weights_name if weights_name is None else weights_name
-        if not re.fullmatch(r"\w[\w.+-]*\.safetensors", str(name)):
-            raise ValueError(f"weights_name is {name!r}, wanted a name ending in {_SUFFIX}")
-        names_of = {t.fqn: names_in_model(model, (t.fqn, *t.aliases)) for t in tensors}
-        entries = _entries([t for t in tensors if names_of[t.fqn]], names_of, layout)
-        tied = {alias: first for first, *more in filter(None, names_of.values()) for alias in more}
+        named = [(names_in_model(model, (t.fqn, *t.aliases)), t) for t in tensors]
+        entries = _entries([(names, t) for names, t in named if names], layout)
+        tied = {alias: names[0] for names, _ in named for alias in names[1:]}
         plans[model] = _plan_of_files(
             _split(entries, sys.maxsize if layout.library == "peft" else limit),  # reads one file
             layout,
-            name,
+            layout.weights_name if weights_name is None else weights_name,
             metadata | (dict(sorted(tied.items())) if layout.library == "plain" else {}),
             copies,
         )
@@ -135,23 +132,20 @@ def names_in_model(model: str, names: Iterable[str]) -> list[str]:
     return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
-def _entries(
-    tensors: Sequence[TensorMeta], names_of: Mapping[str, Sequence[str]], layout: ModelLayout
-) -> list[_Entry]:
-    """The tensors that are written, in the order of the files.
+def _entries(named: Sequence[tuple[list[str], TensorMeta]], layout: ModelLayout) -> list[_Entry]:
+    """The tensors that are written: wider dtypes first, then by name, as safetensors orders them.
 
-    Wider dtypes come first, then names in order, as safetensors itself writes them: so each tensor
-    starts at a multiple of its itemsize, and equal tensors give equal files.
+    So each starts at a multiple of its itemsize, and equal tensors give equal files.
     """
-    named = [(layout.name_of(names_of[t.fqn]), t) for t in tensors]
-    lost = [names_of[t.fqn][0] for name, t in named if name is None and t.averaged]
+    lost = [names[0] for names, t in named if t.averaged and layout.name_of(names) is None]
     if not set(lost) <= set(layout.ignored):
         raise ValueError(
             f"the layout of {layout.library} has no room for {', '.join(lost)}, which are "
             "averaged; with adapters, average the active one only (params=) and name other layers "
             "in modules_to_save, or use gather_state_dict()"
         )
-    entries = [(name, t) for name, t in named if name is not None]
+    in_files = [(layout.name_of(names), t) for names, t in named]
+    entries = [(name, t) for name, t in in_files if name is not None]
     unknown = [f"{name} ({t.dtype})" for name, t in entries if dtype_name(t.dtype) is None]
     if unknown:
         raise ValueError(f"safetensors has no dtype for {', '.join(unknown)}")
@@ -182,6 +176,8 @@ def _plan_of_files(
     copies: Sequence[Path],
 ) -> ExportPlan:
     """The plan of a model whose tensors are divided into one part for each file."""
+    if not re.fullmatch(r"\w[\w.+-]*\.safetensors", str(weights_name)):
+        raise ValueError(f"weights_name is {weights_name!r}, wanted a name ending in {_SUFFIX}")
     stem, library_stem = (n.removesuffix(_SUFFIX) for n in (weights_name, layout.weights_name))
     files: dict[str, tuple[bytes, int]] = {}
     places: dict[str, Place] = {}
