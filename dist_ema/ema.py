@@ -151,6 +151,8 @@ class ShardedEMA:
             arguments.update(self._options.arguments())
             if isinstance(model, Mapping):
                 arguments["argument model"] = f"a mapping with {list(model)}"
+            elif not isinstance(model, nn.Module):
+                arguments["argument model"] = "a list of modules"
         self._model = model
         self._average = Average(module, self._options, into, self._group, select)
         self._step = self._num_updates = 0

@@ -370,8 +370,6 @@ def _replaced_files(directory: Path, plan: ExportPlan) -> Iterator[Path]:
             f"{directory} is a checkpoint of save(), and save() replaces no directory that has "
             "other files in it; export to another directory"
         )
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} exists and is not a directory")
     is_new = not directory.exists()
     stage = directory / f".export-{uuid.uuid4().hex[:8]}"
     try:
