@@ -356,13 +356,7 @@ class Writer:
 def _replaced_files(directory: Path, plan: ExportPlan) -> Iterator[Path]:
     """Give an empty directory to write to; if the block succeeds, its files replace older ones.
 
-    Readers of `directory` see all of the old files or all of the new ones; see
-    [Note: replacing files]. If the block raises, `directory` is as it was.
-
-    Raises:
-        ValueError: `directory` is a checkpoint of `save`; or see `_stale_files`, before the block
-            or after it.
-        TimeoutError: another export to the directory has not ended in time.
+    See [Note: replacing files]. If the block raises, `directory` is as it was.
     """
     directory = target(directory)
     if is_checkpoint(directory):
