@@ -218,7 +218,7 @@ def non_finite_names(averages: Averages, copies: Averages | None = None) -> set[
         for chunk, copy in zip(values, out, strict=True):
             if copies is not None:
                 copy.copy_(chunk)
-            if not _is_finite(copy):
+            if not is_finite(copy):
                 names.add(source.meta.fqn)
     return names
 
@@ -241,7 +241,8 @@ def _owned(averages: Averages) -> Iterator[Fragment]:
     return (f for fragments in averages.values() for f in fragments if f.is_owner)
 
 
-def _is_finite(values: torch.Tensor) -> bool:
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no Inf. Allocates nothing unless it does, or overflows."""
     if values.is_complex():
         values = torch.view_as_real(values)
     if not values.is_floating_point():

@@ -41,6 +41,7 @@ import torch
 from safetensors import safe_open
 
 from dist_ema.checkpoint.directory import is_checkpoint, release, sync, target
+from dist_ema.checkpoint.writer import is_finite
 from dist_ema.core.group import Group
 from dist_ema.core.layout import TensorMeta
 from dist_ema.core.safetensors import dtype_name, header_of
@@ -268,7 +269,7 @@ class Writer:
         for values_of_block in values.split(_BLOCK):
             block = values_of_block.to("cpu", place.dtype)
             comparable = block.float() if block.element_size() == 1 else block
-            if place.averaged and not comparable.isfinite().all():
+            if place.averaged and not is_finite(comparable):
                 self.not_finite.add(fqn)
             data = block.view(torch.uint8).numpy().data
             while data:  # a write may be partial

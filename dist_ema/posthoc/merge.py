@@ -36,10 +36,9 @@ from dist_ema.export.files import Writer, plan_exports, write_export
 from dist_ema.export.layouts import ModelLayout
 from dist_ema.export.offline import Source, dtype_named, models_of, name_in_files
 from dist_ema.options import MERGE_WEIGHTS, no_pickles
-from dist_ema.posthoc.combine import SERIAL, Term, WeightedSums
+from dist_ema.posthoc.combine import SERIAL, Range, Term, WeightedSums
 
 _RANGE = 1 << 20  # elements that are summed at a time, a block of fp32
-_SUMS_BYTES = 2 * 16 * _RANGE  # of complex128 on two threads
 _MAX_OPEN = 512  # files at a time, over all checkpoints
 _TOLERANCE = 1e-6  # of the sum of given weights
 _LISTED = 8  # tensors in a message
@@ -168,15 +167,19 @@ def merge(
         def write_values(writer: Writer) -> None:
             for file in copies:
                 shutil.copyfile(file, writer.directory / file.name)
-            for fqn in writer.plan.places:
-                for start, values, nbytes in sources[fqn].chunks(sums):
-                    for i, part in enumerate(values.split(SERIAL)):
-                        writer.write_chunk(fqn, start + i * SERIAL, part)
-                    advance(nbytes)
+            ranges = (
+                each
+                for fqn, place in writer.plan.places.items()
+                for each in sources[fqn].ranges(place.dtype)
+            )
+            for each, values in sums.compute(ranges):
+                for i, part in enumerate(values[0].split(SERIAL)):
+                    writer.write_chunk(each.fqn, each.start + i * SERIAL, part)
+                advance(each.nbytes)
 
         used = [term.checkpoint for source in sources.values() for term in source.terms]
-        total = sum(source.nbytes for source in sources.values())
-        with WeightedSums(_SUMS_BYTES, used) as sums, progress(total) as advance:
+        total = sum(term.nbytes for source in sources.values() for term in source.terms)
+        with WeightedSums(used, 1, _RANGE) as sums, progress(total) as advance:
             write_export(Path(out), plans, Group.alone(), write_values)
     names = {model: [*plan.files, *plan.texts] for model, plan in plans.items()}
     return MergeResult(
@@ -330,25 +333,9 @@ class _Sum:
     meta: TensorMeta  # of the saved tensors, in their widest dtype
     terms: Sequence[Term]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(term.average.tensors[term.fqn].nbytes for term in self.terms)
-
-    def chunks(self, sums: WeightedSums) -> Iterator[tuple[int, torch.Tensor, int]]:
-        """The values in row-major order: each chunk with its first element and the bytes read."""
-        first = self.terms[0]
-        is_copy = len(self.terms) == 1 and first.coefficients == (1.0,)
-        for start, stop in self._ranges():
-            if is_copy:
-                values = torch.empty(stop - start, dtype=self.meta.dtype)
-                first.checkpoint.read(first.average, first.fqn, start, values)
-            else:
-                boxes = flat_boxes(self.meta.shape, start, stop)
-                values = sums.compute(self.terms, boxes, self.meta.dtype, start)[0]
-            yield start, values, self.nbytes * (stop - start) // self.meta.numel
-
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        """Ranges that end where boxes of the first tensor do: none of its blocks is read twice."""
+    def ranges(self, dtype: torch.dtype) -> Iterator[Range]:
+        """All elements in order. Ranges end where boxes of the first tensor do: none of its blocks
+        is read twice."""
         outer, ends = whole(self.meta.shape), []
         for saved in self.terms[0].average.tensors[self.terms[0].fqn].boxes:
             begin, last = flat_ends(saved.box, outer) if saved.box.numel else (0, -1)
@@ -361,7 +348,8 @@ class _Sum:
             before = bisect_right(ends, stop)
             if before and ends[before - 1] > start:
                 stop = ends[before - 1]
-            yield start, stop
+            boxes = flat_boxes(self.meta.shape, start, stop)
+            yield Range(self.meta.fqn, start, self.terms, boxes, dtype)
             start = stop
 
 

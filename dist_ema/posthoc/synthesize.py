@@ -61,6 +61,20 @@ class SynthesisResult:
             f"residual {self.residual:.2g}"
         )
 
+    def summary(self) -> dict[str, object]:
+        """The fields as JSON holds them."""
+        return {
+            "path": str(self.path),
+            "sigma_rel": self.schedule.sigma_rel,
+            "gamma": self.schedule.gamma,
+            "step": self.step,
+            "residual": self.residual,
+            "from": [
+                {"checkpoint": path, "average": name, "coefficient": x}
+                for (path, name), x in self.coefficients.items()
+            ],
+        }
+
     @property
     def problem(self) -> str | None:
         """A warning, if the profile fits badly."""
@@ -241,14 +255,7 @@ def _write(
                 directory = stack.enter_context(replaced_directory(result.path))
             except OSError as error:
                 raise CheckpointError(f"{result.path}: {error.strerror or error}") from error
-            origin = {
-                "sigma_rel": result.schedule.sigma_rel,
-                "residual": result.residual,
-                "from": [
-                    {"checkpoint": path, "average": name, "coefficient": x}
-                    for (path, name), x in result.coefficients.items()
-                ],
-            }
+            origin = {k: result.summary()[k] for k in ("sigma_rel", "residual", "from")}
             outputs.append(
                 Output(
                     directory,
