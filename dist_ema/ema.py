@@ -35,12 +35,11 @@ from dist_ema.export.layouts import model_state, unregistered_tensors
 from dist_ema.options import (
     ATTRIBUTES,
     DEFAULT_NAME,
-    PICKLES,
     EMAOptions,
     no_attribute,
     no_module,
     no_name,
-    no_safetensors,
+    no_pickles,
 )
 from dist_ema.schedule import BEMA, Schedule, decay_at, highest, is_constant, same_rule, uncorrected
 
@@ -350,15 +349,12 @@ class ShardedEMA:
     def average_parameters(self, name: str | None = None) -> Iterator[None]:
         """Within the block the model computes with the averaged weights.
 
-        Afterwards, also on an exception, weights and buffers are what they were, bit for bit. Live
-        and averaged values change places in storage, so there is no second copy of either; signals
-        (Ctrl-C) wait meanwhile. A `BEMA` takes a temporary copy of this rank's part. Inside the
-        block, every average of the model, or of a module around or inside it, refuses to read or
-        write; the block cannot be nested. Writes to weights inside it (an optimizer step) are
-        warned of. With `into=` the live values are set aside, a copy of this rank's part, and the
-        teacher computes with the average inside the block, too. Complete backward passes before the
-        block: activation checkpointing would compute their forward pass again, with averaged
-        weights.
+        Afterwards, also after an exception, weights and buffers are restored bit for bit. Live and
+        averaged values are exchanged in place, without a second copy (a `BEMA` and `into=` copy
+        this rank's part); signals (Ctrl-C) wait meanwhile. Inside the block, averages of the model
+        and of modules around or inside it refuse to read or write, the block cannot be nested, and
+        writes to weights (an optimizer step) are warned of. Complete backward passes before the
+        block: activation checkpointing would recompute their forward pass with averaged weights.
 
         Raises:
             RuntimeError: replicas differ, or compiled code may hold copies of the weights (nothing
@@ -426,19 +422,8 @@ class ShardedEMA:
 
         Collective: every rank calls it. Each byte is sent to rank 0 once, in bounded buckets.
         """
-        state: dict[str, torch.Tensor] = {}
-        # First: state_dict() of quantized layers may move them.
-        unregistered = self._unregistered("gather_state_dict()", dtype)
-        gatherer, values = self._gathered("gather_state_dict()", name, dtype)
-        for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
-            for fqn in (entry.fqn, *entry.aliases):
-                state[fqn] = tensor
-        if self._group.rank != 0:
-            return {}
-        state |= unregistered
-        order = {
-            registration.fqn: i for i, registration in enumerate(registrations(self._average.model))
-        }
+        state = dict(self._whole_tensors("gather_state_dict()", name, dtype))
+        order = {known.fqn: i for i, known in enumerate(registrations(self._average.model))}
         return dict(sorted(state.items(), key=lambda item: order.get(item[0], len(order))))
 
     def gather_tensors(
@@ -448,24 +433,7 @@ class ShardedEMA:
 
         Collective: every rank calls it and exhausts the iterator, which is empty off rank 0.
         """
-        unregistered = self._unregistered("gather_tensors()", dtype)
-        gatherer, values = self._gathered("gather_tensors()", name, dtype)
-        num_updates = self._num_updates
-
-        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-            for entry, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
-                self._average.marks.refuse("gather_tensors()")
-                if self._num_updates != num_updates:
-                    raise RuntimeError(
-                        "the average was updated while gather_tensors() was under way; exhaust it "
-                        "before the next update()"
-                    )
-                for fqn in (entry.fqn, *entry.aliases):
-                    yield fqn, tensor
-            if self._group.rank == 0:
-                yield from unregistered.items()
-
-        return tensors()
+        return self._whole_tensors("gather_tensors()", name, dtype)
 
     def export(
         self,
@@ -489,19 +457,16 @@ class ShardedEMA:
         `safetensors.torch.load_model` reads; with several files, their index. Averaged and frozen
         weights and persistent buffers are in it, tied weights once.
 
-        Only these files are replaced; no other file in the directory is touched, whoever writes
-        there meanwhile. New files are written to a hidden directory inside `path` and take their
-        places by one rename: of the weights file alone, or of a symbolic link through which all
-        files are read until each is renamed. So `from_pretrained` finds the old export or the new
-        one, complete, also if the export is killed at any moment. Two exceptions: a load that is
-        under way at that rename may read files of both; and on a file system without symbolic or
-        hard links, an export that is killed while it renames several files leaves a directory that
-        does not load, which the next export mends.
+        Only these files are replaced, and no other file in the directory is touched. New files
+        are written to a hidden directory inside `path` and take their places by one rename, so
+        `from_pretrained` finds the old export or the new one, complete, even if the export is
+        killed. Two exceptions: a load during that rename may read files of both; and on a file
+        system without symbolic or hard links, an export of several files that is killed while it
+        renames them leaves a directory that does not load until the next export.
 
         Args:
-            path: directory, the same on every rank; made if it does not exist. Weights files and
-                an index of an earlier export of this name are removed if this one has no such
-                files.
+            path: directory, the same on every rank; made if it does not exist. Files of an earlier
+                export of this name that this one does not write are removed.
             dtype: of floating tensors, and of `config.json`; None as in `gather_state_dict`.
             max_shard_size: of a file, in bytes or as "5GB"; a larger tensor gets its own file.
             weights_name: name of the weights file; None for the library's own.
@@ -626,8 +591,9 @@ class ShardedEMA:
             if step is not None and (isinstance(step, bool) or not _is_count(step)):
                 raise ValueError(f"step is {step!r}, wanted a number of optimizer steps >= 0")
             step = None if step is None else operator.index(step)  # JSON knows no other integers
-            if Path(path).suffix in PICKLES and not Path(path).is_dir():
-                raise CheckpointError(no_safetensors(Path(path)))
+            is_file = not Path(path).is_dir()
+            if is_file and (problem := no_pickles(Path(path))):
+                raise CheckpointError(problem)
         weights = [*self._average.plan.weights, *self._average.others()]
         names = {n for w in weights for n in (w.fqn, *w.aliases)}
         state = load(
@@ -828,6 +794,29 @@ class ShardedEMA:
         values = self._values(name)
         gatherer = self._average.gatherer(values)
         return gatherer, [*values, *(fragment.view for fragment in gatherer.rest)]
+
+    def _whole_tensors(
+        self, call: str, name: str | None, dtype: torch.dtype | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """What `gather_tensors()` returns. Collective."""
+        # First: state_dict() of quantized layers may move them.
+        unregistered = self._unregistered(call, dtype)
+        gatherer, values = self._gathered(call, name, dtype)
+        num_updates = self._num_updates
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            for meta, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
+                self._average.marks.refuse(call)
+                if self._num_updates != num_updates:
+                    raise RuntimeError(
+                        f"the average was updated while {call} was under way; exhaust it before "
+                        "the next update()"
+                    )
+                yield from ((fqn, tensor) for fqn in (meta.fqn, *meta.aliases))
+            if self._group.rank == 0:
+                yield from unregistered.items()
+
+        return tensors()
 
     def _compare_replicas(self) -> None:
         """Compare replicas, once after the first update. Collective: every rank calls it."""

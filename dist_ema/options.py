@@ -176,7 +176,7 @@ MERGE_WEIGHTS = {
     "minus-sqrt": "1-sqrt",
     **dict.fromkeys(("mean", "average", "swa", "lawa", "pma"), "uniform"),
 }
-_PICKLED = re.compile(r"(bf16_)?zero_pp_rank_.*|global_step\d+|zero_to_fp32\.py")
+_ZERO = re.compile(r"(bf16_)?zero_pp_rank_.*|global_step\d+|zero_to_fp32\.py")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")  # suffixes of files of `torch.save`
 
 _SWAP = "`with ema.average_parameters():` lets the model compute with the average, then restores it"
@@ -245,36 +245,29 @@ def no_name(name: object, names: list[str]) -> ValueError:
 
 def no_pickles(path: Path) -> str | None:
     """The error for a checkpoint of pickles, which are not read; None if it has no known names."""
-    if path.is_file() and path.suffix in PICKLES:
-        return (
-            f"{path}: is a pickle file by its name. It is not read, since a pickle can run code; "
-            "convert it once with torch.load(..., weights_only=True) and "
-            "safetensors.torch.save_file"
+    if path.is_dir():
+        names = [entry.name for entry in path.iterdir()]
+        if any(map(_ZERO.fullmatch, names)):
+            what = "a checkpoint of DeepSpeed ZeRO, of pickle files"
+            how = "with its own script: python zero_to_fp32.py --safe_serialization . OUT"
+        elif any(name.endswith(PICKLES) for name in names):
+            what, how = (
+                "a directory of pickle files",
+                "with from_pretrained() and save_pretrained()",
+            )
+        else:
+            return None
+    elif path.suffix in PICKLES:
+        what = "a pickle file by its name"
+        how = (
+            f"state = torch.load({str(path)!r}, weights_only=True), take the state dict out of it "
+            "(of an average often state['state_dict_ema'] or state['ema']), and write "
+            "safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, "
+            "'ema.safetensors')"
         )
-    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
-    if any(map(_PICKLED.fullmatch, names)):
-        return (
-            f"{path}: is a checkpoint of DeepSpeed ZeRO. Its files are pickles, which are not "
-            "read, since they can run code. Convert it once, with the script that DeepSpeed wrote: "
-            "python zero_to_fp32.py --safe_serialization . OUT"
-        )
-    if any(name.endswith(PICKLES) for name in names):
-        return (
-            f"{path}: has pickle files, which are not read, since a pickle can run code; convert "
-            "them once, with from_pretrained() and save_pretrained() for example"
-        )
-    return None
-
-
-def no_safetensors(path: Path) -> str:
-    """The error for a file that `torch.save` wrote."""
-    return (
-        f"{path}: is a pickle file by its name. It is not read, since a pickle can run code. "
-        f"Convert it once: state = torch.load({str(path)!r}, weights_only=True), take the averaged "
-        "state dict out of it (often state['state_dict_ema'] or state['ema']), and write "
-        "safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, "
-        "'ema.safetensors'); then ema.load('ema.safetensors', step=...)"
-    )
+    else:
+        return None
+    return f"{path}: is {what}, not read since a pickle can run code. Convert it once, {how}"
 
 
 def no_module(model: Any) -> TypeError:

@@ -23,10 +23,9 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
-from types import CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, TypeAlias
 
 Schedule: TypeAlias = Callable[[int, int], float]
@@ -347,29 +346,29 @@ def _describe(value: object, depth: int) -> object:
     """What is hashed of a callable: values whose `repr` is the same in every process."""
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return repr(value)
-    if depth > 8:
-        return type(value).__qualname__
+    parts: Iterable[object]
     if isinstance(value, tuple | list):
-        return [_describe(item, depth + 1) for item in value]
-    if isinstance(value, dict):
-        return [(repr(key), _describe(item, depth + 1)) for key, item in value.items()]
-    if isinstance(value, CodeType):
-        return [value.co_code.hex(), value.co_names, _describe(value.co_consts, depth + 1)]
-    if isinstance(value, FunctionType):
-        closed = []
-        for cell in value.__closure__ or ():
-            with suppress(ValueError):  # an empty cell
-                closed.append(cell.cell_contents)
-        parts = [value.__code__, value.__defaults__, value.__kwdefaults__, closed]
-        return [_describe(part, depth + 1) for part in parts]
-    if isinstance(value, functools.partial):
-        return [_describe(part, depth + 1) for part in (value.func, value.args, value.keywords)]
-    if isinstance(value, MethodType):
-        return _describe(value.__func__, depth + 1)
-    call = vars(type(value)).get("__call__")
-    if isinstance(call, FunctionType):
-        return [type(value).__qualname__, _describe(call, depth + 1)]
-    return type(value).__qualname__
+        parts = value
+    elif isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, CodeType):
+        parts = value.co_code.hex(), value.co_names, value.co_consts
+    elif isinstance(value, FunctionType):
+        cells = [cell for cell in value.__closure__ or () if cell != CellType()]
+        closed = [cell.cell_contents for cell in cells]
+        parts = value.__code__, value.__defaults__, value.__kwdefaults__, closed
+    elif isinstance(value, functools.partial):
+        parts = value.func, value.args, value.keywords
+    elif isinstance(value, MethodType):
+        parts = (value.__func__,)
+    else:
+        call = vars(type(value)).get("__call__")
+        parts = (type(value).__qualname__, *([call] if isinstance(call, FunctionType) else []))
+    # Nested containers may contain themselves.
+    return [
+        type(value).__qualname__,
+        *([_describe(part, depth + 1) for part in parts if depth < 8]),
+    ]
 
 
 def _number(label: str, value: object) -> float:

@@ -1,13 +1,15 @@
-"""README.md as a program: its blocks, and what they take from the reader's own script.
+"""The Markdown pages as programs: their code blocks, and the names that these blocks use.
 
-    python tests/readme.py LAUNCH       run the Python blocks of one launch, on each of its ranks
+    python tests/readme.py PAGE LAUNCH      run the Python blocks of one page and one launch
 
-A comment above a block says how it is run:
+PAGE is relative to the repository, as in `examples/README.md`. A comment above a Python
+block, or above the diff of one, says how the block is run:
 
-    <!-- test: LAUNCH [NUM_RANKS][, LABEL][, goes on] -->
+    <!-- test: LAUNCH[, LABEL][, goes on] -->
 
-Blocks of one launch share a process, in order. Each starts from the names that `_NAMES[LAUNCH]`
-gives; one that goes on has those of the blocks before it. A label is for a variant of these names.
+LAUNCH is a key of `LAUNCHES`. Blocks of one page and launch share a process, in order. A block
+starts from the names that `LAUNCHES[LAUNCH]` returns; with "goes on" it also has the names that
+earlier blocks of its label defined. LABEL selects a variant of the names.
 """
 
 from __future__ import annotations
@@ -21,9 +23,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 NUM_BATCHES = 32
+BLOCK = re.compile(r"(?:^<!-- test: ([\w, ]+) -->\n)?^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 Names = dict[str, Any]
 
@@ -32,47 +41,52 @@ Names = dict[str, Any]
 class Block:
     language: str
     code: str
-    line: int  # of its first line, from 1
-    launch: str | None
-    num_ranks: int
+    line: int  # first line of the code, from 1
+    launch: str  # "" where no comment says how to run the block
     label: str
     goes_on: bool
 
 
-def blocks() -> list[Block]:
-    """The fenced blocks of the README that have a language, from the top to the bottom."""
-    fence = re.compile(
-        r"(?:^<!-- test: (\w+)(?: (\d+))?((?:, [\w ]+)*) -->\n)?^```(\w+)\n(.*?)^```$", re.M | re.S
-    )
-    text = README.read_text()
-    found = []
-    for match in fence.finditer(text):
-        launch, num_ranks, words, language, code = match.groups()
-        line = text[: match.start(5)].count("\n") + 1
-        labels = [word.strip() for word in (words or "").split(",") if word]
-        label = "".join(word for word in labels if word != "goes on")
-        found.append(
-            Block(language, code, line, launch, int(num_ranks or 1), label, "goes on" in labels)
-        )
-    return found
+def pages() -> list[str]:
+    """All pages of the repository that people write, relative to its root."""
+    found = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("tests/benchmarks/*.md")]
+    return sorted(str(p.relative_to(ROOT)) for p in found if not p.parent.name.startswith("."))
 
 
-def main(launch: str) -> None:
-    going: dict[str, Names] = {}
-    for block in blocks():
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page that name a language, from top to bottom."""
+    text = (ROOT / page).read_text()
+    made = []
+    for match in BLOCK.finditer(text):
+        language, code = match[2], match[3]
+        if match[1] and language == "diff":  # what the code is after the change
+            language, code = "python", one_side(code, "+")
+        launch, *rest = [word.strip() for word in (match[1] or "").split(",")]
+        label = "".join(word for word in rest if word != "goes on")
+        line = text[: match.start(3)].count("\n") + 1
+        made.append(Block(language, code, line, launch, label, "goes on" in rest))
+    return made
+
+
+def one_side(diff: str, sign: str) -> str:
+    """The code before ("-") or after ("+") a change, with an empty line for each left out."""
+    lines = [line[1:] if line[:1] in (" ", sign) else "" for line in diff.splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def main(page: str, launch: str) -> None:
+    names: dict[str, Names] = {}
+    for block in blocks(page):
         if block.launch == launch and block.language == "python":
             if not block.goes_on:
-                going[block.label] = _NAMES[launch](block.label)
-            # As many lines above as in the README, for the traceback.
-            code = compile("\n" * (block.line - 1) + block.code, str(README), "exec")
-            exec(code, going[block.label])
+                names[block.label] = LAUNCHES[launch](block.label)
+            # The blank lines give tracebacks the line numbers of the page.
+            code = compile("\n" * (block.line - 1) + block.code, str(ROOT / page), "exec")
+            exec(code, names[block.label])
 
 
-def _plain(label: str = "") -> Names:
-    """A small regression: names that any training script has."""
-    import torch
-    from torch import Tensor, nn
-    from torch.nn.functional import mse_loss
+def _training(label: str = "") -> Names:
+    """What any training script has: here a small regression."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -107,13 +121,12 @@ def _plain(label: str = "") -> Names:
 
     model = make_model()
     xs = torch.randn(NUM_BATCHES * 4, 8)
-    data = torch.utils.data.TensorDataset(xs, xs.sum(1, keepdim=True))
     names: Names = {
         "torch": torch,
         "make_model": make_model,
         "model": model,
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2),
-        "loader": torch.utils.data.DataLoader(data, batch_size=4),
+        "loader": DataLoader(TensorDataset(xs, xs.sum(1, keepdim=True)), batch_size=4),
         "inputs": xs[:4],
         "save_every": NUM_BATCHES // 8,
         "loss_of": loss_of,
@@ -124,28 +137,76 @@ def _plain(label: str = "") -> Names:
 
 
 def _torchrun(label: str) -> Names:
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    from dist_ema import ShardedEMA
-
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    names = _plain(label)
+    names = _training(label) | {
+        "eval_interval": NUM_BATCHES // 4,  # as in nanoGPT's train.py
+        "load_weights": dict,  # in place of an inference engine's
+    }
     if label == "batch norm":
+        from dist_ema import ShardedEMA
+
         fully_shard(names["model"])
         names["ema"] = ShardedEMA(names["model"])
     return names
 
 
+def diffusion() -> Names:
+    """What diffusers' training scripts have: here for images of 8 x 8 pixels."""
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    block = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    size = {"block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4}
+    unet = UNet2DModel(8, in_channels=1, out_channels=1, **block, **size)
+    noise_scheduler = DDPMScheduler(10)
+
+    def diffusion_loss(unet: nn.Module, images: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(int(1e4 * images.sum().abs()) % 2**31)
+        noise = torch.randn(images.shape, generator=generator)
+        steps = torch.randint(10, (len(images),), generator=generator)
+        noisy = noise_scheduler.add_noise(images, noise, steps)
+        return mse_loss(unet(noisy, steps).sample, noise)
+
+    return {
+        "accelerator": Accelerator(gradient_accumulation_steps=2),
+        "unet": unet,
+        "optimizer": torch.optim.AdamW(unet.parameters(), lr=1e-2),
+        "train_dataloader": DataLoader(torch.randn(64, 1, 8, 8), batch_size=4),
+        "noise_scheduler": noise_scheduler,
+        "diffusion_loss": diffusion_loss,
+        "log_validation": lambda unet: diffusion_loss(unet, torch.ones(4, 1, 8, 8)).item(),
+    }
+
+
 def _accelerate(label: str) -> Names:
     from accelerate import Accelerator
 
-    names = _plain()  # the snippets put their model into it, and train_step() takes it from there
+    if label == "diffusers":
+        return diffusion()
+    names = _training()  # `train_step` reads this mapping, to which the blocks write
     names["accelerator"] = Accelerator()
     names["language_model"] = _language_model
     names["texts"] = [text["input_ids"][None] for text in _texts(4)]
     return names
+
+
+def _fsdp2(label: str) -> Names:
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+    from tests.worlds_accelerate import several_devices_named_cpu
+
+    sharded = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+    with several_devices_named_cpu():
+        plugin = FullyShardedDataParallelPlugin(
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            **sharded,
+        )
+        names: Names = {"accelerator": Accelerator(fsdp_plugin=plugin), "torch": torch}
+    names["texts"] = [text["input_ids"][None] for text in _texts(4)]
+    return names | {"language_model": _language_model}
 
 
 def _deepspeed(label: str) -> Names:
@@ -156,16 +217,14 @@ def _deepspeed(label: str) -> Names:
         deepspeed.init_distributed("gloo")
     config = json.loads((ROOT / "launch/deepspeed/zero3.json").read_text())
     config |= {"train_micro_batch_size_per_gpu": 4}
-    names = _plain()
-    names |= {"deepspeed": deepspeed, "config": config}
-    return names
+    return _training() | {"deepspeed": deepspeed, "config": config}
 
 
 def _python(label: str) -> Names:
     from lightning.pytorch import LightningModule
     from transformers import TrainingArguments
 
-    names = _plain()
+    names = _training()
 
     class Regression(LightningModule):
         def __init__(self) -> None:
@@ -179,14 +238,14 @@ def _python(label: str) -> Names:
             self.log("loss", names["loss_of"](self.net, batch))
 
         def configure_optimizers(self) -> Any:
-            return names["torch"].optim.AdamW(self.parameters(), lr=1e-2)
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    arguments = {"save_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True}
     return names | {
         "model": _language_model(),
-        "args": TrainingArguments(
-            "run/trainer", max_steps=4, save_steps=2, use_cpu=True, report_to=[], disable_tqdm=True
-        ),
+        "language_model": _language_model,
+        "args": TrainingArguments("run/trainer", max_steps=4, **arguments),
         "train_set": _texts(32),
         "test_set": _texts(8),
         "module": Regression(),
@@ -198,7 +257,6 @@ def _python(label: str) -> Names:
 
 def _language_model() -> Any:
     """A Llama of a few thousand parameters, the same on every call."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -207,17 +265,16 @@ def _language_model() -> Any:
 
 
 def _texts(number: int) -> list[dict[str, Any]]:
-    import torch
-
     return [{"input_ids": row, "labels": row} for row in torch.randint(17, (number, 6))]
 
 
-_NAMES: dict[str, Callable[[str], Names]] = {
-    "torchrun": _torchrun,
-    "accelerate": _accelerate,
-    "deepspeed": _deepspeed,
-    "python": _python,
-    "afterwards": lambda label: {},
+LAUNCHES: dict[str, Callable[[str], Names]] = {
+    "torchrun": _torchrun,  # 2 ranks
+    "accelerate": _accelerate,  # 2 ranks, DDP
+    "fsdp2": _fsdp2,  # 2 ranks, accelerate
+    "deepspeed": _deepspeed,  # 2 ranks
+    "python": _python,  # one process
+    "afterwards": lambda label: {},  # one process, in the directory where "torchrun" ran
 }
 
 if __name__ == "__main__":

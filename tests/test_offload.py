@@ -32,7 +32,10 @@ CROSSING = {"target": lerp, "attribute": "_crosses", "new": lambda average, live
 
 @rows([*WORLDS, *ZERO_WORLDS], "plain", "plain_bf16", "ddp", "fsdp2", "hsdp", "z2_bf16", "z3")
 def test_an_average_on_another_device_is_the_same(world: World):
-    with mock.patch.object(**CROSSING), mock.patch.object(lerp, "_CHUNK_ELEMENTS", 50):
+    with (
+        mock.patch.object(**CROSSING),
+        mock.patch.object(lerp, "_CHUNK_ACROSS_DEVICES", 50),
+    ):
         run = start(world, device="cpu", start_step=1, update_every=2).train(5)
         batches = [b for track in run.ema._average.storage._lerp._tracks for b in track.batches]
         # Neighbours have staging of their own.
@@ -61,7 +64,10 @@ def test_the_way_there_and_back_changes_no_bit(options: dict[str, Any], dtype: t
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20), nn.Linear(20, 7)).to(dtype)
     resident = ShardedEMA(model, **options)
-    with mock.patch.object(**CROSSING), mock.patch.object(lerp, "_CHUNK_ELEMENTS", 64):
+    with (
+        mock.patch.object(**CROSSING),
+        mock.patch.object(lerp, "_CHUNK_ACROSS_DEVICES", 64),
+    ):
         offloaded = ShardedEMA(model, device="cpu", overlap=True, **options)
     for _ in range(4):
         with torch.no_grad():
@@ -191,7 +197,7 @@ def offloaded(recorder: Recorder) -> ShardedEMA:
     """An average in host memory, of three chunks that take turns on two streams."""
     with (
         mock.patch.object(**CROSSING),
-        mock.patch.object(lerp, "_CHUNK_ELEMENTS", 250),
+        mock.patch.object(lerp, "_CHUNK_ACROSS_DEVICES", 250),
         mock.patch.object(lerp, "SideStreams", lambda device, count: recorder.streams(count)),
     ):
         return ShardedEMA(nn.Linear(30, 20), 0.9, device="cpu")

@@ -19,8 +19,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA
+from dist_ema.core import replicas
 from dist_ema.core.errors import CheckpointError
-from dist_ema.core.group import Group, device_for
+from dist_ema.core.group import Group, all_gather_single, device_for
 from dist_ema.core.plan import averaged_names, make_plan
 from dist_ema.core.replicas import hash_on_device
 from dist_ema.engines.plain import PlainEngine
@@ -114,6 +115,34 @@ def test_a_known_group_is_used_only_where_all_its_members_know_it():
         ).replica_groups
         assert replica_group.process_group is group
         replica_group.share()
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_slices_are_exchanged_by_messages_of_gloo_and_else_by_all_gathers(backend: str):
+    rank, numels = dist.get_rank(), [300, 70, 0, 501][: dist.get_world_size()]
+    values = torch.zeros(sum(numels))
+    slices = values.split(numels)
+    slices[rank].fill_(rank + 1)
+    version = values._version
+    with (
+        mock.patch.multiple(replicas, _CHUNK_BYTES=0, _CHUNK_BYTES_OF_A_RANK=400),
+        mock.patch.object(replicas, "backends_of", lambda group: {"cpu": backend}),
+        mock.patch.object(replicas, "all_gather_single", wraps=all_gather_single) as gathered,
+    ):
+        replicas.exchange_slices(
+            # A chunk is in one piece or in several, which are staged.
+            lambda i, start, stop: list(slices[i][start:stop].split(64)),
+            numels,
+            values.dtype,
+            values.device,
+            dist.group.WORLD,
+            range(len(numels)),
+        )
+    wanted = [torch.full([numel], i + 1.0) for i, numel in enumerate(numels)]
+    assert torch.equal(values, torch.cat(wanted))
+    assert values._version > version  # autograd refuses a backward pass through earlier values
+    assert gathered.called == (backend == "nccl")
 
 
 @pytest.mark.parametrize(
@@ -225,13 +254,31 @@ def test_a_rank_that_waits_names_those_that_have_not_arrived():
 
 
 @pytest.mark.ranks(2)
-def test_the_error_at_the_time_out_names_who_has_not_arrived():
+def test_a_call_of_one_rank_alone_names_the_others_and_meets_no_collective_of_theirs():
+    """As under `if accelerator.is_main_process:`, while the others go on to train."""
     group = dist.new_group([0, 1], timeout=timedelta(seconds=2))
     ema = ShardedEMA(linear(), decay=0.5, process_group=group)
     if dist.get_rank() == 0:
-        with pytest.raises(RuntimeError, match=r"drift\(\): ranks that have not arrived: 1"):
+        with pytest.raises(RuntimeError, match=r"drift\(\): ranks .*arrived: 1; .*is_main_process"):
             ema.drift()
+    else:
+        gradients = torch.ones(1000)
+        with pytest.raises(RuntimeError):
+            dist.all_reduce(gradients, group=group)
+        assert torch.equal(gradients, torch.ones(1000))
     dist.barrier()
+
+
+@pytest.mark.ranks(2)
+def test_a_call_that_failed_for_want_of_ranks_may_be_made_again():
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=5))
+    ema = ShardedEMA(linear(), decay=0.5, process_group=group)
+    with mock.patch.object(Group, "_timeout_s", lambda self: 0.1):
+        if dist.get_rank() == 0:
+            with pytest.raises(RuntimeError, match="arrived: 1"):
+                ema.drift()
+    dist.barrier()
+    ema.drift()
 
 
 @pytest.mark.ranks(2)

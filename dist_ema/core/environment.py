@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from dist_ema.core.requirements import MINIMUM, is_older
+from dist_ema.core.errors import MINIMUM, is_older
 
 _LIBRARIES = (
     "torch", "numpy", "safetensors", "xxhash", "deepspeed", "accelerate", "transformers",

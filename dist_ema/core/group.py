@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import threading
+import struct
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,9 +26,10 @@ all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(
 )
 
 _BROADCAST_BYTES = 32 << 20  # at a time
-_GLOO_GATHER_BYTES = 2 << 20  # of all ranks, at a time
-_GATHER_BYTES = 8 << 20
-_GATHER_BYTES_OF_A_RANK = 1 << 18
+_ADVICE = (
+    "every rank must make this call: move it out of `if rank == 0:` or "
+    "`if accelerator.is_main_process:`"
+)
 _ERRORS = {
     error.__name__: error
     for error in (
@@ -41,11 +43,11 @@ class Group:
     """A process group, or the one process there is. Ranks are counted within the group."""
 
     warn_after_s = 30.0  # of waiting for other ranks at the start of a public call
+    process_group: dist.ProcessGroup | None = None
+    rank, size = 0, 1
+    device = torch.device("cpu")  # of the tensors that the group can send
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.process_group: dist.ProcessGroup | None = None
-        self.rank, self.size = 0, 1
-        self.device = torch.device("cpu")  # of the tensors that the group can send
         if not (dist.is_available() and dist.is_initialized()):
             if group is not None:
                 raise ValueError("process_group was given but torch.distributed is not initialized")
@@ -68,10 +70,7 @@ class Group:
     @classmethod
     def alone(cls) -> Group:
         """This process by itself: the same calls, and no communication."""
-        group = cls.__new__(cls)
-        group.process_group, group.rank, group.size = None, 0, 1
-        group.device = torch.device("cpu")
-        return group
+        return cls.__new__(cls)
 
     def outdated(self) -> bool:
         """Whether this process was taken for the only one and is now one of several. Local."""
@@ -99,7 +98,8 @@ class Group:
     ) -> Iterator[None]:
         """Run a local block, then compare: if it raises on any rank, raise on every rank.
 
-        Collective: every rank calls it. Costs an all-reduce of three integers where all is well.
+        Collective: every rank calls it. Where all is well it costs an all-reduce of three integers,
+        and a few small requests to the store if there is a `call`.
 
         Args:
             call: the public call that begins with this block. Ranks in different calls raise, and
@@ -124,11 +124,15 @@ class Group:
                     raise problem
                 raise error(describe(problem)) from problem
             return
-        self._refuse_destroyed_group()
+        if is_destroyed(self.process_group):
+            raise RuntimeError(
+                "the process group that this average was built with has been destroyed; build "
+                "ShardedEMA again after init_process_group(), and load() the average's checkpoint"
+            )
         labels = {"the call": call} | dict(values or {})
         bits = digest(sorted(labels.items()))[0] >> 1  # the order of labels may differ
-        with self._watching(call):
-            failed, highest, lowest = self.maxima([int(problem is not None), bits, -bits])
+        self._meet(call)
+        failed, highest, lowest = self.maxima([int(problem is not None), bits, -bits])
         if not failed and highest == -lowest:
             return
         own = None if problem is None else (type(problem).__name__, describe(problem))
@@ -140,59 +144,67 @@ class Group:
             raise (error or _ERRORS.get(kind, RuntimeError))(text) from problem
         _raise_difference(call, [labels for _, labels in reports], error)
 
-    def _refuse_destroyed_group(self) -> None:
-        try:
-            dist.get_backend(self.process_group)
-        except ValueError as error:
-            raise RuntimeError(
-                "the process group that this average was built with has been destroyed; build "
-                "ShardedEMA again after init_process_group(), and load() the average's checkpoint"
-            ) from error
+    def _meet(self, call: str) -> None:
+        """Wait until every rank is in a public call, before any collective begins. Collective.
 
-    @contextmanager
-    def _watching(self, call: str) -> Iterator[None]:
-        """While this rank waits in the block, log which ranks have not arrived.
+        Ranks meet in the store of the default process group: a collective of ours that one rank
+        alone begins would be matched with one of the training of the others, and gloo would abort
+        them. Two small requests to the store; without a store, returns at once.
 
-        A rank sets a key in the store of the default process group, and deletes it when all ranks
-        have arrived. Without a store, nothing is logged.
+        Raises:
+            RuntimeError: some ranks have not arrived after 0.9 of the process group's timeout.
         """
-        store, prefix = (
-            _default_store(),
-            f"dist_ema/{getattr(self.process_group, 'group_name', '')}",
-        )
+        store = _default_store()
         if not call or store is None:
-            yield
+            return
+        # Different groups may have one name: `split_group` numbers them on each rank.
+        ranks = digest(dist.get_process_group_ranks(self.process_group))[0]
+        prefix = f"dist_ema/{getattr(self.process_group, 'group_name', '')}/{ranks}"
+        own = f"{prefix}/{self.rank}"
+        try:
+            store.set(own, call)
+            number = int(store.add(f"{prefix}/arrivals", 1))
+            meeting = (number - 1) // self.size
+            gate = f"{prefix}/all-{meeting}"
+            if number % self.size == 0:
+                store.set(gate, "")
+                store.delete_key(f"{prefix}/all-{meeting - 1}")  # all have left that one
+        except Exception:  # the process that hosts the store has ended
             return
 
         def absent() -> str:
             with suppress(Exception):
                 missing = [r for r in range(self.size) if not store.check([f"{prefix}/{r}"])]
-                if missing:
-                    return f"ranks that have not arrived: {', '.join(map(str, missing))}"
-            return "all ranks have arrived"
+                return f"ranks that have not arrived: {', '.join(map(str, missing))}"
+            return "not all ranks have arrived"
 
-        def warn() -> None:
-            _LOG.warning(
-                "%s: rank %d has waited for %.0f s; %s",
-                call,
-                self.rank,
-                self.warn_after_s,
-                absent(),
-            )
-
-        timer = threading.Timer(self.warn_after_s, warn)
-        timer.daemon = True
-        with suppress(Exception):  # the process that hosts the store may have ended
-            store.set(f"{prefix}/{self.rank}", call)
-        timer.start()
+        started, limit_s, has_warned = time.monotonic(), self._timeout_s(), False
         try:
-            yield
-        except Exception as error:  # the keys stay: other ranks read them when they fail
-            raise RuntimeError(f"{call}: {absent()}; {error}") from error
-        finally:
-            timer.cancel()
+            while not _has_key(store, gate):
+                waited_s = time.monotonic() - started
+                time.sleep(min(max(waited_s / 10, 2e-4), 0.1))
+                if waited_s > limit_s:
+                    raise RuntimeError(f"{call}: {absent()}; {_ADVICE}")
+                if waited_s > self.warn_after_s and not has_warned:
+                    has_warned = True
+                    text = "%s: rank %d has waited for %.0f s; %s; %s"
+                    _LOG.warning(text, call, self.rank, waited_s, absent(), _ADVICE)
+        except BaseException:
+            with suppress(Exception):
+                store.add(f"{prefix}/arrivals", -1)
+            raise
         with suppress(Exception):
-            store.delete_key(f"{prefix}/{self.rank}")
+            store.delete_key(own)
+
+    def _timeout_s(self) -> float:
+        """How long to wait for ranks: less than those that wait in a collective of this group.
+
+        Private names, read in torch 2.8 to 2.15.
+        """
+        group, timeout = self.process_group, dist.default_pg_timeout
+        with suppress(Exception):
+            timeout = group._get_backend(self.device).options._timeout  # type: ignore[union-attr]
+        return float(0.9 * timeout.total_seconds())
 
     def maxima(self, numbers: Sequence[int]) -> list[int]:
         """The elementwise maximum over all ranks. Collective: every rank calls it."""
@@ -224,15 +236,13 @@ class Group:
         """This group and the known groups by their ranks, counted within this group. Local."""
         if self.process_group is None:
             return {}
-        rank_of = {
-            outer: rank
-            for rank, outer in enumerate(dist.get_process_group_ranks(self.process_group))
-        }
+        ranks = dist.get_process_group_ranks(self.process_group)
+        rank_of = dict(zip(ranks, range(self.size), strict=True))
         groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         for group in (self.process_group, *known):
-            outer = dist.get_process_group_ranks(group)
-            if all(rank in rank_of for rank in outer):
-                groups.setdefault(tuple(rank_of[rank] for rank in outer), group)
+            members = tuple(map(rank_of.get, dist.get_process_group_ranks(group)))
+            if None not in members:
+                groups.setdefault(members, group)  # type: ignore[arg-type]
         return groups
 
     def any(self, flag: bool) -> bool:
@@ -344,26 +354,32 @@ def _default_store() -> Any:
     return None
 
 
+def _has_key(store: Any, key: str) -> bool:
+    """Whether the store has a key. True if the store is gone: there is nothing to wait for."""
+    try:
+        return bool(store.check([key]))
+    except Exception:
+        return True
+
+
 def digest(*parts: object) -> tuple[int, int]:
     """A 128-bit digest of the `repr` of some values, as two int64."""
     raw = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
-    return (
-        int.from_bytes(raw[:8], "little", signed=True),
-        int.from_bytes(raw[8:], "little", signed=True),
-    )
+    first, second = struct.unpack("<2q", raw)
+    return first, second
 
 
-def gather_chunk(device: torch.device, num_ranks: int, itemsize: int) -> int:
-    """Elements of each rank in one all-gather, when a large tensor is gathered in chunks.
+def is_destroyed(group: dist.ProcessGroup | None) -> bool:
+    """Whether there was a group that has been destroyed since. Local."""
+    try:
+        return group is not None and not dist.get_backend(group)
+    except ValueError:
+        return True
 
-    Gloo copies a chunk and its threads free some copies late: with 8 MB a swap held up to 95 MB on
-    a CPU and took a fifth less time. NCCL needs larger chunks, with a minimum for each rank.
-    """
-    if device.type == "cpu":
-        nbytes = _GLOO_GATHER_BYTES // num_ranks
-    else:
-        nbytes = max(_GATHER_BYTES // num_ranks, _GATHER_BYTES_OF_A_RANK)
-    return max(1, nbytes // itemsize)
+
+def backends_of(group: dist.ProcessGroup) -> dict[str, str]:
+    """The name of a process group's backend for each type of device."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
 
 
 def device_for(
@@ -373,10 +389,9 @@ def device_for(
 
     Gloo accepts tensors of an accelerator in collectives, but not in `isend` and `irecv`.
     """
-    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     supported = {
         device
-        for device, backend in backends.items()
+        for device, backend in backends_of(group).items()
         if device == "cpu" or backend != "gloo" or not point_to_point
     }
     if wanted.type in supported:

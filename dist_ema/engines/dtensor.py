@@ -35,11 +35,14 @@ from dist_ema.core.engine import (
     pointer,
     values_of,
 )
+from dist_ema.core.errors import require_names
 from dist_ema.core.layout import Box, Fragment, FragmentMeta, Shape, dense_order
 from dist_ema.core.names import Registration, is_instance, registrations
-from dist_ema.core.requirements import require_names
-from dist_ema.engines.caches import PRECOMPUTED, outdate
+from dist_ema.engines.plain import outdate
 
+# Of the weights of float8 and BitNet training in torchao 0.18: where it is None, the all-gather of
+# FSDP2 computes it.
+PRECOMPUTED = frozenset({"_precomputed_scale"})
 _SHARD = attrgetter("sharded_param._local_tensor")  # of an `FSDPParam`
 Run = tuple[int, int, int]  # start in the global dim, start in the local dim, length
 

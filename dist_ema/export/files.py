@@ -32,8 +32,9 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,12 @@ from dist_ema.export.layouts import ModelLayout, read_config
 
 _SUFFIX = ".safetensors"
 _WRITTEN_BY = {"written_by": "dist_ema.export"}  # in the metadata of weights files and indices
-_BLOCK = 1 << 20  # elements that are cast, checked and written at a time
+_BLOCK = 1 << 18  # elements that are cast, checked and written at a time: they stay in cache
+_SYNC_BYTES = 32 << 20  # after which a sync begins that runs beside further writes
 _MAX_OPEN = 256  # files at a time; the usual limit of a process is 1024
 _LOCK_TIMEOUT_S = 300.0
+
+_Entry = tuple[str, TensorMeta]  # a tensor, and its name in the file
 
 
 @dataclass(frozen=True)
@@ -68,67 +72,75 @@ class Place:
 class ExportPlan:
     """All that is known about an export before its first value. The same on every rank."""
 
+    library: str
     files: dict[str, tuple[bytes, int]]  # weights files, with their headers and sizes
     texts: dict[str, str]  # further files, index included
+    copies: Sequence[Path]  # files to copy, under their names
     places: dict[str, Place]  # by fqn, of the tensors that are written
     own_names: str  # pattern of the names that weights and index of such an export can have
     is_variant: bool  # whether the library's own weights may be in the same directory
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all files."""
+        return [*self.files, *self.texts, *(file.name for file in self.copies)]
 
 
 def plan_exports(
     tensors: Sequence[TensorMeta],
     layouts: Mapping[str, ModelLayout],
-    dtype: torch.dtype | None,
-    max_shard_size: int | str,
-    weights_name: str | None,
-    **options: Any,
-) -> dict[str, ExportPlan]:
-    """A plan for each model, by its name, which is its directory and begins the names of tensors.
-
-    A single model has the name "".
-    """
-    arguments = dtype, max_shard_size, weights_name
-    return {
-        model: plan_export(tensors, layout, *arguments, model=model, **options)
-        for model, layout in layouts.items()
-    }
-
-
-def plan_export(
-    tensors: Iterable[TensorMeta],
-    layout: ModelLayout,
-    dtype: torch.dtype | None,
     max_shard_size: int | str,
     weights_name: str | None,
     *,
-    model: str = "",
     metadata: Mapping[str, str] | None = None,
-    keep_dtypes: bool = False,
-) -> ExportPlan:
-    """Assign the tensors of a model to files.
+    copies: Sequence[Path] = (),
+) -> dict[str, ExportPlan]:
+    """Assign the tensors of each model to files: a plan by the model's name, "" for a single one.
 
-    In a file, wider dtypes come first, then names in order, as safetensors itself writes them: so
-    each tensor starts at a multiple of its itemsize, and equal tensors give equal files.
+    The name is a directory, and the names of the model's tensors begin with it.
 
     Args:
+        tensors: in the dtypes in which they are written.
         metadata: of the weights files, beside their own.
-        keep_dtypes: write half-precision tensors as they are although `dtype` is None.
+        copies: files that each directory gets a copy of.
 
     Raises:
-        ValueError: an argument is out of range, or the layout cannot hold what is averaged.
+        ValueError: an argument is out of range, or a layout cannot hold what is averaged.
     """
-    weights_name = layout.weights_name if weights_name is None else weights_name
-    if not re.fullmatch(r"\w[\w.+-]*\.safetensors", str(weights_name)):
-        raise ValueError(f"weights_name is {weights_name!r}, wanted a name ending in {_SUFFIX}")
     limit = _max_bytes(max_shard_size)
-    if layout.library == "peft":  # which loads a single file only
-        limit = sys.maxsize
+    metadata = {**(metadata or {}), "format": "pt", **_WRITTEN_BY}
+    plans: dict[str, ExportPlan] = {}
+    for model, layout in layouts.items():
+        name = layout.weights_name if weights_name is None else weights_name
+        if not re.fullmatch(r"\w[\w.+-]*\.safetensors", str(name)):
+            raise ValueError(f"weights_name is {name!r}, wanted a name ending in {_SUFFIX}")
+        names_of = {t.fqn: names_in_model(model, (t.fqn, *t.aliases)) for t in tensors}
+        entries = _entries([t for t in tensors if names_of[t.fqn]], names_of, layout)
+        tied = {alias: first for first, *more in filter(None, names_of.values()) for alias in more}
+        plans[model] = _plan_of_files(
+            _split(entries, sys.maxsize if layout.library == "peft" else limit),  # reads one file
+            layout,
+            name,
+            metadata | (dict(sorted(tied.items())) if layout.library == "plain" else {}),
+            copies,
+        )
+    return plans
+
+
+def names_in_model(model: str, names: Iterable[str]) -> list[str]:
+    """The names that a model's own `state_dict()` has for a tensor; [] for another model's."""
     prefix = f"{model}." if model else ""
-    if not keep_dtypes:
-        tensors = [replace(tensor, dtype=tensor.dtype_as(dtype)) for tensor in tensors]
-    names_of = {t.fqn: [n for n in (t.fqn, *t.aliases) if n.startswith(prefix)] for t in tensors}
-    names_of = {fqn: [n.removeprefix(prefix) for n in ns] for fqn, ns in names_of.items() if ns}
-    tensors = [t for t in tensors if t.fqn in names_of]
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def _entries(
+    tensors: Sequence[TensorMeta], names_of: Mapping[str, Sequence[str]], layout: ModelLayout
+) -> list[_Entry]:
+    """The tensors that are written, in the order of the files.
+
+    Wider dtypes come first, then names in order, as safetensors itself writes them: so each tensor
+    starts at a multiple of its itemsize, and equal tensors give equal files.
+    """
     named = [(layout.name_of(names_of[t.fqn]), t) for t in tensors]
     lost = [names_of[t.fqn][0] for name, t in named if name is None and t.averaged]
     if not set(lost) <= set(layout.ignored):
@@ -137,42 +149,53 @@ def plan_export(
             "averaged; with adapters, average the active one only (params=) and name other layers "
             "in modules_to_save, or use gather_state_dict()"
         )
-    entries = [(name, str(dtype_name(t.dtype)), t) for name, t in named if name is not None]
-    unknown = [f"{name} ({t.dtype})" for name, _, t in entries if dtype_name(t.dtype) is None]
+    entries = [(name, t) for name, t in named if name is not None]
+    unknown = [f"{name} ({t.dtype})" for name, t in entries if dtype_name(t.dtype) is None]
     if unknown:
         raise ValueError(f"safetensors has no dtype for {', '.join(unknown)}")
-    counts = Counter(["__metadata__", *(name for name, _, _ in entries)])
+    counts = Counter(["__metadata__", *(name for name, _ in entries)])
     if repeated := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"a file cannot hold two tensors of one name: {', '.join(repeated)}")
+    return sorted(entries, key=lambda entry: (-entry[1].dtype.itemsize, entry[0]))
 
-    entries.sort(key=lambda entry: (-entry[2].dtype.itemsize, entry[0]))
-    parts: list[list[tuple[str, str, TensorMeta]]] = [[]]
+
+def _split(entries: Sequence[_Entry], limit: int) -> list[list[_Entry]]:
+    """Consecutive parts of at most `limit` bytes, or of one tensor."""
+    parts: list[list[_Entry]] = [[]]
     size = 0
     for entry in entries:
-        if parts[-1] and size + entry[2].nbytes > limit:
+        if parts[-1] and size + entry[1].nbytes > limit:
             parts.append([])
             size = 0
         parts[-1].append(entry)
-        size += entry[2].nbytes
-    metadata = {**(metadata or {}), "format": "pt", **_WRITTEN_BY}
-    if layout.library == "plain":
-        tied = ((alias, first) for first, *aliases in names_of.values() for alias in aliases)
-        metadata |= dict(sorted(tied))
+        size += entry[1].nbytes
+    return parts
+
+
+def _plan_of_files(
+    parts: Sequence[Sequence[_Entry]],
+    layout: ModelLayout,
+    weights_name: str,
+    metadata: Mapping[str, str],
+    copies: Sequence[Path],
+) -> ExportPlan:
+    """The plan of a model whose tensors are divided into one part for each file."""
     stem, library_stem = (n.removesuffix(_SUFFIX) for n in (weights_name, layout.weights_name))
     files: dict[str, tuple[bytes, int]] = {}
     places: dict[str, Place] = {}
+    weight_map: dict[str, str] = {}
+    sizes: Counter[torch.dtype] = Counter()
     for i, part in enumerate(parts, start=1):
         numbered = f"{stem}-{i:05d}-of-{len(parts):05d}{_SUFFIX}"
         file = weights_name if len(parts) == 1 else numbered
-        header, starts, nbytes = header_of(((n, kind, t.shape) for n, kind, t in part), metadata)
-        for (_, _, t), start in zip(part, starts, strict=True):
-            places[t.fqn] = Place(file, start, t.dtype, t.averaged)
+        tensors = [(name, str(dtype_name(t.dtype)), t.shape) for name, t in part]
+        header, starts, nbytes = header_of(tensors, metadata)
         files[file] = header, nbytes
-
-    sizes: Counter[torch.dtype] = Counter()
-    for t in tensors:
-        if t.averaged and t.dtype.is_floating_point:
-            sizes[t.dtype] += t.nbytes
+        for (name, t), start in zip(part, starts, strict=True):
+            places[t.fqn] = Place(file, start, t.dtype, t.averaged)
+            weight_map[name] = file
+            if t.averaged and t.dtype.is_floating_point:
+                sizes[t.dtype] += t.nbytes
     usual = max(sizes, key=lambda kind: (sizes[kind], str(kind)), default=torch.float32)
     texts = layout.config_files(usual)
     # from_pretrained(variant="ema") looks for model.safetensors.index.ema.json.
@@ -180,14 +203,15 @@ def plan_export(
     if stem.startswith(f"{library_stem}."):
         index = f"{layout.weights_name}.index.{stem.removeprefix(f'{library_stem}.')}.json"
     if len(parts) > 1:
-        total = sum(t.nbytes for _, _, t in entries)
-        weight_map = {
-            name: places[t.fqn].file for name, _, t in sorted(entries, key=lambda e: e[0])
+        total = sum(t.nbytes for part in parts for _, t in part)
+        content = {
+            "metadata": {"total_size": total, **_WRITTEN_BY},
+            "weight_map": dict(sorted(weight_map.items())),
         }
-        content = {"metadata": {"total_size": total, **_WRITTEN_BY}, "weight_map": weight_map}
         texts[index] = json.dumps(content, indent=2) + "\n"
     own_names = rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(index)}"
-    return ExportPlan(files, texts, places, own_names, weights_name != layout.weights_name)
+    is_variant = weights_name != layout.weights_name
+    return ExportPlan(layout.library, files, texts, copies, places, own_names, is_variant)
 
 
 def _max_bytes(size: int | str) -> int:
@@ -228,6 +252,8 @@ def write_export(
                     directory = on_rank_0.enter_context(_replaced_files(directory, plan))
                     for name, text in plan.texts.items():
                         (directory / name).write_text(text)
+                    for copied in plan.copies:
+                        shutil.copyfile(copied, directory / copied.name)
                     for name, (header, nbytes) in plan.files.items():
                         with (directory / name).open("xb") as file:
                             file.write(header)
@@ -245,17 +271,43 @@ def write_export(
             on_rank_0.close()
 
 
+def summary(plans: Mapping[str, ExportPlan]) -> dict[str, Any]:
+    """{"library", "files", "nbytes"} of an export, for the user."""
+    return {
+        "library": ", ".join(dict.fromkeys(plan.library for plan in plans.values())),
+        "files": [str(Path(model, name)) for model, plan in plans.items() for name in plan.names],
+        "nbytes": sum(nbytes for plan in plans.values() for _, nbytes in plan.files.values()),
+    }
+
+
 class Writer:
     """The open files of an export that this process writes to."""
 
     def __init__(self, directory: Path, plan: ExportPlan) -> None:
         self.directory, self.plan = directory, plan
-        self._open: dict[str, int] = {}
         self.not_finite: set[str] = set()  # averaged tensors that hold NaN or Inf
+        self._open: dict[str, int] = {}
+        self._unsynced = 0  # bytes
+        self._syncing: Future[None] | None = None
+        self._disk, self._behind = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def sees_files(self) -> bool:
         """Whether this process sees the files that rank 0 has created."""
         return all((self.directory / name).is_file() for name in self.plan.files)
+
+    def write_batches(self, batches: Iterable[Iterable[tuple[str, int, torch.Tensor]]]) -> None:
+        """Write batches of chunks, see `write_chunk`, each while the next is computed."""
+        last: Future[None] | None = None
+        for batch in batches:
+            if last is not None:
+                last.result()
+            last = self._behind.submit(self._write_batch, batch)
+        if last is not None:
+            last.result()
+
+    def _write_batch(self, batch: Iterable[tuple[str, int, torch.Tensor]]) -> None:
+        for chunk in batch:
+            self.write_chunk(*chunk)
 
     def write_chunk(self, fqn: str, start: int, values: torch.Tensor) -> None:
         """Write elements of a row-major tensor from `start` on: 1-D, in any dtype and place."""
@@ -263,9 +315,9 @@ class Writer:
         if place.file not in self._open:
             if len(self._open) == _MAX_OPEN:
                 self.sync()
-                self.close()
+                self._close_files()
             self._open[place.file] = os.open(self.directory / place.file, os.O_WRONLY)
-        at = place.start + start * place.dtype.itemsize
+        fd, at = self._open[place.file], place.start + start * place.dtype.itemsize
         for values_of_block in values.split(_BLOCK):
             block = values_of_block.to("cpu", place.dtype)
             comparable = block.float() if block.element_size() == 1 else block
@@ -273,15 +325,32 @@ class Writer:
                 self.not_finite.add(fqn)
             data = block.view(torch.uint8).numpy().data
             while data:  # a write may be partial
-                n = os.pwrite(self._open[place.file], data, at)
+                n = os.pwrite(fd, data, at)
                 data, at = data[n:], at + n
+            self._unsynced += block.nbytes
+            if self._unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+                self._wait()
+                self._syncing = self._disk.submit(os.fdatasync, fd)
+                self._unsynced = 0
+
+    def _wait(self) -> None:
+        """Wait for the last sync that was started; raises if it failed."""
+        syncing, self._syncing = self._syncing, None
+        if syncing is not None:
+            syncing.result()
 
     def sync(self) -> None:
         """Wait until what this process wrote is on disk."""
+        self._wait()
         for fd in self._open.values():
             os.fsync(fd)
 
     def close(self) -> None:
+        self._behind.shutdown(cancel_futures=True)
+        self._disk.shutdown()
+        self._close_files()
+
+    def _close_files(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -338,7 +407,7 @@ def _stale_files(path: Path, plan: ExportPlan) -> set[str]:
     """
     stale = set()
     for entry in list(path.iterdir()):
-        is_new = entry.name in plan.files or entry.name in plan.texts
+        is_new = entry.name in plan.names
         if is_new and entry.is_dir():
             raise IsADirectoryError(f"{entry} is a directory; an export writes a file")
         if is_new or not re.fullmatch(plan.own_names, entry.name):

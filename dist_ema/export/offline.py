@@ -6,7 +6,7 @@ frozen weights and buffers. Their values come from a base, a directory that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
 from dist_ema.core.layout import TensorMeta
 from dist_ema.core.safetensors import torch_dtype
-from dist_ema.export.files import Writer, plan_exports, write_export
+from dist_ema.export.files import Writer, names_in_model, plan_exports, summary, write_export
 from dist_ema.export.layouts import ModelLayout, layouts_from_json
 from dist_ema.schedule import averages_of
 
@@ -118,33 +118,31 @@ def export(
             more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
             listed = "; ".join(problems[:_LISTED])
             raise CheckpointError(f"{base or checkpoint}: {listed}{more}{hint}")
-        plans = plan_exports(tensors, layouts, dtype, max_shard_size, weights_name)
+        tensors = [replace(t, dtype=t.dtype_as(dtype)) for t in tensors]
+        plans = plan_exports(tensors, layouts, max_shard_size, weights_name)
 
         def write_values(writer: Writer) -> None:
-            for fqn in writer.plan.places:
+            writer.write_batches(chunks(writer.plan.places))
+
+        def chunks(names: Iterable[str]) -> Iterator[list[tuple[str, int, torch.Tensor]]]:
+            for fqn in names:
                 source, tensor = sources[fqn]
                 for start, chunk in source.chunks(tensor):
-                    writer.write_chunk(fqn, start, chunk)
+                    yield [(fqn, start, chunk)]
                     advance(chunk.nbytes)
 
         total = sum(sources[fqn][1].nbytes for plan in plans.values() for fqn in plan.places)
         with progress(total) as advance:
             write_export(out, plans, Group.alone(), write_values)
-    files = {model: [*plan.files, *plan.texts] for model, plan in plans.items()}
-    return {
-        "library": ", ".join(dict.fromkeys(layout.library for layout in layouts.values())),
-        "files": [f"{m}/{name}" if m else name for m, names in files.items() for name in names],
-        "nbytes": sum(n for plan in plans.values() for _, n in plan.files.values()),
-    }
+    return summary(plans)
 
 
 def name_in_files(layouts: Mapping[str, ModelLayout], names: Sequence[str]) -> str | None:
     """The name in its model's files of a tensor of these names, after the model's name."""
     for model, layout in layouts.items():
-        prefix = f"{model}." if model else ""
-        name = layout.name_of([n.removeprefix(prefix) for n in names if n.startswith(prefix)])
+        name = layout.name_of(names_in_model(model, names))
         if name is not None:
-            return prefix + name
+            return f"{model}.{name}" if model else name
     return None
 
 

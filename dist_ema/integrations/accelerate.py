@@ -101,20 +101,23 @@ class _Registration:
         return all(id(model()) in kept for model in self.models)
 
     def save(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
-        if (ema := self._average()) is not None:
+        if (ema := self._average("accelerator.save_state()")) is not None:
             ema.save(Path(output_dir) / self.name)
 
     def load(self, models: list[Any], input_dir: str) -> None:
-        path, ema = Path(input_dir) / self.name, self._average()
+        path = Path(input_dir) / self.name
+        ema = self._average("accelerator.load_state()")
         if ema is not None and not load_from(ema, path):
             raise CheckpointError(
                 f"{path}: this checkpoint was saved without the average; load the state before "
                 "register(), call ema.reset() to start from the loaded weights, then register()"
             )
 
-    def _average(self) -> ShardedEMA | None:
+    def _average(self, call: str) -> ShardedEMA | None:
         """The average, if every rank has it; else warns the caller of the hook. Collective."""
         ema = self.ema()
+        with self.group.together(call):  # where ranks that do not make the call are named
+            pass
         if not self.group.any(ema is None):
             return ema
         if self.is_held():

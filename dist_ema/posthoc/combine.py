@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, cycle
@@ -102,14 +102,13 @@ class WeightedSums:
     """Computes sums of saved tensors in float64, or in complex128 if they are complex.
 
     Two threads read and add half of the checkpoints each: one adds while the other reads. Which
-    checkpoints are in a half does not depend on the machine. A third thread adds the halves and
-    rounds, while the caller uses the range before.
+    checkpoints are in a half does not depend on the machine.
     """
 
     def __init__(self, checkpoints: Iterable[Checkpoint], num_sums: int, numel: int) -> None:
         """
         Args:
-            checkpoints: all that are read. While ranges are computed, only this object reads them.
+            checkpoints: all that are read.
             numel: the largest number of elements in a range.
         """
         self._sums = [_Buffer(num_sums * numel, torch.complex128) for _ in range(2)]
@@ -119,30 +118,20 @@ class WeightedSums:
         # Not one for each checkpoint: blocks of a hundred of them would be half a GB.
         block_bytes = max((each.manifest.block_bytes for each in checkpoints), default=0)
         self._blocks = [bytearray(block_bytes) for _ in range(2)]
-        self._threads, self._leader = ThreadPoolExecutor(2), ThreadPoolExecutor(1)
+        self._threads = ThreadPoolExecutor(2)
 
     def __enter__(self) -> WeightedSums:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._leader.shutdown(cancel_futures=True)
         self._threads.shutdown()
 
-    def compute(self, ranges: Iterable[Range]) -> Iterator[tuple[Range, torch.Tensor]]:
-        """The sums of each range, of shape (number of sums, elements), valid until the next ones.
+    def compute(self, wanted: Range) -> torch.Tensor:
+        """The sums of a range, of shape (number of sums, elements).
 
-        While the caller uses them, the next range is computed.
+        They are valid until the call after the next one, so that another thread can write them
+        while the next ones are computed.
         """
-        started: deque[tuple[Range, Future[torch.Tensor]]] = deque()
-        for each in ranges:
-            started.append((each, self._leader.submit(self._compute, each)))
-            if len(started) > 1:
-                oldest, sums = started.popleft()
-                yield oldest, sums.result()
-        for oldest, sums in started:
-            yield oldest, sums.result()
-
-    def _compute(self, wanted: Range) -> torch.Tensor:
         first = wanted.terms[0]
         if len(wanted.terms) == 1 and first.coefficients == (1.0,):  # a copy, also of integers
             values = next(self._results).view(first.dtype, 1, wanted.numel)
@@ -280,7 +269,8 @@ def combine(
                     write_all(file.fileno(), memoryview(header))
                     saved_file = average.files[name]
                     output.files[name] = dataclasses.replace(saved_file, checksum=digest(header))
-                for each, totals in sums.compute(ranges(entries)):
+                for each in ranges(entries):
+                    totals = sums.compute(each)
                     if not all(map(is_finite, totals)):
                         non_finite.add(each.fqn)
                     for output, file, total in zip(outputs, files, totals, strict=True):

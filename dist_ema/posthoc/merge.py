@@ -13,8 +13,8 @@ import json
 import math
 import os
 import re
-import shutil
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -29,19 +29,19 @@ from dist_ema.checkpoint.dcp_reader import METADATA
 from dist_ema.checkpoint.directory import MANIFEST, target
 from dist_ema.checkpoint.reader import Checkpoint
 from dist_ema.checkpoint.writer import written_by
-from dist_ema.core.errors import CheckpointError
+from dist_ema.core.errors import CheckpointError, listed
 from dist_ema.core.group import Group
 from dist_ema.core.layout import TensorMeta, flat_boxes, flat_ends, whole
-from dist_ema.export.files import Writer, plan_exports, write_export
+from dist_ema.export.files import Writer, plan_exports, summary, write_export
 from dist_ema.export.layouts import ModelLayout
 from dist_ema.export.offline import Source, dtype_named, models_of, name_in_files
 from dist_ema.options import MERGE_WEIGHTS, no_pickles
 from dist_ema.posthoc.combine import SERIAL, Range, Term, WeightedSums
+from dist_ema.posthoc.snapshots import refuse_overlap
 
 _RANGE = 1 << 20  # elements that are summed at a time, a block of fp32
 _MAX_OPEN = 512  # files at a time, over all checkpoints
 _TOLERANCE = 1e-6  # of the sum of given weights
-_LISTED = 8  # tensors in a message
 _HEAD = 1024  # elements that are compared first
 _NESTED = ("pytorch_model_fsdp_0", "pytorch_model_fsdp", "model_and_optim")
 _TOKENIZER_FILE = re.compile(
@@ -135,7 +135,7 @@ def merge(
     paths = expand(checkpoints, weights)
     factors = coefficients(weights, len(paths), normalize=normalize)
     bases = [] if base is None else [Path(base)]
-    _refuse_overlap(Path(out), [*paths, *bases])
+    refuse_overlap(Path(out), [*paths, *bases])
     with ExitStack() as opened:
         inputs = [_Input(path, name, prefix, opened) for path in [*paths, *bases]]
         # Not a buffer for each: blocks of a hundred checkpoints would be half a GB.
@@ -160,38 +160,36 @@ def merge(
         }
         metadata = {"merged": json.dumps(origin)}
         plans = plan_exports(
-            tensors, layouts, None, max_shard_size, None, metadata=metadata, keep_dtypes=True
+            tensors,
+            layouts,
+            max_shard_size,
+            None,
+            metadata=metadata,
+            copies=_tokenizer_files(searched),
         )
-        copies = _tokenizer_files(searched)
+
+        def computed(ranges: Iterable[Range]) -> Iterator[list[tuple[str, int, torch.Tensor]]]:
+            for each in ranges:
+                parts = sums.compute(each)[0].split(SERIAL)
+                yield [(each.fqn, each.start + i * SERIAL, part) for i, part in enumerate(parts)]
+                advance(each.nbytes)
 
         def write_values(writer: Writer) -> None:
-            for file in copies:
-                shutil.copyfile(file, writer.directory / file.name)
             ranges = (
                 each
                 for fqn, place in writer.plan.places.items()
                 for each in sources[fqn].ranges(place.dtype)
             )
-            for each, values in sums.compute(ranges):
-                for i, part in enumerate(values[0].split(SERIAL)):
-                    writer.write_chunk(each.fqn, each.start + i * SERIAL, part)
-                advance(each.nbytes)
+            writer.write_batches(computed(ranges))
 
         used = [term.checkpoint for source in sources.values() for term in source.terms]
         total = sum(term.nbytes for source in sources.values() for term in source.terms)
         with WeightedSums(used, 1, _RANGE) as sums, progress(total) as advance:
             write_export(Path(out), plans, Group.alone(), write_values)
-    names = {model: [*plan.files, *plan.texts] for model, plan in plans.items()}
     return MergeResult(
         target(Path(out)),
         {str(path): factor for path, factor in zip(paths, factors, strict=True)},
-        ", ".join(dict.fromkeys(layout.library for layout in layouts.values())),
-        [
-            str(Path(model) / n)
-            for model in names
-            for n in (*names[model], *(c.name for c in copies))
-        ],
-        sum(nbytes for plan in plans.values() for _, nbytes in plan.files.values()),
+        **summary(plans),
     )
 
 
@@ -260,14 +258,6 @@ def coefficients(weights: str | Sequence[float], n: int, *, normalize: bool = Fa
     if normalize or abs(total - 1) > _TOLERANCE:
         raise ValueError(f"weights add up to {total:g}, wanted 1; normalize divides by the sum")
     return numbers
-
-
-def _refuse_overlap(out: Path, paths: Sequence[Path]) -> None:
-    place = target(out).resolve()
-    for path in paths:
-        other = target(path).resolve()
-        if place.is_relative_to(other) or other.is_relative_to(place):
-            raise ValueError(f"out {out} would be written over the checkpoint {path}")
 
 
 # Checkpoints and their tensors.
@@ -374,86 +364,105 @@ def _match(
     Raises:
         CheckpointError: checkpoints do not fit to each other.
     """
+    holders, twins, problems = _holders(inputs, base)
+    first_name: dict[tuple[object, ...], str] = {}
+    aliases: dict[str, list[str]] = defaultdict(list)
+    sources: dict[str, _Sum] = {}
+    for name, having in holders.items():
+        key = tuple((id(each), each.known[name]) for each in having)
+        first = first_name.setdefault(key, name)
+        if first != name:
+            aliases[first].append(name)
+        elif misfits := list(_misfits(name, having)):
+            problems += misfits
+        else:
+            sources[name] = _sum(name, having, factors, is_averaged=having != [base])
+    if problems:
+        hint = "" if base else "; base= (--base) names a checkpoint that has what others lack"
+        raise CheckpointError(listed(problems) + hint)
+    for name, twin in twins.items():
+        aliases[twin].append(name)
+    tensors = []
+    for name, source in sources.items():
+        own = source.meta.dtype if dtype is None else source.meta.dtype_as(dtype)
+        kept = tuple(n for n in aliases[name] if n not in sources)
+        tensors.append(replace(source.meta, aliases=kept, dtype=own))
+    return tensors, sources
+
+
+def _holders(
+    inputs: Sequence[_Input], base: _Input | None
+) -> tuple[dict[str, list[_Input]], dict[str, str], list[str]]:
+    """The checkpoints that each tensor is taken from, by its name.
+
+    Returns:
+        These; other names of tied tensors, with the name of each that is written; problems.
+    """
+    holders: dict[str, list[_Input]] = {}
+    twins: dict[str, str] = {}
     problems: list[str] = []
     names = dict.fromkeys(name for each in inputs for name in each.known)
-    first_name: dict[tuple[object, ...], str] = {}
-    aliases: dict[str, list[str]] = {}
-    sources: dict[str, _Sum] = {}
-    averaged: dict[str, bool] = {}
-
-    def add(name: str, holders: Sequence[_Input], factors: Sequence[float]) -> None:
-        key = tuple((id(each), each.known[name]) for each in holders)
-        first = first_name.setdefault(key, name)
-        aliases.setdefault(first, []).append(name)
-        if first != name:
-            return
-        metas, before = [each.meta(name) for each in holders], len(problems)
-        for each, meta in zip(holders, metas, strict=True):
-            if meta.shape != metas[0].shape:
-                problems.append(
-                    f"{each.path}: {name} has shape {meta.shape}, in {holders[0].path} it has "
-                    f"{metas[0].shape}"
-                )
-            if _kind(meta.dtype) != _kind(metas[0].dtype):
-                problems.append(
-                    f"{each.path}: {name} is of {meta.dtype}, in {holders[0].path} of "
-                    f"{metas[0].dtype}"
-                )
-            if meta.dtype.is_floating_point and meta.dtype.itemsize == 1:
-                problems.append(f"{each.path}: {name} is quantized, of {meta.dtype}; dequantize it")
-        if len(problems) > before:
-            return
-        widest = reduce(torch.promote_types, (meta.dtype for meta in metas))
-        averaged[name] = len(holders) > 1 or holders[0] is not base
-        if not averaged[name] or _kind(widest) == "integer":
-            terms = [holders[-1].term(name, 1.0)]
-            widest = metas[-1].dtype
-        else:
-            pairs = zip(holders, factors, strict=True)
-            terms = [each.term(name, factor) for each, factor in pairs if factor]
-        sources[name] = _Sum(replace(metas[0], fqn=name, dtype=widest), terms)
-
+    in_base = {} if base is None else base.known
     for name in names:
         having = [each for each in inputs if name in each.known]
-        without = [each for each in inputs if name not in each.known]
-        if not without:
-            add(name, inputs, factors)
-        elif twin := _twin(name, having, inputs):
-            aliases.setdefault(twin, []).append(name)
-        elif base is not None and name in base.known:
-            add(name, [each if name in each.known else base for each in inputs], factors)
+        if len(having) < len(inputs) and (twin := _twin(name, having, inputs)):
+            twins[name] = twin
+        elif len(having) == len(inputs):
+            holders[name] = having
+        elif base is not None and name in in_base:
+            holders[name] = [each if name in each.known else base for each in inputs]
         else:
-            have = f"{name} is missing, {having[0].path} has it"
-            problems += [f"{each.path}: {have}" for each in without]
+            problem = f"{name} is missing, {having[0].path} has it"
+            problems += [f"{each.path}: {problem}" for each in inputs if name not in each.known]
+    # What the model has beside the average.
     missing = [item for each in inputs for item in each.missing()]
     missing = [(known, tensor) for known, tensor in missing if names.keys().isdisjoint(known)]
+    lost = dict.fromkeys(known[0] for known, _ in missing if in_base.keys().isdisjoint(known))
     others = {name: tensor for known, tensor in missing for name in known}
     if base is not None:
         is_listed = any(each.others is not None for each in inputs)
-        for name in base.known:
-            tied = {n for n, fqn in base.known.items() if fqn == base.known[name]} & names.keys()
-            if name in names or tied or (is_listed and name not in others):
+        taken = {fqn for name, fqn in in_base.items() if name in names}
+        for name, fqn in in_base.items():
+            if fqn in taken or (is_listed and name not in others):
                 continue
+            shape = base.meta(name).shape
             if twin := _twin(name, [base], [*inputs, base]):
-                aliases.setdefault(twin, []).append(name)
-            elif name in others and base.meta(name).shape != others[name].shape:
-                shapes = f"{base.meta(name).shape}, wanted {others[name].shape}"
-                problems.append(f"{base.path}: {name} has shape {shapes}")
+                twins[name] = twin
+            elif name in others and shape != others[name].shape:
+                wanted = others[name].shape
+                problems.append(f"{base.path}: {name} has shape {shape}, wanted {wanted}")
             else:
-                add(name, [base], [1.0])
-    known = base.known if base is not None else {}
-    lost = dict.fromkeys(item[0][0] for item in missing if known.keys().isdisjoint(item[0]))
-    problems += [f"{name} is missing" for name in lost]
-    if problems:
-        hint = "" if base else "; base= (--base) names a checkpoint that has what others lack"
-        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise CheckpointError("; ".join(problems[:_LISTED]) + more + hint)
-    tensors = []
-    for name, source in sources.items():
-        kept = tuple(n for n in dict.fromkeys(aliases[name]) if n != name and n not in sources)
-        own = source.meta.dtype if dtype is None else source.meta.dtype_as(dtype)
-        tensors.append(TensorMeta(name, kept, source.meta.shape, own, averaged[name]))
-    return tensors, sources
+                holders[name] = [base]
+    return holders, twins, problems + [f"{name} is missing" for name in lost]
+
+
+def _misfits(name: str, holders: Sequence[_Input]) -> Iterator[str]:
+    """Why a tensor of several checkpoints cannot be averaged."""
+    first = holders[0].meta(name)
+    for each in holders:
+        meta = each.meta(name)
+        if meta.shape != first.shape:
+            yield (
+                f"{each.path}: {name} has shape {meta.shape}, in {holders[0].path} it has "
+                f"{first.shape}"
+            )
+        if _kind(meta.dtype) != _kind(first.dtype):
+            yield f"{each.path}: {name} is of {meta.dtype}, in {holders[0].path} of {first.dtype}"
+        if meta.dtype.is_floating_point and meta.dtype.itemsize == 1:
+            yield f"{each.path}: {name} is quantized, of {meta.dtype}; dequantize it"
+
+
+def _sum(
+    name: str, holders: Sequence[_Input], factors: Sequence[float], *, is_averaged: bool
+) -> _Sum:
+    metas = [each.meta(name) for each in holders]
+    if not is_averaged or _kind(metas[0].dtype) == "integer":
+        terms, kind = [holders[-1].term(name, 1.0)], metas[-1].dtype
+    else:
+        pairs = zip(holders, factors, strict=True)
+        terms = [each.term(name, factor) for each, factor in pairs if factor]
+        kind = reduce(torch.promote_types, (meta.dtype for meta in metas))
+    return _Sum(TensorMeta(name, (), metas[0].shape, kind, is_averaged), terms)
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -32,6 +32,7 @@ from dist_ema.posthoc.snapshots import (
     Snapshot,
     match_tensors,
     open_snapshots,
+    refuse_overlap,
     snapshot_at,
 )
 from dist_ema.schedule import PowerFunction, decay_at, to_json
@@ -216,11 +217,8 @@ def _check_outputs(outputs: Sequence[Path], checkpoints: Sequence[Path]) -> None
             f"{len(outputs)} widths are wanted, the limit is {_MAX_WIDTHS} in one pass"
         )
     places = [target(out).resolve() for out in outputs]
-    for out, place in zip(outputs, places, strict=True):
-        for path in checkpoints:
-            other = target(path).resolve()
-            if place.is_relative_to(other) or other.is_relative_to(place):
-                raise ValueError(f"out {out} would be written over the checkpoint {path}")
+    for out in outputs:
+        refuse_overlap(out, checkpoints)
     if len(set(places)) < len(places):
         raise ValueError(
             f"several widths would be written to one of {', '.join(map(str, outputs))}"
