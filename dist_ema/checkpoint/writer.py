@@ -330,7 +330,7 @@ class _Save:
                     for block in row_major_blocks(tensor.detach()):
                         if self.non_finite is not None:
                             values = torch.frombuffer(block, dtype=tensor.dtype)
-                            self.non_finite.update([] if _is_finite(values) else [fqn])
+                            self.non_finite.update([] if is_finite(values) else [fqn])
                         checksums[-1].append(digest(block))
                         write_all(fd, block)
                         start_writeback(fd, end, len(block))
