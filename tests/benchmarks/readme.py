@@ -48,7 +48,9 @@ def told(results: Path) -> str:
         _text(
             "An update over `torch._foreach_lerp_` of fp32 tensors as many and as long (bf16: of "
             "as many bytes), all ranks at once; *compiled* is what `torch.compile` makes of an "
-            "update from bf16, in one pass, over the same; *two averages* over one:"
+            "update from bf16, in one pass, over the same; *two averages* over one. Hot, "
+            "call after call, then, behind the comma, after other work and a pause, as in a "
+            "training step:"
         ),
         _update(found["update"]["update"]),
         "Time of an update of others over ours, in one process, and on FSDP2 with two ranks:",
@@ -81,8 +83,9 @@ def _update(rows: Sequence[Row]) -> str:
     lines = []
     for kind in _kinds(rows, "weights"):
         by = {row["engine"]: row for row in rows if row["weights"] == kind}
-        over = [by.get(engine, {}).get("update/floor") for engine in ENGINES]
-        lines.append([kind, *over, by["plain"].get("compiled"), by["plain"]["two"]])
+        over = [_hot_and_cold(by.get(engine, {}), "update/floor") for engine in ENGINES]
+        compiled = _hot_and_cold(by["plain"], "compiled")
+        lines.append([kind, *over, compiled, by["plain"]["two"]])
     columns = [*ENGINES.values(), "compiled, one process", "two averages, one process"]
     return _table(["weights of this rank", *columns], lines)
 
@@ -104,7 +107,13 @@ def _beside(rows: Iterable[Row], way: str, kind: str) -> Any:
     row = next((row for row in rows if row["way"] == way and row["weights"] == kind), {})
     if row.get("fails with"):
         return textwrap.shorten("fails: " + row["fails with"], 60, placeholder=" ...")
-    return row.get("over dist_ema")
+    return _hot_and_cold(row, "over dist_ema")
+
+
+def _hot_and_cold(row: Row, column: str) -> Any:
+    """Both figures; the hot one alone where the results have no other."""
+    both = (row.get(column), row.get(f"{column} cold"))
+    return ", ".join(_shown(figure) for figure in both if figure is not None)
 
 
 def _group(rows: Sequence[Row]) -> str:
