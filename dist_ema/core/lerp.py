@@ -13,6 +13,13 @@ and one operator updates a range of the average. No operator is given more than 
 of several tensors together: torch runs more on its thread pool, and to wake a pool, or to wait for
 a thread whose core runs another process, takes longer than the update. So an update waits for other
 threads only where an elementwise operator on one of the live tensors does too.
+
+[Note: narrow weights on a CPU]
+torch has no operator that reads bf16 and updates fp32, so there are two, over a chunk in cache. One
+core of a Xeon (Sapphire Rapids) needs 0.40 ns an element to convert from memory into its L2 cache,
+which is one stream of loads and not what the memory could deliver, and 0.55 ns to update from
+there: together 1.35 times the 0.70 ns in which `torch._foreach_lerp_` moves 10 bytes. Only one pass
+is faster; `torch.compile` makes one, after seconds of compilation with a C++ compiler.
 """
 
 from __future__ import annotations
