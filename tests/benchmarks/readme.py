@@ -72,7 +72,22 @@ def summary(found: Tables, where: str) -> str:
             "`torch._foreach_lerp_` of the same bytes. *Bytes* and *time*: of the average and the "
             "update of one rank, over those of a whole fp32 model in one process."
         ),
+<<<<<<< HEAD
         _table(["engine", "update", "ranks", "bytes", "time"], lines),
+=======
+        _text(
+            "An update over `torch._foreach_lerp_` of fp32 tensors as many and as long (bf16: of "
+            "as many bytes), all ranks at once; *compiled* is what `torch.compile` makes of an "
+            "update from bf16, in one pass, over the same; *two averages* over one. Hot, "
+            "call after call, then, behind the comma, after other work and a pause, as in a "
+            "training step:"
+        ),
+        _update(found["update"]["update"]),
+        "Time of an update of others over ours, in one process, and on FSDP2 with two ranks:",
+        _peers(found["peers"]),
+        "Bytes and time of an update on four ranks over those on one:",
+        _group(found["ranks"]["ranks"]),
+>>>>>>> update
         "![Time of an update of each library](examples/bench-peers.png)",
     ]
     return "\n\n".join(parts) + "\n"
@@ -138,8 +153,16 @@ def _update(rows: Sequence[Row]) -> str:
     engines, lines = _kinds(rows, "engine"), []
     for kind in _kinds(rows, "weights"):
         by = {row["engine"]: row for row in rows if row["weights"] == kind}
+<<<<<<< HEAD
         lines.append([kind, *(by.get(engine, {}).get("update/floor") for engine in engines)])
     return _table(["weights of a rank", *(ENGINES[engine] for engine in engines)], lines)
+=======
+        over = [_hot_and_cold(by.get(engine, {}), "update/floor") for engine in ENGINES]
+        compiled = _hot_and_cold(by["plain"], "compiled")
+        lines.append([kind, *over, compiled, by["plain"]["two"]])
+    columns = [*ENGINES.values(), "compiled, one process", "two averages, one process"]
+    return _table(["weights of this rank", *columns], lines)
+>>>>>>> update
 
 
 def _variants(rows: Sequence[Row]) -> str:
@@ -158,8 +181,19 @@ def _peers(rows: Sequence[Row]) -> str:
 def _beside(rows: Iterable[Row], way: str, kind: str) -> Any:
     row = next((row for row in rows if row["way"] == way and row["weights"] == kind), {})
     if row.get("fails with"):
+<<<<<<< HEAD
         return "fails: " + textwrap.shorten(row["fails with"], 40, placeholder=" ...")
     return row.get("over dist_ema")
+=======
+        return textwrap.shorten("fails: " + row["fails with"], 60, placeholder=" ...")
+    return _hot_and_cold(row, "over dist_ema")
+
+
+def _hot_and_cold(row: Row, column: str) -> Any:
+    """Both figures; the hot one alone where the results have no other."""
+    both = (row.get(column), row.get(f"{column} cold"))
+    return ", ".join(_shown(figure) for figure in both if figure is not None)
+>>>>>>> update
 
 
 def _group(rows: Sequence[Row]) -> str:
