@@ -3,20 +3,14 @@
     python -m tests.benchmarks [update] [peers] [ranks] [swap] [scale] [trace]
                                [memory] [plots] [readme]
 
-<<<<<<< HEAD
-All of them if none is named, but for `trace`, which tells nothing without a GPU. Each writes
-SUITE.json and SUITE.md into a folder of tests/benchmarks/results named after the device; `plots`
-draws them into examples/, and `readme` writes them into README.md and tests/benchmarks/README.md.
-=======
-All of them if none is named, but for `trace`, which tells nothing without a GPU, and `memory`,
-which holds 4 GB. Each writes SUITE.json and SUITE.md into a folder of tests/benchmarks/results
-named after the device; `plots` draws what is there into examples/, and `readme` puts it into the
-README.
+All of them if none is named, but for `trace`, which needs a GPU, and `memory`, which takes 4 GB.
+Each writes SUITE.json and SUITE.md into a folder of tests/benchmarks/results named after the
+device; `plots` draws them into examples/, and `readme` writes them into README.md and
+tests/benchmarks/README.md.
 
     python -m tests.benchmarks --check-against COMMIT_OR_update.json
 
 prints which updates became slower by more than 15 %, and fails if any did.
->>>>>>> update
 """
 
 from __future__ import annotations
@@ -54,12 +48,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="CUDA where there is any")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--plots", type=Path, default=report.ROOT / "examples")
-<<<<<<< HEAD
     parser.add_argument("--readme", type=Path, default=report.ROOT, help="folder of the pages")
-=======
-    parser.add_argument("--readme", type=Path, default=report.ROOT / "README.md")
     parser.add_argument("--check-against", metavar="COMMIT_OR_JSON", help="slower updates")
->>>>>>> update
     options = parser.parse_args(arguments)
     suites = options.suites or [*SUITES, *TOLD]
     known = [*SUITES, TRACE, *FURTHER, *TOLD]

@@ -62,7 +62,7 @@ def summary(found: Tables, where: str) -> str:
         [
             name,
             largest.get(engine, {}).get("update/floor"),
-            *(most[engine][column] for column in ("ranks", "bytes", "time")),
+            *(most[engine][column] for column in ("bytes", "time")),
         ]
         for engine, name in ENGINES.items()
     ]
@@ -70,24 +70,9 @@ def summary(found: Tables, where: str) -> str:
         _text(
             f"On {where}. *Update*: time of an update, all ranks at once, over "
             "`torch._foreach_lerp_` of the same bytes. *Bytes* and *time*: of the average and the "
-            "update of one rank, over those of a whole fp32 model in one process."
+            "update on each of four ranks, over those of a whole fp32 model in one process."
         ),
-<<<<<<< HEAD
-        _table(["engine", "update", "ranks", "bytes", "time"], lines),
-=======
-        _text(
-            "An update over `torch._foreach_lerp_` of fp32 tensors as many and as long (bf16: of "
-            "as many bytes), all ranks at once; *compiled* is what `torch.compile` makes of an "
-            "update from bf16, in one pass, over the same; *two averages* over one. Hot, "
-            "call after call, then, behind the comma, after other work and a pause, as in a "
-            "training step:"
-        ),
-        _update(found["update"]["update"]),
-        "Time of an update of others over ours, in one process, and on FSDP2 with two ranks:",
-        _peers(found["peers"]),
-        "Bytes and time of an update on four ranks over those on one:",
-        _group(found["ranks"]["ranks"]),
->>>>>>> update
+        _table(["engine", "update", "bytes", "time"], lines),
         "![Time of an update of each library](examples/bench-peers.png)",
     ]
     return "\n\n".join(parts) + "\n"
@@ -101,7 +86,8 @@ def tables(found: Tables, where: str) -> str:
         _text(
             "Time of an update over `torch._foreach_lerp_` of the same number of fp32 tensors of "
             "the same size, all ranks at once. For bf16 weights the reference reads and writes the "
-            "same number of bytes."
+            "same number of bytes. *hot / cold*: one call after the other, and after a matrix "
+            "product and a pause, as in a training step."
         ),
         _update(found["update/update"]),
         _text(
@@ -153,21 +139,15 @@ def _update(rows: Sequence[Row]) -> str:
     engines, lines = _kinds(rows, "engine"), []
     for kind in _kinds(rows, "weights"):
         by = {row["engine"]: row for row in rows if row["weights"] == kind}
-<<<<<<< HEAD
-        lines.append([kind, *(by.get(engine, {}).get("update/floor") for engine in engines)])
+        lines.append(
+            [kind, *(_hot_and_cold(by.get(engine, {}), "update/floor") for engine in engines)]
+        )
     return _table(["weights of a rank", *(ENGINES[engine] for engine in engines)], lines)
-=======
-        over = [_hot_and_cold(by.get(engine, {}), "update/floor") for engine in ENGINES]
-        compiled = _hot_and_cold(by["plain"], "compiled")
-        lines.append([kind, *over, compiled, by["plain"]["two"]])
-    columns = [*ENGINES.values(), "compiled, one process", "two averages, one process"]
-    return _table(["weights of this rank", *columns], lines)
->>>>>>> update
 
 
 def _variants(rows: Sequence[Row]) -> str:
     plain = [row for row in rows if row["engine"] == "plain"]
-    lines = [[row["weights"], row.get("compiled"), row["two"]] for row in plain]
+    lines = [[row["weights"], _hot_and_cold(row, "compiled"), row["two"]] for row in plain]
     return _table(["weights", "compiled", "two averages"], lines)
 
 
@@ -181,19 +161,14 @@ def _peers(rows: Sequence[Row]) -> str:
 def _beside(rows: Iterable[Row], way: str, kind: str) -> Any:
     row = next((row for row in rows if row["way"] == way and row["weights"] == kind), {})
     if row.get("fails with"):
-<<<<<<< HEAD
         return "fails: " + textwrap.shorten(row["fails with"], 40, placeholder=" ...")
-    return row.get("over dist_ema")
-=======
-        return textwrap.shorten("fails: " + row["fails with"], 60, placeholder=" ...")
     return _hot_and_cold(row, "over dist_ema")
 
 
-def _hot_and_cold(row: Row, column: str) -> Any:
+def _hot_and_cold(row: Row, column: str) -> str:
     """Both figures; the hot one alone where the results have no other."""
     both = (row.get(column), row.get(f"{column} cold"))
-    return ", ".join(_shown(figure) for figure in both if figure is not None)
->>>>>>> update
+    return " / ".join(_shown(figure) for figure in both if figure is not None)
 
 
 def _group(rows: Sequence[Row]) -> str:
