@@ -62,7 +62,7 @@ def summary(found: Tables, where: str) -> str:
         [
             name,
             largest.get(engine, {}).get("update/floor"),
-            *(most[engine][column] for column in ("ranks", "bytes", "time")),
+            *(most[engine][column] for column in ("bytes", "time")),
         ]
         for engine, name in ENGINES.items()
     ]
@@ -70,9 +70,9 @@ def summary(found: Tables, where: str) -> str:
         _text(
             f"On {where}. *Update*: time of an update, all ranks at once, over "
             "`torch._foreach_lerp_` of the same bytes. *Bytes* and *time*: of the average and the "
-            "update of one rank, over those of a whole fp32 model in one process."
+            "update on each of four ranks, over those of a whole fp32 model in one process."
         ),
-        _table(["engine", "update", "ranks", "bytes", "time"], lines),
+        _table(["engine", "update", "bytes", "time"], lines),
         "![Time of an update of each library](examples/bench-peers.png)",
     ]
     return "\n\n".join(parts) + "\n"
