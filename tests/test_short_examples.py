@@ -32,7 +32,7 @@ def assert_averaged_is_better(printed: str) -> None:
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_an_example_is_short(script: Path):
-    limits = {"digits_diffusion": 400, "pipeline": 120, "torchtitan_like": 110}
+    limits = {"spirals_diffusion": 400, "pipeline": 120, "torchtitan_like": 110}
     assert len(script.read_text().splitlines()) <= limits.get(script.stem, 80)
 
 

@@ -27,12 +27,13 @@ from pathlib import Path
 from dist_ema.core.errors import CheckpointError
 
 _AT_FDCWD = -100
-_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # renameat2(2), Linux 3.15
+_RENAME_EXCHANGE = 2  # renameat2(2), Linux 3.15
+_SYNC_FILE_RANGE_WRITE = 2
 
 MANIFEST = "manifest.json"  # a directory without it is no checkpoint
 _OWN_FILES = re.compile(
     r"manifest\.json|([^/]+/)?shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors"
-    r"|\.?dist_ema\.(rank|left)-\d+"  # of an asynchronous save
+    r"|\.?dist_ema\.rank-\d+"  # of an asynchronous save
 )
 
 VISIBLE_WITHIN_S = 30.0  # delay of a network file system until another host sees a new name
@@ -251,6 +252,13 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def start_writeback(fd: int, start: int, nbytes: int) -> None:
+    """Let the disk begin to write a range of a file, where the system can, without waiting."""
+    with suppress(AttributeError, OSError):
+        offset, length = ctypes.c_int64(start), ctypes.c_int64(nbytes)
+        ctypes.CDLL(None).sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+
 def put_in_place(new: Path, path: Path) -> None:
     """Replace a path by a sibling, atomically where the file system can, and sync.
 
@@ -288,7 +296,8 @@ def put_in_place(new: Path, path: Path) -> None:
                 to = path / file.relative_to(old)
                 with suppress(OSError):  # another process has cleared it away
                     to.parent.mkdir(parents=True, exist_ok=True)
-                    _rename_to_free_name(file, to)
+                    if not os.path.lexists(to):
+                        os.rename(file, to)
             remove(old)
             sync(path.parent)
     finally:
@@ -316,21 +325,7 @@ def _latest_old(path: Path) -> Path | None:
 
 def _exchange(a: Path, b: Path) -> bool:
     """Exchange the names of two directories atomically; False where the system cannot."""
-    return _renameat2(a, b, _RENAME_EXCHANGE) == 0
-
-
-def _rename_to_free_name(source: Path, to: Path) -> None:
-    """Rename, unless the new name exists."""
-    code = _renameat2(source, to, _RENAME_NOREPLACE)
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP) and not os.path.lexists(to):
-        os.rename(source, to)
-
-
-def _renameat2(a: Path, b: Path, flags: int) -> int:
-    """Returns an error number, 0 for success."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return errno.ENOSYS
-    failed = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), flags)
-    return ctypes.get_errno() if failed else 0
+    names = _AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b)
+    with suppress(AttributeError, OSError):
+        return bool(ctypes.CDLL(None).renameat2(*names, _RENAME_EXCHANGE) == 0)
+    return False

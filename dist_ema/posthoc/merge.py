@@ -338,7 +338,7 @@ class _Sum:
                 first.checkpoint.read(first.average, first.fqn, start, values)
             else:
                 boxes = flat_boxes(self.meta.shape, start, stop)
-                values = sums.compute(self.terms, boxes, self.meta.dtype, start)[0]
+                values = sums.compute(self.terms, boxes, self.meta.dtype, start)[0].clone()
             yield start, values, self.nbytes * (stop - start) // self.meta.numel
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
