@@ -45,7 +45,7 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _MODULES:
-        import_module(f"{__name__}.core.requirements").require("torch")
+        import_module(f"{__name__}.core.errors").require("torch")
     module = import_module(f"{__name__}.{_MODULES.get(name, 'schedule')}")
     globals()[name] = value = getattr(module, name)
     return value

@@ -2,8 +2,8 @@
 
     python tests/readme.py PAGE LAUNCH      run the Python blocks of one page and one launch
 
-PAGE is relative to the repository, as in `examples/README.md`. A comment above a Python block says
-how the block is run:
+PAGE is relative to the repository, as in `examples/README.md`. A comment above a Python
+block, or above the diff of one, says how the block is run:
 
     <!-- test: LAUNCH[, LABEL][, goes on] -->
 
@@ -58,11 +58,20 @@ def blocks(page: str) -> list[Block]:
     text = (ROOT / page).read_text()
     made = []
     for match in BLOCK.finditer(text):
+        language, code = match[2], match[3]
+        if match[1] and language == "diff":  # what the code is after the change
+            language, code = "python", one_side(code, "+")
         launch, *rest = [word.strip() for word in (match[1] or "").split(",")]
         label = "".join(word for word in rest if word != "goes on")
         line = text[: match.start(3)].count("\n") + 1
-        made.append(Block(match[2], match[3], line, launch, label, "goes on" in rest))
+        made.append(Block(language, code, line, launch, label, "goes on" in rest))
     return made
+
+
+def one_side(diff: str, sign: str) -> str:
+    """The code before ("-") or after ("+") a change, with an empty line for each left out."""
+    lines = [line[1:] if line[:1] in (" ", sign) else "" for line in diff.splitlines()]
+    return "\n".join(lines) + "\n"
 
 
 def main(page: str, launch: str) -> None:
@@ -131,6 +140,8 @@ def _torchrun(label: str) -> Names:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     names = _training(label)
+    names["eval_interval"] = NUM_BATCHES // 4  # as in nanoGPT's train.py
+    names["load_weights"] = dict  # in place of an inference engine's
     if label == "batch norm":
         from dist_ema import ShardedEMA
 
@@ -139,14 +150,62 @@ def _torchrun(label: str) -> Names:
     return names
 
 
+def diffusion() -> Names:
+    """What diffusers' training scripts have: here for images of 8 x 8 pixels."""
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    block = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    size = {"block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4}
+    unet = UNet2DModel(8, in_channels=1, out_channels=1, **block, **size)
+    noise_scheduler = DDPMScheduler(10)
+
+    def diffusion_loss(unet: nn.Module, images: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(int(1e4 * images.sum().abs()) % 2**31)
+        noise = torch.randn(images.shape, generator=generator)
+        steps = torch.randint(10, (len(images),), generator=generator)
+        noisy = noise_scheduler.add_noise(images, noise, steps)
+        return mse_loss(unet(noisy, steps).sample, noise)
+
+    return {
+        "accelerator": Accelerator(gradient_accumulation_steps=2),
+        "unet": unet,
+        "optimizer": torch.optim.AdamW(unet.parameters(), lr=1e-2),
+        "train_dataloader": DataLoader(torch.randn(64, 1, 8, 8), batch_size=4),
+        "noise_scheduler": noise_scheduler,
+        "diffusion_loss": diffusion_loss,
+        "log_validation": lambda unet: diffusion_loss(unet, torch.ones(4, 1, 8, 8)).item(),
+    }
+
+
 def _accelerate(label: str) -> Names:
     from accelerate import Accelerator
 
+    if label == "diffusers":
+        return diffusion()
     names = _training()  # `train_step` reads this mapping, to which the blocks write
     names["accelerator"] = Accelerator()
     names["language_model"] = _language_model
     names["texts"] = [text["input_ids"][None] for text in _texts(4)]
     return names
+
+
+def _fsdp2(label: str) -> Names:
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+    from tests.worlds_accelerate import several_devices_named_cpu
+
+    sharded = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+    with several_devices_named_cpu():
+        plugin = FullyShardedDataParallelPlugin(
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            **sharded,
+        )
+        names: Names = {"accelerator": Accelerator(fsdp_plugin=plugin), "torch": torch}
+    names["texts"] = [text["input_ids"][None] for text in _texts(4)]
+    return names | {"language_model": _language_model}
 
 
 def _deepspeed(label: str) -> Names:
@@ -184,6 +243,7 @@ def _python(label: str) -> Names:
     arguments = {"save_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True}
     return names | {
         "model": _language_model(),
+        "language_model": _language_model,
         "args": TrainingArguments("run/trainer", max_steps=4, **arguments),
         "train_set": _texts(32),
         "test_set": _texts(8),
@@ -210,6 +270,7 @@ def _texts(number: int) -> list[dict[str, Any]]:
 LAUNCHES: dict[str, Callable[[str], Names]] = {
     "torchrun": _torchrun,  # 2 ranks
     "accelerate": _accelerate,  # 2 ranks, DDP
+    "fsdp2": _fsdp2,  # 2 ranks, accelerate
     "deepspeed": _deepspeed,  # 2 ranks
     "python": _python,  # one process
     "afterwards": lambda label: {},  # one process, in the directory where "torchrun" ran

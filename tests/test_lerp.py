@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dist_ema import EqualWeight, ShardedEMA
 from tests.test_cost import Counted
@@ -64,12 +68,34 @@ def test_a_weight_that_overflows_or_moves_leaves_its_neighbours_alone():
 @QUIET
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hundreds_of_weights_take_a_few_operators(dtype: torch.dtype):
-    model = weights(dtype, 384 * [300])
+    model = weights(dtype, 384 * [80])
     ema = ShardedEMA(model, 0.9)
     ema.update()
     with Counted() as counted:
         ema.update()
     assert len([name for name in counted.operators if name.startswith("aten.")]) <= 4
+
+
+class LargestOperand(TorchDispatchMode):
+    """The most elements of a tensor that an operator was given, to read or to write."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors)])
+        return func(*args, **(kwargs or {}))
+
+
+@QUIET
+@pytest.mark.parametrize("decay", [0.9, {"fast": 0.5, "slow": 0.99}])
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_weights_wake_no_thread_pool(dtype: torch.dtype, kept: torch.dtype, decay: Any):
+    ema = ShardedEMA(weights(dtype, 60 * [3000, 20, 300, 9000, 1]), decay, dtype=kept)
+    with LargestOperand() as largest:
+        ema.update()
+    assert 9000 <= largest.numel < 1 << 15  # torch's GRAIN_SIZE
 
 
 @QUIET

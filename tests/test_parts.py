@@ -206,6 +206,34 @@ def test_stages_with_one_name_for_different_shapes_are_refused():
         ShardedEMA([nn.ModuleDict({"x": nn.Linear(size, size)})])
 
 
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("kind", ["shape", "dtype", "value", "frozen", "equal"])
+def test_stages_with_one_name_for_different_copied_tensors_are_refused(kind: str, tmp_path: Path):
+    last = dist.get_rank() // 2  # ranks 0 and 1 have the same stage
+    part = nn.ModuleDict({f"stage{last}": nn.Linear(2, 2)})
+    shared = torch.ones(3 + last * (kind == "shape"))
+    if kind == "dtype" and last:
+        shared = shared.double()
+    if kind in ("value", "frozen"):
+        shared += last
+    if kind == "frozen":
+        part.register_parameter("shared", nn.Parameter(shared, requires_grad=False))
+    else:
+        part.register_buffer("shared", shared)
+        part.register_buffer(f"count{last}", torch.tensor(dist.get_rank()))
+    ema = ShardedEMA([part], 0.5)
+    if kind == "equal":  # as torch's own broadcast, rank 0 counts among ranks of one stage
+        state = everywhere(ema.gather_state_dict())
+        assert torch.equal(state["shared"], torch.ones(3)) and len(state) == 7
+        assert (state["count0"], state["count1"]) == (0, 2)
+        return
+    text = {"shape": r"\(4,\)", "dtype": "float64"}.get(kind, "values of hash")
+    for call in (ema.gather_state_dict, lambda: ema.export(tmp_path / "export")):
+        with pytest.raises(ValueError, match=rf"shared has .* on rank 0 and .*{text}.* on rank 2"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.ranks(0)
 def test_a_plain_mapping_gets_the_average_by_copy_to_and_no_statistics():
     models, copies = ({"a": nn.Linear(2, 2), "b": nn.Linear(2, 3)} for _ in range(2))
@@ -297,6 +325,9 @@ def test_ranks_must_pass_the_same_models():
     names = "gd" if dist.get_rank() == 0 else "dg"
     with pytest.raises(ValueError, match="argument model"):
         ShardedEMA({name: nn.Linear(2, 2) for name in names})
+    part = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="argument model is a list of modules on rank 0"):
+        ShardedEMA([part] if dist.get_rank() == 0 else part)
 
 
 @pytest.mark.parametrize(

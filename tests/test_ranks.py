@@ -19,8 +19,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA
+from dist_ema.core import replicas
 from dist_ema.core.errors import CheckpointError
-from dist_ema.core.group import Group, device_for
+from dist_ema.core.group import Group, all_gather_single, device_for
 from dist_ema.core.plan import averaged_names, make_plan
 from dist_ema.core.replicas import hash_on_device
 from dist_ema.engines.plain import PlainEngine
@@ -114,6 +115,34 @@ def test_a_known_group_is_used_only_where_all_its_members_know_it():
         ).replica_groups
         assert replica_group.process_group is group
         replica_group.share()
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_slices_are_exchanged_by_messages_of_gloo_and_else_by_all_gathers(backend: str):
+    rank, numels = dist.get_rank(), [300, 70, 0, 501][: dist.get_world_size()]
+    values = torch.zeros(sum(numels))
+    slices = values.split(numels)
+    slices[rank].fill_(rank + 1)
+    version = values._version
+    with (
+        mock.patch.multiple(replicas, _CHUNK_BYTES=0, _CHUNK_BYTES_OF_A_RANK=400),
+        mock.patch.object(replicas, "backends_of", lambda group: {"cpu": backend}),
+        mock.patch.object(replicas, "all_gather_single", wraps=all_gather_single) as gathered,
+    ):
+        replicas.exchange_slices(
+            # A chunk is in one piece or in several, which are staged.
+            lambda i, start, stop: list(slices[i][start:stop].split(64)),
+            numels,
+            values.dtype,
+            values.device,
+            dist.group.WORLD,
+            range(len(numels)),
+        )
+    wanted = [torch.full([numel], i + 1.0) for i, numel in enumerate(numels)]
+    assert torch.equal(values, torch.cat(wanted))
+    assert values._version > version  # autograd refuses a backward pass through earlier values
+    assert gathered.called == (backend == "nccl")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 from dist_ema import ShardedEMA
-from dist_ema.core.requirements import MINIMUM, require
+from dist_ema.core.errors import MINIMUM, require
 from dist_ema.engines.dtensor import _param_groups
 from tests.grid import named
 from tests.worlds import World

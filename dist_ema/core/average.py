@@ -22,9 +22,10 @@ from dist_ema.core.engine import (
     refuse_freezing,
     without_gaps,
 )
-from dist_ema.core.gather import Gatherer
+from dist_ema.core.gather import Gatherer, refuse_unequal_copies
 from dist_ema.core.group import Group
-from dist_ema.core.names import Modules, registrations
+from dist_ema.core.layout import Fragment
+from dist_ema.core.names import Modules, is_in_parts, registrations
 from dist_ema.core.plan import averaged_names, make_plan, rebind
 from dist_ema.core.replicas import differing, refuse_destroyed
 from dist_ema.core.storage import AverageStorage, allocate, average_dtype
@@ -231,8 +232,12 @@ class Average:
 
     def gatherer(self, values: Sequence[torch.Tensor]) -> Gatherer:
         """The gatherer for one average's values. Collective: every rank calls it."""
-        registered = [w for w in self.others() if w.is_buffer and w.persistent]
+        others = [w for w in self.others() if w.persistent]
+        registered = [w for w in others if w.is_buffer]
         buffers = [without_gaps(w) for w in registered]  # copies of those with gaps
+        if is_in_parts(self.model):
+            frozen = [w for w in others if not w.is_buffer]
+            refuse_unequal_copies(self.model, [*frozen, *buffers], self.group)
         key: list[object] = [
             (
                 (w.fqn, w.aliases, w.shape, w.tensor.dtype, w.problem),
@@ -264,10 +269,9 @@ class Average:
             fragment.view.copy_(value)
         for replica_group in self.plan.replica_groups:
             replica_group.share(attrgetter("view"))
-        for weight in self.plan.weights:
-            for fragment in weight.fragments if weight.fqn in self.plan.averaged else ():
-                if not fragment.in_place:
-                    fragment.forward_view.copy_(fragment.view)
+        for fragment in self._averaged_fragments():
+            if not fragment.in_place:
+                fragment.forward_view.copy_(fragment.view)
         self._publish(share=False)
 
     @contextmanager
@@ -352,6 +356,10 @@ class Average:
             replica_group.share()
         self.engine.publish()
 
+    def _averaged_fragments(self) -> list[Fragment]:
+        """All that this rank holds of averaged weights."""
+        return [f for w in self.plan.weights if w.fqn in self.plan.averaged for f in w.fragments]
+
     def _await_copies(self) -> None:
         """Wait for forward passes that may still copy weights from host memory to the device."""
         views = (f.forward_view for w in self.plan.weights for f in w.fragments)
@@ -362,11 +370,10 @@ class Average:
         """Copy live weights to where a block moved the model's storage."""
         if self._fingerprint() == self._remembered:
             return
-        before = [f for w in self.plan.weights for f in w.fragments if w.fqn in self.plan.averaged]
+        before = self._averaged_fragments()
         self._rebind()
         self.engine.release()
-        after = [f for w in self.plan.weights for f in w.fragments if w.fqn in self.plan.averaged]
-        for old, new in zip(before, after, strict=True):
+        for old, new in zip(before, self._averaged_fragments(), strict=True):
             if new.view.data_ptr() != old.view.data_ptr():
                 new.view.copy_(old.view)
                 if not new.in_place:

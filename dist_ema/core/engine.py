@@ -92,7 +92,13 @@ class Engine(ABC):
     def weights(self) -> list[Weight]:
         """Every parameter and buffer, in the order of `state_dict()`. Local."""
         registered = registrations(self._model)
-        self._wrapped = [r for r in registered if not r.is_buffer and self._is_wrapped(r)]
+        self._wrapped = [
+            r
+            for r in registered
+            if not r.is_buffer
+            and is_wrapper(local_of(self._tensor(r)))
+            and path_to_values(self._tensor(r), self.precomputed_names) is not None
+        ]
         return self._list(registered)
 
     def buffers(self) -> list[Weight]:
@@ -101,10 +107,6 @@ class Engine(ABC):
         parameters = {id(self._tensor(r)) for r in every if not r.is_buffer}
         # A parameter that is registered as a buffer too is no buffer.
         return self._list(r for r in every if r.is_buffer and id(self._tensor(r)) not in parameters)
-
-    def buffer_registries(self) -> list[dict[str, torch.Tensor | None]]:
-        """Where the model's modules register buffers. Local, without a walk over the tensors."""
-        return [module._buffers for module in self._model.modules()]
 
     def _list(self, registered: Iterable[Registration]) -> list[Weight]:
         """Each distinct tensor once, under its first name.
@@ -183,11 +185,6 @@ class Engine(ABC):
         for fragment in weight.fragments:
             yield fragment.view
             yield fragment.forward_view
-
-    def _is_wrapped(self, registration: Registration) -> bool:
-        tensor = self._tensor(registration)
-        has_values = path_to_values(tensor, self.precomputed_names) is not None
-        return has_values and is_wrapper(local_of(tensor))
 
     def wrappers(self) -> list[tuple[str, torch.Tensor]]:
         """The wrappers whose inner tensors are averaged or read, by fqn. See [Note: wrappers]."""
@@ -435,17 +432,14 @@ class Registered:
         self._names = [r.name for r in plain]
         self._others = [(r, attrgetter(path)) for r, path in paths.items() if path]
 
-    def tensors(self) -> Iterator[torch.Tensor | None]:
-        """The plain tensors that are registered there now; None where nothing is."""
-        return map(dict.get, self._registries, self._names)
-
     def addresses(self) -> list[int]:
         """The data pointers of what is registered there now."""
         others = [_pointer_at(r.registry.get(r.name), values) for r, values in self._others]
         try:
-            return [*map(torch.Tensor.data_ptr, self.tensors()), *others]  # type: ignore[arg-type]
+            tensors = map(dict.get, self._registries, self._names)
+            return [*map(torch.Tensor.data_ptr, tensors), *others]  # type: ignore[arg-type]
         except TypeError:  # nothing is registered at some place now
-            return [*map(pointer, self.tensors()), *others]
+            return [*map(pointer, map(dict.get, self._registries, self._names)), *others]
 
 
 def _pointer_at(tensor: torch.Tensor | None, values: attrgetter[torch.Tensor]) -> int:

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema.core.engine import Engine, Weight
-from dist_ema.core.group import Group
+from dist_ema.core.errors import listed
+from dist_ema.core.group import Group, digest
 from dist_ema.core.layout import (
     Box,
     Fragment,
@@ -31,7 +32,7 @@ from dist_ema.core.layout import (
 )
 from dist_ema.core.names import Modules, as_module, registrations
 from dist_ema.core.plan import Plan
-from dist_ema.core.replicas import find_holders
+from dist_ema.core.replicas import find_holders, hash_of
 from dist_ema.core.swap import Marks
 
 _BUCKET_BYTES = 16 << 20  # of chunks that are gathered at a time
@@ -60,11 +61,12 @@ class OwnedFragment:
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """Elements [start, stop) of a tensor, row-major."""
+    """Elements [start, stop) of a tensor, row-major, in the dtype that is wanted."""
 
     tensor: TensorMeta
     start: int
     stop: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +78,16 @@ class _Part:
     common: Box
     outer: Box  # a box of the range that contains `common`, itself contiguous in the range
     at: int  # where `outer` starts in the range
+    dtype: torch.dtype
 
-    def read(self, values: torch.Tensor) -> torch.Tensor:
-        """The elements, from the fragment's 1-D values."""
+    def read(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The elements, from the values of the rank's fragments."""
         meta = self.fragment.meta
-        return meta.unflatten(values)[self.common.within(meta.box)]
+        return meta.unflatten(values[self.fragment.index])[self.common.within(meta.box)]
 
-    def target(self, values: torch.Tensor) -> torch.Tensor:
-        """The same elements in the 1-D values of the range."""
-        outer = values[self.at : self.at + self.outer.numel]
+    def target(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """The same elements in the chunks of the bucket."""
+        outer = chunks[self.number].values[self.at : self.at + self.outer.numel]
         return outer.view(self.outer.sizes)[self.common.within(self.outer)]
 
 
@@ -187,10 +190,10 @@ class Gatherer:
         try:
             for turn in turns:
                 done += 1
-                yield self._exchange(turn, owned, values, dtype, allocate or _allocate(dtype))
+                yield self._exchange(turn, owned, values, allocate)
         finally:
-            for turn in turns[done:]:
-                self._exchange(turn, owned, values, dtype, None)
+            for turn in turns[done:]:  # received and discarded
+                self._exchange(turn, owned, values, None)
 
     def refuse_unreadable(self, only: frozenset[str] | None = None) -> None:
         """Raise ValueError if the values of some tensors cannot be read. On every rank."""
@@ -211,13 +214,13 @@ class Gatherer:
         for tensor in self.tensors:
             if only is not None and tensor.fqn not in only:
                 continue
-            itemsize = tensor.dtype_as(dtype).itemsize
+            kind = tensor.dtype_as(dtype)
             start = 0
             while True:
-                n = min(tensor.numel - start, free // itemsize)
+                n = min(tensor.numel - start, free // kind.itemsize)
                 if n or not tensor.numel:
-                    bucket.append(_Range(tensor, start, start + n))
-                start, free = start + n, free - n * itemsize
+                    bucket.append(_Range(tensor, start, start + n, kind))
+                start, free = start + n, free - n * kind.itemsize
                 if start == tensor.numel:
                     break
                 yield bucket
@@ -230,44 +233,44 @@ class Gatherer:
         turn: Sequence[Sequence[_Range]],
         owned: _ByName,
         values: Sequence[torch.Tensor],
-        dtype: torch.dtype | None,
         allocate: Allocate | None,
     ) -> list[Chunk]:
-        """Gather the i-th bucket of a turn on rank i; without `allocate`, discard it."""
+        """Gather the i-th bucket of a turn on rank i."""
         group = self._group
         operations: list[dist.P2POp] = []
         for receiver, bucket in enumerate(turn):
             parts = _parts(bucket, self.own)[group.rank] if receiver != group.rank else []
             if parts:
-                message = self._message(bucket, parts, dtype)
-                for part, run in _runs(message, bucket, parts, dtype):
-                    run.copy_(part.read(values[part.fragment.index]))
+                message, runs = _message(parts, group.device)
+                for part, run in zip(parts, runs, strict=True):
+                    run.copy_(part.read(values))
                 operations.append(group.point_to_point(dist.isend, message, receiver))
         bucket = turn[group.rank] if group.rank < len(turn) else []
         received = _parts(bucket, owned)
         local = received.pop(group.rank, [])
-        messages = {rank: self._message(bucket, parts, dtype) for rank, parts in received.items()}
-        operations += [group.point_to_point(dist.irecv, m, rank) for rank, m in messages.items()]
+        pairs: list[tuple[_Part, torch.Tensor]] = []  # what other ranks send
+        for rank, parts in received.items():
+            message, runs = _message(parts, group.device)
+            operations.append(group.point_to_point(dist.irecv, message, rank))
+            pairs += zip(parts, runs, strict=True)
         works = dist.batch_isend_irecv(operations) if operations else []
-        chunks: list[Chunk] = []
-        if allocate is not None:
-            chunks = [Chunk(r.tensor, r.start, allocate(r.tensor, r.start, r.stop)) for r in bucket]
-        for part in local if chunks else ():
-            values_here = part.read(values[part.fragment.index])
-            part.target(chunks[part.number].values).copy_(values_here)
+        chunks = [
+            Chunk(
+                r.tensor,
+                r.start,
+                allocate(r.tensor, r.start, r.stop)
+                if allocate
+                else torch.empty(r.stop - r.start, dtype=r.dtype),
+            )
+            for r in bucket
+        ]
+        for part in local:
+            part.target(chunks).copy_(part.read(values))
         for work in works:
             work.wait()
-        for rank, message in messages.items() if chunks else ():
-            for part, run in _runs(message, bucket, received[rank], dtype):
-                part.target(chunks[part.number].values).copy_(run)
+        for part, run in pairs:
+            part.target(chunks).copy_(run)
         return chunks
-
-    def _message(
-        self, bucket: Sequence[_Range], parts: Sequence[_Part], dtype: torch.dtype | None
-    ) -> torch.Tensor:
-        """An uninitialized message of bytes, long enough for the parts."""
-        nbytes = sum(_padded_bytes(bucket, part, dtype) for part in parts)
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._group.device)
 
 
 def _parts(bucket: Sequence[_Range], owned: _ByName) -> defaultdict[int, list[_Part]]:
@@ -281,33 +284,23 @@ def _parts(bucket: Sequence[_Range], owned: _ByName) -> defaultdict[int, list[_P
             for outer in flat_boxes(span.tensor.shape, span.start, span.stop):
                 common = overlap(outer, fragment.meta.box)
                 if common is not None:
-                    parts[fragment.rank].append(_Part(number, fragment, common, outer, at))
+                    part = _Part(number, fragment, common, outer, at, span.dtype)
+                    parts[fragment.rank].append(part)
                 at += outer.numel
     return parts
 
 
-def _padded_bytes(bucket: Sequence[_Range], part: _Part, dtype: torch.dtype | None) -> int:
-    nbytes = part.common.numel * bucket[part.number].tensor.dtype_as(dtype).itemsize
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _runs(
-    message: torch.Tensor,
-    bucket: Sequence[_Range],
-    parts: Sequence[_Part],
-    dtype: torch.dtype | None,
-) -> Iterator[tuple[_Part, torch.Tensor]]:
-    """Each part with its view of the message, in the shape of the common box."""
-    start = 0
-    for part in parts:
-        kind = bucket[part.number].tensor.dtype_as(dtype)
-        stop = start + part.common.numel * kind.itemsize
-        yield part, message[start:stop].view(kind).view(part.common.sizes)
-        start += _padded_bytes(bucket, part, dtype)
-
-
-def _allocate(dtype: torch.dtype | None) -> Allocate:
-    return lambda tensor, start, stop: torch.empty(stop - start, dtype=tensor.dtype_as(dtype))
+def _message(
+    parts: Sequence[_Part], device: torch.device
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """An uninitialized message of bytes, and the view of each part, in its dtype and shape."""
+    sizes = [part.common.numel * part.dtype.itemsize for part in parts]
+    padded = [-(-nbytes // _ALIGNMENT) * _ALIGNMENT for nbytes in sizes]
+    message = torch.empty(sum(padded), dtype=torch.uint8, device=device)
+    return message, [
+        run[:nbytes].view(part.dtype).view(part.common.sizes)
+        for part, nbytes, run in zip(parts, sizes, message.split(padded), strict=True)
+    ]
 
 
 def whole_tensors(
@@ -415,6 +408,54 @@ def _owned_buffers(buffers: Sequence[Weight], group: Group) -> tuple[list[Weight
     own = list(itertools.compress(unsharded, is_owner))
     fragments = [f for w in own for f in w.fragments]
     return own + sharded, fragments + list(itertools.compress(shards, is_owner[len(unsharded) :]))
+
+
+def refuse_unequal_copies(model: nn.Module, weights: Sequence[Weight], group: Group) -> None:
+    """Raise ValueError if different parts of a model differ in a tensor that both of them have.
+
+    The values of one rank are gathered, as those of ranks with the same part are taken for equal.
+    Collective: every rank calls it. One all-gather of names, and one of hashes of such tensors.
+
+    Args:
+        weights: what is not averaged here. Replicas of averaged weights are compared anyway.
+    """
+    part = digest([r.fqn for r in registrations(model)])[0]
+    layouts = {w.fqn: f"{w.tensor.dtype} of shape {w.shape}" for w in weights}
+    reports = group.all_gather((part, layouts))
+    parts_of: defaultdict[str, set[int]] = defaultdict(set)
+    for number, names in reports:
+        for fqn in names:
+            parts_of[fqn].add(number)
+    problems = _differing_texts(reports)
+    if not problems and any(len(parts) > 1 for parts in parts_of.values()):
+        with group.together():
+            hashes = {
+                f"{w.fqn}{list(f.meta.box.offsets) if len(w.fragments) > 1 else ''}": (
+                    f"values of hash {hash_of([f]):x}"
+                )
+                for w in weights
+                if len(parts_of[w.fqn]) > 1
+                for f in w.fragments
+            }
+        problems = _differing_texts(group.all_gather((part, hashes)))
+    if problems:
+        raise ValueError(
+            f"parts of the model have different tensors of one name: {listed(problems)}; give "
+            "them names of their own, or equal values"
+        )
+
+
+def _differing_texts(reports: Sequence[tuple[int, Mapping[str, str]]]) -> list[str]:
+    """Where a text is another one in another part than in the first that has it."""
+    first: dict[str, tuple[int, int, str]] = {}
+    problems: dict[str, str] = {}
+    for rank, (part, texts) in enumerate(reports):
+        for name, text in texts.items():
+            first_rank, first_part, wanted = first.setdefault(name, (rank, part, text))
+            if part != first_part and text != wanted:
+                both = f"{name} has {wanted} on rank {first_rank} and {text} on rank {rank}"
+                problems.setdefault(name, both)
+    return list(problems.values())
 
 
 def _merge(reports: Sequence[Sequence[TensorMeta]]) -> list[TensorMeta]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import struct
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,10 +25,8 @@ all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(
     dist, "all_gather_into_tensor", None
 )
 
+_TAG = 0xE3A  # of messages: gloo does not take them for those of a training that is under way
 _BROADCAST_BYTES = 32 << 20  # at a time
-_GLOO_GATHER_BYTES = 2 << 20  # of all ranks, at a time
-_GATHER_BYTES = 8 << 20
-_GATHER_BYTES_OF_A_RANK = 1 << 18
 _ADVICE = (
     "every rank must make this call: move it out of `if rank == 0:` or "
     "`if accelerator.is_main_process:`"
@@ -45,11 +44,11 @@ class Group:
     """A process group, or the one process there is. Ranks are counted within the group."""
 
     warn_after_s = 30.0  # of waiting for other ranks at the start of a public call
+    process_group: dist.ProcessGroup | None = None
+    rank, size = 0, 1
+    device = torch.device("cpu")  # of the tensors that the group can send
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.process_group: dist.ProcessGroup | None = None
-        self.rank, self.size = 0, 1
-        self.device = torch.device("cpu")  # of the tensors that the group can send
         if not (dist.is_available() and dist.is_initialized()):
             if group is not None:
                 raise ValueError("process_group was given but torch.distributed is not initialized")
@@ -72,10 +71,7 @@ class Group:
     @classmethod
     def alone(cls) -> Group:
         """This process by itself: the same calls, and no communication."""
-        group = cls.__new__(cls)
-        group.process_group, group.rank, group.size = None, 0, 1
-        group.device = torch.device("cpu")
-        return group
+        return cls.__new__(cls)
 
     def outdated(self) -> bool:
         """Whether this process was taken for the only one and is now one of several. Local."""
@@ -90,8 +86,8 @@ class Group:
         self, operation: Callable[..., object], tensor: torch.Tensor, rank: int
     ) -> dist.P2POp:
         """`isend` to or `irecv` from a rank of this group, for `batch_isend_irecv`."""
-        peer = self._global_rank(rank)
-        return dist.P2POp(operation, tensor, peer, group=self.process_group)
+        assert self.process_group is not None
+        return message(operation, tensor, self.process_group, rank)
 
     @contextmanager
     def together(
@@ -129,7 +125,11 @@ class Group:
                     raise problem
                 raise error(describe(problem)) from problem
             return
-        self._refuse_destroyed_group()
+        if is_destroyed(self.process_group):
+            raise RuntimeError(
+                "the process group that this average was built with has been destroyed; build "
+                "ShardedEMA again after init_process_group(), and load() the average's checkpoint"
+            )
         labels = {"the call": call} | dict(values or {})
         bits = digest(sorted(labels.items()))[0] >> 1  # the order of labels may differ
         self._meet(call)
@@ -145,15 +145,6 @@ class Group:
             raise (error or _ERRORS.get(kind, RuntimeError))(text) from problem
         _raise_difference(call, [labels for _, labels in reports], error)
 
-    def _refuse_destroyed_group(self) -> None:
-        try:
-            dist.get_backend(self.process_group)
-        except ValueError as error:
-            raise RuntimeError(
-                "the process group that this average was built with has been destroyed; build "
-                "ShardedEMA again after init_process_group(), and load() the average's checkpoint"
-            ) from error
-
     def _meet(self, call: str) -> None:
         """Wait until every rank is in a public call, before any collective begins. Collective.
 
@@ -167,7 +158,9 @@ class Group:
         store = _default_store()
         if not call or store is None:
             return
-        prefix = f"dist_ema/{getattr(self.process_group, 'group_name', '')}"
+        # Different groups may have one name: `split_group` numbers them on each rank.
+        ranks = digest(dist.get_process_group_ranks(self.process_group))[0]
+        prefix = f"dist_ema/{getattr(self.process_group, 'group_name', '')}/{ranks}"
         own = f"{prefix}/{self.rank}"
         try:
             store.set(own, call)
@@ -244,15 +237,13 @@ class Group:
         """This group and the known groups by their ranks, counted within this group. Local."""
         if self.process_group is None:
             return {}
-        rank_of = {
-            outer: rank
-            for rank, outer in enumerate(dist.get_process_group_ranks(self.process_group))
-        }
+        ranks = dist.get_process_group_ranks(self.process_group)
+        rank_of = dict(zip(ranks, range(self.size), strict=True))
         groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         for group in (self.process_group, *known):
-            outer = dist.get_process_group_ranks(group)
-            if all(rank in rank_of for rank in outer):
-                groups.setdefault(tuple(rank_of[rank] for rank in outer), group)
+            members = tuple(map(rank_of.get, dist.get_process_group_ranks(group)))
+            if None not in members:
+                groups.setdefault(members, group)  # type: ignore[arg-type]
         return groups
 
     def any(self, flag: bool) -> bool:
@@ -375,23 +366,28 @@ def _has_key(store: Any, key: str) -> bool:
 def digest(*parts: object) -> tuple[int, int]:
     """A 128-bit digest of the `repr` of some values, as two int64."""
     raw = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
-    return (
-        int.from_bytes(raw[:8], "little", signed=True),
-        int.from_bytes(raw[8:], "little", signed=True),
-    )
+    first, second = struct.unpack("<2q", raw)
+    return first, second
 
 
-def gather_chunk(device: torch.device, num_ranks: int, itemsize: int) -> int:
-    """Elements of each rank in one all-gather, when a large tensor is gathered in chunks.
+def message(
+    operation: Callable[..., object], tensor: torch.Tensor, group: dist.ProcessGroup, rank: int
+) -> dist.P2POp:
+    """`isend` to or `irecv` from a rank of a process group, for `batch_isend_irecv`."""
+    return dist.P2POp(operation, tensor, group=group, tag=_TAG, group_peer=rank)
 
-    Gloo copies a chunk and its threads free some copies late: with 8 MB a swap held up to 95 MB on
-    a CPU and took a fifth less time. NCCL needs larger chunks, with a minimum for each rank.
-    """
-    if device.type == "cpu":
-        nbytes = _GLOO_GATHER_BYTES // num_ranks
-    else:
-        nbytes = max(_GATHER_BYTES // num_ranks, _GATHER_BYTES_OF_A_RANK)
-    return max(1, nbytes // itemsize)
+
+def is_destroyed(group: dist.ProcessGroup | None) -> bool:
+    """Whether there was a group that has been destroyed since. Local."""
+    try:
+        return group is not None and not dist.get_backend(group)
+    except ValueError:
+        return True
+
+
+def backends_of(group: dist.ProcessGroup) -> dict[str, str]:
+    """The name of a process group's backend for each type of device."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
 
 
 def device_for(
@@ -401,10 +397,9 @@ def device_for(
 
     Gloo accepts tensors of an accelerator in collectives, but not in `isend` and `irecv`.
     """
-    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     supported = {
         device
-        for device, backend in backends.items()
+        for device, backend in backends_of(group).items()
         if device == "cpu" or backend != "gloo" or not point_to_point
     }
     if wanted.type in supported:

@@ -3,10 +3,23 @@
 Planned once into batches of equal dtypes and devices, then applied with a few grouped calls
 (`torch._foreach_*`). Where a dtype must be converted, or several averages read the same live
 values, a batch is a chunk that stays in cache, so live values are read from memory once and no
-full-size copy is made. Small tensors on the CPU are concatenated in cache first, since a grouped
-call there costs more per tensor than the copy. Where the average is on another device (offload),
-chunks of it are copied to the live values and back; two chunks are in progress at a time, each with
-its own staging, so that copies in both directions overlap.
+full-size copy is made. Where the average is on another device (offload), chunks of it are copied to
+the live values and back; two chunks are in progress at a time, each with its own staging, so that
+copies in both directions overlap.
+
+[Note: small tensors on a CPU]
+An operator costs more than the arithmetic of a small tensor, so these are concatenated in cache,
+and one operator updates a range of the average. No operator is given more than `_SERIAL_ELEMENTS`
+of several tensors together: torch runs more on its thread pool, and to wake a pool, or to wait for
+a thread whose core runs another process, takes longer than the update. So an update waits for other
+threads only where an elementwise operator on one of the live tensors does too.
+
+[Note: narrow weights on a CPU]
+torch has no operator that reads bf16 and updates fp32, so there are two, over a chunk in cache. One
+core of a Xeon (Sapphire Rapids) needs 0.40 ns an element to convert from memory into its L2 cache,
+which is one stream of loads and not what the memory could deliver, and 0.55 ns to update from
+there: together 1.35 times the 0.70 ns in which `torch._foreach_lerp_` moves 10 bytes. Only one pass
+is faster; `torch.compile` makes one, after seconds of compilation with a C++ compiler.
 """
 
 from __future__ import annotations
@@ -16,15 +29,20 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_ema.core.accelerator import SideStreams, graph_capture_query, is_accelerator
+from dist_ema.core.accelerator import SideStreams, is_accelerator
 
-# Chunks of live values. On a CPU and across devices 4 MB in fp32, a part of a common L3 cache, by
-# measurement. Within an accelerator 32 MB, a part of the L2 cache (50 MB on an H100): an estimate.
-_CHUNK_ELEMENTS = 1 << 20
-_CHUNK_ELEMENTS_WITHIN_ACCELERATOR = 1 << 23
-_SMALL_ELEMENTS = 4096  # a call per tensor costs more than copying tensors up to this size
+# Elements of chunks of live values. By measurement on CPUs: 512 kB in fp32 stay in the L2 cache of
+# each thread's core; chunks that cross devices have 4 MB.
+_CHUNK_A_THREAD = 1 << 17
+_CHUNK_ACROSS_DEVICES = 1 << 20
+# Within an accelerator 32 MB, a part of the L2 cache (50 MB on an H100): an estimate.
+_CHUNK_WITHIN_ACCELERATOR = 1 << 23
+_SMALL_BYTES = 8192  # up to this size of live values, copies cost less than operators
+_SERIAL_ELEMENTS = (1 << 15) - 16  # torch concatenates and updates fewer than 2^15 on one thread
 
 MultiAvgFn = Callable[[list[torch.Tensor], list[torch.Tensor], int], None]
+# What is done with averages and live values, both of the dtype of the accumulation. None: nothing.
+Step = Callable[[list[torch.Tensor], list[torch.Tensor]], object] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,52 +51,41 @@ class _Batch:
 
     averages: list[list[torch.Tensor]]  # one list for each average
     lives: list[torch.Tensor]
-    packed: torch.Tensor | None  # buffer to concatenate live values, if each average is one tensor
+    packed: torch.Tensor | None  # buffer to concatenate live values
+    narrow: list[torch.Tensor]  # live values in pieces like those of an average
     staged_lives: list[torch.Tensor] | None
     staged_averages: list[torch.Tensor] | None
     non_blocking: bool  # of copies: a side stream keeps them in order
 
-    def update(self, weights: Sequence[float]) -> None:
-        narrow = self._concatenated()
-        lives = self._widened(narrow)
-        for averages, weight in zip(self.averages, weights, strict=True):
-            if weight == 0.0:
+    def update(self, steps: Sequence[Step]) -> None:
+        if self.packed is not None:
+            torch.cat(self.lives, out=self.packed)
+        lives = self.narrow
+        if self.staged_lives is not None:
+            lives = self.staged_lives
+            torch._foreach_copy_(lives, self.narrow)
+        for averages, step in zip(self.averages, steps, strict=True):
+            if step is None:
                 continue
-            if weight == 1.0:
-                torch._foreach_copy_(averages, narrow, self.non_blocking)
-                continue
-            if self.staged_averages is None:
-                torch._foreach_lerp_(averages, lives, weight)
-                continue
-            torch._foreach_copy_(self.staged_averages, averages, self.non_blocking)
-            torch._foreach_lerp_(self.staged_averages, lives, weight)
-            torch._foreach_copy_(averages, self.staged_averages, self.non_blocking)
+            if step is _copy:
+                torch._foreach_copy_(averages, self.narrow, self.non_blocking)
+            elif self.staged_averages is None:
+                step(averages, lives)
+            else:
+                torch._foreach_copy_(self.staged_averages, averages, self.non_blocking)
+                step(self.staged_averages, lives)
+                torch._foreach_copy_(averages, self.staged_averages, self.non_blocking)
 
-    def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
-        lives = self._widened(self._concatenated())
-        for averages in self.averages:
-            if self.staged_averages is None:
-                fn(averages, lives, num_averaged)
-                continue
-            torch._foreach_copy_(self.staged_averages, averages, self.non_blocking)
-            fn(self.staged_averages, lives, num_averaged)
-            torch._foreach_copy_(averages, self.staged_averages, self.non_blocking)
 
-    def copy(self) -> None:
-        lives = self._concatenated()
-        for averages in self.averages:
-            torch._foreach_copy_(averages, lives, self.non_blocking)
+def _copy(averages: list[torch.Tensor], lives: list[torch.Tensor]) -> None:
+    """The step of a decay of 0. Live values are copied as they are, without a wider dtype."""
 
-    def _concatenated(self) -> list[torch.Tensor]:
-        if self.packed is None:
-            return self.lives
-        return [torch.cat(self.lives, out=self.packed)]
 
-    def _widened(self, lives: list[torch.Tensor]) -> list[torch.Tensor]:
-        if self.staged_lives is None:
-            return lives
-        torch._foreach_copy_(self.staged_lives, lives)
-        return self.staged_lives
+def _step(decay: float) -> Step:
+    weight = 1.0 - decay
+    if weight == 0.0:
+        return None
+    return _copy if weight == 1.0 else lambda a, lives: torch._foreach_lerp_(a, lives, weight)
 
 
 class Lerp:
@@ -87,33 +94,28 @@ class Lerp:
     def __init__(
         self,
         averages: Sequence[Sequence[torch.Tensor]],
-        lives: Sequence[Sequence[torch.Tensor]],
+        lives: Sequence[torch.Tensor],
         *,
         overlap: bool = False,
     ) -> None:
         """
         Args:
-            averages: `averages[k][i]`, 1-D, is average k of the concatenation of `lives[i]`.
+            averages: `averages[k][i]` is average k of `lives[i]`, all 1-D.
             overlap: run everything on a side stream (see [Note: fences]).
         """
+        self._num_averages = len(averages)
         grouped: dict[object, list[int]] = {}
-        for i, (like, parts) in enumerate(zip(averages[0], lives, strict=True)):
-            if like.numel():
-                key = (like.dtype, parts[0].dtype, like.device, parts[0].device, len(parts) > 1)
+        for i, (average, live) in enumerate(zip(averages[0], lives, strict=True)):
+            if live.numel():
+                key = (average.dtype, live.dtype, average.device, live.device, is_small(live))
                 grouped.setdefault(key, []).append(i)
         self._tracks: list[_Track] = []
         for members in grouped.values():
-            of_all = [[of_one[i] for i in members] for of_one in averages]
-            here = [lives[i] for i in members]
-            first = here[0][0]
-            crosses = _crosses(of_all[0][0], first)
-            streams = SideStreams(first.device, 2 if crosses else 1) if crosses or overlap else None
-            if len(here[0]) > 1:
-                batches = list(_packs(of_all, here))
-            else:
-                whole = [part for (part,) in here]
-                batches = list(_batches(of_all, whole, num_stagings=2 if crosses else 1))
-            self._tracks.append(_Track(streams, batches, graph_capture_query(first.device)))
+            of_all, here = [[of_one[i] for i in members] for of_one in averages], lives[members[0]]
+            crosses = _crosses(of_all[0][0], here)
+            streams = SideStreams(here.device, 2 if crosses else int(overlap))
+            batches = list(_batches(of_all, [lives[i] for i in members], 2 if crosses else 1))
+            self._tracks.append(_Track(streams, batches))
 
     def update(self, decays: Sequence[float]) -> None:
         """average <- decay * average + (1 - decay) * live, with a decay for each average.
@@ -121,63 +123,52 @@ class Lerp:
         No host sync, no allocation. A decay of 0 copies and a decay of 1 changes nothing, both
         exactly, even where values are not finite.
         """
-        weights = [1.0 - decay for decay in decays]
-        for track in self._tracks:
-            track.run(lambda batch: batch.update(weights))
+        self._run([_step(decay) for decay in decays])
 
     def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
         """Call a function with the signature of torch's `multi_avg_fn` for each batch.
 
         It gets lists of 1-D tensors of one dtype.
         """
-        for track in self._tracks:
-            track.run(lambda batch: batch.apply(fn, num_averaged))
+        self._run([lambda averages, lives: fn(averages, lives, num_averaged)] * self._num_averages)
 
     def copy(self) -> None:
         """average <- live, in every average."""
+        self._run([_copy] * self._num_averages)
+
+    def _run(self, steps: Sequence[Step]) -> None:
         for track in self._tracks:
-            track.run(_Batch.copy)
+            if track.streams.is_capturing():
+                raise RuntimeError(
+                    "the average cannot be updated while a graph is captured: each replay would "
+                    "apply the decay of this call, and step and num_updates would not be "
+                    "incremented; call update() after the replay, outside the graph"
+                )
+            track.streams.run(lambda batch: batch.update(steps), track.batches)
 
     def fence(self) -> None:
         """Let later work of the caller wait for updates in progress."""
         for track in self._tracks:
-            if track.streams is not None:
-                track.streams.fence()
+            track.streams.fence()
 
     def synchronize(self) -> None:
         """Let the host and later work of the caller wait for updates in progress."""
         self.fence()
         for track in self._tracks:
-            if track.streams is not None:
-                track.streams.synchronize()
+            track.streams.synchronize()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Track:
     """Batches with one pair of devices, and the side streams that they run on, if any."""
 
-    streams: SideStreams | None  # the first field: destroyed before the memory that they use
+    streams: SideStreams  # the first field: destroyed before the memory that they use
     batches: list[_Batch]
-    is_capturing: Callable[[], bool]
-
-    def run(self, work: Callable[[_Batch], None]) -> None:
-        if self.is_capturing():
-            raise RuntimeError(
-                "the average cannot be updated while a graph is captured: each replay would apply "
-                "the decay of this call, and step and num_updates would not be incremented; call "
-                "update() after the replay, outside the graph"
-            )
-        if self.streams is None:
-            for batch in self.batches:
-                work(batch)
-            return
-        self.streams.run(work, self.batches)
 
 
-def gains_from_packing(average: torch.Tensor, live: torch.Tensor) -> bool:
-    """Whether an own call for this tensor costs more than concatenating it with others."""
-    on_cpu = live.device.type == "cpu" and not _crosses(average, live)
-    return on_cpu and 0 < live.numel() <= _SMALL_ELEMENTS
+def is_small(live: torch.Tensor) -> bool:
+    """Whether an operator for this tensor alone costs more than concatenating it with others."""
+    return live.device.type == "cpu" and live.nbytes <= _SMALL_BYTES
 
 
 def _crosses(average: torch.Tensor, live: torch.Tensor) -> bool:
@@ -205,66 +196,68 @@ def squared_norms(average: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
 
 
 def _batches(
-    averages: list[list[torch.Tensor]], lives: list[torch.Tensor], *, num_stagings: int
+    averages: list[list[torch.Tensor]], lives: list[torch.Tensor], num_stagings: int
 ) -> Iterator[_Batch]:
     """Batches of chunks; `num_stagings` consecutive batches have their own staging."""
     average, live = averages[0][0], lives[0]
     dtype = accumulation_dtype(average.dtype, live.dtype)
-    crosses = _crosses(average, live)
-    if average.dtype == dtype == live.dtype and len(averages) == 1 and not crosses:
-        yield _Batch(averages, lives, None, None, None, False)
+    crosses, accelerated = _crosses(average, live), is_accelerator(live.device)
+    packs = is_small(live) and not crosses and len(lives) > len(_joined(averages[0]))
+    if average.dtype == dtype == live.dtype and len(averages) == 1 and not (crosses or packs):
+        yield _Batch(averages, lives, None, lives, None, None, False)
         return
 
-    accelerated = is_accelerator(live.device)
-    within = accelerated and not crosses
-    most = _CHUNK_ELEMENTS_WITHIN_ACCELERATOR if within else _CHUNK_ELEMENTS
-    length = min(most, sum(x.numel() for x in lives))
+    length = min(_chunk_elements(crosses, accelerated, packs), sum(x.numel() for x in lives))
 
-    def stagings(wanted: bool) -> list[torch.Tensor | None]:
+    def stagings(wanted: bool, kind: torch.dtype) -> list[torch.Tensor | None]:
         if not wanted:
             return [None] * num_stagings
         with torch.inference_mode(False):
-            chunks = torch.empty(num_stagings, length, dtype=dtype, device=live.device)
-        return list(chunks)
+            return list(torch.empty(num_stagings, length, dtype=kind, device=live.device))
 
-    average_buffers = stagings(crosses or average.dtype != dtype)
-    live_buffers = stagings(live.dtype != dtype)
+    packed = stagings(packs, live.dtype)
+    average_buffers = stagings(crosses or average.dtype != dtype, dtype)
+    live_buffers = stagings(live.dtype != dtype, dtype)
     for number, cuts in enumerate(_chunks([x.numel() for x in lives], length)):
-        sizes = [stop - start for _, start, stop in cuts]
-
+        parts = [lives[i][start:stop] for i, start, stop in cuts]
+        of_all = [[of_one[i][start:stop] for i, start, stop in cuts] for of_one in averages]
+        if packs:
+            of_all = [_joined(of_one) for of_one in of_all]
+        sizes, turn = [x.numel() for x in of_all[0]], number % num_stagings
+        pack = packed[turn]
         yield _Batch(
-            [[of_one[i][start:stop] for i, start, stop in cuts] for of_one in averages],
-            [lives[i][start:stop] for i, start, stop in cuts],
-            None,
-            _cut(live_buffers[number % num_stagings], sizes),
-            _cut(average_buffers[number % num_stagings], sizes),
+            of_all,
+            parts,
+            None if pack is None else pack[: sum(sizes)],
+            _cut(pack, sizes) or parts,
+            _cut(live_buffers[turn], sizes),
+            _cut(average_buffers[turn], sizes),
             crosses and accelerated,
         )
 
 
-def _packs(
-    averages: list[list[torch.Tensor]], lives: Sequence[Sequence[torch.Tensor]]
-) -> Iterator[_Batch]:
-    """A batch for each averaged tensor; all share the staging."""
-    average, live = averages[0][0], lives[0][0]
-    dtype = accumulation_dtype(average.dtype, live.dtype)
-    length = max(tensor.numel() for tensor in averages[0])
-    with torch.inference_mode(False):
-        packed = torch.empty(length, dtype=live.dtype, device=live.device)
-        wide = [
-            None if narrow == dtype else torch.empty(length, dtype=dtype, device=live.device)
-            for narrow in (live.dtype, average.dtype)
-        ]
-    for of_all, parts in zip(zip(*averages, strict=True), lives, strict=True):
-        size = [of_all[0].numel()]
-        yield _Batch(
-            [[of_one] for of_one in of_all],
-            list(parts),
-            packed[: size[0]],
-            _cut(wide[0], size),
-            _cut(wide[1], size),
-            False,
-        )
+def _chunk_elements(crosses: bool, accelerated: bool, packs: bool) -> int:
+    if crosses:
+        return _CHUNK_ACROSS_DEVICES
+    if accelerated:
+        return _CHUNK_WITHIN_ACCELERATOR
+    return _SERIAL_ELEMENTS if packs else _CHUNK_A_THREAD * torch.get_num_threads()
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """1-D tensors, with those that follow each other in memory as one."""
+    joined: list[torch.Tensor] = []
+    for tensor in tensors:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+            and last.storage_offset() + last.numel() == tensor.storage_offset()
+        ):
+            joined[-1] = last.as_strided((last.numel() + tensor.numel(),), (1,))
+        else:
+            joined.append(tensor)
+    return joined
 
 
 def _cut(buffer: torch.Tensor | None, sizes: list[int]) -> list[torch.Tensor] | None:

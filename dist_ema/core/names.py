@@ -103,6 +103,11 @@ class Models(nn.Module):
             yield f"{name}." if self.are_named else "", module
 
 
+def is_in_parts(model: nn.Module) -> bool:
+    """Whether ranks may hold different parts of the model."""
+    return isinstance(model, Models) and not model.are_named
+
+
 def as_module(model: object) -> nn.Module:
     """A module, or a list or mapping of modules as one; TypeError for anything else."""
     if isinstance(model, nn.Module):

@@ -9,7 +9,7 @@ fragment. For 70 billion parameters in 723 tensors on 1,024 ranks, a rank sends 
 [Note: groups of replicas]
 No process group is created here: torch has no way to create one among some ranks that leaves the
 user's own `new_group()` calls alone. A known group with exactly these ranks is used; without one,
-replicas exchange the same bytes point to point in the group that holds the model.
+replicas exchange the same bytes by messages in the group that holds the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import bisect
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
@@ -26,10 +26,20 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from dist_ema.core.group import Group, all_gather_single, device_for, digest, gather_chunk
+from dist_ema.core.group import (
+    Group,
+    all_gather_single,
+    backends_of,
+    device_for,
+    digest,
+    is_destroyed,
+    message,
+)
 from dist_ema.core.layout import Fragment, FragmentMeta, bits
 
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
+_CHUNK_BYTES = 8 << 20  # of all ranks, in a chunk that they exchange; two are on their way
+_CHUNK_BYTES_OF_A_RANK = 1 << 17  # at least
 _HASHED_ELEMENTS = 1 << 20  # at a time on an accelerator: 16 MB of scratch
 
 Holders = tuple[int, ...]  # ranks, ascending
@@ -79,8 +89,8 @@ class ReplicaGroup:
     process_group: dist.ProcessGroup | None  # of exactly `ranks`, if all of them know one
     number: int  # among the shared replica groups of all ranks; -1 if not shared
     fragments: tuple[Fragment, ...]
+    starts: tuple[int, ...]  # of each fragment in the sequence
     cuts: tuple[int, ...]
-    _starts: list[int] = field(init=False)  # of each fragment in the sequence
 
     @property
     def is_shared(self) -> bool:
@@ -91,13 +101,10 @@ class ReplicaGroup:
         """This rank's position in `ranks`."""
         return self.ranks.index(self.group.rank)
 
-    def __post_init__(self) -> None:
-        sizes = (f.meta.numel for f in self.fragments[:-1])
-        object.__setattr__(self, "_starts", [0, *itertools.accumulate(sizes)])
-
     def own(self) -> Iterator[Fragment]:
         """The slices that this rank averages."""
-        return self._slices(self.cuts[self.index], self.cuts[self.index + 1])
+        for fragment, start, stop in self._ranges(self.index, 0, self.cuts[-1]):
+            yield from fragment.slices(start, stop)
 
     def share(self, storage: Storage = attrgetter("forward_view")) -> None:
         """Fill the storage of all fragments with what each rank wrote to its own slices.
@@ -106,67 +113,139 @@ class ReplicaGroup:
         """
         if not self.is_shared:
             return
-        # One dtype, unless the model was cast in part later: the widest loses nothing.
-        dtype = functools.reduce(torch.promote_types, {storage(f).dtype for f in self.fragments})
-        longest = max(b - a for a, b in itertools.pairwise(self.cuts))
         process_group = self.process_group or self.group.process_group
         assert process_group is not None
-        device = device_for(
-            process_group,
+        exchange_slices(
+            lambda i, start, stop: [
+                storage(fragment)[a:b] for fragment, a, b in self._ranges(i, start, stop)
+            ],
+            [b - a for a, b in itertools.pairwise(self.cuts)],
+            # One dtype, unless the model was cast in part later: the widest loses nothing.
+            functools.reduce(torch.promote_types, {storage(f).dtype for f in self.fragments}),
             storage(self.fragments[0]).device,
-            point_to_point=self.process_group is None,
+            process_group,
+            range(len(self.ranks)) if self.process_group else self.ranks,
         )
-        chunk = max(1, min(longest, gather_chunk(device, len(self.ranks), dtype.itemsize)))
-        own, index = torch.empty(chunk, dtype=dtype, device=device), self.index
-        rows = torch.empty(len(self.ranks), chunk, dtype=dtype, device=device)
-        for start in range(0, longest, chunk):
-            for values, staged in self._chunk(index, start, own, storage):
-                staged.copy_(values)
-            # As bytes, since no backend supports every dtype.
-            self._all_gather(own.view(torch.uint8), rows.view(torch.uint8))
-            for i, row in enumerate(rows):
-                if i != index:
-                    for values, staged in self._chunk(i, start, row, storage):
-                        values.copy_(staged)
 
-    def _all_gather(self, own: torch.Tensor, rows: torch.Tensor) -> None:
-        """Fill row i of `rows` with `own` of rank `ranks[i]`. Collective among `ranks`."""
-        if self.process_group is not None:
-            all_gather_single(rows.view(-1), own, group=self.process_group)
+    def _ranges(self, i: int, start: int, stop: int) -> Iterator[tuple[Fragment, int, int]]:
+        """The fragments, and their elements, of [start, stop) of the slice of rank `ranks[i]`."""
+        first, last = self.cuts[i] + start, min(self.cuts[i] + stop, self.cuts[i + 1])
+        if first >= last:
             return
-        operations = []
-        for rank, row in zip(self.ranks, rows, strict=True):
-            if rank != self.group.rank:
-                operations += [
-                    self.group.point_to_point(dist.isend, own, rank),
-                    self.group.point_to_point(dist.irecv, row, rank),
-                ]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-
-    def _slices(self, start: int, stop: int) -> Iterator[Fragment]:
-        """The fragments of elements [start, stop) of the sequence."""
-        if start >= stop:
-            return
-        for i in range(bisect.bisect_right(self._starts, start) - 1, len(self.fragments)):
-            fragment, first = self.fragments[i], self._starts[i]
-            if first >= stop:
+        for number in range(bisect.bisect_right(self.starts, first) - 1, len(self.fragments)):
+            fragment, base = self.fragments[number], self.starts[number]
+            if base >= last:
                 return
-            yield from fragment.slices(
-                max(0, start - first), min(fragment.meta.numel, stop - first)
-            )
+            yield fragment, max(0, first - base), min(fragment.meta.numel, last - base)
 
-    def _chunk(
-        self, index: int, start: int, staging: torch.Tensor, storage: Storage
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Storage of a chunk of rank `ranks[index]`'s slices, each with its part of `staging`."""
-        first = self.cuts[index] + start
-        last = min(self.cuts[index + 1], first + len(staging))
-        at = 0
-        for fragment in self._slices(first, last):
-            values = storage(fragment)
-            yield values, staging[at : at + values.numel()]
-            at += values.numel()
+
+def exchange_slices(
+    slices: Callable[[int, int, int], list[torch.Tensor]],
+    numels: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    group: dist.ProcessGroup,
+    ranks: Sequence[int],
+) -> None:
+    """Fill storage that some ranks hold with what each of them wrote to its own slice of it.
+
+    Collective among `ranks`. Each byte is sent once, in chunks; a chunk is on its way while the one
+    before it is copied to its place. With gloo, or among some ranks of a group, messages go from
+    storage to storage without a copy: gloo's all-gather would copy each byte three times.
+
+    Args:
+        slices: (i, start, stop) -> the storage of elements [start, stop) of slice i, as 1-D
+            tensors in order; less where the slice ends before.
+        numels: of slice i, which rank `ranks[i]` wrote.
+        dtype: in which elements are sent.
+        device: of the storage.
+        ranks: within `group`.
+    """
+    index, longest = ranks.index(dist.get_rank(group)), max(numels)
+    sender = device_for(group, device)
+    sends = len(ranks) < dist.get_world_size(group) or backends_of(group)[sender.type] == "gloo"
+    if sends:
+        sender = device_for(group, device, point_to_point=True)
+    nbytes = max(_CHUNK_BYTES // len(ranks), _CHUNK_BYTES_OF_A_RANK)
+    size = max(1, min(longest, nbytes // dtype.itemsize))
+    # For two chunks, a row for each rank, and one that an all-gather sends.
+    staging = torch.empty(2, len(ranks) + 1, size, dtype=dtype, device=sender)
+    last: tuple[list[dist.Work], list[_Row]] = [], []
+    for number, start in enumerate(range(0, longest, size)):
+        buffers = staging[number % 2]
+        rows = [
+            _Row(slices(i, start, start + size), buffer, may_be_storage=sends)
+            for i, buffer in enumerate(buffers[:-1])
+        ]
+        if sends:
+            own = rows.pop(index).filled()
+            peers = [rank for rank in ranks if rank != ranks[index]]
+            works = _send(own, [row.buffer for row in rows], peers, group)
+        else:
+            _Row(rows.pop(index).pieces, buffers[-1]).filled()
+            gathered, own = buffers[:-1].reshape(-1), buffers[-1]
+            # As bytes, since no backend supports every dtype.
+            as_bytes = gathered.view(torch.uint8), own.view(torch.uint8)
+            works = [all_gather_single(*as_bytes, group=group, async_op=True)]
+        _finish(*last)
+        last = works, rows
+    _finish(*last)
+
+
+class _Row:
+    """A chunk of a slice: its storage, and the buffer that is sent or received."""
+
+    def __init__(
+        self, pieces: list[torch.Tensor], staging: torch.Tensor, *, may_be_storage: bool = False
+    ) -> None:
+        kinds = [(piece.dtype, piece.device) for piece in pieces]
+        self.is_storage = may_be_storage and kinds == [(staging.dtype, staging.device)]
+        numel = sum(piece.numel() for piece in pieces)
+        self.pieces, self.buffer = pieces, pieces[0] if self.is_storage else staging[:numel]
+
+    def filled(self) -> torch.Tensor:
+        """The buffer, after the storage is copied to it."""
+        for piece, part in self._pairs():
+            part.copy_(piece)
+        return self.buffer
+
+    def store(self) -> None:
+        """Copy the buffer to the storage; autograd notices the write."""
+        if self.is_storage:
+            torch.autograd.graph.increment_version(
+                [piece for piece in self.pieces if not piece.is_inference()]
+            )
+        for piece, part in self._pairs():
+            piece.copy_(part)
+
+    def _pairs(self) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        if self.is_storage:
+            return ()
+        parts = self.buffer.split([piece.numel() for piece in self.pieces])
+        return zip(self.pieces, parts, strict=True)
+
+
+def _send(
+    own: torch.Tensor,
+    received: Sequence[torch.Tensor],
+    peers: Sequence[int],
+    group: dist.ProcessGroup,
+) -> list[dist.Work]:
+    """Exchange messages with some ranks of a process group, as bytes."""
+    operations = [
+        message(operation, buffer.view(torch.uint8), group, peer)
+        for buffer_of_peer, peer in zip(received, peers, strict=True)
+        for operation, buffer in ((dist.isend, own), (dist.irecv, buffer_of_peer))
+        if buffer.numel()
+    ]
+    return dist.batch_isend_irecv(operations) if operations else []
+
+
+def _finish(works: Iterable[dist.Work], rows: Iterable[_Row]) -> None:
+    for work in works:
+        work.wait()
+    for row in rows:
+        row.store()
 
 
 def find_replica_groups(
@@ -214,38 +293,32 @@ def find_replica_groups(
     if any(device != "cpu" for pairs in nameless for _, device in pairs):
         group.connect()
     numbers = {label: i for i, label in enumerate(sorted(names))}
-    replica_groups = []
-    for key in sorted(members):
-        holders, fragments = key[0], tuple(members[key])
-        number, process_group = -1, None
-        if key in labels:
-            number = numbers[labels[key]]
-            if len({reports[rank][labels[key]] for rank in holders}) == 1:
-                process_group = process_groups.get(holders)
-        replica_groups.append(
-            ReplicaGroup(
-                holders,
-                group,
-                process_group,
-                number,
-                fragments,
-                even_cuts(sum(f.meta.numel for f in fragments), len(holders)),
-            )
+
+    def replica_group(key: tuple[Holders, str, str]) -> ReplicaGroup:
+        ranks, fragments, label = key[0], tuple(members[key]), labels.get(key)
+        is_known = label is not None and len({reports[rank][label] for rank in ranks}) == 1
+        *starts, numel = itertools.accumulate((f.meta.numel for f in fragments), initial=0)
+        return ReplicaGroup(
+            ranks,
+            group,
+            process_groups.get(ranks) if is_known else None,
+            -1 if label is None else numbers[label],
+            fragments,
+            tuple(starts),
+            even_cuts(numel, len(ranks)),
         )
-    return tuple(replica_groups), len(numbers)
+
+    return tuple(map(replica_group, sorted(members))), len(numbers)
 
 
 def refuse_destroyed(replica_groups: Sequence[ReplicaGroup]) -> None:
     """Raise if a process group of replicas has been destroyed. Local."""
     for replica_group in replica_groups:
-        if replica_group.process_group is not None:
-            try:
-                dist.get_backend(replica_group.process_group)
-            except ValueError as error:
-                raise RuntimeError(
-                    f"the process group of ranks {list(replica_group.ranks)}, which hold the same "
-                    "weights, has been destroyed; build ShardedEMA again, without that group"
-                ) from error
+        if is_destroyed(replica_group.process_group):
+            raise RuntimeError(
+                f"the process group of ranks {list(replica_group.ranks)}, which hold the same "
+                "weights, has been destroyed; build ShardedEMA again, without that group"
+            )
 
 
 @torch.no_grad()
@@ -258,12 +331,12 @@ def differing(replica_groups: Sequence[ReplicaGroup], num_shared: int, group: Gr
     shared = [g for g in replica_groups if g.is_shared]
     numbers = [1 - (1 << 63)] * (2 * num_shared)
     for replica_group in shared:
-        value, at = _hash(replica_group.fragments) >> 1, 2 * replica_group.number
+        value, at = hash_of(replica_group.fragments) >> 1, 2 * replica_group.number
         numbers[at : at + 2] = value, -value
     maxima = group.maxima(numbers) if num_shared else []
     if all(high == -low for high, low in zip(maxima[::2], maxima[1::2], strict=True)):
         return []
-    hashes = {(f.meta.fqn, f.meta.box): _hash([f]) for g in shared for f in g.fragments}
+    hashes = {(f.meta.fqn, f.meta.box): hash_of([f]) for g in shared for f in g.fragments}
     first: dict[tuple[str, object], int] = {}
     return sorted(
         {
@@ -275,7 +348,7 @@ def differing(replica_groups: Sequence[ReplicaGroup], num_shared: int, group: Gr
     )
 
 
-def _hash(fragments: Iterable[Fragment]) -> int:
+def hash_of(fragments: Iterable[Fragment]) -> int:
     """64 bits, signed, of the bits of masters and weights: equal for equal bits, NaN included."""
     state = xxhash.xxh3_64()
     tensors = ([f.view] if f.in_place else [f.view, f.forward_view] for f in fragments)

@@ -4,6 +4,8 @@
 Engines that keep many weights in one flat buffer leave small gaps between them (alignment, padding
 of the last shard). The buffer of the average has the same gaps, so that neighbors are contiguous on
 both sides and one operation updates a whole buffer. Values in a gap are never read as weights.
+Neighbors with equal gaps on both sides are a run. Small runs follow each other without a gap, for
+`lerp.py` to update several at once.
 """
 
 from __future__ import annotations
@@ -14,12 +16,10 @@ import torch
 
 from dist_ema.core.accelerator import is_accelerator
 from dist_ema.core.layout import Fragment
-from dist_ema.core.lerp import Lerp, MultiAvgFn, accumulation_dtype, gains_from_packing
+from dist_ema.core.lerp import Lerp, MultiAvgFn, accumulation_dtype, is_small
 
-_PACK_ELEMENTS = 1 << 19  # 2 MB in fp32, a part of a common L3 cache
 _MAX_GAP = 64  # elements of a flat buffer that belong to no weight
-_ALIGNMENT_BYTES = 16  # of the first element of a tensor, for vectorized kernels
-_ALIGNED_FROM = 256  # elements: smaller tensors are not aligned, so that padding stays below 2 %
+_ALIGNMENT_BYTES = 16  # of the first element of a run, for vectorized kernels
 
 
 class AverageStorage:
@@ -68,14 +68,10 @@ class AverageStorage:
 
     def _plan(self, fragments: Sequence[Fragment]) -> Lerp:
         lives = [f.view for f in fragments]
-        runs = _merge_neighbors(self._values[0], lives, self._max_gap)
-        packs = _pack_small(runs, self._values[0], lives, self._max_gap)
+        runs = _runs(lives, self._max_gap, self._values[0])
         return Lerp(
-            [
-                [_span(values[pack[0][0]], values[pack[-1][-1]]) for pack in packs]
-                for values in self._values
-            ],
-            [_live_values(pack, self._values[0], lives) for pack in packs],
+            [[_span(values, run) for run in runs] for values in self._values],
+            [_span(lives, run) for run in runs],
             overlap=self._overlap,
         )
 
@@ -120,13 +116,23 @@ def allocate(
     for (kind, live_device), members in kinds.items():
         device = wanted or live_device
         pinned = device.type == "cpu" and is_accelerator(live_device)
-        members.sort(key=lambda i: _address(views[i]))
-        starts, total = _starts([views[i] for i in members], kind.itemsize)
+        runs = _runs([views[i] for i in members], _MAX_GAP)
+        runs = [[members[i] for i in run] for run in runs]
+        runs.sort(key=lambda run: is_small(_span(views, run)))
+        grain = max(1, _ALIGNMENT_BYTES // kind.itemsize)
+        starts: dict[int, int] = {}
+        end = 0
+        for run in runs:
+            span = _span(views, run)
+            start = end if is_small(span) else -(-end // grain) * grain
+            offsets = (int(views[i].storage_offset() - span.storage_offset()) for i in run)
+            starts |= zip(run, (start + offset for offset in offsets), strict=True)
+            end = start + span.numel()
         for values in averages:
             # Zeros: gaps are averaged too, and subnormal numbers in them would be slow.
             with torch.inference_mode(False):
-                buffer = torch.zeros(total, dtype=kind, device=device, pin_memory=pinned)
-            for i, start in zip(members, starts, strict=True):
+                buffer = torch.zeros(end, dtype=kind, device=device, pin_memory=pinned)
+            for i, start in starts.items():
                 values[i] = buffer[start : start + views[i].numel()]
     return averages
 
@@ -145,76 +151,26 @@ def _gap(before: torch.Tensor, after: torch.Tensor) -> int | None:
     return gap if 0 <= gap <= _MAX_GAP else None
 
 
-def _starts(views: Sequence[torch.Tensor], itemsize: int) -> tuple[list[int], int]:
-    """Where each value starts in the flat buffer, and the buffer's length, in elements."""
-    grain = max(1, _ALIGNMENT_BYTES // itemsize)
-    starts: list[int] = []
-    end = 0
-    for i, view in enumerate(views):
-        gap = _gap(views[i - 1], view) if i else None
-        start = end + (gap or 0)
-        if gap is None and view.numel() >= _ALIGNED_FROM:
-            start = -(-end // grain) * grain
-        starts.append(start)
-        end = start + view.numel()
-    return starts, end
-
-
-def _merge_neighbors(
-    values: Sequence[torch.Tensor], lives: Sequence[torch.Tensor], max_gap: int
+def _runs(
+    lives: Sequence[torch.Tensor], max_gap: int, values: Sequence[torch.Tensor] | None = None
 ) -> list[list[int]]:
-    """Indices of fragments, in lists of neighbors with equal gaps on both sides."""
+    """Indices of tensors, in lists of close neighbors; with equal gaps between values, if given."""
+    values = lives if values is None else values
     runs: list[list[int]] = []
     for i in sorted(range(len(lives)), key=lambda i: (_address(values[i]), _address(lives[i]))):
         if runs:
-            gap = _gap(values[runs[-1][-1]], values[i])
-            if gap is not None and gap <= max_gap and gap == _gap(lives[runs[-1][-1]], lives[i]):
+            last = runs[-1][-1]
+            gap = _gap(values[last], values[i])
+            if gap is not None and gap <= max_gap and gap == _gap(lives[last], lives[i]):
                 runs[-1].append(i)
                 continue
         runs.append([i])
     return runs
 
 
-def _pack_small(
-    runs: list[list[int]],
-    values: Sequence[torch.Tensor],
-    lives: Sequence[torch.Tensor],
-    max_gap: int,
-) -> list[list[list[int]]]:
-    """Put small runs into one pack if they are neighbors in the average; others stay alone."""
-    packs: list[list[list[int]]] = []
-    free = 0  # elements, in the last pack
-    for run in runs:
-        live, value = lives[run[0]], values[run[0]]
-        merged = _span(live, lives[run[-1]])
-        length, small = merged.numel(), gains_from_packing(value, merged)
-        if small and length + max_gap <= free:
-            last = packs[-1][-1][-1]
-            gap = _gap(values[last], value)
-            if gap is not None and gap <= max_gap and lives[last].dtype == live.dtype:
-                packs[-1].append(run)
-                free -= gap + length
-                continue
-        packs.append([run])
-        free = _PACK_ELEMENTS - length if small else 0
-    return packs
-
-
-def _live_values(
-    pack: list[list[int]], values: Sequence[torch.Tensor], lives: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """The live values of a pack, with zeros for gaps between its runs."""
-    tensors: list[torch.Tensor] = []
-    for number, run in enumerate(pack):
-        gap = _gap(values[pack[number - 1][-1]], values[run[0]]) if number else 0
-        if gap:
-            tensors.append(lives[run[0]].new_zeros(gap))
-        tensors.append(_span(lives[run[0]], lives[run[-1]]))
-    return tensors
-
-
-def _span(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """A 1-D view from the start of one tensor to the end of a later one in the same storage."""
+def _span(tensors: Sequence[torch.Tensor], run: Sequence[int]) -> torch.Tensor:
+    """A 1-D view from the start of the first tensor of a run to the end of the last one."""
+    first, last = tensors[run[0]], tensors[run[-1]]
     if first is last:
         return first
     length = int(last.storage_offset() - first.storage_offset()) + last.numel()

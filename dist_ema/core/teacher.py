@@ -10,13 +10,14 @@ adapter one component differs: `lora_A.teacher.weight` belongs to `lora_A.defaul
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from dist_ema.core.engine import Engine, Weight, pointer
+from dist_ema.core.errors import listed
 from dist_ema.core.layout import Fragment, FragmentMeta
 from dist_ema.core.names import as_module, named_modules
 from dist_ema.core.plan import Plan
@@ -59,7 +60,7 @@ class Teacher:
             ValueError: the teacher is sharded in another way, has other settings, or trains; the
                 weights are named.
         """
-        self._select = select
+        self._model, self._select = model, select
         self._adapter = into if isinstance(into, str) else None
         self._module = model if isinstance(into, str) else into
         self._engine = student if isinstance(into, str) else select(into)
@@ -70,7 +71,7 @@ class Teacher:
             )
         self._student = ""  # the adapter that is averaged
         if self._adapter is not None:
-            names = {name for w in self._engine.weights() for name in (w.fqn, *w.aliases)}
+            names = _by_name(self._engine.weights())
             self._student = _averaged_adapter(model, self._adapter, plan.averaged, names)
         self._frozen = {w.fqn for w in plan.weights if not w.tensor.requires_grad} - plan.averaged
         self._buffer_stamp: list[int] | None = None
@@ -127,12 +128,16 @@ class Teacher:
 
         A buffer that the teacher lacks, or has in another shape, is registered as a copy.
         """
-        registries = (student.buffer_registries(), self._engine.buffer_registries())
-        if self._buffer_stamp != _stamp_of(registries):
+        if self._buffer_stamp != self._stamp_of_buffers():
             self._pair_buffers(student, averaged)
-            self._buffer_stamp = _stamp_of(registries)
+            self._buffer_stamp = self._stamp_of_buffers()
         for target, source in self._buffer_pairs:
             target.copy_(source)
+
+    def _stamp_of_buffers(self) -> list[int]:
+        """Changes when a buffer is registered, replaced or moved."""
+        modules = itertools.chain(self._model.modules(), self._module.modules())
+        return [pointer(buffer) for module in modules for buffer in module._buffers.values()]
 
     def _pair_buffers(self, student: Engine, averaged: frozenset[str]) -> None:
         modules = dict(named_modules(self._module))
@@ -142,29 +147,26 @@ class Teacher:
             if weight.fqn not in averaged and not weight.problem
             if (names := self._counterparts(weight, modules))
         ]
-        own = self._own_buffers()
+        own = _by_name(self._engine.buffers())
         for weight, names in sources:
             if not _fits(own.get(names[0]), weight, names):
                 copied = weight.tensor.detach().clone()
                 for fqn in names:
                     owner, _, name = fqn.rpartition(".")
                     modules[owner].register_buffer(name, copied, persistent=weight.persistent)
-        own = self._own_buffers()
+        own = _by_name(self._engine.buffers())
         self._buffer_pairs = [
             pair
             for weight, names in sources
             for pair in zip(own[names[0]].views, weight.views, strict=True)
         ]
 
-    def _own_buffers(self) -> dict[str, Weight]:
-        return {name: w for w in self._engine.buffers() for name in (w.fqn, *w.aliases)}
-
     def refresh(self) -> None:
         """Let the next forward pass of the teacher read the new average."""
         self._engine.refresh([teacher for _, teacher in self._pairs])
 
     def _bind(self, plan: Plan) -> None:
-        own = {name: w for w in self._engine.weights() for name in (w.fqn, *w.aliases)}
+        own = _by_name(self._engine.weights())
         modules = dict(named_modules(self._module))
         self._pairs: list[tuple[Weight, Weight]] = []
         problems: list[str] = []
@@ -205,6 +207,11 @@ class Teacher:
         return [name for name in names if name.rpartition(".")[0] in modules]
 
 
+def _by_name(weights: Sequence[Weight]) -> dict[str, Weight]:
+    """Weights by each of their names."""
+    return {name: weight for weight in weights for name in (weight.fqn, *weight.aliases)}
+
+
 def _replacements(fqn: str, adapter: str) -> Iterator[tuple[str, str]]:
     """Each component of a name, and the name with the adapter's in its place."""
     parts = fqn.split(".")
@@ -227,23 +234,21 @@ def _averaged_adapter(
         fqn: {replaced for replaced, name in _replacements(fqn, adapter) if name in names}
         for fqn in sorted(averaged)
     }
-    several = [components for components in candidates.values() if components]
+    several = [*filter(None, candidates.values())]
     common = set.intersection(*several) if several else set()
     if len(common) == 1:
         _refuse_other_settings(model, "".join(common), adapter)
     missing = [fqn for fqn, components in candidates.items() if not components]
-    trained = [fqn for fqn in missing if adapter in fqn.split(".")]
-    if trained:
+    if trained := [fqn for fqn in missing if adapter in fqn.split(".")]:
         raise ValueError(
             f"into={adapter!r}: {trained[0]} is of that adapter and would be averaged itself; call "
             "set_adapter() with the name of the student's, which freezes the teacher, or leave it "
             "out by params= and buffers="
         )
     if missing:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise ValueError(
             f"into={adapter!r}: there is no adapter of this name with counterparts of these "
-            f"averaged weights: {', '.join(missing[:4])}{more}. Before the model is wrapped, call "
+            f"averaged weights: {listed(missing, 4, ', ')}. Before the model is wrapped, call "
             f"model.add_adapter({adapter!r}, config) with the configuration of the adapter that "
             "trains, which must be active, and the teacher frozen; choose the weights of that "
             "adapter alone by params= and buffers="
@@ -262,9 +267,11 @@ def _refuse_other_settings(model: nn.Module, student: str, teacher: str) -> None
     differences = dict.fromkeys(
         f"{label} is {here.get(label)}, of {student!r} {there.get(label)}"
         for _, module in named_modules(model)
-        for attribute, values in _public_attributes(module)
-        if isinstance(values, dict)
-        if student in values and teacher in values
+        for attribute, values in [
+            ("peft_config", getattr(module, "peft_config", None)),
+            *(item for item in vars(module).items() if not item[0].startswith("_")),
+        ]
+        if isinstance(values, dict) and student in values and teacher in values
         for here, there in [[_settings(attribute, values[name]) for name in (teacher, student)]]
         for label in dict.fromkeys((*here, *there))
         if here.get(label) != there.get(label)
@@ -275,11 +282,6 @@ def _refuse_other_settings(model: nn.Module, student: str, teacher: str) -> None
             f"compute something else with the same weights: {'; '.join(differences)}; add it with "
             f"the configuration of {student!r}"
         )
-
-
-def _public_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield "peft_config", getattr(module, "peft_config", None)
-    yield from (item for item in vars(module).items() if not item[0].startswith("_"))
 
 
 def _settings(label: str, value: Any) -> dict[str, Any]:
@@ -306,18 +308,9 @@ def _difference(student: Weight, teacher: Weight) -> str | None:
         return teacher.problem
     if teacher.shape != student.shape:
         return f"has shape {teacher.shape}, the model's {student.shape}"
-    if [_place(f) for f in teacher.fragments] != [_place(f) for f in student.fragments]:
+    places = [[(f.meta.box, f.meta.order) for f in w.fragments] for w in (teacher, student)]
+    if places[0] != places[1]:
         return "is sharded in another way"
     if any(not f.in_place for f in teacher.fragments):
         return "is a copy that its engine overwrites from a master"
     return None
-
-
-def _place(fragment: Fragment) -> object:
-    return fragment.meta.box, fragment.meta.order
-
-
-def _stamp_of(registries: Iterable[Sequence[dict[str, torch.Tensor | None]]]) -> list[int]:
-    """What changes when a buffer is registered, replaced or moved."""
-    tensors = itertools.chain.from_iterable(d.values() for each in registries for d in each)
-    return [pointer(tensor) for tensor in tensors]

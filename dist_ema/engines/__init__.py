@@ -11,12 +11,11 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema.core.engine import Cut, Engine, Weight
+from dist_ema.core.errors import require
 from dist_ema.core.names import Models
-from dist_ema.core.requirements import require
-from dist_ema.engines.caches import require_caches
 from dist_ema.engines.deepspeed import ZeroEngine
 from dist_ema.engines.fsdp1 import Fsdp1Engine
-from dist_ema.engines.plain import PlainEngine
+from dist_ema.engines.plain import PlainEngine, require_caches
 
 
 def select(model: nn.Module) -> Engine:

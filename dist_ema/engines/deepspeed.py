@@ -25,11 +25,11 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema.core.engine import Cut, Engine, Registered, Weight, cut_range, pointer
-from dist_ema.core.group import all_gather_single, gather_chunk
+from dist_ema.core.errors import require, require_names
 from dist_ema.core.layout import whole_fragment
 from dist_ema.core.names import Registration, is_instance, layers, registrations
-from dist_ema.core.requirements import require, require_names
-from dist_ema.engines.caches import outdate
+from dist_ema.core.replicas import exchange_slices
+from dist_ema.engines.plain import outdate
 
 _STAGE_3 = "fp16_groups fp16_partitioned_groups_flat"
 _OFFLOAD = (
@@ -185,17 +185,17 @@ class _Flat(_Whole):
                 )
 
     def publish(self) -> None:
-        """All-gather the copies, a chunk of each rank's part at a time."""
-        for i, copy in enumerate(self._copies if self._process_groups else ()):
-            parts = copy.detach().view(dist.get_world_size(self._process_groups[i]), -1)
-            own = copy.detach()[self._held(i)]
-            size = gather_chunk(copy.device, len(parts), copy.element_size())
-            buffer = copy.new_empty(len(parts) * size)
-            for start in range(0, own.numel(), size):
-                chunk = own[start : start + size]
-                gathered = buffer[: len(parts) * chunk.numel()]
-                all_gather_single(gathered, chunk, group=self._process_groups[i])
-                parts[:, start : start + size].copy_(gathered.view(len(parts), -1))
+        """Let every rank have the parts of all, a chunk of each at a time."""
+        for copy, process_group in zip(self._copies, self._process_groups or (), strict=False):
+            parts = list(copy.detach().view(dist.get_world_size(process_group), -1))
+            exchange_slices(
+                partial(_elements, parts),
+                [part.numel() for part in parts],
+                copy.dtype,
+                copy.device,
+                process_group,
+                range(len(parts)),
+            )
 
     def _held(self, i: int) -> slice:
         """The part of a buffer whose masters this rank holds."""
@@ -316,3 +316,7 @@ def _refuse_unsupported(engine: Any) -> None:
                 raise ValueError(f"DeepSpeed with {what} is not supported")
     if engine.mp_world_size > 1 or engine.autotp_size() > 1:
         raise ValueError("DeepSpeed with tensor parallelism is not supported")
+
+
+def _elements(parts: list[torch.Tensor], i: int, start: int, stop: int) -> list[torch.Tensor]:
+    return [parts[i][start:stop]]

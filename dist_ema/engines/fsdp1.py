@@ -28,10 +28,10 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema.core.engine import Cut, Engine, Registered, Weight, cut_range, pointer
+from dist_ema.core.errors import require_names
 from dist_ema.core.layout import dense_order
 from dist_ema.core.names import Registration, is_instance, registrations
-from dist_ema.core.requirements import require_names
-from dist_ema.engines.caches import outdate
+from dist_ema.engines.plain import outdate
 
 _RUNTIME = "torch.distributed.fsdp._runtime_utils"
 _HANDLE = "flat_param process_group uses_sharded_strategy"

@@ -25,7 +25,7 @@ from dist_ema.checkpoint.directory import becomes_visible
 from dist_ema.core.gather import Gatherer
 from dist_ema.core.group import Group
 from dist_ema.export.files import ExportPlan, Writer, plan_exports, write_export
-from dist_ema.export.layouts import layouts_of_all_ranks, own_layouts
+from dist_ema.export.layouts import model_layouts
 
 METHODS = ("auto", "direct", "rank0")
 
@@ -51,8 +51,7 @@ def export(
     with group.together():
         if method not in METHODS:
             raise ValueError(f"method is {method!r}, wanted one of {', '.join(METHODS)}")
-        layouts = own_layouts(model, group.rank)
-    layouts = layouts_of_all_ranks(model, layouts, group)
+    layouts = model_layouts(model, group)
     with group.together():
         if group.rank == 0:
             tensors = [replace(t, dtype=t.dtype_as(dtype)) for t in gatherer.tensors]
@@ -61,12 +60,13 @@ def export(
     gatherer.refuse_unreadable(frozenset(fqn for plan in plans.values() for fqn in plan.places))
 
     def write_values(writer: Writer) -> None:
-        names = frozenset(writer.plan.places)
+        gathered = frozenset(writer.plan.places)
         is_direct = _is_direct(method, writer, group)
-        gathered = names & gatherer.scattered() if is_direct else names
+        if is_direct:
+            gathered &= gatherer.scattered()
         with group.together():
-            for fqn in names - gathered:
-                for fragment in gatherer.own.get(fqn, ()):
+            for fqn in writer.plan.places:  # in the order of the files
+                for fragment in () if fqn in gathered else gatherer.own.get(fqn, ()):
                     writer.write_chunk(fqn, fragment.first, values[fragment.index])
         if gathered:
             chunks = gatherer.chunks(values, dtype, only=gathered, spread=is_direct)

@@ -22,6 +22,8 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from dist_ema.core.names import (
     Registration,
     class_of,
     ddp_modules,
+    is_in_parts,
     is_instance,
     registrations,
     unwrap,
@@ -81,17 +84,26 @@ class ModelLayout:
         return {file: text.replace(_DTYPE, name) for file, text in self.texts.items()}
 
 
-def layout_from_json(value: object) -> ModelLayout:
+def layout_from_json(value: Any) -> ModelLayout:
     """A layout that a checkpoint holds.
 
     Raises:
         ValueError: it is malformed, or has files that no library reads.
     """
     try:
-        layout = ModelLayout(**_without_paths(value))
+        fields = dict(value)
+        # Version 0.1 kept this name, and the paths of the dtypes in configurations.
+        weights_name = fields.pop("weights_name", None)
+        for name, paths in fields.pop("dtype_at", {}).items():
+            config = json.loads(fields["texts"][name])
+            for *outer, last in paths:
+                reduce(getitem, outer, config)[last] = _DTYPE
+            fields["texts"] = {**fields["texts"], name: _json_text(config)}
+        layout = ModelLayout(**fields)
         items = [*layout.texts.items(), *(layout.names or {}).items(), layout.ignored]
         is_valid = (
-            layout.library in _WEIGHTS_NAMES
+            weights_name in (None, _WEIGHTS_NAMES.get(layout.library))
+            and layout.library in _WEIGHTS_NAMES
             and set(layout.texts) <= set(_CONFIGS)
             and all(isinstance(text, str) and text for item in items for text in item)
         )
@@ -100,23 +112,6 @@ def layout_from_json(value: object) -> ModelLayout:
     if not is_valid:
         raise ValueError("the layout of the model is malformed")
     return layout
-
-
-def _without_paths(given: Any) -> dict[str, Any]:
-    """A layout with dtypes marked in its texts; version 0.1 kept the paths of their keys."""
-    value: dict[str, Any] = dict(given)
-    library = value.get("library")
-    if value.pop("weights_name", None) not in (None, _WEIGHTS_NAMES.get(str(library))):
-        raise ValueError("the name of the weights file is not the library's")
-    for name, paths in value.pop("dtype_at", {}).items():
-        config = json.loads(value["texts"][name])
-        for *outer, last in paths:
-            part = config
-            for key in outer:
-                part = part[key]
-            part[last] = _DTYPE
-        value["texts"] = {**value["texts"], name: _json_text(config)}
-    return value
 
 
 def layout_from_directory(directory: Path | None) -> ModelLayout:
@@ -145,17 +140,15 @@ def layout_from_directory(directory: Path | None) -> ModelLayout:
 def model_state(model: nn.Module, others: Iterable[Weight], group: Group) -> dict[str, Any]:
     """What an export from a checkpoint must know of the model, as JSON; incomplete off rank 0.
 
-    Collective for parts of a model. An error of a library is stored in the result.
+    Collective: every rank calls it. An error of a library is stored in the result.
 
     Args:
         others: weights and buffers that are not averaged.
     """
-    layouts: Mapping[str, ModelLayout] = {}
-    problem = None
     try:
-        layouts = own_layouts(model, group.rank)
+        layouts = model_layouts(model, group)
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
+        return {"problem": f"{type(error).__name__}: {error}"}
     described = {
         w.fqn: {
             "shape": list(w.shape),
@@ -165,102 +158,55 @@ def model_state(model: nn.Module, others: Iterable[Weight], group: Group) -> dic
         for w in others
         if w.persistent
     }
-    try:
-        if _is_in_parts(model):
-            reports = group.gather((layouts, described, problem))
-            layouts = _merged([layouts for layouts, _, _ in reports])
-            described = {fqn: d for _, described, _ in reports for fqn, d in described.items()}
-            problem = next((text for _, _, text in reports if text), None)
-    except ValueError as error:
-        problem = str(error)
-    if problem is not None:
-        return {"problem": problem}
+    if is_in_parts(model):
+        described = {fqn: d for of_rank in group.gather(described) for fqn, d in of_rank.items()}
     cards = {name: asdict(layout) for name, layout in layouts.items()}
-    named = {"cards": cards} if "" not in cards else {"card": cards[""]}
+    named = {"card": cards[""]} if "" in cards else {"cards": cards}
     return named | {"others": described}
 
 
-def layouts_from_json(model: Mapping[str, Any], base: Path | None) -> dict[str, ModelLayout]:
-    """The layout of each model that `model_state` described, or that a directory holds.
+def model_layouts(model: nn.Module, group: Group) -> dict[str, ModelLayout]:
+    """The layout of each model in memory by its name, "" for a single one; {} off rank 0.
+
+    Collective: every rank calls it, as a sharded module may gather or reshard in `state_dict()`.
+    Without network.
 
     Raises:
-        ValueError: one is malformed, or has files that no library reads.
+        ValueError: a library's files cannot hold the model, or its parts are of several libraries.
+            On every rank.
     """
-    if "cards" in model:
-        return {str(name): layout_from_json(card) for name, card in model["cards"].items()}
-    card = model.get("card")
-    return {"": layout_from_directory(base) if card is None else layout_from_json(card)}
-
-
-def own_layouts(model: nn.Module, rank: int) -> dict[str, ModelLayout]:
-    """The layout of each model in memory by its name, "" for a single one or its parts here.
-
-    Every rank calls it: a sharded module may gather or reshard in `state_dict()`. Off rank 0, it is
-    empty unless the model is in parts. Without network.
-
-    Raises:
-        ValueError: see `layout_of`.
-    """
-    if not isinstance(model, Models):
-        layout = layout_of(model, rank)
-        return {} if layout is None else {"": layout}
-    layouts: dict[str, ModelLayout] = {}
-    for prefix, module in model.named():
-        layout = layout_of(module, rank if model.are_named else 0)
-        if layout is not None and model.are_named:
-            layouts[prefix.removesuffix(".")] = layout
-        elif layout is not None:
-            layouts = _merged([layouts, {"": layout}])
-    return layouts
-
-
-def layouts_of_all_ranks(
-    model: nn.Module, layouts: dict[str, ModelLayout], group: Group
-) -> dict[str, ModelLayout]:
-    """The layouts of the whole model on rank 0. Collective: every rank calls it.
-
-    Args:
-        layouts: what `own_layouts` gave on this rank.
-    """
-    if _is_in_parts(model):
-        reports = group.gather(layouts)
+    named = model.named() if isinstance(model, Models) else [("", model)]
+    with group.together():
+        is_wanted = group.rank == 0 or is_in_parts(model)
+        own = [(prefix.removesuffix("."), _layout_of(part, is_wanted)) for prefix, part in named]
+        layouts = [(name, layout) for name, layout in own if layout is not None]
+    if is_in_parts(model):
+        reports = group.gather([layout for _, layout in layouts])
+        layouts = []
         with group.together():
-            layouts = _merged(reports)
-    return layouts
+            if reports:
+                layouts = [("", _merged([layout for report in reports for layout in report]))]
+    return dict(layouts)
 
 
-def _is_in_parts(model: nn.Module) -> bool:
-    return isinstance(model, Models) and not model.are_named
-
-
-def _merged(reports: Iterable[Mapping[str, ModelLayout]]) -> dict[str, ModelLayout]:
-    """The layout of a model from those of its parts.
-
-    Raises:
-        ValueError: the parts are models of several libraries.
-    """
-    layouts = [layout for report in reports for layout in report.values()]
-    if not layouts:
-        return {}
+def _merged(layouts: Sequence[ModelLayout]) -> ModelLayout:
+    """The layout of a model from those of its parts."""
     if len(libraries := {layout.library for layout in layouts}) > 1:
         raise ValueError(f"the parts of the model are of several libraries, {sorted(libraries)}")
-    names: dict[str, str] = {}
-    for layout in layouts:
-        names |= layout.names or {}
+    names = {fqn: name for layout in layouts for fqn, name in (layout.names or {}).items()}
     ignored = sorted({fqn for layout in layouts for fqn in layout.ignored})
     has_names = layouts[0].names is not None
-    return {"": replace(layouts[0], names=names if has_names else None, ignored=ignored)}
+    return replace(layouts[0], names=names if has_names else None, ignored=ignored)
 
 
-def layout_of(model: nn.Module, rank: int) -> ModelLayout | None:
-    """The layout of a module in memory; None off rank 0. Without network.
+def _layout_of(model: nn.Module, is_wanted: bool) -> ModelLayout | None:
+    """The layout of a module in memory; None unless `is_wanted`.
 
-    Raises:
-        ValueError: the library's files cannot hold the model. Loaders accept missing and unknown
-            names without an error, so `state_dict()` must have the names of the tensors.
+    Loaders accept missing and unknown names without an error, so `state_dict()` must have the names
+    of the tensors.
     """
     extra, missing = _differing_names(model)
-    if rank != 0:
+    if not is_wanted:
         return None
     layout = _library_layout(unwrap(model), extra)
     if layout.names is not None:  # other names are not written
@@ -335,7 +281,7 @@ def unregistered_tensors(
         for key, value in extra.items():
             if not isinstance(value, torch.Tensor) or id(value) in ids:
                 continue  # extra state, or a registered tensor under another name
-            if _is_in_parts(model):
+            if is_in_parts(model):
                 raise ValueError(
                     f"state_dict() of a part has {key}, which no module holds as a parameter or "
                     "buffer; gather each part by its own state_dict() in average_parameters()"
