@@ -1,20 +1,12 @@
-"""The command line: checkpoints without a process group, an engine or a model.
+"""The command line, `dist-ema` or `python -m dist_ema`: checkpoints without a model or ranks.
 
-    dist-ema inspect PATH [--json]      show what a checkpoint holds
-    dist-ema verify PATH                read all of it and compare every checksum
-    dist-ema export PATH OUT [--dtype bf16] [--base DIR]
-                                        a consolidated checkpoint, for from_pretrained
-    dist-ema synthesize PATH... --out DIR (--gamma G | --sigma-rel S | --sweep FROM:TO:BY)
-                                        averages of other widths, from those kept in a run
-    dist-ema merge OUT PATH... [--weights W] [--last K] [--dtype bf16] [--base DIR]
-                                        a weighted average of checkpoints, for from_pretrained
-
-Exit status: 0 for success, 1 if the checkpoint is damaged, 2 for invalid arguments.
+`inspect`, `verify` and `--help` import no torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -28,13 +20,20 @@ from typing import Any
 from dist_ema.checkpoint import reader
 from dist_ema.checkpoint.manifest import SavedAverage
 from dist_ema.checkpoint.reader import Checkpoint
+from dist_ema.core.environment import describe, environment
 from dist_ema.core.errors import CheckpointError
 
 _PROGRESS_EVERY_S = 0.2
+_COLUMNS = 80
+_EXIT_CODES = """
+exit codes:
+  0  success
+  1  a checkpoint is damaged, does not fit, or cannot be read or written
+  2  invalid arguments"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status."""
+    """Run a command. Returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
         run: Callable[[argparse.Namespace], int] = options.run
@@ -45,89 +44,110 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (CheckpointError, OSError) as error:
-        sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
+        _warn(str(error))
         return 1
     except ValueError as error:  # an argument is out of range
-        sys.stderr.write(f"dist-ema: {_printable(str(error))}\n")
+        _warn(str(error))
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dist-ema", description="Checkpoints of averaged weights")
+    parser = argparse.ArgumentParser(
+        prog="dist-ema",
+        description="Checkpoints of averaged weights. For a command: dist-ema COMMAND --help",
+        epilog="""examples:
+  dist-ema inspect run/ema-001000
+  dist-ema export run/ema-001000 out --dtype bf16
+"""
+        + _EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    inspect = commands.add_parser("inspect", help="show what a checkpoint holds")
-    inspect.add_argument("path", type=Path, help="a checkpoint, or plain safetensors")
-    inspect.add_argument("--json", action="store_true", help="write JSON, for programs")
-    inspect.set_defaults(run=_inspect)
+    def command(
+        run: Callable[[argparse.Namespace], int], name: str, summary: str, *examples: str
+    ) -> argparse.ArgumentParser:
+        listed = "".join(f"  dist-ema {name} {example}\n" for example in examples)
+        added = commands.add_parser(
+            name,
+            help=summary.partition(".")[0].lower(),
+            description=summary,
+            epilog=f"examples:\n{listed}{_EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.add_argument("--json", action="store_true", help="write JSON, for programs")
+        added.set_defaults(run=run)
+        return added
 
-    check = commands.add_parser("verify", help="read a checkpoint and compare every checksum")
-    check.add_argument("path", type=Path, help="a checkpoint")
-    check.set_defaults(run=_verify)
+    add = command(
+        _inspect, "inspect", "Show what a checkpoint holds.", "run/ema-001000", "out --json"
+    ).add_argument
+    add("path", type=Path, help="a checkpoint, or plain safetensors")
 
-    write = commands.add_parser(
+    add = command(
+        _verify, "verify", "Read a checkpoint and compare every checksum.", "run/ema-001000"
+    ).add_argument
+    add("path", type=Path, help="a checkpoint")
+
+    add = command(
+        _export,
         "export",
-        help="write a consolidated checkpoint",
-        description="Write an average as plain safetensors in the layout of the model's library, "
-        "as ShardedEMA.export does.",
-    )
-    write.add_argument("path", type=Path, help="a checkpoint")
-    write.add_argument("out", type=Path, help="directory to be written, or replaced")
-    write.add_argument("--name", help="the average, where there are several")
-    write.add_argument("--dtype", help="of floating tensors: fp32, bf16, fp16, ...; else fp32")
-    write.add_argument("--max-shard-size", default="5GB", help="of a file (default: 5GB)")
-    write.add_argument("--weights-name", help="of the weights file; else the library's own")
-    write.add_argument(
-        "--base",
-        type=Path,
-        metavar="DIR",
-        help="of a model: frozen weights and buffers; its config.json if the checkpoint has none",
-    )
-    write.set_defaults(run=_export)
+        "Write a consolidated checkpoint.\nPlain safetensors in the layout of the model's library, "
+        "for from_pretrained.",
+        "run/ema-001000 out --dtype bf16",
+        "run/ema-001000 out --base pretrained --max-shard-size 2GB",
+    ).add_argument
+    add("path", type=Path, help="a checkpoint")
+    add("out", type=Path, help="directory to be written; older files of an export are replaced")
+    add("--name", help="the average, where there are several")
+    add("--dtype", help="of floating tensors: fp32, bf16, fp16, ...; else fp32")
+    add("--max-shard-size", default="5GB", help="of a file (default: 5GB)")
+    add("--weights-name", help="of the weights file; else the library's own")
+    base = "of a model: frozen weights and buffers; its config.json if the checkpoint has none"
+    add("--base", type=Path, metavar="DIR", help=base)
 
-    make = commands.add_parser(
+    parsed = command(
+        _synthesize,
         "synthesize",
-        help="make power-function averages of other widths",
-        description="Make the power-function average of another width from checkpoints of one run "
-        "that hold averages of some widths, two as a rule (arXiv 2312.02696).",
+        "Make power-function averages of other widths.\nFrom checkpoints of one run that hold "
+        "averages of some widths, usually two\n(arXiv 2312.02696).",
+        "run/ema-* --sigma-rel 0.07 --out run/ema-0.07",
+        "run/ema-* --sweep 0.05:0.25:0.05 --out run/swept --plot widths.png",
     )
-    make.add_argument("paths", type=Path, nargs="+", help="checkpoints of the run", metavar="PATH")
-    make.add_argument("--out", type=Path, required=True, help="checkpoint to be written")
-    width = make.add_mutually_exclusive_group(required=True)
-    width.add_argument("--gamma", type=float, help="exponent of the profile")
-    width.add_argument("--sigma-rel", type=float, help="its relative standard deviation")
-    width.add_argument(
-        "--sweep", metavar="FROM:TO:BY", help="several sigma_rel, each DIR/sigma_rel-S of --out DIR"
-    )
-    make.add_argument("--step", type=int, help="at which they are wanted; the last if left out")
-    make.set_defaults(run=_synthesize)
+    add, width = parsed.add_argument, parsed.add_mutually_exclusive_group(required=True)
+    add("paths", type=Path, nargs="+", help="checkpoints of the run", metavar="PATH")
+    add("--out", type=Path, required=True, help="checkpoint to be written")
+    width.add_argument("--gamma", type=float, help="exponent of the profile; or")
+    width.add_argument("--sigma-rel", type=float, help="its relative standard deviation; or")
+    sweep = "several sigma_rel, each written to sigma_rel-S in the directory --out"
+    width.add_argument("--sweep", metavar="FROM:TO:BY", help=sweep)
+    add("--step", type=int, help="at which they are wanted; the last if left out")
+    add("--plot", type=Path, metavar="FILE", help="plot the profiles (needs matplotlib)")
 
-    average = commands.add_parser(
+    add = command(
+        _merge,
         "merge",
-        help="average checkpoints",
-        description="Write the weighted average of checkpoints of ShardedEMA, safetensors, and "
-        "torch.distributed.checkpoint, in the layout of the model's library.",
+        "Average checkpoints.\nOf ShardedEMA, safetensors and torch.distributed.checkpoint, in any "
+        "mixture;\nwritten in the layout of the model's library, for from_pretrained.",
+        "out run/checkpoint-*",
+        "out run/checkpoint-* --last 10 --weights 1-sqrt --dtype bf16",
+    ).add_argument
+    add("out", type=Path, help="directory to be written")
+    add("paths", nargs="+", metavar="PATH", help="checkpoints, oldest first; by their numbers")
+    weights = "uniform, linear, 1-sqrt, cosine, ema:DECAY, or as --weights=-0.2,0.5,0.7"
+    add("--weights", default="uniform", metavar="W", help=weights)
+    add("--normalize", action="store_true", help="divide weights by their sum")
+    add("--last", type=int, metavar="K", help="average the last K only")
+    add("--dtype", help="of floating tensors: fp32, bf16, ...; else their own")
+    add("--max-shard-size", default="5GB", help="of a file (default: 5GB)")
+    add("--name", help="the average, in checkpoints that hold several")
+    add("--prefix", help="of the model's names in checkpoints of torch")
+    add("--base", type=Path, metavar="DIR", help="a checkpoint that has what the others lack")
+    add("--plot", type=Path, metavar="FILE", help="plot the weights (needs matplotlib)")
+
+    command(
+        _env, "env", "Show versions, engines and devices.\nWhat an issue report needs.", "--json"
     )
-    average.add_argument("out", type=Path, help="directory to be written")
-    average.add_argument(
-        "paths", nargs="+", metavar="PATH", help="checkpoints, oldest first; by their numbers"
-    )
-    average.add_argument(
-        "--weights",
-        default="uniform",
-        metavar="W",
-        help="uniform, linear, 1-sqrt, cosine, ema:DECAY, or as --weights=-0.2,0.5,0.7",
-    )
-    average.add_argument("--normalize", action="store_true", help="divide weights by their sum")
-    average.add_argument("--last", type=int, metavar="K", help="average the last K only")
-    average.add_argument("--dtype", help="of floating tensors: fp32, bf16, ...; else their own")
-    average.add_argument("--max-shard-size", default="5GB", help="of a file (default: 5GB)")
-    average.add_argument("--name", help="the average, in checkpoints that hold several")
-    average.add_argument("--prefix", help="of the model's names in checkpoints of torch")
-    average.add_argument(
-        "--base", type=Path, metavar="DIR", help="a checkpoint that has what the others lack"
-    )
-    average.set_defaults(run=_merge)
     return parser
 
 
@@ -138,8 +158,7 @@ def _inspect(options: argparse.Namespace) -> int:
     with Checkpoint(options.path) as checkpoint:
         summary = _summary(checkpoint)
     if options.json:
-        sys.stdout.write(json.dumps(summary, indent=2) + "\n")
-        return 0
+        return _write_json(summary)
     written = summary["written"]
     _say(f"{summary['path']}: {_size(summary['nbytes'])} in {summary['num_files']} files")
     if written:
@@ -214,15 +233,19 @@ def _schedule(schedule: Mapping[str, Any]) -> str:
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Aligned columns: the first three to the left, numbers to the right."""
+    """Aligned columns: the first three to the left, numbers to the right. A name that would make
+    lines too long has a line of its own."""
     printable = [head, *(tuple(map(_printable, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*printable, strict=True)]
-    for row in printable:
-        cells = [
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        _say(f"  {'  '.join(cells)}".rstrip())
+    room = _COLUMNS - sum(widths[1:]) - 2 * len(widths)
+    widths[0] = max([len(row[0]) for row in printable if len(row[0]) <= room] or [0])
+    for name, *cells in printable:
+        if len(name) > widths[0]:
+            _say(f"  {name}")
+            name = ""
+        left = [cell.ljust(width) for cell, width in zip((name, *cells[:2]), widths, strict=False)]
+        right = [cell.rjust(width) for cell, width in zip(cells[2:], widths[3:], strict=True)]
+        _say(f"  {'  '.join([*left, *right])}".rstrip())
 
 
 # verify
@@ -244,6 +267,15 @@ def _verify(options: argparse.Namespace) -> int:
         nbytes = sum(saved.nbytes for saved in boxes)
         with _progress(nbytes) as advance:
             problems = list(reader.problems(checkpoint, advance))
+    summary = {
+        "path": str(checkpoint.directory),
+        "problems": problems,
+        "num_boxes": len(boxes),
+        "nbytes": nbytes,
+        "checksum": manifest.algorithm,
+    }
+    if options.json:
+        return _write_json(summary) or bool(problems)
     for problem in problems:
         _say(problem)
     if problems:
@@ -253,11 +285,11 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-# export
+# Commands that write. Their modules import torch.
 
 
 def _export(options: argparse.Namespace) -> int:
-    from dist_ema.export import offline  # imports torch
+    from dist_ema.export import offline
 
     result = offline.export(
         options.path,
@@ -269,6 +301,8 @@ def _export(options: argparse.Namespace) -> int:
         base=options.base,
         progress=_progress,
     )
+    if options.json:
+        return _write_json({"path": str(options.out), **result})
     _say(
         f"{options.out}: {_size(result['nbytes'])} in the layout of {result['library']}, "
         f"{', '.join(result['files'])}"
@@ -276,27 +310,30 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
-# synthesize
-
-
 def _synthesize(options: argparse.Namespace) -> int:
-    from dist_ema.posthoc import synthesize as posthoc  # imports torch
+    from dist_ema.posthoc import synthesize as posthoc
+    from dist_ema.posthoc.plots import Plot
 
+    plot = Plot(options.plot) if options.plot else None
     wanted = posthoc.parse_widths(options.out, options.gamma, options.sigma_rel, options.sweep)
     results = posthoc.sweep(options.paths, wanted, step=options.step, progress=_progress)
+    if options.json:
+        _write_json([result.summary() for result in results])
     for result in results:
-        _say(str(result))
+        if not options.json:
+            _say(str(result))
         if result.problem:
-            sys.stderr.write(f"dist-ema: {_printable(result.problem)}\n")
+            _warn(result.problem)
+    if plot is not None:
+        plot.profiles([(result.schedule, result.residual) for result in results])
     return 0
 
 
-# merge
-
-
 def _merge(options: argparse.Namespace) -> int:
-    from dist_ema.posthoc import merge as posthoc  # imports torch
+    from dist_ema.posthoc import merge as posthoc
+    from dist_ema.posthoc.plots import Plot
 
+    plot = Plot(options.plot) if options.plot else None
     paths = posthoc.expand(options.paths, options.weights)
     if options.last is not None and not 1 <= options.last <= len(paths):
         raise ValueError(f"--last is {options.last}, wanted 1 to {len(paths)}")
@@ -312,9 +349,24 @@ def _merge(options: argparse.Namespace) -> int:
         base=options.base,
         progress=_progress,
     )
+    if plot is not None:
+        plot.weights(result.weights)
+    if options.json:
+        return _write_json(dataclasses.asdict(result) | {"path": str(result.path)})
     for line in str(result).splitlines():
         _say(line)
     return 0
+
+
+def _env(options: argparse.Namespace) -> int:
+    if options.json:
+        return _write_json(environment())
+    for line in describe(environment()):
+        _say(line)
+    return 0
+
+
+# Output.
 
 
 @contextmanager
@@ -341,6 +393,15 @@ def _progress(total: int) -> Iterator[Callable[[int], object]]:
         return
     with tqdm(total=total, unit="B", unit_scale=True, leave=False) as bar:
         yield bar.update
+
+
+def _write_json(value: object) -> int:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    return 0
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"dist-ema: {_printable(text)}\n")
 
 
 def _say(text: str) -> None:

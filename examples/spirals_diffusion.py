@@ -1,25 +1,24 @@
 """Train a small diffusion model on two processes and judge it by its averaged weights.
 
-The data are points on two spirals in the plane, made here. The model is a diffusers `ModelMixin`
-that predicts the noise, trained with Adam at a constant learning rate, as most diffusion models
-are. One file for the three steps of `launch/demo.sh`:
+The data are points on two spirals, made here. The model is a diffusers `ModelMixin` that predicts
+the noise, trained at a constant learning rate. `launch/demo.sh` runs the three actions:
 
     train     trains and averages; prints the losses at each third of the run; writes `spirals.png`
-              (samples of both, drawn from the same noise), an export of the average, and a
-              checkpoint of everything
-    read      loads the export with `from_pretrained`, in one process without the average
+              (samples of both, from the same noise), an export, and a checkpoint of everything
+    read      loads the export with `from_pretrained`, in one process
     resume    goes on from the checkpoint, on any number of processes (`--processes`)
 
-Both of the last stop unless every bit of the average is what it was at the end of `train`.
+The last two stop unless every bit of the average is what it was at the end of `train`. Seed 0 was
+set before any picture was drawn. SEEDS
 
-Any engine that accelerate can launch will do (DDP, DeepSpeed, FSDP2 on GPUs). On CPU:
+Any engine that accelerate can launch will do (resuming on another number: DDP). On CPU:
 
     ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 accelerate launch \\
-        --config_file launch/accelerate/cpu-2.yaml examples/spirals_diffusion.py train
+        --config_file launch/accelerate/cpu-2.yaml examples/spirals_diffusion.py
 
-FSDP2, or FSDP1 with `--fsdp1`, with torch alone, on CPU or GPUs, without `resume`:
+FSDP2, or FSDP1, with torch alone, on CPU or GPUs, without `resume`:
 
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/spirals_diffusion.py train --fsdp2
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/spirals_diffusion.py --torch fsdp2
 """
 
 import argparse
@@ -46,6 +45,9 @@ from tqdm import tqdm
 from dist_ema import ShardedEMA
 
 NOISE = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
+
+
+Look = tuple[float, Tensor]  # held-out loss and samples
 
 
 class Block(nn.Module):
@@ -93,29 +95,10 @@ class Run:
     world_size: int = 1
     accelerator: Any = None  # where accelerate started the engine
 
-    def describe(self) -> str:
-        return f"{type(self.model).__name__} on {self.world_size} process(es)"
-
     def predict(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """The model's guess of the noise, in fp32 whatever dtype the engine computes in."""
         dtype = next(self.model.parameters()).dtype
         return self.model(noisy.to(self.device, dtype), timesteps.to(self.device)).float()
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """The (held-out loss, samples) of both kinds of weights after one step."""
-
-    step: int
-    raw: tuple[float, Tensor]
-    averaged: tuple[float, Tensor]
-
-    def __str__(self) -> str:
-        (raw, raw_points), (averaged, averaged_points) = self.raw, self.averaged
-        return (
-            f"step {self.step}: held-out loss raw {raw:.4f}, averaged {averaged:.4f}; "
-            f"off the spirals raw {far_off(raw_points)}, averaged {far_off(averaged_points)}"
-        )
 
 
 def main() -> None:
@@ -123,7 +106,7 @@ def main() -> None:
     if args.action == "read":
         return read(args.out)
     torch.manual_seed(args.seed)  # the same first weights on every rank
-    run = start_torch(args) if args.engine else start_accelerate(args)
+    run = start_torch(args) if args.torch else start_accelerate(args)
     ema = ShardedEMA(run.model, decay=args.decay)
     if run.accelerator:
         from dist_ema.integrations.accelerate import register
@@ -133,12 +116,13 @@ def main() -> None:
         run.accelerator.load_state(args.out / "state")
         digest = digest_of(ema.gather_state_dict())
         if run.rank == 0:
-            print(f"    resumed at step {ema.step}, {run.describe()}")
+            print(f"    resumed at step {ema.step} on {run.world_size} process(es)")
             compare(digest, args.out)
     start = time.perf_counter()
     looks = train(run, ema, args)
     if run.rank == 0:
-        print(f"    {args.steps} steps, {run.describe()}: {time.perf_counter() - start:.0f} s")
+        seconds = time.perf_counter() - start
+        print(f"    {args.steps} steps on {run.world_size} process(es): {seconds:.0f} s")
     if args.action == "train":
         state = ema.gather_state_dict()  # full on rank 0, empty on the others
         ema.export(args.out / "ema")
@@ -146,9 +130,8 @@ def main() -> None:
             run.accelerator.save_state(args.out / "state")
         if run.rank == 0:
             (args.out / "sha256").write_text(digest_of(state))
-            picture = draw(args.out / "spirals.png", looks)
             print(f"    the average, {len(state)} tensors: sha256 {digest_of(state)[:16]}")
-            print(f"    picture: {picture}")
+            draw(args.out / "spirals.png", looks)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -165,16 +148,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=4000, help="points drawn for the picture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="stop if another number came up")
-    for engine in ("fsdp1", "fsdp2"):
-        parser.add_argument(
-            f"--{engine}",
-            action="store_const",
-            dest="engine",
-            const=engine,
-            help="with torch alone, under torchrun",
-        )
+    parser.add_argument("--torch", choices=("fsdp1", "fsdp2"), help="without accelerate")
     args = parser.parse_args()
-    if args.engine and args.action == "resume":
+    if args.torch and args.action == "resume":
         parser.error("resume is for engines that accelerate starts; see resume_elsewhere.py")
     return args
 
@@ -210,14 +186,9 @@ def start_accelerate(args: argparse.Namespace) -> Run:
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     # accelerate deals the batches out to the ranks, so there must be enough for all.
     loader = batches(args.batch, args.steps * accelerator.num_processes, args.seed)
-    return Run(
-        *accelerator.prepare(model, optimizer, loader),
-        backward=accelerator.backward,
-        device=accelerator.device,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        accelerator=accelerator,
-    )
+    prepared = accelerator.prepare(model, optimizer, loader)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    return Run(*prepared, accelerator.backward, accelerator.device, rank, world_size, accelerator)
 
 
 def start_torch(args: argparse.Namespace) -> Run:
@@ -234,45 +205,32 @@ def start_torch(args: argparse.Namespace) -> Run:
         device = torch.accelerator.current_accelerator()
     mesh = init_device_mesh(device.type, (world_size,))
     model = Denoiser().to(device)
-    if args.engine == "fsdp2":
+    if args.torch == "fsdp2":
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     else:
-        model = FullyShardedDataParallel(
-            model,
-            device_mesh=mesh,
-            auto_wrap_policy=ModuleWrapPolicy({Block}),
-            use_orig_params=True,
-            device_id=mesh.device_type,
-        )
-    return Run(
-        model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=args.lr),
-        loader=batches(args.batch, args.steps, args.seed + mesh.get_rank()),
-        backward=Tensor.backward,
-        device=device,
-        rank=mesh.get_rank(),
-        world_size=world_size,
-    )
+        options = {"auto_wrap_policy": ModuleWrapPolicy({Block}), "device_id": mesh.device_type}
+        model = FullyShardedDataParallel(model, device_mesh=mesh, use_orig_params=True, **options)
+    optimizer, rank = torch.optim.Adam(model.parameters(), lr=args.lr), mesh.get_rank()
+    loader = batches(args.batch, args.steps, args.seed + rank)
+    return Run(model, optimizer, loader, Tensor.backward, device, rank, world_size)
 
 
 def require_processes(wanted: int, *, found: int) -> None:
     if found != wanted:
         raise SystemExit(
             f"{found} process(es) came up where {wanted} were wanted. On CPU, `accelerate launch "
-            "--cpu` starts one process whatever its --num_processes says; instead run\n"
-            "    ACCELERATE_USE_CPU=true accelerate launch "
-            f"--multi_gpu --num_processes {wanted} examples/spirals_diffusion.py\n"
-            f"    torchrun --nproc_per_node {wanted} examples/spirals_diffusion.py --fsdp2\n"
-            f"or pass --processes {found} if {found} is what you want."
+            "--cpu` starts one process whatever its --num_processes says; instead set\n"
+            "ACCELERATE_USE_CPU=true and pass `--config_file launch/accelerate/cpu-2.yaml`, "
+            f"or pass --processes {found} to this script."
         )
 
 
-def train(run: Run, ema: ShardedEMA, args: argparse.Namespace) -> list[Look]:
+def train(run: Run, ema: ShardedEMA, args: argparse.Namespace) -> dict[int, dict[str, Look]]:
     """Train for `args.steps` steps, averaging after each, and look at both at each third."""
     generator = torch.Generator().manual_seed(args.seed + 1000 * (1 + run.rank))
-    looks = []
+    looks = {}
     no_bar = True if run.rank else None  # None: none unless the output is a terminal
     bar = tqdm(run.loader, total=args.steps, desc="training", disable=no_bar, leave=False)
     for step, points in enumerate(bar, 1):
@@ -280,12 +238,12 @@ def train(run: Run, ema: ShardedEMA, args: argparse.Namespace) -> list[Look]:
         train_step(run, points, generator)
         ema.update()
         if step in (args.steps // 3, args.steps * 2 // 3, args.steps):
-            raw = held_out_loss(run), sample(run, args.samples)
+            look = looks[ema.step] = {"raw": (held_out_loss(run), sample(run, args.samples))}
             with ema.average_parameters():
-                averaged = held_out_loss(run), sample(run, args.samples)
-            looks.append(Look(ema.step, raw, averaged))
+                look["averaged"] = held_out_loss(run), sample(run, args.samples)
             if run.rank == 0:
-                print(f"    {looks[-1]}", flush=True)
+                losses = ", ".join(f"{name} {loss:.4f}" for name, (loss, _) in look.items())
+                print(f"    step {ema.step}, held-out loss: {losses}", flush=True)
     return looks
 
 
@@ -334,12 +292,6 @@ def sample(run: Run, number: int, num_steps: int = 50) -> Tensor:
     return points
 
 
-def far_off(points: Tensor) -> str:
-    """How many are farther from every held-out point than the spirals are thick."""
-    share = (torch.cdist(points, spirals()[1]).amin(dim=1) > 0.05).float().mean().item()
-    return f"{share:.1%}"
-
-
 def digest_of(state: dict[str, Tensor]) -> str:
     """One sha256 of the names, dtypes, shapes and bytes of all tensors."""
     digest = hashlib.sha256()
@@ -367,17 +319,17 @@ def read(out: Path) -> None:
     print(f"    from_pretrained: held-out loss {held_out_loss(run):.4f}")
 
 
-def draw(path: Path, looks: list[Look]) -> Path:
+def draw(path: Path, looks: dict[int, dict[str, Look]]) -> None:
     """Samples of the raw weights above those of the averaged ones, the data in a light colour."""
     figure, axes = new_figure(8, 5.9, rows=2, columns=len(looks))
-    for row, name in zip(axes, ("raw", "averaged"), strict=True):
-        for panel, look in zip(row, looks, strict=True):
-            loss, points = getattr(look, name)
+    for column, (step, look) in zip(axes.T, looks.items(), strict=True):
+        for panel, (name, (loss, points)) in zip(column, look.items(), strict=True):
             panel.scatter(*spirals()[1].T, s=14, linewidths=0, color="#ffd28a")
             panel.scatter(*points.T, s=2, linewidths=0, color="#0b3d6b")
             panel.set(aspect="equal", xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), xticks=[], yticks=[])
-            panel.set(title=f"{name}, step {look.step}", xlabel=f"held-out loss {loss:.4f}")
-    return save(figure, path)
+            panel.set(title=f"{name}, step {step}", xlabel=f"held-out loss {loss:.4f}")
+            panel.spines[:].set_visible(False)
+    save(figure, path)
 
 
 if __name__ == "__main__":

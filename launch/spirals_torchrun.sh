@@ -10,4 +10,4 @@ setup accelerate diffusers examples
 engine=${1:-fsdp2}
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 exec .venv/bin/torchrun --standalone --nproc_per_node 2 \
-    examples/spirals_diffusion.py "--$engine" --out "runs/spirals-$engine" "${@:2}"
+    examples/spirals_diffusion.py --torch "$engine" --out "runs/spirals-$engine" "${@:2}"

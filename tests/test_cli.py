@@ -7,17 +7,21 @@ import json
 import os
 import pty
 import select
+import shutil
 import struct
 import subprocess
 import sys
 import termios
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
+from torch import nn
 
-from dist_ema import cli
+from dist_ema import PowerFunction, ShardedEMA, cli
 from dist_ema.checkpoint.writer import save
+from dist_ema.core import environment
 from dist_ema.core.group import Group
 from tests.cuts import TENSORS, full, infos, parts_of, state_of, write
 
@@ -46,28 +50,117 @@ def test_inspect_shows_what_is_there(checkpoint: Path, capsys):
     assert lines[0].startswith(f"{checkpoint}: ")
     assert lines[1].startswith("written by 1 ranks, 20")
     assert lines[2] == "step 1200, 1200 updates"
-    assert "average a: 7 tensors, 189 elements, 756 B" in lines
-    assert "average b: 7 tensors, 189 elements, 756 B" in lines
-    assert "schedule Constant(decay=0.5), last decay 0.5" in lines
-    assert "emb.weight = head.weight  13 x 6         F32        1  312 B" in lines
-    assert "scale                     scalar         F32        1    4 B" in lines
+    for wanted in (
+        "average a: 7 tensors, 189 elements, 756 B",
+        "average b: 7 tensors, 189 elements, 756 B",
+        "schedule Constant(decay=0.5), last decay 0.5",
+        "emb.weight = head.weight  13 x 6         F32        1  312 B",
+        "scale                     scalar         F32        1    4 B",
+    ):
+        assert wanted in lines
 
 
-def test_inspect_writes_json(checkpoint: Path, capsys):
-    status, out, _ = run(capsys, "inspect", "--json", checkpoint)
-    told = json.loads(out)
-    assert status == 0
-    assert told["state"] == state_of("ab", step=1200)
-    assert told["written"]["world_size"] == 1
-    assert told["averages"]["b"]["directory"] == "b"
-    assert told["averages"]["b"]["schedule"] == {"kind": "Constant", "decay": 0.5}
-    assert told["averages"]["a"]["tensors"]["emb.weight"] == {
-        "shape": [13, 6],
-        "dtype": "F32",
-        "aliases": ["head.weight"],
-        "num_boxes": 1,
-        "nbytes": 312,
-    }
+def test_inspect_fits_in_80_columns(tmp_path: Path, capsys):
+    """A long name has a line of its own; it is not shortened."""
+    names = [f"base_model.layers.{i}.self_attention.projection.weight" for i in (0, 11)]
+    shapes = {**dict.fromkeys(names, (4096, 3)), "x" * 75: (2, 2), "bias": (8,)}
+    tensors, ranks = infos(shapes), Group.alone()
+    save(tmp_path / "a", {"ema": parts_of("rows", tensors, full(tensors), ranks)}, tensors,
+         state_of(), ranks)  # fmt: skip
+    status, out, _ = run(capsys, "inspect", tmp_path / "a")
+    _, *lines = out.splitlines()
+    assert status == 0 and max(map(len, lines)) <= 80
+    assert f"  {'x' * 75}" in lines
+    assert lines[-1].split() == ["bias", "8", "F32", "1", "32", "B"]
+    columns = {line.index(" F32 ") for line in lines if " F32 " in line}
+    assert len(columns) == 1 and len(lines) == 4 + len(shapes) + 1
+
+
+def test_commands_write_json(checkpoint: Path, tmp_path: Path, capsys):
+    def written(*arguments: object, status: int = 0) -> Any:
+        code, out, _ = run(capsys, *arguments, "--json")
+        assert code == status
+        return json.loads(out)
+
+    summary = written("inspect", checkpoint)
+    assert summary["state"] == state_of("ab", step=1200)
+    assert summary["written"]["world_size"] == 1
+    assert summary["averages"]["b"]["directory"] == "b"
+    assert summary["averages"]["b"]["schedule"] == {"kind": "Constant", "decay": 0.5}
+    assert summary["averages"]["a"]["tensors"]["emb.weight"] == {
+        "shape": [13, 6], "dtype": "F32", "aliases": ["head.weight"], "num_boxes": 1, "nbytes": 312,
+    }  # fmt: skip
+    good = {"path": str(checkpoint), "problems": [], "num_boxes": 14, "nbytes": 1512}
+    assert written("verify", checkpoint) == good | {"checksum": "xxh3_64"}
+    exported = written("export", checkpoint, tmp_path / "out", "--name", "a")
+    assert exported["files"] == ["model.safetensors"] and exported["library"] == "plain"
+    merged = written("merge", tmp_path / "m", checkpoint, tmp_path / "out", "--name", "a")
+    assert merged["path"] == str(tmp_path / "m") and merged["nbytes"] == exported["nbytes"]
+    assert merged["weights"] == {str(checkpoint): 0.5, str(tmp_path / "out"): 0.5}
+    next(checkpoint.rglob("shard-*")).unlink()
+    assert len(written("verify", checkpoint, status=1)["problems"]) == 1
+
+
+def test_env_shows_what_an_issue_report_needs(capsys):
+    import torch
+
+    _, out, _ = run(capsys, "env", "--json")
+    found = json.loads(out)
+    assert found["libraries"]["torch"] == torch.__version__
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["engines"]["FSDP1"] == "yes"
+    assert "gloo" in found["backends"] and found["devices"] and found["dist_ema"]
+    _, out, _ = run(capsys, "env")
+    assert f"python: {found['python']}\n" in out
+    assert any(line.split() == ["torch", torch.__version__] for line in out.splitlines())
+
+
+def test_env_names_the_version_that_an_engine_needs(monkeypatch):
+    versions = {"torch": "2.7.1"}
+    monkeypatch.setattr(environment, "_version", versions.get)
+    engines = environment.environment()["engines"]
+    assert engines["FSDP1"] == "no: needs torch 2.8 or newer, and 2.7.1 is installed"
+    assert engines["DeepSpeed ZeRO"].startswith("no: needs deepspeed 0.16.4 or newer, which is not")
+
+
+COMMANDS = ("inspect", "verify", "export", "synthesize", "merge", "env")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_examples_and_exit_codes(command: str, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*filter(None, [command]), "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert f"examples:\n  dist-ema {command}" in out and "exit codes:\n  0  success" in out
+    assert all(name in out for name in COMMANDS) if not command else "--json" in out
+
+
+def test_plots_are_images_or_say_what_is_missing(tmp_path: Path, capsys, monkeypatch):
+    for name in ("step-1", "step-2"):
+        (tmp_path / name).mkdir()
+        save_file(full(TENSORS), tmp_path / name / "model.safetensors")
+    merge = ("merge", tmp_path / "out", tmp_path / "step-*", "--plot")
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, PowerFunction(sigma_rel=0.1))
+    ema.update()
+    ema.save(tmp_path / "ema")
+    sweep = ("synthesize", tmp_path / "ema", "--out", tmp_path / "swept", "--sweep", "0.1:0.2:0.05")
+    for image, command in (("a.png", merge), ("b.png", (*sweep, "--plot"))):
+        assert run(capsys, *command, tmp_path / image)[0] == 0
+        data = (tmp_path / image).read_bytes()
+        assert data.startswith(b"\x89PNG")
+    for name in ("out", "swept"):
+        shutil.rmtree(tmp_path / name)
+    status, _, err = run(capsys, *merge, tmp_path / "a.txt")
+    assert status == 2 and "ending in .png, .svg or .pdf" in err and err.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for command in (merge, (*sweep, "--plot")):
+        status, out, err = run(capsys, *command, tmp_path / "c.png")
+        assert (status, out) == (2, "") and err.count("\n") == 1
+        assert "install it with: pip install matplotlib" in err
+    assert not {"out", "swept", "c.png"} & {entry.name for entry in tmp_path.iterdir()}
 
 
 def test_inspect_takes_plain_safetensors(tmp_path: Path, capsys):

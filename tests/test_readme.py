@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -106,7 +107,8 @@ def test_blocks_run(page: str, launch: str, tmp_path: Path):
 def test_every_constructor_in_a_table_builds():
     names = {name: getattr(dist_ema, name) for name in dist_ema.__all__}
     names |= {"EMACallback": EMACallback, "model": nn.Linear(2, 2), "d": 0.9, "u": 3, "k": 2}
-    names |= {"model_parts": [nn.Linear(2, 2)], "f": 0.05, "s": 1}
+    names |= {"model_parts": [nn.Linear(2, 2)], "f": 0.05, "s": 2, "n": 4, "w": 4, "h": 9}
+    names |= {"m": 0.1, "tau": 2000, "math": math}
     calls = re.findall(r"`((?:ShardedEMA|EMACallback)\([^`]*=[^`]*\))`", "".join(PROSE.values()))
     assert len(set(calls)) >= 8
     for call in calls:

@@ -31,7 +31,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import repeat
 from typing import Any
@@ -194,10 +194,7 @@ def dump(manifest: Manifest) -> bytes:
 
 
 def _columns(average: SavedAverage) -> dict[str, Any]:
-    files = {
-        name: {"nbytes": f.nbytes, "header_bytes": f.header_bytes, "checksum": f.checksum}
-        for name, f in average.files.items()
-    }
+    files = {name: asdict(file) for name, file in average.files.items()}
     numbers = {name: number for number, name in enumerate(files)}
     tensors = {
         fqn: {
@@ -317,7 +314,7 @@ def _parse(data: bytes) -> Manifest:
 def _average(value: Mapping[str, Any], where: str, block_bytes: int) -> SavedAverage:
     check_file_names([*value["files"], *filter(None, [value["directory"]])], where)
     files = {
-        name: SavedFile(entry["nbytes"], entry["header_bytes"], entry["checksum"])
+        name: SavedFile(**{key: entry[key] for key in _FILE})
         for name, entry in value["files"].items()
     }
     tensors = {}

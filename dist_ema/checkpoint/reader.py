@@ -252,18 +252,8 @@ class Checkpoint:
             raise CheckpointError(f"{where}: the header is altered")
         return header
 
-    def block(
-        self,
-        average: SavedAverage,
-        fqn: str,
-        saved: SavedBox,
-        number: int,
-        out: memoryview | None = None,
-    ) -> memoryview:
-        """The bytes of a block. Verified, unless the file is plain.
-
-        Args:
-            out: memory for all of the box. By default the bytes are valid until the next call.
+    def block(self, average: SavedAverage, fqn: str, saved: SavedBox, number: int) -> memoryview:
+        """The bytes of a block, valid until the next call. Verified, unless the file is plain.
 
         Raises:
             CheckpointError: they are not what was written, or cannot be read.
@@ -271,8 +261,8 @@ class Checkpoint:
         block_bytes = self.manifest.block_bytes
         if len(self.buffer) < block_bytes:
             self.buffer = bytearray(block_bytes)
-        start, stop = number * block_bytes, min((number + 1) * block_bytes, saved.nbytes)
-        view = memoryview(self.buffer)[: stop - start] if out is None else out[start:stop]
+        start = number * block_bytes
+        view = memoryview(self.buffer)[: min(block_bytes, saved.nbytes - start)]
         path, first = average.path_of(saved.file), saved.start + start
         self.files.read(path, first, view)
         if saved.checksums and checksum(self.manifest.algorithm)(view) != saved.checksums[number]:
@@ -321,14 +311,9 @@ class Checkpoint:
         dtype = torch_dtype(tensor.dtype)
         block = self.manifest.block_bytes // dtype.itemsize
         for saved, wanted in sorted(parts.values(), key=lambda p: (p[0].file, p[0].start)):
-            is_copy = put is _copy and len(wanted) == 1
-            direct = _memory(saved.box, dtype, *wanted[0][1]) if is_copy else None
             ends = [flat_ends(common, saved.box) for common, _ in wanted]
             first, last = min(a for a, _ in ends) // block, max(b for _, b in ends) // block
             for number in range(first, last + 1):
-                if direct is not None:
-                    self.block(average, fqn, saved, number, direct)
-                    continue
                 stop = min((number + 1) * block, saved.box.numel)
                 moves = [
                     (at, outer, inner, target)
@@ -346,17 +331,6 @@ class Checkpoint:
                     run = values[at : at + outer.numel].view(outer.sizes)
                     index: Any = (..., *inner.within(box))
                     put(out[index], run[inner.within(outer)])
-
-
-def _memory(box: Box, dtype: torch.dtype, target: Box, out: torch.Tensor) -> memoryview | None:
-    """The memory of a target that a saved box can be read into as it is."""
-    is_alike = box == target and out.dtype == dtype and out.device.type == "cpu"
-    if not (is_alike and out.is_contiguous() and out.numel()):
-        return None
-    import torch
-
-    data: memoryview = out.detach().reshape(-1).view(torch.uint8).numpy().data
-    return data
 
 
 class _BoxIndex:

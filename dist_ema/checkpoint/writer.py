@@ -328,9 +328,9 @@ class _Save:
                     part = f"tensor {fqn}"
                     checksums.append([])
                     for block in row_major_blocks(tensor.detach()):
-                        if self.non_finite is not None:
-                            values = torch.frombuffer(block, dtype=tensor.dtype)
-                            self.non_finite.update([] if _is_finite(values) else [fqn])
+                        values = torch.frombuffer(block, dtype=tensor.dtype)
+                        if self.non_finite is not None and not is_finite(values):
+                            self.non_finite.add(fqn)
                         checksums[-1].append(digest(block))
                         write_all(fd, block)
                         start_writeback(fd, end, len(block))

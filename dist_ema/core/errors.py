@@ -24,7 +24,7 @@ def listed(texts: Sequence[str], most: int = 8, separator: str = "; ") -> str:
 def require(package: str) -> None:
     """Raise ImportError if the package is older than supported. Local."""
     installed, wanted = str(importlib.import_module(package).__version__), MINIMUM[package]
-    if _numbers(installed) < _numbers(wanted):
+    if is_older(installed, wanted):
         raise ImportError(
             f"dist_ema needs {package} {wanted} or newer, and this environment has {package} "
             f"{installed}; upgrade it with pip install '{package}>={wanted}'"
@@ -46,6 +46,11 @@ def require_names(owner: object, names: str, package: str) -> None:
             f"dist_ema reads {', '.join(missing)} of {where}, which {package} {installed} does not "
             f"have; install {package} {CHECKED[package]}, or a newer dist_ema"
         )
+
+
+def is_older(version: str, wanted: str) -> bool:
+    """Whether a version is older than another."""
+    return _numbers(version) < _numbers(wanted)
 
 
 def _numbers(version: str) -> list[int]:

@@ -1,19 +1,20 @@
-"""Weighted sums of saved averages, from disk to disk: one process, bounded memory, one pass.
+"""Weighted sums of saved tensors, from disk to disk: one process, bounded memory, one pass.
 
-A result has the files and boxes of one of the averages, which most of the others have too: then a
-block is read, verified and added once for all results. Where the others are sharded in another way,
-boxes are intersected, and blocks at the edges of a range are read again for the next.
+A result of `combine` has the files and boxes of one of the averages, which most of the others have
+too: then a block is read, verified and added once for all results. Where the others are sharded in
+another way, boxes are intersected, and blocks at the edges of a range are read again for the next.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from dist_ema.checkpoint.manifest import (
     dump,
 )
 from dist_ema.checkpoint.reader import Checkpoint, boxes_within
-from dist_ema.checkpoint.writer import write_all
+from dist_ema.checkpoint.writer import is_finite, write_all
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.layout import Box
 from dist_ema.core.safetensors import torch_dtype
@@ -52,17 +53,49 @@ class Term:
     coefficients: Sequence[float]
 
     @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.average.tensors[self.fqn].dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.average.tensors[self.fqn].nbytes
+
+    @property
     def is_plain(self) -> bool:
-        """Whether the tensor is in one place, without checksums."""
+        """Whether the tensor is one run of bytes in a file without checksums."""
         return self.checkpoint.is_plain and len(self.average.tensors[self.fqn].boxes) == 1
 
-    def read(self, first: int, numel: int, buffer: bytearray) -> torch.Tensor:
-        """Elements of a plain tensor from `first` on."""
-        tensor = self.average.tensors[self.fqn]
-        dtype, (saved,) = torch_dtype(tensor.dtype), tensor.boxes
-        view = memoryview(buffer)[: numel * dtype.itemsize]
-        self.checkpoint.files.read(saved.file, saved.start + first * dtype.itemsize, view)
-        return torch.frombuffer(view, dtype=dtype)
+    def read(self, boxes: Sequence[Box], out: torch.Tensor) -> None:
+        """Fill a 1-D tensor of the saved dtype with boxes, one after the other."""
+        parts = out.split([box.numel for box in boxes])
+        targets = [(box, part.view(box.sizes)) for box, part in zip(boxes, parts, strict=True)]
+        self.checkpoint.fill(self.average, self.fqn, targets)
+
+    def read_plain(self, first: int, out: torch.Tensor) -> None:
+        """Fill a tensor with elements from `first` on, of a tensor that is plain."""
+        (saved,) = self.average.tensors[self.fqn].boxes
+        data = out.view(torch.uint8).numpy().data
+        self.checkpoint.files.read(saved.file, saved.start + first * out.itemsize, data)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Range:
+    """Elements of a result: what they are the sums of."""
+
+    fqn: str  # of the result
+    start: int  # in the result's tensor, or in one of its boxes
+    terms: Sequence[Term]
+    boxes: Sequence[Box]  # of the saved tensors
+    dtype: torch.dtype  # to which sums are rounded
+
+    @property
+    def numel(self) -> int:
+        return sum(box.numel for box in self.boxes)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes to read."""
+        return self.numel * sum(term.dtype.itemsize for term in self.terms)
 
 
 class WeightedSums:
@@ -72,16 +105,18 @@ class WeightedSums:
     checkpoints are in a half does not depend on the machine.
     """
 
-    def __init__(self, nbytes: int, checkpoints: Sequence[Checkpoint]) -> None:
+    def __init__(self, checkpoints: Iterable[Checkpoint], num_sums: int, numel: int) -> None:
         """
         Args:
-            nbytes: memory of the sums in progress. Beside it, each thread has a block.
             checkpoints: all that are read.
+            numel: the largest number of elements in a range.
         """
-        self._storage = [torch.empty(nbytes // 2 // 16 * 16, dtype=torch.uint8) for _ in range(2)]
+        self._sums = [_Buffer(num_sums * numel, torch.complex128) for _ in range(2)]
+        self._values = [_Buffer(numel, torch.complex64) for _ in range(2)]
+        self._wide = [_Buffer(SERIAL, torch.complex128) for _ in range(2)]
         # Not one for each checkpoint: blocks of a hundred of them would be half a GB.
-        block_bytes = max((c.manifest.block_bytes for c in checkpoints), default=0)
-        self._buffers = [bytearray(block_bytes) for _ in range(2)]
+        block_bytes = max((each.manifest.block_bytes for each in checkpoints), default=0)
+        self._blocks = [bytearray(block_bytes) for _ in range(2)]
         self._threads = ThreadPoolExecutor(2)
 
     def __enter__(self) -> WeightedSums:
@@ -90,87 +125,68 @@ class WeightedSums:
     def __exit__(self, *raised: object) -> None:
         self._threads.shutdown()
 
-    def capacity(self, num_sums: int, dtype: torch.dtype) -> int:
-        """The number of elements that fit."""
-        return self._storage[0].numel() // num_sums // _sum_dtype(dtype).itemsize
-
-    def compute(
-        self,
-        terms: Sequence[Term],
-        boxes: Sequence[Box],
-        dtype: torch.dtype,
-        first: int | None = None,
-    ) -> torch.Tensor:
-        """The sums of some boxes of a tensor, valid until the next call.
-
-        Args:
-            first: if the boxes are a range of elements of the tensor, where it starts.
-
-        Returns:
-            A tensor of shape (number of sums, elements of all boxes), box after box.
-        """
-        by_checkpoint: dict[int, list[Term]] = {}
-        for term in terms:
-            by_checkpoint.setdefault(id(term.checkpoint), []).append(term)
+    def compute(self, wanted: Range) -> torch.Tensor:
+        """The sums of a range, of shape (number of sums, elements)."""
+        first = wanted.terms[0]
+        if len(wanted.terms) == 1 and first.coefficients == (1.0,):  # a copy, also of integers
+            values = torch.empty((1, wanted.numel), dtype=first.dtype)
+            first.checkpoint.buffer = self._blocks[0]
+            first.read(wanted.boxes, values[0])
+            return values
+        by_checkpoint: dict[int, list[Term]] = defaultdict(list)
+        for term in wanted.terms:
+            by_checkpoint[id(term.checkpoint)].append(term)
         groups = list(by_checkpoint.values())
         halves = [list(chain(*groups[i::2])) for i in range(min(2, len(groups)))]
         tasks = [
-            self._threads.submit(self._add_up, i, half, boxes, dtype, first)
-            for i, half in enumerate(halves)
+            self._threads.submit(self._add_up, i, half, wanted) for i, half in enumerate(halves)
         ]
-        wait(tasks)
         total, *others = [task.result() for task in tasks]
-        for other in others:
-            parts = (t.view(-1).split(SERIAL) for t in (total, other))
-            for out, values in zip(*parts, strict=True):
-                out.add_(values)
-        return total
+        rounded = torch.empty_like(total, dtype=wanted.dtype)
+        parts = (tensor.view(-1).split(SERIAL) for tensor in (rounded, total, *others))
+        for out, sums, *more in zip(*parts, strict=True):
+            for values in more:
+                sums.add_(values)
+            out.copy_(sums)
+        return rounded
 
-    def _add_up(
-        self,
-        thread: int,
-        terms: Sequence[Term],
-        boxes: Sequence[Box],
-        dtype: torch.dtype,
-        first: int | None,
-    ) -> torch.Tensor:
-        wide, num_sums = _sum_dtype(dtype), len(terms[0].coefficients)
-        numel = sum(box.numel for box in boxes)
-        sums = self._storage[thread][: num_sums * numel * wide.itemsize].view(wide)
-        for part in sums.split(SERIAL):
-            part.fill_(-0.0)  # which added to -0.0 leaves it as it is
-        sums = sums.view(num_sums, numel)
-        ends = [0, *accumulate(box.numel for box in boxes)]
-        targets = [
-            (box, sums[:, end - box.numel : end].view(num_sums, *box.sizes))
-            for box, end in zip(boxes, ends[1:], strict=True)
-        ]
-        plain = [term for term in terms if first is not None and term.is_plain]
+    def _add_up(self, half: int, terms: Sequence[Term], wanted: Range) -> torch.Tensor:
+        kind, numel = _sum_dtype(wanted.dtype), wanted.numel
+        sums = self._sums[half].view(kind, len(terms[0].coefficients), numel)
+
+        def add(outs: torch.Tensor, values: torch.Tensor, coefficients: Sequence[float]) -> None:
+            for part, piece in zip(outs.split(SERIAL, 1), values.split(SERIAL), strict=True):
+                wide = self._wide[half].view(kind, len(piece)).copy_(piece)
+                for out, coefficient in zip(part, coefficients, strict=True):
+                    if coefficient:
+                        out.add_(wide, alpha=coefficient)
+
+        plain = [term for term in terms if term.is_plain]
         for at in range(0, numel, _IN_CACHE):
-            part = sums[:, at : at + _IN_CACHE]
+            outs = sums[:, at : at + _IN_CACHE]
+            for part in outs.split(SERIAL, 1):
+                part.fill_(-0.0)  # which added to -0.0 leaves it as it is
             for term in plain:
-                values = term.read((first or 0) + at, part.shape[1], self._buffers[thread])
-                _add(term.coefficients, part, values)
+                values = self._values[half].view(term.dtype, outs.shape[1])
+                term.read_plain(wanted.start + at, values)
+                add(outs, values, term.coefficients)
         for term in terms:
-            if term not in plain:
-                term.checkpoint.buffer = self._buffers[thread]
-                add = partial(_add, term.coefficients)
-                term.checkpoint.fill(term.average, term.fqn, targets, add)
+            if not term.is_plain:
+                term.checkpoint.buffer = self._blocks[half]
+                values = self._values[half].view(term.dtype, numel)
+                term.read(wanted.boxes, values)
+                add(sums, values, term.coefficients)
         return sums
 
 
-def _add(coefficients: Sequence[float], sums: torch.Tensor, values: torch.Tensor) -> None:
-    """Add values, each times its coefficient, to several sums."""
-    parts = [(sums, values)]
-    if sums[0].is_contiguous() and values.is_contiguous():
-        flat = sums.view(len(coefficients), -1).split(SERIAL, 1), values.view(-1).split(SERIAL)
-        parts = list(zip(*flat, strict=True))
-    for outs, part in parts:
-        if len(coefficients) > 1:
-            part = part.to(outs.dtype)
-        for out, coefficient in zip(outs, coefficients, strict=True):
-            if coefficient:
-                out.add_(part, alpha=coefficient)
+class _Buffer:
+    """Memory that is used again and again. What is not used takes no memory."""
+
+    def __init__(self, numel: int, widest: torch.dtype) -> None:
+        self._storage = torch.empty(numel * widest.itemsize, dtype=torch.uint8)
+
+    def view(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return self._storage[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 @dataclass(slots=True)
@@ -184,7 +200,8 @@ class Output:
     state: Mapping[str, Any]
     written: Mapping[str, Any]
     files: dict[str, SavedFile] = field(default_factory=dict)
-    checksums: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # by tensor and file
+    # By tensor and file.
+    checksums: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
 def combine(
@@ -197,9 +214,9 @@ def combine(
     """Write sums of averages as checkpoints. Local: one process, without a process group.
 
     Sums are computed in float64 (complex128 for complex tensors) and rounded once. Memory: 128 MiB
-    of sums, whatever the sizes of the tensors, and two blocks. Up to 8 outputs of fp32 have the
-    usual blocks of 4 MiB; with more, blocks are smaller, and blocks of the snapshots are read more
-    than once.
+    for up to 4 outputs, 256 MiB for more, whatever the sizes of the tensors, and two blocks. Up to
+    8 outputs of fp32 have the usual blocks of 4 MiB; with more, blocks are smaller, and blocks of
+    the snapshots are read more than once.
 
     Args:
         names: for each snapshot, its name of each tensor of `like`; see `match_tensors`.
@@ -214,50 +231,49 @@ def combine(
     widest = max((_sum_dtype(d).itemsize / d.itemsize for d in dtypes), default=1)
     limit = int(_SUMS_BYTES / 2 / len(outputs) / widest) // 16 * 16
     block_bytes = max(_MIN_BLOCK_BYTES, min(like.checkpoint.manifest.block_bytes, limit))
-    all_bytes = max(_SUMS_BYTES, 2 * int(block_bytes * widest) * len(outputs))
     digest, non_finite = checksum(ALGORITHM), set[str]()
 
-    def write_box(fqn: str, saved: SavedBox, fds: Sequence[int]) -> None:
-        dtype = torch_dtype(average.tensors[fqn].dtype)
+    def step(dtype: torch.dtype) -> int:
+        """The number of elements in a range: as many blocks as fit, at least one."""
+        nbytes = len(outputs) * 2 * (_sum_dtype(dtype).itemsize + dtype.itemsize)
         block = block_bytes // dtype.itemsize
-        step = max(1, sums.capacity(len(outputs), dtype) // block) * block
-        terms = [
-            Term(one.checkpoint, one.average, names[i][fqn], [o.coefficients[i] for o in outputs])
-            for i, one in enumerate(snapshots)
-        ]
-        for output in outputs:
-            output.checksums[fqn, saved.file] = []
-        for start in range(0, saved.box.numel, step):
-            stop = min(start + step, saved.box.numel)
-            boxes = [box for _, box in boxes_within(saved.box, start, stop)]
-            totals = sums.compute(terms, boxes, dtype)
-            advance((stop - start) * dtype.itemsize * len(terms))
-            for output, fd, total in zip(outputs, fds, totals, strict=True):
-                for chunk in total.split(block):
-                    rounded = chunk.to(dtype)
-                    if not bool(rounded.isfinite().all()):
-                        non_finite.add(fqn)
-                    data = rounded.view(torch.uint8).numpy().data
-                    output.checksums[fqn, saved.file].append(digest(data))
-                    write_all(fd, data)
+        return max(1, _SUMS_BYTES // nbytes // block) * block
 
-    entries: dict[str, list[tuple[str, SavedBox]]] = {name: [] for name in average.files}
-    for fqn, tensor in average.tensors.items():
-        for saved in tensor.boxes:
-            entries[saved.file].append((fqn, saved))
-    opened = [one.checkpoint for one in [*snapshots, like]]
-    with WeightedSums(all_bytes, opened) as sums:
-        for name in sorted(entries):
+    def ranges(entries: Iterable[tuple[str, SavedBox]]) -> Iterator[Range]:
+        for fqn, saved in entries:
+            terms = [
+                Term(s.checkpoint, s.average, names[i][fqn], [o.coefficients[i] for o in outputs])
+                for i, s in enumerate(snapshots)
+            ]
+            dtype = torch_dtype(average.tensors[fqn].dtype)
+            for start in range(0, saved.box.numel, step(dtype)):
+                stop = min(start + step(dtype), saved.box.numel)
+                boxes = [box for _, box in boxes_within(saved.box, start, stop)]
+                yield Range(fqn, start, terms, boxes, dtype)
+
+    numel = max(map(step, dtypes), default=0)
+    with WeightedSums([s.checkpoint for s in snapshots], len(outputs), numel) as sums:
+        for name, entries in sorted(average.contents.items()):
             header = like.checkpoint.check_file(average, name)
             with ExitStack() as stack:
-                files = [stack.enter_context(open(o.directory / name, "xb")) for o in outputs]
-                fds = [file.fileno() for file in files]
-                for output, fd in zip(outputs, fds, strict=True):
-                    write_all(fd, memoryview(header))
+                files = [
+                    stack.enter_context(open(o.directory / name, "xb", buffering=0))
+                    for o in outputs
+                ]
+                for output, file in zip(outputs, files, strict=True):
+                    write_all(file.fileno(), memoryview(header))
                     saved_file = average.files[name]
                     output.files[name] = dataclasses.replace(saved_file, checksum=digest(header))
-                for fqn, saved in sorted(entries[name], key=lambda entry: entry[1].start):
-                    write_box(fqn, saved, fds)
+                for each in ranges(entries):
+                    totals = sums.compute(each)
+                    if not all(map(is_finite, totals)):
+                        non_finite.add(each.fqn)
+                    for output, file, total in zip(outputs, files, totals, strict=True):
+                        for block in total.split(block_bytes // total.itemsize):
+                            data = block.view(torch.uint8).numpy().data
+                            output.checksums[each.fqn, name].append(digest(data))
+                            write_all(file.fileno(), data)
+                    advance(each.nbytes)
     if non_finite:
         raise CheckpointError(
             f"the result holds NaN or Inf in {', '.join(sorted(non_finite))}; nothing is written"

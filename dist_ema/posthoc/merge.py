@@ -14,6 +14,7 @@ import math
 import os
 import re
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -28,20 +29,19 @@ from dist_ema.checkpoint.dcp_reader import METADATA
 from dist_ema.checkpoint.directory import MANIFEST, target
 from dist_ema.checkpoint.reader import Checkpoint
 from dist_ema.checkpoint.writer import written_by
-from dist_ema.core.errors import CheckpointError
+from dist_ema.core.errors import CheckpointError, listed
 from dist_ema.core.group import Group
 from dist_ema.core.layout import TensorMeta, flat_boxes, flat_ends, whole
 from dist_ema.export.files import Writer, plan_exports, summary, write_export
 from dist_ema.export.layouts import ModelLayout
 from dist_ema.export.offline import Source, dtype_named, models_of, name_in_files
 from dist_ema.options import MERGE_WEIGHTS, no_pickles
-from dist_ema.posthoc.combine import SERIAL, Term, WeightedSums
+from dist_ema.posthoc.combine import Range, Term, WeightedSums
+from dist_ema.posthoc.snapshots import refuse_overlap
 
 _RANGE = 1 << 20  # elements that are summed at a time, a block of fp32
-_SUMS_BYTES = 2 * 16 * _RANGE  # of complex128 on two threads
 _MAX_OPEN = 512  # files at a time, over all checkpoints
 _TOLERANCE = 1e-6  # of the sum of given weights
-_LISTED = 8  # tensors in a message
 _HEAD = 1024  # elements that are compared first
 _NESTED = ("pytorch_model_fsdp_0", "pytorch_model_fsdp", "model_and_optim")
 _TOKENIZER_FILE = re.compile(
@@ -135,7 +135,7 @@ def merge(
     paths = expand(checkpoints, weights)
     factors = coefficients(weights, len(paths), normalize=normalize)
     bases = [] if base is None else [Path(base)]
-    _refuse_overlap(Path(out), [*paths, *bases])
+    refuse_overlap(Path(out), [*paths, *bases])
     with ExitStack() as opened:
         inputs = [_Input(path, name, prefix, opened) for path in [*paths, *bases]]
         # Not a buffer for each: blocks of a hundred checkpoints would be half a GB.
@@ -169,15 +169,14 @@ def merge(
         )
 
         def write_values(writer: Writer) -> None:
-            for fqn in writer.plan.places:
-                for start, values, nbytes in sources[fqn].chunks(sums):
-                    for i, part in enumerate(values.split(SERIAL)):
-                        writer.write_chunk(fqn, start + i * SERIAL, part)
-                    advance(nbytes)
+            for fqn, place in writer.plan.places.items():
+                for each in sources[fqn].ranges(place.dtype):
+                    writer.write_chunk(fqn, each.start, sums.compute(each)[0])
+                    advance(each.nbytes)
 
         used = [term.checkpoint for source in sources.values() for term in source.terms]
-        total = sum(source.nbytes for source in sources.values())
-        with WeightedSums(_SUMS_BYTES, used) as sums, progress(total) as advance:
+        total = sum(term.nbytes for source in sources.values() for term in source.terms)
+        with WeightedSums(used, 1, _RANGE) as sums, progress(total) as advance:
             write_export(Path(out), plans, Group.alone(), write_values)
     return MergeResult(
         target(Path(out)),
@@ -253,14 +252,6 @@ def coefficients(weights: str | Sequence[float], n: int, *, normalize: bool = Fa
     return numbers
 
 
-def _refuse_overlap(out: Path, paths: Sequence[Path]) -> None:
-    place = target(out).resolve()
-    for path in paths:
-        other = target(path).resolve()
-        if place.is_relative_to(other) or other.is_relative_to(place):
-            raise ValueError(f"out {out} would be written over the checkpoint {path}")
-
-
 # Checkpoints and their tensors.
 
 
@@ -324,25 +315,9 @@ class _Sum:
     meta: TensorMeta  # of the saved tensors, in their widest dtype
     terms: Sequence[Term]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(term.average.tensors[term.fqn].nbytes for term in self.terms)
-
-    def chunks(self, sums: WeightedSums) -> Iterator[tuple[int, torch.Tensor, int]]:
-        """The values in row-major order: each chunk with its first element and the bytes read."""
-        first = self.terms[0]
-        is_copy = len(self.terms) == 1 and first.coefficients == (1.0,)
-        for start, stop in self._ranges():
-            if is_copy:
-                values = torch.empty(stop - start, dtype=self.meta.dtype)
-                first.checkpoint.read(first.average, first.fqn, start, values)
-            else:
-                boxes = flat_boxes(self.meta.shape, start, stop)
-                values = sums.compute(self.terms, boxes, self.meta.dtype, start)[0].clone()
-            yield start, values, self.nbytes * (stop - start) // self.meta.numel
-
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        """Ranges that end where boxes of the first tensor do: none of its blocks is read twice."""
+    def ranges(self, dtype: torch.dtype) -> Iterator[Range]:
+        """All elements in order. Ranges end where boxes of the first tensor do: none of its blocks
+        is read twice."""
         outer, ends = whole(self.meta.shape), []
         for saved in self.terms[0].average.tensors[self.terms[0].fqn].boxes:
             begin, last = flat_ends(saved.box, outer) if saved.box.numel else (0, -1)
@@ -355,7 +330,8 @@ class _Sum:
             before = bisect_right(ends, stop)
             if before and ends[before - 1] > start:
                 stop = ends[before - 1]
-            yield start, stop
+            boxes = flat_boxes(self.meta.shape, start, stop)
+            yield Range(self.meta.fqn, start, self.terms, boxes, dtype)
             start = stop
 
 
@@ -380,86 +356,105 @@ def _match(
     Raises:
         CheckpointError: checkpoints do not fit to each other.
     """
+    holders, twins, problems = _holders(inputs, base)
+    first_name: dict[tuple[object, ...], str] = {}
+    aliases: dict[str, list[str]] = defaultdict(list)
+    sources: dict[str, _Sum] = {}
+    for name, having in holders.items():
+        key = tuple((id(each), each.known[name]) for each in having)
+        first = first_name.setdefault(key, name)
+        if first != name:
+            aliases[first].append(name)
+        elif misfits := list(_misfits(name, having)):
+            problems += misfits
+        else:
+            sources[name] = _sum(name, having, factors, is_averaged=having != [base])
+    if problems:
+        hint = "" if base else "; base= (--base) names a checkpoint that has what others lack"
+        raise CheckpointError(listed(problems) + hint)
+    for name, twin in twins.items():
+        aliases[twin].append(name)
+    tensors = []
+    for name, source in sources.items():
+        own = source.meta.dtype if dtype is None else source.meta.dtype_as(dtype)
+        kept = tuple(n for n in aliases[name] if n not in sources)
+        tensors.append(replace(source.meta, aliases=kept, dtype=own))
+    return tensors, sources
+
+
+def _holders(
+    inputs: Sequence[_Input], base: _Input | None
+) -> tuple[dict[str, list[_Input]], dict[str, str], list[str]]:
+    """The checkpoints that each tensor is taken from, by its name.
+
+    Returns:
+        These; other names of tied tensors, with the name of each that is written; problems.
+    """
+    holders: dict[str, list[_Input]] = {}
+    twins: dict[str, str] = {}
     problems: list[str] = []
     names = dict.fromkeys(name for each in inputs for name in each.known)
-    first_name: dict[tuple[object, ...], str] = {}
-    aliases: dict[str, list[str]] = {}
-    sources: dict[str, _Sum] = {}
-    averaged: dict[str, bool] = {}
-
-    def add(name: str, holders: Sequence[_Input], factors: Sequence[float]) -> None:
-        key = tuple((id(each), each.known[name]) for each in holders)
-        first = first_name.setdefault(key, name)
-        aliases.setdefault(first, []).append(name)
-        if first != name:
-            return
-        metas, before = [each.meta(name) for each in holders], len(problems)
-        for each, meta in zip(holders, metas, strict=True):
-            if meta.shape != metas[0].shape:
-                problems.append(
-                    f"{each.path}: {name} has shape {meta.shape}, in {holders[0].path} it has "
-                    f"{metas[0].shape}"
-                )
-            if _kind(meta.dtype) != _kind(metas[0].dtype):
-                problems.append(
-                    f"{each.path}: {name} is of {meta.dtype}, in {holders[0].path} of "
-                    f"{metas[0].dtype}"
-                )
-            if meta.dtype.is_floating_point and meta.dtype.itemsize == 1:
-                problems.append(f"{each.path}: {name} is quantized, of {meta.dtype}; dequantize it")
-        if len(problems) > before:
-            return
-        widest = reduce(torch.promote_types, (meta.dtype for meta in metas))
-        averaged[name] = len(holders) > 1 or holders[0] is not base
-        if not averaged[name] or _kind(widest) == "integer":
-            terms = [holders[-1].term(name, 1.0)]
-            widest = metas[-1].dtype
-        else:
-            pairs = zip(holders, factors, strict=True)
-            terms = [each.term(name, factor) for each, factor in pairs if factor]
-        sources[name] = _Sum(replace(metas[0], fqn=name, dtype=widest), terms)
-
+    in_base = {} if base is None else base.known
     for name in names:
         having = [each for each in inputs if name in each.known]
-        without = [each for each in inputs if name not in each.known]
-        if not without:
-            add(name, inputs, factors)
-        elif twin := _twin(name, having, inputs):
-            aliases.setdefault(twin, []).append(name)
-        elif base is not None and name in base.known:
-            add(name, [each if name in each.known else base for each in inputs], factors)
+        if len(having) < len(inputs) and (twin := _twin(name, having, inputs)):
+            twins[name] = twin
+        elif len(having) == len(inputs):
+            holders[name] = having
+        elif base is not None and name in in_base:
+            holders[name] = [each if name in each.known else base for each in inputs]
         else:
-            have = f"{name} is missing, {having[0].path} has it"
-            problems += [f"{each.path}: {have}" for each in without]
+            problem = f"{name} is missing, {having[0].path} has it"
+            problems += [f"{each.path}: {problem}" for each in inputs if name not in each.known]
+    # What the model has beside the average.
     missing = [item for each in inputs for item in each.missing()]
     missing = [(known, tensor) for known, tensor in missing if names.keys().isdisjoint(known)]
+    lost = dict.fromkeys(known[0] for known, _ in missing if in_base.keys().isdisjoint(known))
     others = {name: tensor for known, tensor in missing for name in known}
     if base is not None:
         is_listed = any(each.others is not None for each in inputs)
-        for name in base.known:
-            tied = {n for n, fqn in base.known.items() if fqn == base.known[name]} & names.keys()
-            if name in names or tied or (is_listed and name not in others):
+        taken = {fqn for name, fqn in in_base.items() if name in names}
+        for name, fqn in in_base.items():
+            if fqn in taken or (is_listed and name not in others):
                 continue
+            shape = base.meta(name).shape
             if twin := _twin(name, [base], [*inputs, base]):
-                aliases.setdefault(twin, []).append(name)
-            elif name in others and base.meta(name).shape != others[name].shape:
-                shapes = f"{base.meta(name).shape}, wanted {others[name].shape}"
-                problems.append(f"{base.path}: {name} has shape {shapes}")
+                twins[name] = twin
+            elif name in others and shape != others[name].shape:
+                wanted = others[name].shape
+                problems.append(f"{base.path}: {name} has shape {shape}, wanted {wanted}")
             else:
-                add(name, [base], [1.0])
-    known = base.known if base is not None else {}
-    lost = dict.fromkeys(item[0][0] for item in missing if known.keys().isdisjoint(item[0]))
-    problems += [f"{name} is missing" for name in lost]
-    if problems:
-        hint = "" if base else "; base= (--base) names a checkpoint that has what others lack"
-        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise CheckpointError("; ".join(problems[:_LISTED]) + more + hint)
-    tensors = []
-    for name, source in sources.items():
-        kept = tuple(n for n in dict.fromkeys(aliases[name]) if n != name and n not in sources)
-        own = source.meta.dtype if dtype is None else source.meta.dtype_as(dtype)
-        tensors.append(TensorMeta(name, kept, source.meta.shape, own, averaged[name]))
-    return tensors, sources
+                holders[name] = [base]
+    return holders, twins, problems + [f"{name} is missing" for name in lost]
+
+
+def _misfits(name: str, holders: Sequence[_Input]) -> Iterator[str]:
+    """Why a tensor of several checkpoints cannot be averaged."""
+    first = holders[0].meta(name)
+    for each in holders:
+        meta = each.meta(name)
+        if meta.shape != first.shape:
+            yield (
+                f"{each.path}: {name} has shape {meta.shape}, in {holders[0].path} it has "
+                f"{first.shape}"
+            )
+        if _kind(meta.dtype) != _kind(first.dtype):
+            yield f"{each.path}: {name} is of {meta.dtype}, in {holders[0].path} of {first.dtype}"
+        if meta.dtype.is_floating_point and meta.dtype.itemsize == 1:
+            yield f"{each.path}: {name} is quantized, of {meta.dtype}; dequantize it"
+
+
+def _sum(
+    name: str, holders: Sequence[_Input], factors: Sequence[float], *, is_averaged: bool
+) -> _Sum:
+    metas = [each.meta(name) for each in holders]
+    if not is_averaged or _kind(metas[0].dtype) == "integer":
+        terms, kind = [holders[-1].term(name, 1.0)], metas[-1].dtype
+    else:
+        pairs = zip(holders, factors, strict=True)
+        terms = [each.term(name, factor) for each, factor in pairs if factor]
+        kind = reduce(torch.promote_types, (meta.dtype for meta in metas))
+    return _Sum(TensorMeta(name, (), metas[0].shape, kind, is_averaged), terms)
 
 
 def _kind(dtype: torch.dtype) -> str:

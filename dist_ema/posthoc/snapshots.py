@@ -17,14 +17,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_ema.checkpoint.directory import target
 from dist_ema.checkpoint.manifest import SavedAverage
 from dist_ema.checkpoint.reader import Checkpoint
-from dist_ema.core.errors import CheckpointError
+from dist_ema.core.errors import CheckpointError, listed
 from dist_ema.posthoc.profiles import Profile
 from dist_ema.schedule import PowerFunction, decay_at, from_json
 
 SYNTHESIZED = "synthesized"  # key of `Manifest.written`
-_MAX_NAMES = 8  # tensors in a message
 _MAX_OPEN = 512  # files at a time, over all checkpoints
 
 
@@ -75,9 +75,8 @@ def snapshot_at(snapshots: Sequence[Snapshot], step: int | None) -> Snapshot:
     """A snapshot of a step, by default the last. It must be the last step that is given."""
     steps = sorted({one.step for one in snapshots})
     if step is not None and step not in steps:
-        more = ", ..." if len(steps) > 8 else ""
-        listed = ", ".join(map(str, steps[:8])) + more
-        raise ValueError(f"no checkpoint is of step {step}; there are steps {listed}")
+        known = listed([str(each) for each in steps], separator=", ")
+        raise ValueError(f"no checkpoint is of step {step}; there are steps {known}")
     wanted = steps[-1] if step is None else step
     late = dict.fromkeys(str(one.path) for one in snapshots if one.step > wanted)
     if late:
@@ -111,12 +110,17 @@ def match_tensors(snapshot: Snapshot, like: Snapshot) -> dict[str, str]:
     used = set(names.values())
     differences += [f"{n} is unexpected" for n in saved if n not in used]
     if differences:
-        more = len(differences) - _MAX_NAMES
-        raise CheckpointError(
-            f"{snapshot}: is of another model than {like}: {'; '.join(differences[:_MAX_NAMES])}"
-            + (f"; and {more} more" if more > 0 else "")
-        )
+        raise CheckpointError(f"{snapshot}: is of another model than {like}: {listed(differences)}")
     return names
+
+
+def refuse_overlap(out: Path, checkpoints: Sequence[Path]) -> None:
+    """Raise ValueError if a directory to write is, holds or is in a checkpoint that is read."""
+    place = target(out).resolve()
+    for path in checkpoints:
+        other = target(path).resolve()
+        if place.is_relative_to(other) or other.is_relative_to(place):
+            raise ValueError(f"out {out} would be written over the checkpoint {path}")
 
 
 def _snapshots(path: Path, checkpoint: Checkpoint) -> Iterator[Snapshot]:
@@ -133,8 +137,8 @@ def _snapshots(path: Path, checkpoint: Checkpoint) -> Iterator[Snapshot]:
     averages = checkpoint.state["averages"]
     kinds = {name: str(averages[name]["schedule"].get("kind")) for name in checkpoint.averages}
     if "PowerFunction" not in kinds.values():
-        listed = ", ".join(f"{name!r} with {kind}" for name, kind in kinds.items())
-        raise CheckpointError(f"{path}: has no average with a PowerFunction schedule, but {listed}")
+        others = ", ".join(f"{name!r} with {kind}" for name, kind in kinds.items())
+        raise CheckpointError(f"{path}: has no average with a PowerFunction schedule, but {others}")
     for name, kind in kinds.items():
         if kind == "PowerFunction":
             yield _snapshot(path, name, checkpoint)

@@ -32,6 +32,7 @@ from dist_ema.posthoc.snapshots import (
     Snapshot,
     match_tensors,
     open_snapshots,
+    refuse_overlap,
     snapshot_at,
 )
 from dist_ema.schedule import PowerFunction, decay_at, to_json
@@ -60,6 +61,20 @@ class SynthesisResult:
             f"{self.schedule.gamma:.6g}, step {self.step}; from {len(self.coefficients)} averages, "
             f"residual {self.residual:.2g}"
         )
+
+    def summary(self) -> dict[str, object]:
+        """The fields as JSON holds them."""
+        return {
+            "path": str(self.path),
+            "sigma_rel": self.schedule.sigma_rel,
+            "gamma": self.schedule.gamma,
+            "step": self.step,
+            "residual": self.residual,
+            "from": [
+                {"checkpoint": path, "average": name, "coefficient": x}
+                for (path, name), x in self.coefficients.items()
+            ],
+        }
 
     @property
     def problem(self) -> str | None:
@@ -202,11 +217,8 @@ def _check_outputs(outputs: Sequence[Path], checkpoints: Sequence[Path]) -> None
             f"{len(outputs)} widths are wanted, the limit is {_MAX_WIDTHS} in one pass"
         )
     places = [target(out).resolve() for out in outputs]
-    for out, place in zip(outputs, places, strict=True):
-        for path in checkpoints:
-            other = target(path).resolve()
-            if place.is_relative_to(other) or other.is_relative_to(place):
-                raise ValueError(f"out {out} would be written over the checkpoint {path}")
+    for out in outputs:
+        refuse_overlap(out, checkpoints)
     if len(set(places)) < len(places):
         raise ValueError(
             f"several widths would be written to one of {', '.join(map(str, outputs))}"
@@ -241,14 +253,7 @@ def _write(
                 directory = stack.enter_context(replaced_directory(result.path))
             except OSError as error:
                 raise CheckpointError(f"{result.path}: {error.strerror or error}") from error
-            origin = {
-                "sigma_rel": result.schedule.sigma_rel,
-                "residual": result.residual,
-                "from": [
-                    {"checkpoint": path, "average": name, "coefficient": x}
-                    for (path, name), x in result.coefficients.items()
-                ],
-            }
+            origin = {k: result.summary()[k] for k in ("sigma_rel", "residual", "from")}
             outputs.append(
                 Output(
                     directory,

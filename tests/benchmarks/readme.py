@@ -86,7 +86,8 @@ def tables(found: Tables, where: str) -> str:
         _text(
             "Time of an update over `torch._foreach_lerp_` of the same number of fp32 tensors of "
             "the same size, all ranks at once. For bf16 weights the reference reads and writes the "
-            "same number of bytes."
+            "same number of bytes. *hot / cold*: one call after the other, and after a matrix "
+            "product and a pause, as in a training step."
         ),
         _update(found["update/update"]),
         _text(
@@ -138,13 +139,15 @@ def _update(rows: Sequence[Row]) -> str:
     engines, lines = _kinds(rows, "engine"), []
     for kind in _kinds(rows, "weights"):
         by = {row["engine"]: row for row in rows if row["weights"] == kind}
-        lines.append([kind, *(by.get(engine, {}).get("update/floor") for engine in engines)])
+        lines.append(
+            [kind, *(_hot_and_cold(by.get(engine, {}), "update/floor") for engine in engines)]
+        )
     return _table(["weights of a rank", *(ENGINES[engine] for engine in engines)], lines)
 
 
 def _variants(rows: Sequence[Row]) -> str:
     plain = [row for row in rows if row["engine"] == "plain"]
-    lines = [[row["weights"], row.get("compiled"), row["two"]] for row in plain]
+    lines = [[row["weights"], _hot_and_cold(row, "compiled"), row["two"]] for row in plain]
     return _table(["weights", "compiled", "two averages"], lines)
 
 
@@ -159,7 +162,13 @@ def _beside(rows: Iterable[Row], way: str, kind: str) -> Any:
     row = next((row for row in rows if row["way"] == way and row["weights"] == kind), {})
     if row.get("fails with"):
         return "fails: " + textwrap.shorten(row["fails with"], 40, placeholder=" ...")
-    return row.get("over dist_ema")
+    return _hot_and_cold(row, "over dist_ema")
+
+
+def _hot_and_cold(row: Row, column: str) -> str:
+    """Both figures; the hot one alone where the results have no other."""
+    both = (row.get(column), row.get(f"{column} cold"))
+    return " / ".join(_shown(figure) for figure in both if figure is not None)
 
 
 def _group(rows: Sequence[Row]) -> str:
