@@ -17,6 +17,6 @@ echo "2. diffusers loads the exported average in a new process."
 .venv/bin/python "${example[@]}" read
 
 echo "3. One process resumes what two have saved, and goes on for 300 steps."
-.venv/bin/python "${example[@]}" resume --processes 1 --steps 300
+.venv/bin/python "${example[@]}" resume --processes 1 --batch 256 --steps 300
 
 echo "Done. Look at runs/spirals/spirals.png: raw weights above, averaged weights below."
