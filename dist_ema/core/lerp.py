@@ -15,11 +15,9 @@ a thread whose core runs another process, takes longer than the update. So an up
 threads only where an elementwise operator on one of the live tensors does too.
 
 [Note: narrow weights on a CPU]
-torch has no operator that reads bf16 and updates fp32, so there are two, over a chunk in cache. One
-core of a Xeon (Sapphire Rapids) needs 0.40 ns an element to convert from memory into its L2 cache,
-which is one stream of loads and not what the memory could deliver, and 0.55 ns to update from
-there: together 1.35 times the 0.70 ns in which `torch._foreach_lerp_` moves 10 bytes. Only one pass
-is faster; `torch.compile` makes one, after seconds of compilation with a C++ compiler.
+torch has no CPU operator that reads bf16 and updates fp32, so there are two, over a chunk in cache:
+one converts, one updates. Each takes about as long as moving the bytes, and they do not overlap.
+`torch.compile` makes one pass of both, after seconds of compilation with a C++ compiler.
 """
 
 from __future__ import annotations
