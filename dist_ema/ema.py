@@ -151,6 +151,8 @@ class ShardedEMA:
             arguments.update(self._options.arguments())
             if isinstance(model, Mapping):
                 arguments["argument model"] = f"a mapping with {list(model)}"
+            elif not isinstance(model, nn.Module):
+                arguments["argument model"] = "a list of modules"
         self._model = model
         self._average = Average(module, self._options, into, self._group, select)
         self._step = self._num_updates = 0
@@ -483,7 +485,7 @@ class ShardedEMA:
                 might prefer. On every rank; what is at `path` is left as it was.
 
         Collective: every rank calls it. With "direct", only tensors of which a rank has more than
-        runs of elements (columns of a matrix) are sent, each byte once; memory: a few MB on each
+        runs of elements (columns of a matrix) are sent, each byte once; memory: 16 MiB on each
         rank, with such tensors buckets of 16 MiB. With "rank0", each byte is sent to rank 0 once,
         in buckets of 16 MiB.
         """

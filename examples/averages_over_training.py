@@ -3,7 +3,7 @@
     ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 accelerate launch \\
         --config_file launch/accelerate/cpu-2.yaml examples/averages_over_training.py
 
-On the digits of digits_diffusion.py: raw weights beside three averages (`over_training.png`), and
+On the spirals of spirals_diffusion.py: raw weights beside three averages (`over_training.png`), and
 averages of many widths, made afterwards of what two saved (`over_sigma_rel.png`, arXiv 2312.02696).
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from digits_diffusion import Run, digits, held_out_loss, start_accelerate, train_step
-from matplotlib.figure import Figure
+from plotting import new_figure, save
+from spirals_diffusion import Run, held_out_loss, start_accelerate, train_step
 
 from dist_ema import EqualWeight, PowerFunction, ShardedEMA, synthesize
 
@@ -28,25 +28,25 @@ def losses(run: Run, ema: ShardedEMA) -> dict[str, float]:
     found = {}
     for name in ema.names:
         with ema.average_parameters(name):
-            found[name] = held_out_loss(run, digits()[1], rounds=4)
+            found[name] = held_out_loss(run, rounds=4)
     return found
 
 
 def draw(path: Path, label: str, curves: dict[str, dict[float, float]]) -> None:
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(5, 3.6)
     for name, curve in curves.items():
-        axes.plot(list(curve), list(curve.values()), ".-" if len(curve) > 4 else "x", label=name)
+        style = {} if len(curve) > 4 else {"linestyle": "", "markersize": 9, "fillstyle": "none"}
+        axes.plot(list(curve), list(curve.values()), label=name, **style)
         print(name, *(f"{x:.4g}: {loss:.4f}" for x, loss in curve.items()), sep=", ")
     axes.set(xlabel=label, ylabel="held-out loss")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    axes.legend()
+    save(figure, path)
 
 
 def main(directory: str, num_steps: int) -> None:
-    out, args = Path(directory), Namespace(steps=num_steps, batch=16, lr=4e-3, seed=0, processes=2)
+    out, args = Path(directory), Namespace(steps=num_steps, batch=128, lr=4e-3, seed=0, processes=2)
     torch.manual_seed(args.seed)
-    run = start_accelerate(digits()[0], args)
+    run = start_accelerate(args)
     ema = ShardedEMA(run.model, AVERAGES, start_step=num_steps // 16)
     kept, check = ShardedEMA(run.model, SAVED), ShardedEMA(run.model, CHECK)
     generator = torch.Generator().manual_seed(1000 * (1 + run.rank))
@@ -59,7 +59,7 @@ def main(directory: str, num_steps: int) -> None:
         if step % (num_steps // 16) == 0:
             saved.append(out / f"kept-{step:06}")
             kept.save(saved[-1])
-            raw = held_out_loss(run, digits()[1], rounds=4)
+            raw = held_out_loss(run, rounds=4)
             for name, loss in {"raw": raw, **losses(run, ema)}.items():
                 curves.setdefault(name, {})[step] = loss
     known, made = {"0": raw} | losses(run, kept) | losses(run, check), {}

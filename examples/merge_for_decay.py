@@ -2,7 +2,7 @@
 
     python examples/merge_for_decay.py
 
-The digits of digits_diffusion.py, trained at a constant learning rate, with a checkpoint now and
+The spirals of spirals_diffusion.py, trained at a constant learning rate, with a checkpoint now and
 then. `merge(weights="1-sqrt")` of the last 10 is compared with runs that go back to the first of
 these and decay the learning rate by 1 - sqrt(x) over the same batches (`merge_for_decay.png`). The
 command line does the same: dist-ema merge OUT "runs/merge/checkpoint-*" --last 10 --weights 1-sqrt
@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import torch
-from digits_diffusion import Run, batches, build_model, digits, held_out_loss, train_step
-from matplotlib.figure import Figure
+from plotting import new_figure, save
 from safetensors.torch import load_file
+from spirals_diffusion import Denoiser, Run, batches, held_out_loss, train_step
 
 from dist_ema import merge
 
@@ -25,11 +25,10 @@ NUM_CHECKPOINTS, MERGED, DECAYS = 40, 10, 3  # DECAYS: runs with decay, which en
 def main(directory: str, num_steps: int) -> None:
     out, every = Path(directory), num_steps // NUM_CHECKPOINTS
     torch.manual_seed(0)
-    train_set, held_out = digits()
     device = torch.accelerator.current_accelerator(True) or torch.device("cpu")
-    model, loader = build_model().to(device), list(batches(train_set, 32, num_steps, seed=0))
+    model, loader = Denoiser().to(device), list(batches(256, num_steps, seed=0))
     optimizer = torch.optim.Adam(model.parameters())
-    run = Run(model, optimizer, loader, torch.Tensor.backward, lambda: True, device, 0, 1)
+    run = Run(model, optimizer, loader, torch.Tensor.backward, device)
 
     def train(first: int, last: int, *, decays: bool) -> None:
         model.train()
@@ -42,7 +41,7 @@ def main(directory: str, num_steps: int) -> None:
     def loss_of(state: dict[str, torch.Tensor]) -> float:
         live = copy.deepcopy(model.state_dict())
         model.load_state_dict(state)
-        loss = held_out_loss(run, held_out, rounds=4)
+        loss = held_out_loss(run, rounds=4)
         model.load_state_dict(live)
         return loss
 
@@ -65,14 +64,14 @@ def main(directory: str, num_steps: int) -> None:
         train(first, last, decays=True)
         curves.setdefault("decayed", {})[last] = loss_of(model.state_dict())
 
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(5, 3.6)
     for name, curve in curves.items():
-        axes.plot(list(curve), list(curve.values()), "x" if name == "decayed" else ".-", label=name)
+        style = {"linestyle": "", "markersize": 9} if name == "decayed" else {"markevery": 3}
+        axes.plot(list(curve), list(curve.values()), label=name, **style)
         print(name, *(f"{step}: {loss:.4f}" for step, loss in curve.items()), sep=", ")
-    axes.set(xlabel="step", ylabel="held-out loss", yscale="log")
-    axes.legend(fontsize=8)
-    figure.savefig(out / "merge_for_decay.png", dpi=100)
+    axes.set(xlabel="step", ylabel="held-out loss", ylim=(None, max(curves["merged"].values())))
+    axes.legend()
+    save(figure, out / "merge_for_decay.png")
 
 
 main(*sys.argv[1:2] or ["runs/merge"], int((sys.argv[2:] or [1600])[0]))

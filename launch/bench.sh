@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Run benchmarks, on the GPUs if there are any, and write tables and plots:
 #     bash launch/bench.sh                      all of them, about 10 minutes on two cores
-#     bash launch/bench.sh update plots     these of update peers ranks swap scale trace plots readme
-# Results go to tests/benchmarks/results/DEVICE, plots to examples, tables to README.md.
+#     bash launch/bench.sh update plots     some of: update peers ranks swap scale trace memory plots readme
+#     bash launch/bench.sh --check-against HEAD~5    what became slower than there, by over 15 %
+# Results go to tests/benchmarks/results/DEVICE, plots to examples, tables to README.md and to
+# tests/benchmarks/README.md.
 # Let nothing else run meanwhile.
 # Needs Python 3.10 or newer; the first run makes .venv. Further arguments: --help.
 set -euo pipefail

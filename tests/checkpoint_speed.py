@@ -1,9 +1,12 @@
-"""Times saves and loads of two ranks beside `cp` and torch's own storage.
+"""Times saves and loads against plain writes and reads of the same bytes.
 
-    python -m tests.checkpoint_speed --directory /a/disk [--gigabytes 1] [--rounds 5]
+    python -m tests.checkpoint_speed --directory /a/disk [--ranks 2] [--engine fsdp2]
 
-Each line has the median and the best time over the rounds, all ranks together, files synced, and
-the processor time of rank 0 in the best round. What is read is in the page cache.
+In each round, every case runs once, so that a disk that changes its speed does so for all of them.
+A plain write is a `write` of large blocks and an `fsync`, by one process or by each rank; a plain
+read fills memory that is in use already. "cold" reads come from the disk, others from the page
+cache. Each line has the median and the best time over the rounds, all ranks together, and the ratio
+to the better of the plain cases.
 """
 
 from __future__ import annotations
@@ -12,146 +15,149 @@ import argparse
 import os
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from dist_ema.checkpoint.dcp import state_dict
-from dist_ema.checkpoint.reader import load
-from dist_ema.checkpoint.writer import save
-from dist_ema.core.group import Group
-from dist_ema.core.layout import Box, Fragment, FragmentMeta, TensorMeta
-from tests.cuts import state_of
+from dist_ema import ShardedEMA
 
-SIDE = 2048  # of each tensor: 16 MB
-SIZE = 2
+SIDE = 2048  # of each weight: 16 MB
+BLOCK = 16 << 20
 
 
 class Bench:
-    def __init__(self, rank: int, directory: Path, gigabytes: float, rounds: int) -> None:
-        self.rank, self.directory, self.rounds = rank, directory, rounds
-        self.ranks = Group()
-        count = round(gigabytes * 2**30 / (4 * SIDE * SIDE))
+    def __init__(self, directory: Path, engine: str, gigabytes: float) -> None:
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.size = dist.get_world_size() if dist.is_initialized() else 1
+        self.directory = directory
+        count = round(gigabytes * 1e9 / (4 * SIDE * SIDE))
+        net: nn.Module = nn.Sequential(*[nn.Linear(SIDE, SIDE, bias=False) for _ in range(count)])
+        if engine == "ddp":
+            net = DistributedDataParallel(net)
+        elif engine == "fsdp2":
+            fully_shard(net)
+        self.ema = ShardedEMA(net)
         self.nbytes = count * 4 * SIDE * SIDE
-        shape = (SIDE, SIDE)
-        self.tensors = [
-            TensorMeta(f"layers.{i}.weight", (), shape, torch.float32) for i in range(count)
-        ]
-        half = SIDE // SIZE
-        rows, columns = Box((rank * half, 0), (half, SIDE)), Box((0, rank * half), (SIDE, half))
-        self.rows, self.other_rows = self.parts(rows), self.parts(rows)
-        self.columns = self.parts(columns)
+        self.data = torch.ones(self.nbytes, dtype=torch.uint8).numpy().data
+        self.own = self.data[: self.nbytes // self.size]
 
-    def parts(self, box: Box) -> list[Fragment]:
-        run = torch.randn(len(self.tensors) * box.numel).split(box.numel)
-        return [
-            Fragment(FragmentMeta(t.fqn, t.shape, box), values)
-            for t, values in zip(self.tensors, run, strict=True)
-        ]
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
 
-    def clear(self, name: str) -> None:
-        dist.barrier()
-        if self.rank == 0:
-            shutil.rmtree(self.directory / name, ignore_errors=True)
+    def write(self, name: str, data: memoryview) -> None:
+        (self.directory / name).mkdir(exist_ok=True)
+        with open(self.directory / name / str(self.rank), "wb", buffering=0) as file:
+            for start in range(0, len(data), BLOCK):
+                file.write(data[start : start + BLOCK])
+            os.fsync(file.fileno())
+
+    def read(self, data: memoryview) -> None:
+        with open(self.directory / "each" / str(self.rank), "rb", buffering=0) as file:
+            for start in range(0, len(data), BLOCK):
+                file.readinto(data[start : start + BLOCK])
+
+    def time(self, action: Callable[[], object], clear: str = "", *, cold: bool = False) -> float:
+        self.barrier()
+        if clear and self.rank == 0:
+            shutil.rmtree(self.directory / clear, ignore_errors=True)
             os.sync()
-        dist.barrier()
+        if cold and self.rank == 0:
+            for path in self.directory.glob("*/*"):
+                with open(path, "rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self.barrier()
+        start = time.perf_counter()
+        action()
+        self.barrier()
+        return time.perf_counter() - start
 
-    def time(self, what: str, act: Callable[[], object], clear: str = "") -> float:
-        taken = []
-        for _ in range(self.rounds):
-            if clear:
-                self.clear(clear)
-            dist.barrier()
-            start, processor = time.perf_counter(), time.process_time()
-            act()
-            processor = time.process_time() - processor
-            dist.barrier()
-            taken.append((time.perf_counter() - start, processor))
-        best, processor = min(taken)
-        median = statistics.median(seconds for seconds, _ in taken)
-        if self.rank == 0:
-            print(
-                f"{what:42s} median {median:6.2f} s   best {best:6.2f} s "
-                f"{self.nbytes / best / 1e9:6.2f} GB/s   processor {processor:5.2f} s",
-                flush=True,
-            )
-        return median
+    def rounds(self, count: int) -> None:
+        ema, saved = self.ema, self.directory / "saved"
+        taken: dict[str, list[float]] = {}
 
-    def run(self) -> None:
-        own, theirs, copy = (self.directory / name for name in ("own", "torch", "copy"))
-        state, ranks = state_of(), self.ranks
-
-        def write(asynchronous: bool = False) -> object:
-            rows = {"ema": self.rows}
-            return save(own, rows, self.tensors, state, ranks, asynchronous=asynchronous)
-
-        def copy_files() -> None:
-            copy.mkdir(exist_ok=True)
-            mine = f"shard-0000{self.rank + 1}*"
-            command = f"cp {own}/{mine} {copy} && sync {copy}/{mine}"
-            subprocess.run(command, shell=True, check=True)
-
-        def read(parts: list[Fragment]) -> None:
-            load(own, {"ema": parts}, self.tensors, ranks)
-
-        def boxed(fragments: list[Fragment]) -> dict[str, Any]:
-            return state_dict({"ema": fragments}, self.tensors, {})["averages"]["ema"]
-
-        def torch_write() -> None:
-            dcp.save(boxed(self.rows), storage_writer=dcp.FileSystemWriter(theirs))
-
-        def torch_read(parts: list[Fragment]) -> None:
-            dcp.load(boxed(parts), storage_reader=dcp.FileSystemReader(theirs))
-
-        once = self.time("save", write, clear="own")
-        self.time("save over the last one", write)
-        self.time("torch FileSystemWriter", torch_write, clear="torch")
-        self.time("cp and sync, a process for each rank", copy_files, clear="copy")
-        self.time("load, cut as saved", lambda: read(self.other_rows))
-        self.time("torch FileSystemReader, cut as saved", lambda: torch_read(self.other_rows))
-        self.time("load, rows to columns", lambda: read(self.columns))
-        self.time("torch FileSystemReader, rows to columns", lambda: torch_read(self.columns))
-        blocked, ended = [], []
-        for _ in range(self.rounds + 1):
-            dist.barrier()
-            start = time.perf_counter()
-            handle = write(asynchronous=True)
-            blocked.append(time.perf_counter() - start)
+        def background() -> None:
+            handle = ema.save(saved, asynchronous=True)
+            taken.setdefault("save, background, blocks", []).append(time.perf_counter() - start)
+            assert handle is not None
             handle.result()
-            ended.append(time.perf_counter() - start)
+
+        one = self.data if self.rank == 0 else self.data[:0]
+        for number in range(count + 1):
+            round_: dict[str, float] = {}
+            round_["plain write, one process"] = self.time(lambda: self.write("one", one), "one")
+            if self.size > 1:
+                round_["plain write, each rank"] = self.time(
+                    lambda: self.write("each", self.own), "each"
+                )
+            else:
+                self.time(lambda: self.write("each", self.own), "each")
+            round_["save"] = self.time(lambda: ema.save(saved), "saved")
+            round_["plain read"] = self.time(lambda: self.read(self.own))
+            round_["load"] = self.time(lambda: ema.load(saved))
+            round_["plain read, cold"] = self.time(lambda: self.read(self.own), cold=True)
+            round_["load, cold"] = self.time(lambda: ema.load(saved), cold=True)
+            start = time.perf_counter()
+            round_["save, background"] = self.time(background)
+            if number == 0:
+                taken.clear()
+                continue
+            for name, seconds in round_.items():
+                taken.setdefault(name, []).append(seconds)
         if self.rank == 0:
-            middle = statistics.median(blocked[1:])
-            print(
-                f"save in the background blocks {middle:.2f} s ({middle / once:.0%} of a save; "
-                f"{blocked[0]:.2f} s the first time), ends after {statistics.median(ended):.2f} s"
-            )
+            report(taken, self.nbytes)
 
 
-def main(rank: int, directory: str, gigabytes: float, rounds: int) -> None:
-    warnings.simplefilter("ignore")
+def report(taken: dict[str, list[float]], nbytes: int) -> None:
+    limits = {"save": "plain write, ", "load": "plain read", "load, cold": "plain read, cold"}
+    for name, seconds in taken.items():
+        line = f"{name:28s} median {statistics.median(seconds):6.3f} s  best {min(seconds):6.3f} s"
+        line += f"  {nbytes / statistics.median(seconds) / 1e9:5.2f} GB/s"
+        if name in limits:
+            exact = name != "save"
+            plain = [
+                values
+                for key, values in taken.items()
+                if (key == limits[name] if exact else key.startswith(limits[name]))
+            ]
+            median = statistics.median(seconds) / min(map(statistics.median, plain))
+            best = min(seconds) / min(map(min, plain))
+            ratios = [a / min(b) for a, *b in zip(seconds, *plain, strict=True)]
+            line += f"  ratio of medians {median:.2f}, of best {best:.2f},"
+            line += f" median of ratios {statistics.median(ratios):.2f}"
+        print(line, flush=True)
+
+
+def main(rank: int, options: argparse.Namespace, directory: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=SIZE, init_method=f"file://{directory}/store"
-    )
-    Bench(rank, Path(directory), gigabytes, rounds).run()
-    dist.barrier()
-    dist.destroy_process_group()
+    if options.ranks > 1 or options.engine != "plain":
+        dist.init_process_group(
+            "gloo", rank=rank, world_size=options.ranks, init_method=f"file://{directory}/store"
+        )
+    Bench(Path(directory), options.engine, options.gigabytes).rounds(options.rounds)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--directory", type=Path, default=Path("/tmp"))
-    parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
-        mp.spawn(main, (directory, options.gigabytes, options.rounds), nprocs=SIZE)
+    parser.add_argument("--gigabytes", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--engine", choices=["plain", "ddp", "fsdp2"], default="plain")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as temporary:
+        if arguments.ranks == 1:
+            main(0, arguments, temporary)
+        else:
+            mp.spawn(main, (arguments, temporary), nprocs=arguments.ranks)

@@ -75,7 +75,6 @@ PRELOAD = [
     "lightning",
     "matplotlib.figure",
     "peft",
-    "sklearn.datasets",
     "transformers",
 ]
 

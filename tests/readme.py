@@ -139,10 +139,9 @@ def _training(label: str = "") -> Names:
 def _torchrun(label: str) -> Names:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    names = _training(label) | {
-        "eval_interval": NUM_BATCHES // 4,  # as in nanoGPT's train.py
-        "load_weights": dict,  # in place of an inference engine's
-    }
+    names = _training(label)
+    names["eval_interval"] = NUM_BATCHES // 4  # as in nanoGPT's train.py
+    names["load_weights"] = dict  # in place of an inference engine's
     if label == "batch norm":
         from dist_ema import ShardedEMA
 

@@ -21,7 +21,7 @@ from dist_ema.core.group import Group
 from dist_ema.core.replicas import find_holders
 from dist_ema.engines import select
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import peers, plots, ranks, readme, report, scale, swap, trace, update
+from tests.benchmarks import against, peers, plots, readme, report, scale, swap, trace, update
 from tests.benchmarks.launch import Here
 from tests.benchmarks.report import Row, Table
 from tests.benchmarks.sizes import CHECK, Config
@@ -46,7 +46,8 @@ def test_an_update_is_measured(engine: str):
     if dist.get_rank() == 0:
         told = [(row["engine"], row["weights"], row["ranks"]) for row in rows]
         assert told == [(engine, shapes.name, 2) for shapes in CHECK.update[:2]], told
-        assert all(row["update/floor"] > 0 and row["two"] > 0 for row in rows), rows
+        columns = ("update/floor", "update/floor cold", "two")
+        assert all(row[column] > 0 for row in rows for column in columns), rows
         assert finite(rows), rows
 
 
@@ -72,7 +73,7 @@ def test_others_are_measured_in_one_process():
 @pytest.mark.ranks(1, 2)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp1", "zero3"])
 def test_more_ranks_hold_fewer_bytes(engine: str):
-    found = ranks.case(here(), engine, CHECK.whole, 1)
+    found = update.ranks_case(here(), engine, CHECK.whole, 1)
     assert found["bytes"] == 1 / dist.get_world_size(), found
     assert finite([found]), found
 
@@ -83,6 +84,13 @@ def test_swaps_are_measured(engine: str):
     rows = swap.swap_case(here(), engine, CHECK.swapped, 1)
     assert [row["engine"] for row in rows] == [engine], rows
     assert finite(rows), rows
+
+
+@pytest.mark.ranks(1)
+def test_memory_is_measured():
+    (row,) = swap.memory_case(here(), "plain", CHECK.heavy, 1)
+    assert row["average"] == 1 and row["average MB"] == 4 * CHECK.heavy.numel / 1e6, row
+    assert finite([row]), row
 
 
 @pytest.mark.ranks(2)
@@ -205,19 +213,41 @@ def test_results_are_written_and_drawn(tmp_path: Path, capsys: pytest.CaptureFix
     assert [path.stat().st_size > 1000 for path in drawn] == [True, True]
 
 
+def test_what_became_slower_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def measured(checkouts: list[Path], out: Path, arguments: list[str]) -> list[Any]:
+        for checkout in checkouts:
+            assert (checkout / "dist_ema" / "ema.py").exists()
+            assert (checkout / "tests" / "benchmarks" / "against.py").exists()
+        first = {"update/floor": 1.0, "update/floor cold": 1.0}
+        then = {"update/floor": 1.1, "update/floor cold": 1.2}
+        rows = [{"engine": "plain", "weights": "few", **figures} for figures in (first, then)]
+        return [against.figures([row]) for row in rows][-len(checkouts) :]
+
+    monkeypatch.setattr(against, "measured", measured)
+    with pytest.raises(SystemExit, match=r"plain, few, update/floor cold: 1\.00 -> 1\.20$"):
+        command.main(["--check-against", "HEAD"])
+    old = [{"engine": "plain", "weights": "few", "update/floor": 0.9, "update/floor cold": 1.19}]
+    report.write(tmp_path, "update", [Table("update", "", "", old)], {}, "")
+    with pytest.raises(SystemExit, match=r"15 %:\nplain, few, update/floor: 0\.90 -> 1\.10$"):
+        command.main(["--check-against", str(tmp_path / "update.json")])
+
+
 def test_an_unknown_suite_is_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         command.main(["updates"])
     assert (
-        "there are update, peers, ranks, swap, scale, trace, plots, readme"
+        "there are update, peers, ranks, swap, scale, trace, memory, plots, readme"
         in capsys.readouterr().err
     )
 
 
-def test_the_readme_tells_what_the_committed_results_tell(tmp_path: Path):
-    copied = tmp_path / "README.md"
-    copied.write_text((report.ROOT / "README.md").read_text())
-    readme.write(report.directory_for("cpu"), copied)
-    assert copied.read_text() == (report.ROOT / "README.md").read_text()
+def test_the_pages_show_the_committed_results(tmp_path: Path):
+    pages = [Path("README.md"), readme.PAGE]
+    for page in pages:
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / page).write_text((report.ROOT / page).read_text())
+    readme.write(report.directory_for("cpu"), tmp_path)
+    for page in pages:
+        assert (tmp_path / page).read_text() == (report.ROOT / page).read_text()
     with pytest.raises(SystemExit, match=r"no update\.json"):
-        readme.told(tmp_path)
+        readme.read(tmp_path)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -89,13 +90,8 @@ def test_tensors_of_many_blocks_are_resharded(tmp_path: Path):
 def test_every_dtype_keeps_its_bits(tmp_path: Path, dtype: torch.dtype):
     tensors, ranks = infos(dtype=dtype), Group()
     values = full(tensors)
-    save(
-        tmp_path / "a",
-        {"ema": parts_of("flat", tensors, values, ranks)},
-        tensors,
-        state_of(),
-        ranks,
-    )
+    parts = parts_of("flat", tensors, values, ranks)
+    save(tmp_path / "a", {"ema": parts}, tensors, state_of(), ranks)
     parts = blank("columns", tensors, ranks)
     load(tmp_path / "a", {"ema": parts}, tensors, ranks)
     assert not differing(parts, parts_of("columns", tensors, values, ranks))
@@ -185,6 +181,8 @@ def test_torch_and_safetensors_read_the_files(tmp_path: Path):
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path / cut)))
         for fqn, value in state.items():
             assert torch.equal(value, values[fqn]), (cut, fqn)
+        names = {p.name.split("-")[0] for p in (tmp_path / cut).iterdir()}
+        assert names == {"manifest.json", "shard"}  # nothing is a pickle
         for file in (tmp_path / cut).glob("*.safetensors"):
             with safe_open(file, framework="pt") as shard:
                 offsets = json.loads(shard.metadata()["DCP_SHARDING_INFO"])
@@ -195,13 +193,6 @@ def test_torch_and_safetensors_read_the_files(tmp_path: Path):
                         tuple(slice(o, o + s) for o, s in zip(at, box.shape, strict=True))
                     ]
                     assert torch.equal(box, whole), (cut, fqn)
-
-
-@pytest.mark.ranks(2)
-def test_nothing_on_disk_is_a_pickle(tmp_path: Path):
-    write(tmp_path / "a", Group())
-    names = {p.name.split("-")[0] for p in (tmp_path / "a").iterdir()}
-    assert names == {"manifest.json", "shard"}
 
 
 # What others wrote.
@@ -279,18 +270,6 @@ def test_tied_weights_are_found_under_any_of_their_names(tmp_path: Path):
         load(tmp_path / "b", {"ema": blank("rows", TENSORS, ranks)}, TENSORS, ranks)
 
 
-@pytest.mark.ranks(0)
-def test_a_manifest_that_was_grown_is_refused_in_little_memory(tmp_path: Path):
-    path = tmp_path / "a"
-    write(path, Group())
-    os.truncate(path / "manifest.json", 900_000_000)
-    with PeakMemory() as peak, pytest.raises(CheckpointError, match=r"manifest\.json.* bytes"):
-        seed_at(path, Group())
-    assert peak() < 50e6
-    write(path, Group(), seed=1)
-    assert seed_at(path, Group()) == 1
-
-
 # Replacing.
 
 
@@ -366,11 +345,8 @@ def test_a_file_that_appears_during_a_save_stays(tmp_path: Path, can_exchange: b
             opened[-1].write("mi")
         return can_exchange and exchange(a, b)
 
-    files._exchange = disturbed
-    try:
+    with mock.patch.object(files, "_exchange", disturbed):
         save(path, both, TENSORS, state_of(["fast", "slow"], step=1), ranks)
-    finally:
-        files._exchange = exchange
     for file in opened:
         file.write("ne")
         file.close()
@@ -427,13 +403,10 @@ def test_two_jobs_that_save_to_one_path_lose_no_checkpoint(tmp_path: Path, can_e
         write(path, Group.alone())
     dist.barrier()
     exchange = files._exchange
-    files._exchange = lambda a, b: can_exchange and exchange(a, b)
-    try:
+    with mock.patch.object(files, "_exchange", lambda a, b: can_exchange and exchange(a, b)):
         for seed in range(20):
             write(path, Group.alone(), seed=seed)
             assert (files.find(path) / "manifest.json").exists() or not can_exchange
-    finally:
-        files._exchange = exchange
     dist.barrier()
     assert seed_at(path, ranks) == 19
     assert beside(path) == []
@@ -469,7 +442,7 @@ def test_ranks_may_hold_different_parts_of_one_model(tmp_path: Path):
         assert seed_at(path, ranks) == 0  # all of it, in another cut
     other = infos({"x": (2, 1 + ranks.rank)})
     parts = parts_of("rows", other, full(other), Group.alone())
-    with pytest.raises(CheckpointError, match=r"x is .*\(2, 1\) on rank 0 and .*\(2, 2\)"):
+    with pytest.raises(CheckpointError, match=r"one name: .*'x'.*\(2, 1\).*'x'.*\(2, 2\)"):
         save(tmp_path / "b", {"ema": parts}, other, state_of(step=0), ranks)
     assert not (tmp_path / "b").exists()
 
@@ -492,9 +465,7 @@ def test_debris_of_killed_saves_is_cleared_by_the_next(tmp_path: Path):
 @pytest.mark.ranks(0)
 def test_without_an_exchange_the_old_one_is_found_between_two_renames(tmp_path: Path):
     ranks, path = Group(), tmp_path / "a"
-    exchange = files._exchange
-    files._exchange = lambda a, b: False
-    try:
+    with mock.patch.object(files, "_exchange", lambda a, b: False):
         write(path, ranks, seed=1)
         write(path, ranks, seed=2)
         assert seed_at(path, ranks) == 2
@@ -509,8 +480,6 @@ def test_without_an_exchange_the_old_one_is_found_between_two_renames(tmp_path: 
         write(path, ranks, seed=3)
         assert seed_at(path, ranks) == 3
         assert beside(path) == []
-    finally:
-        files._exchange = exchange
 
 
 # Refusing to write.
@@ -521,17 +490,9 @@ def test_without_an_exchange_the_old_one_is_found_between_two_renames(tmp_path: 
 def test_an_average_that_is_not_finite_is_not_written(tmp_path: Path, asynchronous: bool):
     ranks, path = Group(), tmp_path / "a"
     write(path, ranks, seed=1)
-    with pytest.raises(
-        CheckpointError, match=r"NaN or Inf in cube, emb\.weight; nothing is written"
-    ):
-        save(
-            path,
-            {"ema": broken_parts(ranks)},
-            TENSORS,
-            state_of(),
-            ranks,
-            asynchronous=asynchronous,
-        )
+    parts, options = broken_parts(ranks), {"asynchronous": asynchronous}
+    with pytest.raises(CheckpointError, match=r"NaN or Inf in cube, emb\.weight; nothing is"):
+        save(path, {"ema": parts}, TENSORS, state_of(), ranks, **options)
     assert seed_at(path, ranks) == 1
     assert beside(path) == []
 

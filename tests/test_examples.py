@@ -1,8 +1,8 @@
-"""The examples run as they stand, each under every launcher that a CPU allows, for a few steps."""
+"""The demo's example runs as it stands, under every launcher that a CPU allows, for three steps."""
 
 from __future__ import annotations
 
-import sys
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,28 +10,44 @@ import pytest
 
 from tests.scripts import ACCELERATE, run, run_on, under_accelerate
 
-DIGITS = "examples/digits_diffusion.py"
+SPIRALS = "examples/spirals_diffusion.py"
 CPU = {"ACCELERATE_USE_CPU": "true"}  # DeepSpeed's launcher takes no part in the variable
 
 LAUNCHES: dict[str, Callable[..., str]] = {
     "accelerate-ddp": lambda *args: run(
-        [*ACCELERATE, "launch/accelerate/cpu-2.yaml", DIGITS, *args], **CPU
+        [*ACCELERATE, "launch/accelerate/cpu-2.yaml", SPIRALS, *args], **CPU
     ),
-    "accelerate-zero3": lambda *args: under_accelerate("zero3-cpu", DIGITS, *args),
-    "torchrun-fsdp1": lambda *args: run_on(2, DIGITS, "--fsdp1", *args),
-    "torchrun-fsdp2": lambda *args: run_on(2, DIGITS, "--fsdp2", *args),
+    "accelerate-zero3": lambda *args: under_accelerate("zero3-cpu", SPIRALS, *args),
+    "torchrun-fsdp1": lambda *args: run_on(2, SPIRALS, "--torch", "fsdp1", *args),
+    "torchrun-fsdp2": lambda *args: run_on(2, SPIRALS, "--torch", "fsdp2", *args),
 }
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)
-def test_digits_train_average_export_and_load(launch: str, tmp_path: Path):
-    printed = LAUNCHES[launch]("--steps", "3", "--samples", "8", "--out", str(tmp_path))
-    assert "on 2 processes" in printed
-    assert "bit-equal in a fresh process" in printed
-    assert (tmp_path / "digits.png").stat().st_size > 1000
-    assert (tmp_path / "ema" / "diffusion_pytorch_model.safetensors").exists()
+def test_spirals_train_average_export_and_load(launch: str, tmp_path: Path):
+    short = ["--steps", "3", "--samples", "50", "--out", str(tmp_path)]
+    printed = LAUNCHES[launch](*short)
+    assert "on 2 process(es)" in printed
+    averaged = re.search(r"step 3, .* averaged (\d\.\d+)", printed)[1]
+    digest = re.search(r"the average, 30 tensors: sha256 (\w{16})", printed)[1]
+    assert (tmp_path / "spirals.png").stat().st_size > 1000
+    printed = run_on(1, SPIRALS, "read", *short)
+    assert f"sha256 {digest}, every bit as at the end of the training" in printed
+    assert f"from_pretrained: held-out loss {averaged}" in printed
+    if launch == "accelerate-ddp":
+        printed = run_on(1, SPIRALS, "resume", "--processes", "1", *short, **CPU)
+        assert "resumed at step 3 on 1 process(es)" in printed
+        assert f"sha256 {digest}, every bit as at the end of the training" in printed
+        assert "step 6, held-out loss" in printed  # three more
+
+
+def test_an_average_of_other_bits_is_refused(tmp_path: Path):
+    run_on(2, SPIRALS, "--torch", "fsdp2", "--steps", "3", "--samples", "50", "--out", tmp_path)
+    (tmp_path / "sha256").write_text("0" * 64)
+    with pytest.raises(AssertionError, match="had at the end of the training 0000000000000000"):
+        run_on(1, SPIRALS, "read", "--out", tmp_path)
 
 
 def test_one_process_where_two_were_wanted_is_an_error_that_says_what_to_run(tmp_path: Path):
     with pytest.raises(AssertionError, match=r"1 process\(es\) came up where 2 were wanted"):
-        run([sys.executable, DIGITS, "--out", str(tmp_path)], **CPU)
+        run_on(1, SPIRALS, "--out", tmp_path, **CPU)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -82,15 +83,18 @@ def killed_before(
 ) -> bool:
     """Whether the body, in a child, was killed before its n-th call."""
 
+    lock = threading.Lock()  # values are written on threads
+
     def counted(name: str) -> Callable[..., object]:
         original = getattr(os, name)
 
         def wrapper(*args: object, **options: object) -> object:
             nonlocal call
             if name != "open" or (len(args) > 1 and args[1] & os.O_CREAT):  # type: ignore[operator]
-                if call == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                call -= 1
+                with lock:
+                    if call == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    call -= 1
             return original(*args, **options)
 
         return wrapper

@@ -249,10 +249,20 @@ def unet_with_adapter() -> nn.Module:
     return model
 
 
+def tied_unet() -> nn.Module:
+    model = build("unet")
+    model.conv_out.bias = model.time_embedding.linear_1.bias
+    return model
+
+
 @pytest.mark.ranks(0)
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(prompt, "a learned prompt"), (unet_with_adapter, "save_lora_adapter")],
+    [
+        (prompt, "a learned prompt"),
+        (unet_with_adapter, "save_lora_adapter"),
+        (tied_unet, "diffusers neither writes nor reads tied"),
+    ],
 )
 def test_what_no_file_can_hold_is_refused_and_saved(make: Any, message: str, tmp_path: Path):
     ema = ShardedEMA(make(), 0.5)
@@ -310,11 +320,3 @@ def test_the_configurations_of_parts_say_the_dtype_too(tmp_path: Path):
     offline.export(tmp_path / "sharded", tmp_path / "card", base=base)
     for who in ("live", "card"):
         assert CLIPTextModel.from_pretrained(tmp_path / who).dtype == torch.float32
-
-
-@pytest.mark.ranks(0)
-def test_tied_weights_of_diffusers_are_refused(tmp_path: Path):
-    model = build("unet")
-    model.conv_out.bias = model.time_embedding.linear_1.bias
-    with pytest.raises(ValueError, match="diffusers neither writes nor reads tied"):
-        ShardedEMA(model, 0.5).export(tmp_path)

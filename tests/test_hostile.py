@@ -196,40 +196,36 @@ def test_what_changes_under_a_load_is_noticed(tmp_path: Path):
     write(path, ranks, seed=1)
     fill = reader._fill
 
-    def replaced(*args, copies):
-        fill(*args, copies=copies)
-        if copies:
-            return
-        dist.barrier()
-        if ranks.rank == 0:
-            write(path, Group.alone(), seed=2)
-        dist.barrier()
+    def replace() -> None:
+        write(path, Group.alone(), seed=2)
 
-    reader._fill = replaced
-    try:  # the files that were open are those of the checkpoint that was opened
+    def alter() -> None:
+        for file in path.glob("shard-*"):
+            with open(file, "r+b") as opened:
+                opened.seek(-1, os.SEEK_END)
+                opened.write(b"\x55")
+
+    def disturbed_by(change: Any) -> Any:
+        """While rank 0 changes the files between verifying and copying."""
+
+        def disturbed(*args: Any, copies: bool) -> None:
+            fill(*args, copies=copies)
+            if not copies:
+                dist.barrier()
+                if ranks.rank == 0:
+                    change()
+                dist.barrier()
+
+        return mock.patch.object(reader, "_fill", disturbed)
+
+    with disturbed_by(replace):  # the open files are those of the checkpoint that was opened
         assert seed_at(path, ranks) == 1
-    finally:
-        reader._fill = fill
     assert seed_at(path, ranks) == 2
-
-    def altered(*args, copies):
-        fill(*args, copies=copies)
-        if copies:
-            return
-        dist.barrier()
-        if ranks.rank == 0:
-            for file in path.glob("shard-*"):
-                with open(file, "r+b") as opened:
-                    opened.seek(-1, os.SEEK_END)
-                    opened.write(b"\x55")
-        dist.barrier()
-
-    reader._fill = altered
-    try:
-        with pytest.raises(CheckpointError, match=r"is altered .* in part: load again"):
-            load(path, {"ema": blank("rows", TENSORS, ranks)}, TENSORS, ranks)
-    finally:
-        reader._fill = fill
+    with (
+        disturbed_by(alter),
+        pytest.raises(CheckpointError, match=r"is altered .* in part: load again"),
+    ):
+        load(path, {"ema": blank("rows", TENSORS, ranks)}, TENSORS, ranks)
 
 
 # Disks that ranks do not share, or that are full.
@@ -244,20 +240,19 @@ def test_a_directory_that_not_all_ranks_see_is_refused(tmp_path: Path, asynchron
     own.mkdir()
     path = Path("/proc/self/cwd/a")
     os.chdir(own)
-    patience, files.VISIBLE_WITHIN_S = files.VISIBLE_WITHIN_S, 0.2
     try:
-        with pytest.raises(CheckpointError, match=r"rank 1: .* does not see .*/\.a\.tmp-"):
-            write(path, ranks, asynchronous=asynchronous)
-        assert list(own.iterdir()) == []
-        if ranks.rank == 0:
-            write(path, Group.alone(), seed=1)
-        refused(path, ranks, r"rank 1: /proc/self/cwd/a: No such file")
-        if ranks.rank == 1:
-            write(path, Group.alone(), seed=1)
-        refused(path, ranks, "ranks see different checkpoints")
+        with mock.patch.object(files, "VISIBLE_WITHIN_S", 0.2):
+            with pytest.raises(CheckpointError, match=r"rank 1: .* does not see .*/\.a\.tmp-"):
+                write(path, ranks, asynchronous=asynchronous)
+            assert list(own.iterdir()) == []
+            if ranks.rank == 0:
+                write(path, Group.alone(), seed=1)
+            refused(path, ranks, r"rank 1: /proc/self/cwd/a: No such file")
+            if ranks.rank == 1:
+                write(path, Group.alone(), seed=1)
+            refused(path, ranks, "ranks see different checkpoints")
     finally:
         os.chdir(before)
-        files.VISIBLE_WITHIN_S = patience
 
 
 @pytest.fixture
@@ -413,62 +408,54 @@ def hostile(edit: str) -> Any:
             "file": next(iter(average["files"].values())),
             "tensor": average["tensors"]["cube"],
             "boxes": average["tensors"]["cube"]["boxes"],
-            "others": average["tensors"]["norm.weight"]["boxes"],
         }
         exec(edit, names)
 
     return change
 
 
+COLUMNS = r"'cube': columns of \d boxes do not fit"
 EDITS = {
     "files['../x'] = files.pop(next(iter(files)))": r"'\.\./x' is not a plain name",
     "files['/etc/passwd'] = file": r"'/etc/passwd' is not a plain name",
     "files['.hidden'] = file": r"'\.hidden' is not a plain name",
     "average['directory'] = '..'": r"'\.\.' is not a plain name",
     "average['directory'] = 'a/b'": r"'a/b' is not a plain name",
-    "boxes['files'][0] = 7": r"'cube'.*in file 7 of 1",
+    "boxes['files'][0] = 7": COLUMNS,
+    "boxes['files'].append(0)": COLUMNS,
     "boxes['files'][0] = 'x'": r"'cube'.*'files' is",
-    "boxes['files'].append(0)": r"'cube'.*of 2 boxes are",
     "boxes['starts'][0] = -8": r"'cube'.*'starts' is \[-8",
-    "boxes['starts'][0] = 1 << 62": r"'cube'.*are not in shard-",
-    "boxes['starts'][0] += 4": "leaves a gap|overlaps|not in shard",
-    "boxes['starts'][0] = others['starts'][0]": "overlaps|leaves a gap",
-    "boxes['starts'] *= 2": r"'cube': starts of 1 boxes",
-    "boxes['sizes'][0] = 1 << 50": r"'cube'.*a box at",
+    "boxes['starts'][0] = 1 << 62": "overlaps|leaves a gap",
+    "boxes['starts'][0] += 4": "overlaps|leaves a gap",
+    "boxes['starts'] *= 2": COLUMNS,
+    "boxes['sizes'][0] = 1 << 50": r"'cube': \d+ blocks with checksums",
     "boxes['sizes'] = [1, 1, 1]": r"'cube'.*boxes hold 1 of 30",
-    "boxes['sizes'] = [3, 10]": r"'cube'.*sizes of 1 boxes are \[3, 10\]",
-    "boxes['offsets'][0] = -1": r"'cube'.*'offsets' is",
-    "boxes['offsets'][0] = 1": r"'cube'.*a box at",
+    "boxes['sizes'] = [3, 10]": COLUMNS,
+    "boxes['offsets'][0] = 1": r"'cube'.*is not within shape",
     "boxes['offsets'][0] = True": r"'cube'.*'offsets' is",
     "boxes['offsets'][0] = 1 << 63": r"'cube'.*'offsets' is",
-    "boxes['checksums'] = []": r"'cube'.*checksums",
     "boxes['checksums'] *= 2": r"'cube': 1 blocks with checksums",
     "boxes['checksums'] = [1]": r"'cube'.*checksums",
-    "tensor['boxes'] = []": r"'cube', 'boxes' is \[\]",
     "boxes.update((key, []) for key in boxes)": r"'cube': boxes hold 0 of 30",
     "boxes.update((key, boxes[key] * 2) for key in boxes)": r"'cube': boxes at .* overlap",
     "tensor['shape'] = [1 << 62, 1 << 62, 1 << 62]": r"'cube': shape",
     "tensor['shape'] = [0] * 100": r"'cube': shape",
     "tensor['dtype'] = 'F1024'": r"'cube': unknown dtype",
-    "tensor['dtype'] = 'F64'": "overlaps|leaves a gap|not in shard",
-    "tensor['aliases'] = 'cube'": r"'cube', 'aliases' is",
-    "file['header_bytes'] = 1 << 40": "a header of",
+    "tensor['dtype'] = 'F64'": "overlaps|leaves a gap|accounted for",
+    "file['header_bytes'] = 1 << 40": "overlaps",
     "file['nbytes'] = 1 << 40": "are accounted for",
     "body['block_bytes'] = 1 << 40": "block_bytes is",
     "body['block_bytes'] = 0": "block_bytes is",
-    "body['block_bytes'] = 4097": "block_bytes is",
     "body['version'] = 1": "format version 1, this library reads 2",
-    "body['averages'] = {}": "averages are in",
-    "body['averages']['b'] = average": "averages are in|state is of",
+    "body['averages'] = {}": "has no averages",
+    "body['averages']['b'] = average": "state is of",
     "body['state']['step'] = '1'": "'step' is '1'",
-    "body['state']['averages'] = {}": "state is of",
     "body['id'] = '1' * 32": "another id",
     "body['algorithm'] = 'crc32'": "another id or algorithm",
-    "average['tensors']['cube'] = 7": "'cube' is 7",
 }
 
 
-@pytest.mark.ranks(0)
+@pytest.mark.ranks(2)
 def test_each_absurdity_is_named(tmp_path: Path):
     ranks, path = Group(), tmp_path / "a"
     write(path, ranks)
@@ -476,27 +463,20 @@ def test_each_absurdity_is_named(tmp_path: Path):
         body = body_of(path)
         good = (path / "manifest.json").read_bytes()
         hostile(edit)(body)
-        forge(path, body)
+        dist.barrier()
+        if ranks.rank == 0:
+            forge(path, body)
+        dist.barrier()
         try:
-            told = refused(path, ranks, message)
+            text = refused(path, ranks, message)
         except BaseException as error:
             raise AssertionError(edit) from error
-        assert "manifest.json" in told, (edit, told)
-        (path / "manifest.json").write_bytes(good)
+        assert "manifest.json" in text, (edit, text)
+        dist.barrier()
+        if ranks.rank == 0:
+            (path / "manifest.json").write_bytes(good)
+        dist.barrier()
     assert seed_at(path, ranks) == 0
-
-
-@pytest.mark.ranks(2)
-def test_malice_is_refused_on_every_rank(tmp_path: Path):
-    ranks, path = Group(), tmp_path / "a"
-    write(path, ranks)
-    dist.barrier()
-    if ranks.rank == 0:
-        body = body_of(path)
-        hostile("boxes['starts'][0] = 1 << 62")(body)
-        forge(path, body)
-    dist.barrier()
-    refused(path, ranks, "are not in shard-")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import importlib
 import itertools
-from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -20,7 +19,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dist_ema import HalfLife, ShardedEMA
-from dist_ema.core import lerp
+from dist_ema.core import accelerator, lerp
 from dist_ema.core.accelerator import SideStreams, synchronize_if_initialized
 from tests.grid import rows
 from tests.runs import same, start
@@ -86,6 +85,8 @@ def test_buffers_are_read_before_the_next_forward_writes_to_them():
 
     class Slow:
         """In place of side streams: nothing runs before something waits for it."""
+
+        is_capturing = staticmethod(lambda: False)
 
         def __init__(self, device: torch.device, count: int) -> None:
             self.queued: list[Any] = []
@@ -170,9 +171,9 @@ class Recorder:
         importlib.import_module("torch._dynamo")  # it derives classes from those replaced here
         xpu = torch.device("xpu:0")
         module = mock.Mock(is_current_stream_capturing=lambda: self.capturing)
-        accelerator = torch.accelerator
-        mock.patch.object(accelerator, "current_accelerator", lambda: torch.device("xpu")).start()
-        mock.patch.object(accelerator, "current_stream", lambda device: self.current).start()
+        backend = torch.accelerator
+        mock.patch.object(backend, "current_accelerator", lambda: torch.device("xpu")).start()
+        mock.patch.object(backend, "current_stream", lambda device: self.current).start()
         mock.patch.object(torch, "get_device_module", lambda device: module).start()
         with (
             mock.patch.object(torch, "Stream", self.new_stream),
@@ -236,9 +237,10 @@ def test_chunks_take_turns_on_two_streams_and_optimizers_and_readers_wait(record
 def test_a_compiled_training_step_waits_each_time_and_traces_no_stream(recorder: Recorder):
     traced: list[tuple[str, bool]] = []
 
-    def launching(self: SideStreams) -> Any:
+    def launch(self: SideStreams, work: Any, items: Any) -> None:
         traced.append(("launch", torch.compiler.is_compiling()))
-        return nullcontext()
+        for item in items:
+            work(item)
 
     def fence(self: SideStreams) -> None:
         traced.append(("fence", torch.compiler.is_compiling()))
@@ -246,7 +248,7 @@ def test_a_compiled_training_step_waits_each_time_and_traces_no_stream(recorder:
     optimizer = an_optimizer()
     model = nn.ParameterList(optimizer.param_groups[0]["params"])
     with (
-        mock.patch.object(SideStreams, "launching", launching),
+        mock.patch.object(SideStreams, "launch", launch),
         mock.patch.object(SideStreams, "fence", fence),
     ):
         with mock.patch.object(lerp, "SideStreams", lambda device, count: recorder.streams(count)):
@@ -268,8 +270,7 @@ def test_a_compiled_training_step_waits_each_time_and_traces_no_stream(recorder:
 
 def test_a_graph_capture_that_could_not_wait_is_refused(recorder: Recorder):
     streams, optimizer = recorder.streams(1), an_optimizer()
-    with streams.launching():
-        pass
+    streams.run(list, [[]])
     recorder.capturing = True
     with pytest.raises(RuntimeError, match=r"a graph that is being captured cannot wait for"):
         optimizer.step()
@@ -279,7 +280,7 @@ def test_a_graph_capture_that_could_not_wait_is_refused(recorder: Recorder):
 
 def test_an_update_in_a_graph_capture_is_refused():
     capturing = False
-    with mock.patch.object(lerp, "graph_capture_query", lambda device: lambda: capturing):
+    with mock.patch.object(accelerator, "graph_capture_query", lambda device: lambda: capturing):
         ema = ShardedEMA(nn.Linear(2, 2))
     capturing = True
     with pytest.raises(RuntimeError, match="cannot be updated while a graph is captured"):
@@ -296,8 +297,7 @@ def test_an_average_that_is_gone_leaves_no_hook(recorder: Recorder):
     before = len(module._global_optimizer_pre_hooks)
     streams = recorder.streams(1)
     assert len(module._global_optimizer_pre_hooks) == before + 1
-    with streams.launching():
-        pass
+    streams.run(list, [[]])
     recorder.lines.clear()
     del streams
     gc.collect()

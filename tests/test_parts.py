@@ -325,6 +325,9 @@ def test_ranks_must_pass_the_same_models():
     names = "gd" if dist.get_rank() == 0 else "dg"
     with pytest.raises(ValueError, match="argument model"):
         ShardedEMA({name: nn.Linear(2, 2) for name in names})
+    part = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="argument model is a list of modules on rank 0"):
+        ShardedEMA([part] if dist.get_rank() == 0 else part)
 
 
 @pytest.mark.parametrize(

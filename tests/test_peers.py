@@ -492,7 +492,7 @@ def test_composers_phase(n: int, k: int):
 @pytest.mark.ranks(0)
 @pytest.mark.parametrize("u", [0, 6])
 def test_a_run_of_diffusers_goes_on(u: int, tmp_path: Path):
-    """From what its `save_pretrained` wrote at step 10, step counter included."""
+    """From what its `save_pretrained` wrote at step 20, step counter included."""
     from diffusers import UNet2DModel
     from diffusers.training_utils import EMAModel
 
@@ -507,17 +507,17 @@ def test_a_run_of_diffusers_goes_on(u: int, tmp_path: Path):
         model_config=net.config,
     )
     ema = ShardedEMA(net, Warmup(0.6), start_step=u + 1)
-    for step in range(1, 21):
+    for step in range(1, 31):
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.add_(torch.randn_like(parameter))
         peer.step(net.parameters())
-        if step > 10:
+        if step > 20:
             ema.update()
-        if step == 10:
+        if step == 20:
             peer.save_pretrained(tmp_path / "unet_ema")
             ema.load(tmp_path / "unet_ema")
-    assert ema.step == 20
+    assert ema.step == 30
     wanted = dict(by_name(net, peer.shadow_params))
     assert worst_relative_error(ema.gather_state_dict(), wanted) <= SAME
 

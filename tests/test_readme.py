@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -39,9 +40,18 @@ LAUNCHED = [
 ]
 # Files below `run/` that the blocks of a page and launch write.
 MADE = {
-    ("README.md", "torchrun"): ["model/model.safetensors"],
+    ("README.md", "torchrun"): ["model/model.safetensors", "exported/model.safetensors"],
     ("README.md", "accelerate"): ["state/ema/manifest.json", "adapter/adapter_model.safetensors"],
     ("README.md", "deepspeed"): ["averaged/model.safetensors"],
+    ("README.md", "python"): ["averaged/config.json", "averaged/model.safetensors"],
+    ("dist_ema/GUIDE.md", "python"): ["last.ckpt"],
+    ("dist_ema/GUIDE.md", "torchrun"): [
+        "gan/critic/model.safetensors",
+        "from-checkpoint/model.safetensors",
+        "sweep/sigma_rel-0.05/manifest.json",
+        "chosen/model.safetensors",
+        "merged/model.safetensors",
+    ],
     ("examples/README.md", "accelerate"): [
         *("unet/config.json", "unet/diffusion_pytorch_model.safetensors"),
         *("pipeline/model_index.json", "checkpoint-8/ema/manifest.json"),
@@ -52,8 +62,23 @@ MADE = {
         "gpt/average/manifest.json",
         "gpt/model/model.safetensors",
     ],
-    ("README.md", "python"): ["averaged/config.json", "averaged/model.safetensors", "last.ckpt"],
 }
+
+
+def test_the_readme_is_short():
+    assert len(TEXTS["README.md"].splitlines()) <= 250
+
+
+def test_the_readme_lists_the_tested_versions():
+    """Oldest and newest of launch/versions.txt, and those of launch/constraints.txt."""
+    lines = (ROOT / "launch/versions.txt").read_text().splitlines()
+    names, *versions = [line.split() for line in lines if not line.startswith("#")]
+    pins = (ROOT / "launch/constraints.txt").read_text()
+    for number, name in enumerate(names):
+        pinned = re.search(rf"^{name}==(\S+)", pins, re.M)
+        assert pinned
+        cells = [name, versions[0][number], pinned[1], versions[-1][number]]
+        assert f"| {' | '.join(cells)} |" in TEXTS["README.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -68,8 +93,6 @@ def test_every_python_block_says_how_it_runs(page: str):
 def test_blocks_run(page: str, launch: str, tmp_path: Path):
     """With those under torchrun, also the page's `dist-ema` commands and "afterwards" blocks."""
     RUN[launch](page, tmp_path)
-    for path in MADE.get((page, launch), []):
-        assert (tmp_path / "run" / path).exists()
     if launch == "torchrun":
         if any(block.launch == "afterwards" for block in blocks(page)):
             RUN["afterwards"](page, tmp_path)
@@ -77,12 +100,15 @@ def test_blocks_run(page: str, launch: str, tmp_path: Path):
             if block.language == "bash" and block.code.startswith("dist-ema"):
                 path = f"{BIN}:{os.environ['PATH']}"
                 run(["bash", "-euc", block.code], tmp_path, PATH=path)
+    for path in MADE.get((page, launch), []):
+        assert (tmp_path / "run" / path).exists(), path
 
 
 def test_every_constructor_in_a_table_builds():
     names = {name: getattr(dist_ema, name) for name in dist_ema.__all__}
     names |= {"EMACallback": EMACallback, "model": nn.Linear(2, 2), "d": 0.9, "u": 3, "k": 2}
-    names |= {"model_parts": [nn.Linear(2, 2)], "f": 0.05, "s": 1}
+    names |= {"model_parts": [nn.Linear(2, 2)], "f": 0.05, "s": 2, "n": 4, "w": 4, "h": 9}
+    names |= {"m": 0.1, "tau": 2000, "math": math}
     calls = re.findall(r"`((?:ShardedEMA|EMACallback)\([^`]*=[^`]*\))`", "".join(PROSE.values()))
     assert len(set(calls)) >= 8
     for call in calls:

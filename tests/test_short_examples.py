@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from safetensors.torch import load_file
 from torch.distributed.pipelining import Schedule1F1B
 
 from dist_ema import HalfLife, ShardedEMA
+from tests.readme import diffusion, one_side
 from tests.scripts import BIN, ROOT, run, run_on, under_accelerate
 from tests.test_examples import CPU
 
+RECIPES = (ROOT / "examples/README.md").read_text()
 LAUNCH = sorted((ROOT / "launch").glob("*.sh")) + sorted((ROOT / "launch").glob("*.sbatch"))
 
 
@@ -32,8 +35,14 @@ def assert_averaged_is_better(printed: str) -> None:
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_an_example_is_short(script: Path):
-    limits = {"digits_diffusion": 400, "pipeline": 120, "torchtitan_like": 110}
+    limits = {"spirals_diffusion": 340, "pipeline": 120, "torchtitan_like": 110}
+    limits |= {"push_to_inference": 140}
     assert len(script.read_text().splitlines()) <= limits.get(script.stem, 80)
+
+
+def test_the_gallery_has_every_example():
+    scripts = {path.name for path in (ROOT / "examples").glob("*.py")} - {"plotting.py"}
+    assert scripts == {*re.findall(r"^\| \[(\w+\.py)\]", RECIPES, re.M)}
 
 
 def test_fsdp2(tmp_path: Path):
@@ -150,6 +159,68 @@ def test_reference_policy():
     printed = run_on(2, "examples/reference_policy.py")
     found = re.search(r"rewarded: policy (\d\.\d+), reference (\d\.\d+)", printed)
     assert min(map(float, found.groups())) > 0.9, printed
+
+
+def test_an_inference_engine_holds_the_average_that_was_pushed():
+    printed = run_on(2, "examples/push_to_inference.py")
+    sent = re.findall(r"^(\d) in (tensors|bucket) (\w{16})$", printed, re.M)
+    averages = re.findall(r"the average is (\w{16})", printed)
+    assert len(set(averages)) == 2
+    assert [sum(int(n) for n, kind, _ in sent if kind == k) for k in ("tensors", "bucket")] == [
+        6,
+        6,
+    ]
+    assert len(sent) > 3  # more than one bucket
+    assert [sent[0][2], sent[-1][2]] == averages
+
+
+def sides_of_the_diffusers_recipe() -> list[str]:
+    [diff] = re.findall(r"accelerate, diffusers -->\n```diff\n(.*?)^```", RECIPES, re.M | re.S)
+    return [one_side(diff, sign) for sign in "-+"]
+
+
+@pytest.mark.ranks(0)
+def test_the_diffusers_recipe_keeps_the_numbers(tmp_path: Path):
+    """In one process, the script before the change and after it: the same average, to fp32."""
+    from accelerate.state import AcceleratorState
+
+    states = []
+    with mock.patch.dict(os.environ, CPU):
+        for i, code in enumerate(sides_of_the_diffusers_recipe()):
+            (tmp_path / str(i)).mkdir()
+            os.chdir(tmp_path / str(i))
+            exec(code, diffusion())
+            states.append(load_file("run/pipeline/unet/diffusion_pytorch_model.safetensors"))
+            AcceleratorState._reset_state(reset_partial_state=True)
+    assert states[0].keys() == states[1].keys()
+    for name, wanted in states[0].items():
+        torch.testing.assert_close(states[1][name], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_call_left_under_is_main_process_says_what_to_do(tmp_path: Path):
+    """The recipe with a call that the user forgot to move out; the other rank goes on to train."""
+    _, code = sides_of_the_diffusers_recipe()
+    before, loop, after = code.partition("for global_step")
+    program = f"""
+import sys
+from datetime import timedelta
+from accelerate import Accelerator, InitProcessGroupKwargs
+sys.path.insert(0, {str(ROOT)!r})
+from tests.readme import diffusion
+limit = InitProcessGroupKwargs(backend="gloo", timeout=timedelta(seconds=10))
+Accelerator(kwargs_handlers=[limit])
+globals().update(diffusion())
+{before}
+accelerator.backward(diffusion_loss(unet, next(iter(train_dataloader))))
+if accelerator.is_main_process:
+    ema_unet.export("run/unet")
+{loop}{after}"""
+    (tmp_path / "train.py").write_text(program)
+    with pytest.raises(AssertionError) as failed:
+        under_accelerate("cpu-2", str(tmp_path / "train.py"), cwd=tmp_path, **CPU)
+    wanted = r"RuntimeError: export\(\): ranks that have not arrived: 1; .*is_main_process"
+    assert re.search(wanted, str(failed.value)), failed.value
+    assert "EnforceNotMet" not in str(failed.value)
 
 
 def test_a_width_chosen_after_the_run(tmp_path: Path):

@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,8 +46,10 @@ _RESERVED_BYTES = 8192  # of each status file
 _LONGEST_PROBLEM = _RESERVED_BYTES // 12 - 20  # characters; JSON writes one as up to 12 bytes
 _ACKNOWLEDGE_S = 60.0  # without another rank that has read the outcome
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.002, 0.5
+_ALIGNMENT = 16  # of copies
 _NUM_LOOKS = 30  # at the growing files, per timeout: there may be thousands
-_REPORTED, _LEFT = "dist_ema.rank-", "dist_ema.left-"  # names of status files, before the rank
+_NAME = "dist_ema.rank-"  # of status files, before the rank; hidden until the rank reports
+_ENDED = "ended before the save was complete: the process is gone, gave up, or cannot report"
 
 
 class Handle(threading.Thread):
@@ -117,15 +119,18 @@ class BackgroundSaves:
         if self.last is not None and (problem := self.last.new_problem()) is not None:
             warnings.warn(f"an earlier asynchronous save failed: {problem}", stacklevel=4)
 
-    def staging(self, nbytes: int, pinned: bool) -> torch.Tensor:
-        """At least so many bytes of host memory, the same as in the call before if possible."""
+    def staging(self, sizes: Sequence[int], pinned: bool) -> list[torch.Tensor]:
+        """Host memory of these numbers of bytes, the same as in the call before if it fits."""
         import torch
 
+        aligned = [-(-nbytes // _ALIGNMENT) * _ALIGNMENT for nbytes in sizes]
         staging = self._staging
-        if staging is None or staging.numel() < nbytes or (pinned and not staging.is_pinned()):
+        if staging is None or staging.numel() < sum(aligned) or pinned > staging.is_pinned():
             self._staging = None  # freed before the next allocation
-            staging = self._staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
-        return staging
+            staging = torch.empty(sum(aligned), dtype=torch.uint8, pin_memory=pinned)
+            self._staging = staging
+        rooms = staging[: sum(aligned)].split(aligned)
+        return [room[:nbytes] for room, nbytes in zip(rooms, sizes, strict=True)]
 
 
 class StatusFiles:
@@ -140,22 +145,19 @@ class StatusFiles:
             written: the directory that ranks write to, whose growth is progress.
             directory: of the status files.
         """
-        self._written, self._directory = written, directory
-        self._rank, self._size, self._timeout = rank, size, timeout
+        self._written, self._directory, self._timeout = written, directory, timeout
+        self._rank, self._others = rank, set(range(1, size)) if rank == 0 else {0}
         self._visible: set[int] = set()  # ranks whose locks this rank sees
-        self._own = directory / f"{_REPORTED}{rank}"
-        self._fd: int | None = _reserve(directory / f".{_REPORTED}{rank}")
+        self._fd: int | None = _reserve(directory / f".{_NAME}{rank}")
 
     def meet(self) -> None:
         """Raise unless the files of other ranks are visible; find out whether locks are. Local."""
-        others = range(1, self._size) if self._rank == 0 else [0]
-        wanted = {f".{_REPORTED}{rank}" for rank in others}
-        if not becomes_visible(lambda: wanted.issubset(os.listdir(self._directory))):
-            absent = sorted(wanted.difference(os.listdir(self._directory)))
+        if not becomes_visible(lambda: self._others <= self._ranks(f".{_NAME}")):
+            absent = sorted(self._others - self._ranks(f".{_NAME}"))
             raise CheckpointError(
-                f"{self._directory}: this rank does not see {', '.join(absent[:5])}"
+                f"{self._directory}: this rank does not see the files of ranks {absent[:5]}"
             )
-        self._visible = {rank for rank in others if self._is_locked(rank) is True}
+        self._visible = {rank for rank in self._others if not self._has_ended(rank)}
 
     def close(self) -> None:
         """Release the lock."""
@@ -175,27 +177,26 @@ class StatusFiles:
     def reports(self) -> list[Any]:
         """On rank 0: the reports of ranks 1, 2, ...; None for one that is unreadable.
 
-        The report of a process that ended, or made no progress, states that as its problem.
+        The report of a rank that ended, gave up or made no progress states that as its problem.
         """
         reports: dict[int, Any] = {}
 
         def missing() -> set[int]:
-            for rank in self._ranks(_REPORTED).difference(reports):
+            for rank in self._ranks(_NAME) - reports.keys():
                 reports[rank] = self._read(rank)
-            for rank in self._ranks(_LEFT):
-                reports[rank] = _problem("gave the save up, having waited too long for rank 0")
-            return set(range(1, self._size)).difference(reports)
+            return self._others - reports.keys()
 
         given_up = self._wait(missing, self._timeout)
-        reports = {rank: _problem(text) for rank, text in given_up.items()} | reports
+        given_up |= dict.fromkeys(reports.keys() - self._ranks(_NAME), _ENDED)
+        for rank, text in given_up.items():
+            reports[rank] = {"problem": text, "report": None}
         return [reports[rank] for rank in sorted(reports)]
 
     def conclude(self, problem: str | None) -> None:
         """On rank 0: report how the save ended, and wait until the ranks that reported know."""
         with suppress(OSError):  # they see that the directory is removed, and look for themselves
             self._send({"problem": problem})
-            limit_s = min(_ACKNOWLEDGE_S, self._timeout)
-            self._wait(lambda: self._ranks(_REPORTED) - {0}, limit_s)
+            self._wait(lambda: self._ranks(_NAME) - {0}, min(_ACKNOWLEDGE_S, self._timeout))
 
     def outcome(self, is_in_place: Callable[[], bool]) -> str | None:
         """On other ranks: wait until rank 0 reports, or look for the checkpoint. None: success."""
@@ -204,16 +205,16 @@ class StatusFiles:
             is_awaited = self._read(0) is None and self._directory.exists()
             return {0} if is_awaited else set()
 
-        limit_s = self._timeout + min(self._timeout, _EXTRA_FOR_RANK_0_S)
-        given_up = self._wait(missing, limit_s)
+        extra_s = min(self._timeout, _EXTRA_FOR_RANK_0_S)
+        given_up = self._wait(missing, self._timeout + extra_s)
         content = self._read(0)
+        # Rank 0 waits for this. If it continues after all, it sees that this rank gave up.
+        with suppress(OSError):
+            (self._directory / f"{_NAME}{self._rank}").unlink()
         if content is not None:
-            self._own.unlink(missing_ok=True)
             return None if content["problem"] is None else str(content["problem"])
         if not given_up:
             return None if becomes_visible(is_in_place) else "rank 0 gave the save up"
-        with suppress(OSError):  # if rank 0 continues after all, it gives up
-            os.rename(self._own, self._directory / f"{_LEFT}{self._rank}")
         return None if is_in_place() else f"rank 0: {given_up[0]}"
 
     def _wait(self, missing: Callable[[], set[int]], limit_s: float) -> dict[int, str]:
@@ -229,9 +230,8 @@ class StatusFiles:
         while waiting := missing() - given_up.keys():
             now = time.monotonic()
             if now >= probe_at:
-                ended = {r for r in waiting & self._visible if self._is_locked(r) is False}
-                text = "ended before the save was complete: the process is gone, or cannot report"
-                given_up |= dict.fromkeys(ended & missing(), text) if ended else {}
+                ended = {rank for rank in waiting & self._visible if self._has_ended(rank)}
+                given_up |= dict.fromkeys(ended & missing(), _ENDED) if ended else {}
                 probe_at = time.monotonic() + _PROBE_EVERY_S + len(waiting) / 100
             elif now - looked > limit_s / _NUM_LOOKS:
                 looked, before = now, state
@@ -246,25 +246,24 @@ class StatusFiles:
         return given_up
 
     def _ranks(self, prefix: str) -> set[int]:
-        """The ranks that have a status file of this kind."""
+        """The ranks that have a file of this name."""
         with suppress(FileNotFoundError):
             names = os.listdir(self._directory)
             return {int(name.removeprefix(prefix)) for name in names if name.startswith(prefix)}
         return set()
 
-    def _is_locked(self, rank: int) -> bool | None:
-        """Whether another process holds the lock of a rank's file; None if that is unknown."""
-        for name in (f".{_REPORTED}{rank}", f"{_REPORTED}{rank}"):
-            with suppress(OSError):
-                fd = os.open(self._directory / name, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except (BlockingIOError, PermissionError):
-                    return True
-                finally:
-                    os.close(fd)
+    def _has_ended(self, rank: int) -> bool:
+        """Whether no process holds the lock of a rank's file, or there is no such file."""
+        for name in (f".{_NAME}{rank}", f"{_NAME}{rank}"):
+            try:
+                with open(self._directory / name, "rb") as file:
+                    fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return True
+            except FileNotFoundError:
+                continue
+            except OSError:  # it is locked, or the file system has no locks
                 return False
-        return None
+        return True
 
     def _send(self, content: Mapping[str, Any]) -> None:
         """Write this rank's file and let the others see it."""
@@ -273,18 +272,15 @@ class StatusFiles:
             _overwrite(self._fd, content)
         except OSError as error:  # a full disk: the reserved space is left
             problem = content["problem"] or f"{error.strerror} (writing its report)"
-            _overwrite(self._fd, _problem(problem[:_LONGEST_PROBLEM]))
-        os.rename(self._directory / f".{self._own.name}", self._own)
+            _overwrite(self._fd, {"problem": problem[:_LONGEST_PROBLEM], "report": None})
+        name = f"{_NAME}{self._rank}"
+        os.rename(self._directory / f".{name}", self._directory / name)
 
     def _read(self, rank: int) -> Any:
         try:
-            return json.loads((self._directory / f"{_REPORTED}{rank}").read_text())
+            return json.loads((self._directory / f"{_NAME}{rank}").read_text())
         except (OSError, ValueError):
             return None
-
-
-def _problem(text: str) -> dict[str, Any]:
-    return {"problem": text, "report": None}
 
 
 def _reserve(path: Path) -> int:

@@ -24,11 +24,13 @@ from dist_ema.checkpoint.manifest import (
     SavedBox,
     SavedFile,
     SavedTensor,
+    check_boxes,
     check_file_names,
+    check_tensor,
     short,
 )
 from dist_ema.core.errors import CheckpointError
-from dist_ema.core.layout import Box, Shape, uncovered
+from dist_ema.core.layout import Box, Shape
 from dist_ema.core.safetensors import ITEMSIZE, dtype_name
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 METADATA = ".metadata"
 _MAX_BYTES = 1 << 30  # of `.metadata`
 _MAX_RECORD_BYTES = 1 << 16  # of the description in a slice
-_MAX_DIMS, _MAX_NUMEL = 64, 1 << 62
+_MAX_NUMBER = 1 << 62
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
     "ComplexFloatStorage": "C64", "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16",
@@ -152,7 +154,7 @@ def _step(
             value = int.from_bytes(data, "little", signed=True)
     elif (_STEP, ()) in slices:
         value = _read_slice(files, _STEP, slices[_STEP, ()])[-1]
-    return value if type(value) is int and 0 <= value < _MAX_NUMEL else None
+    return value if type(value) is int and 0 <= value < _MAX_NUMBER else None
 
 
 def _model_names(
@@ -200,19 +202,15 @@ def _tensor(
     if isinstance(properties, Mapping):  # of earlier versions
         properties = (properties["dtype"],)
     dtype = dtype_name(str(properties[0])) if isinstance(properties, tuple) else None
-    if dtype is None or len(shape) > _MAX_DIMS or math.prod(shape) > _MAX_NUMEL:
-        raise CheckpointError(f"{short(fqn)} has dtype {short(properties)}, shape {shape}")
+    if dtype is None:
+        raise CheckpointError(f"{short(fqn)} has dtype {short(properties)}")
+    check_tensor(short(fqn), shape, dtype)
     boxes = []
     for chunk in _field(entry, kind, "chunks"):
         box = Box(*(_shape(_field(chunk, "ChunkStorageMetadata", k)) for k in ("offsets", "sizes")))
-        if not len(box.offsets) == len(box.sizes) == len(shape) or any(
-            o + n > size for o, n, size in zip(box.offsets, box.sizes, shape, strict=True)
-        ):
-            raise CheckpointError(f"{short(fqn)} of shape {shape} has a box {box}")
         if box.numel:
             boxes.append(_locate(files, fqn, dtype, box, slices[fqn, box.offsets]))
-    if problem := uncovered(shape, [saved.box for saved in boxes]):
-        raise CheckpointError(f"{short(fqn)} of shape {shape}: {problem}")
+    check_boxes(short(fqn), shape, [saved.box for saved in boxes])
     return SavedTensor(shape, dtype, (), tuple(boxes))
 
 
@@ -370,6 +368,6 @@ def _shape(value: object) -> Shape:
     """A tuple or list of whole numbers."""
     numbers: Iterator[Any] = iter(value if isinstance(value, tuple | list) else (None,))
     result = tuple(numbers)
-    if any(type(n) is not int or not 0 <= n < _MAX_NUMEL for n in result):
+    if any(type(n) is not int or not 0 <= n < _MAX_NUMBER for n in result):
         raise CheckpointError(f"has {short(value)} where offsets or sizes are wanted")
     return result

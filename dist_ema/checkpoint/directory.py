@@ -21,18 +21,19 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dist_ema.core.errors import CheckpointError
 
 _AT_FDCWD = -100
-_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # renameat2(2), Linux 3.15
+_RENAME_EXCHANGE = 2  # renameat2(2), Linux 3.15
+_SYNC_FILE_RANGE_WRITE = 2
 
 MANIFEST = "manifest.json"  # a directory without it is no checkpoint
 _OWN_FILES = re.compile(
     r"manifest\.json|([^/]+/)?shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors"
-    r"|\.?dist_ema\.(rank|left)-\d+"  # of an asynchronous save
+    r"|\.?dist_ema\.rank-\d+"  # of an asynchronous save
 )
 
 VISIBLE_WITHIN_S = 30.0  # delay of a network file system until another host sees a new name
@@ -75,20 +76,17 @@ def hidden_sibling(path: Path, kind: str) -> Iterator[Path]:
     It is locked, so that `clear_stale` of other processes does not remove it. The kernel releases
     the lock when this process ends.
     """
-    lock: int | None = None
-    while lock is None:
-        directory = _sibling(path, kind)
-        directory.mkdir()
-        with suppress(FileNotFoundError):  # another process removed it before it was locked
-            lock = _lock(directory)
-        if lock is not None and not directory.exists():
-            os.close(lock)
-            lock = None
-    try:
-        yield directory
-    finally:
-        remove(directory)
-        release(lock)
+    with ExitStack() as locks:
+        while True:
+            directory = _sibling(path, kind)
+            directory.mkdir()
+            with suppress(FileNotFoundError):  # another process removed it before it was locked
+                if locks.enter_context(_locked(directory)) and directory.exists():
+                    break
+        try:
+            yield directory
+        finally:
+            remove(directory)
 
 
 def refuse_foreign(path: Path) -> None:
@@ -167,16 +165,11 @@ def clear_stale(path: Path) -> None:
         with suppress(OSError):  # another process has put it back or replaced it
             os.rename(old, path)
     for entry in _siblings(path, "tmp|old|mail|trash"):
-        with suppress(OSError):  # another process has renamed it
-            if (lock := _lock(entry)) is None:
-                continue
-            try:
-                if all(is_own or file.is_dir() for file, is_own in _files(entry)):
-                    trash = _sibling(path, "trash")
-                    os.rename(entry, trash)
-                    remove(trash)
-            finally:
-                release(lock)
+        with suppress(OSError), _locked(entry) as is_free:  # or another process has renamed it
+            if is_free and all(is_own or file.is_dir() for file, is_own in _files(entry)):
+                trash = _sibling(path, "trash")
+                os.rename(entry, trash)
+                remove(trash)
 
 
 def _files(directory: Path) -> Iterator[tuple[Path, bool]]:
@@ -201,20 +194,23 @@ def remove(directory: Path) -> None:
             os.rmdir(parent)
 
 
-def _lock(directory: Path) -> int | None:
-    """Lock a directory until the returned descriptor is released; None if another one holds it.
+@contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Lock a directory; yields False if another process holds the lock.
 
     On a file system without locks, nothing is locked.
     """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    is_free = True
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    except OSError:
-        pass
-    return fd
+        with suppress(OSError):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                is_free = False
+        yield is_free
+    finally:
+        release(fd)
 
 
 def release(lock: int) -> None:
@@ -251,6 +247,13 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def start_writeback(fd: int, start: int, nbytes: int) -> None:
+    """Let the disk begin to write a range of a file, where the system can, without waiting."""
+    with suppress(AttributeError, OSError):
+        offset, length = ctypes.c_int64(start), ctypes.c_int64(nbytes)
+        ctypes.CDLL(None).sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+
 def put_in_place(new: Path, path: Path) -> None:
     """Replace a path by a sibling, atomically where the file system can, and sync.
 
@@ -262,10 +265,10 @@ def put_in_place(new: Path, path: Path) -> None:
     (new / MANIFEST).stat()
     for parent, _, _ in os.walk(new):
         sync(Path(parent))
-    old = lock = None
-    with suppress(FileNotFoundError):
-        lock = _lock(path)
-    try:
+    old = None
+    with ExitStack() as locks:
+        with suppress(FileNotFoundError):
+            locks.enter_context(_locked(path))
         while True:
             try:
                 os.rename(new, path)  # replaces an empty directory as well
@@ -284,16 +287,19 @@ def put_in_place(new: Path, path: Path) -> None:
                 old = aside
         sync(path.parent)
         if old is not None:
-            for file in [file for file, is_own in _files(old) if not is_own]:
-                to = path / file.relative_to(old)
-                with suppress(OSError):  # another process has cleared it away
-                    to.parent.mkdir(parents=True, exist_ok=True)
-                    _rename_to_free_name(file, to)
+            _keep_other_files(old, path)
             remove(old)
             sync(path.parent)
-    finally:
-        if lock is not None:
-            release(lock)
+
+
+def _keep_other_files(old: Path, new: Path) -> None:
+    """Move files that no save wrote to a directory that takes the place of theirs."""
+    for file in [file for file, is_own in _files(old) if not is_own]:
+        to = new / file.relative_to(old)
+        with suppress(OSError):  # another process has cleared it away
+            to.parent.mkdir(parents=True, exist_ok=True)
+            if not os.path.lexists(to):
+                os.rename(file, to)
 
 
 def _sibling(path: Path, kind: str) -> Path:
@@ -316,21 +322,7 @@ def _latest_old(path: Path) -> Path | None:
 
 def _exchange(a: Path, b: Path) -> bool:
     """Exchange the names of two directories atomically; False where the system cannot."""
-    return _renameat2(a, b, _RENAME_EXCHANGE) == 0
-
-
-def _rename_to_free_name(source: Path, to: Path) -> None:
-    """Rename, unless the new name exists."""
-    code = _renameat2(source, to, _RENAME_NOREPLACE)
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP) and not os.path.lexists(to):
-        os.rename(source, to)
-
-
-def _renameat2(a: Path, b: Path, flags: int) -> int:
-    """Returns an error number, 0 for success."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return errno.ENOSYS
-    failed = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), flags)
-    return ctypes.get_errno() if failed else 0
+    names = _AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b)
+    with suppress(AttributeError, OSError):
+        return bool(ctypes.CDLL(None).renameat2(*names, _RENAME_EXCHANGE) == 0)
+    return False

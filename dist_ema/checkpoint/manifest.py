@@ -31,7 +31,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import repeat
 from typing import Any
@@ -70,7 +70,6 @@ _SCHEMA = {
     "state": _STATE,
     "averages": {str: {"directory": str, "files": {str: _FILE}, "tensors": {str: _TENSOR}}},
 }
-_PLAIN_TENSOR = {"dtype": str, "shape": [int], "data_offsets": [int]}
 _KINDS = {int: "whole number", str: "string", dict: "mapping"}
 
 
@@ -175,13 +174,6 @@ def directory_of(name: str, names: Sequence[str]) -> str:
     return quoted
 
 
-def check_file_names(names: Iterable[object], where: object) -> None:
-    """Raise unless names are those of entries of one directory, which are not hidden."""
-    for name in names:
-        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-            raise CheckpointError(f"{where}: file {short(name)} is not a plain name")
-
-
 # Writing.
 
 
@@ -202,10 +194,7 @@ def dump(manifest: Manifest) -> bytes:
 
 
 def _columns(average: SavedAverage) -> dict[str, Any]:
-    files = {
-        name: {"nbytes": f.nbytes, "header_bytes": f.header_bytes, "checksum": f.checksum}
-        for name, f in average.files.items()
-    }
+    files = {name: asdict(file) for name, file in average.files.items()}
     numbers = {name: number for number, name in enumerate(files)}
     tensors = {
         fqn: {
@@ -280,8 +269,8 @@ def read_head(start: bytes, nbytes: int) -> dict[str, Any]:
 def parse(data: bytes) -> Manifest:
     """Check and read the contents of a manifest's file.
 
-    Its contents are not trusted: names must not be paths, and boxes must partition tensors and
-    files.
+    The checksum shows damage; beyond that, types are checked, names must not be paths, and boxes
+    must partition tensors and files, so that no other file and no other memory is touched.
 
     Raises:
         CheckpointError: it is cut short, altered, of another version, or inconsistent.
@@ -309,46 +298,106 @@ def _parse(data: bytes) -> Manifest:
     check_types(top, _SCHEMA, "the manifest")
     if (top["id"], top["algorithm"]) != (save_id, algorithm):
         raise CheckpointError("has another id or algorithm in its first line than in its body")
-    if not re.fullmatch(r"[0-9a-f]{32}", save_id):
-        raise CheckpointError(f"has the id {short(save_id)}")
     block_bytes = top["block_bytes"]
     if not 4096 <= block_bytes <= 64 << 20 or block_bytes % 16:
         raise CheckpointError(f"block_bytes is {block_bytes}")
-    averages = {}
-    for name, value in top["averages"].items():
-        where = f"average {short(name)}"
-        check_file_names([*value["files"], *filter(None, [value["directory"]])], where)
-        averages[name] = _average(value, where, block_bytes)
-    directories = [average.directory for average in averages.values()]
-    if not averages or len(set(directories)) != len(directories):
-        raise CheckpointError(f"averages are in the directories {short(directories)}")
+    averages = {
+        name: _average(value, f"average {short(name)}", block_bytes)
+        for name, value in top["averages"].items()
+    }
+    if not averages:
+        raise CheckpointError("has no averages")
     check_state(top["state"], averages)
     return Manifest(save_id, algorithm, block_bytes, top["written"], top["state"], averages)
 
 
-def plain_average(name: str, nbytes: int, header: Mapping[str, Any], length: int) -> SavedAverage:
-    """The tensors of a safetensors file that no save wrote. Its header is not trusted either."""
-    entries = dict(header)
-    metadata = entries.pop("__metadata__", {})
-    check_types(metadata, {str: str}, "__metadata__")
-    check_types(entries, {str: _PLAIN_TENSOR}, "the header")
-    aliases: dict[str, list[str]] = {fqn: [] for fqn in entries}
-    for alias, fqn in metadata.items():  # as `safetensors.torch.save_model` notes tied weights
-        if fqn in entries and alias not in entries:
-            aliases[fqn].append(alias)
+def _average(value: Mapping[str, Any], where: str, block_bytes: int) -> SavedAverage:
+    check_file_names([*value["files"], *filter(None, [value["directory"]])], where)
+    files = {
+        name: SavedFile(**{key: entry[key] for key in _FILE})
+        for name, entry in value["files"].items()
+    }
     tensors = {}
-    for fqn, entry in entries.items():
-        shape, starts = entry["shape"], [length + start for start in entry["data_offsets"][:1]]
-        boxes = {"offsets": [0] * len(shape), "sizes": shape, "files": [0], "starts": starts}
-        tensors[fqn] = {**entry, "aliases": aliases[fqn], "boxes": boxes | {"checksums": None}}
-    file = {"nbytes": nbytes, "header_bytes": length, "checksum": ""}
-    value = {"directory": "", "files": {name: file}, "tensors": tensors}
-    saved = _average(value, name, BLOCK_BYTES)
-    for fqn, tensor in saved.tensors.items():
-        start = tensor.boxes[0].start - length
-        if entries[fqn]["data_offsets"] != [start, start + tensor.nbytes]:
-            raise CheckpointError(f"data_offsets of {short(fqn)} do not fit its shape and dtype")
-    return saved
+    for fqn, entry in value["tensors"].items():
+        label, shape = f"{where}, tensor {short(fqn)}", tuple(entry["shape"])
+        itemsize = check_tensor(label, shape, entry["dtype"])
+        boxes = _boxes(entry["boxes"], label, len(shape), itemsize, list(files), block_bytes)
+        check_boxes(label, shape, [saved.box for saved in boxes])
+        tensors[fqn] = SavedTensor(shape, entry["dtype"], tuple(entry["aliases"]), boxes)
+    average = SavedAverage(value["directory"], files, tensors)
+    check_contents(average)
+    return average
+
+
+def _boxes(
+    columns: Mapping[str, Any],
+    where: str,
+    ndim: int,
+    itemsize: int,
+    files: Sequence[str],
+    block_bytes: int,
+) -> tuple[SavedBox, ...]:
+    numbers, starts, checksums = columns["files"], columns["starts"], columns["checksums"]
+    count = len(numbers)
+    wanted = {"starts": count, "offsets": count * ndim, "sizes": count * ndim}
+    if any(len(columns[key]) != n for key, n in wanted.items()) or any(
+        number >= len(files) for number in numbers
+    ):
+        raise CheckpointError(f"{where}: columns of {count} boxes do not fit: {short(columns)}")
+    corners, extents = (
+        zip(*[iter(columns[key])] * ndim, strict=True) if ndim else repeat((), count)
+        for key in ("offsets", "sizes")
+    )
+    first = 0  # checksum of the box
+    boxes = []
+    for number, start, offsets, sizes in zip(numbers, starts, corners, extents, strict=True):
+        nbytes = math.prod(sizes) * itemsize
+        last = first - (-nbytes // block_bytes)
+        own = tuple(checksums[first:last])
+        boxes.append(SavedBox(Box(offsets, sizes), files[number], start, nbytes, own))
+        first = last
+    if first != len(checksums):
+        raise CheckpointError(f"{where}: {first} blocks with checksums {short(checksums)}")
+    return tuple(boxes)
+
+
+# Checks, also for files that no save wrote.
+
+
+def check_tensor(where: str, shape: Shape, dtype: str | None) -> int:
+    """Raise if there is no such tensor. Returns the bytes of an element."""
+    if dtype not in ITEMSIZE:
+        raise CheckpointError(f"{where}: unknown dtype {short(dtype)}")
+    if len(shape) > _MAX_DIMS or math.prod(shape) > _MAX_NUMEL:
+        raise CheckpointError(f"{where}: shape {short(shape)}")
+    return ITEMSIZE[dtype]
+
+
+def check_boxes(where: str, shape: Shape, boxes: Sequence[Box]) -> None:
+    """Raise unless boxes partition a tensor of this shape."""
+    for box in boxes:
+        if any(o + s > n for o, s, n in zip(box.offsets, box.sizes, shape, strict=True)):
+            raise CheckpointError(f"{where}: {box} is not within shape {shape}")
+    if problem := uncovered(shape, boxes):
+        raise CheckpointError(f"{where}: {problem}")
+
+
+def check_contents(average: SavedAverage) -> None:
+    """Raise unless header and boxes partition each file."""
+    for name, contents in average.contents.items():
+        file, end = average.files[name], average.files[name].header_bytes
+        for fqn, saved in contents:
+            if saved.start != end:
+                kind = "overlaps" if saved.start < end else "leaves a gap after"
+                raise CheckpointError(
+                    f"{name}: {short(fqn)} at byte {saved.start} {kind} what ends at {end}"
+                )
+            end += saved.nbytes
+        if end != file.nbytes or not 8 <= file.header_bytes <= MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{name}: has {file.nbytes} bytes with a header of {file.header_bytes}, of which "
+                f"{end} are accounted for"
+            )
 
 
 def check_types(value: object, schema: Any, where: object) -> None:
@@ -384,6 +433,13 @@ def check_state(state: Mapping[str, Any], names: Iterable[str]) -> None:
             raise CheckpointError(f"state: the decay of {short(name)} is {short(decay)}")
 
 
+def check_file_names(names: Iterable[object], where: object) -> None:
+    """Raise unless names are those of entries of one directory, which are not hidden."""
+    for name in names:
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+            raise CheckpointError(f"{where}: file {short(name)} is not a plain name")
+
+
 def refuse_absent(names: Iterable[str], saved: Iterable[str]) -> None:
     """Raise if averages with these names are not among those that were saved."""
     saved = list(saved)
@@ -393,81 +449,6 @@ def refuse_absent(names: Iterable[str], saved: Iterable[str]) -> None:
             f"has no average named {', '.join(map(repr, absent))}; it has "
             f"{', '.join(map(repr, saved))}"
         )
-
-
-def _average(value: Mapping[str, Any], where: str, block_bytes: int) -> SavedAverage:
-    files = {
-        name: SavedFile(entry["nbytes"], entry["header_bytes"], entry["checksum"])
-        for name, entry in value["files"].items()
-    }
-    for name, file in files.items():
-        if not 8 <= file.header_bytes <= min(file.nbytes, MAX_HEADER_BYTES):
-            raise CheckpointError(f"{name}: a header of {file.header_bytes} bytes in {file.nbytes}")
-    numbered = list(files.items())
-    tensors = {}
-    for fqn, entry in value["tensors"].items():
-        label = f"{where}, tensor {short(fqn)}"
-        shape, dtype = tuple(entry["shape"]), entry["dtype"]
-        if dtype not in ITEMSIZE:
-            raise CheckpointError(f"{label}: unknown dtype {short(dtype)}")
-        if len(shape) > _MAX_DIMS or math.prod(shape) > _MAX_NUMEL:
-            raise CheckpointError(f"{label}: shape {short(shape)}")
-        boxes = _boxes(entry["boxes"], label, shape, ITEMSIZE[dtype], numbered, block_bytes)
-        problem = uncovered(shape, [saved.box for saved in boxes])
-        if problem:
-            raise CheckpointError(f"{label}: {problem}")
-        tensors[fqn] = SavedTensor(shape, dtype, tuple(entry["aliases"]), boxes)
-    average = SavedAverage(value["directory"], files, tensors)
-    for name, contents in average.contents.items():  # which must not overlap nor leave gaps
-        end, previous = files[name].header_bytes, "the header"
-        for fqn, saved in contents:
-            if saved.start != end:
-                kind = "overlaps" if saved.start < end else "leaves a gap after"
-                at = f"{short(fqn)} at byte {saved.start}"
-                raise CheckpointError(f"{name}: {at} {kind} {short(previous)}")
-            end, previous = saved.start + saved.nbytes, fqn
-        if end != (nbytes := files[name].nbytes):
-            raise CheckpointError(f"{name}: has {nbytes} bytes, of which {end} are accounted for")
-    return average
-
-
-def _boxes(
-    columns: Mapping[str, Any],
-    where: str,
-    shape: Shape,
-    itemsize: int,
-    files: Sequence[tuple[str, SavedFile]],
-    block_bytes: int,
-) -> tuple[SavedBox, ...]:
-    """The boxes of a tensor. With None for checksums they have none."""
-    numbers, starts, checksums = columns["files"], columns["starts"], columns["checksums"]
-    count, ndim = len(numbers), len(shape)
-    for key, length in (("starts", count), ("offsets", count * ndim), ("sizes", count * ndim)):
-        if len(columns[key]) != length:
-            raise CheckpointError(f"{where}: {key} of {count} boxes are {short(columns[key])}")
-    offsets, sizes = (_rows(columns[key], count, ndim) for key in ("offsets", "sizes"))
-    first = 0  # checksum of the box
-    boxes = []
-    for number, start, corner, extent in zip(numbers, starts, offsets, sizes, strict=True):
-        if any(o + s > n for o, s, n in zip(corner, extent, shape, strict=True)):
-            raise CheckpointError(f"{where}: a box at {corner} of sizes {extent} in shape {shape}")
-        if number >= len(files):
-            raise CheckpointError(f"{where}: a box is in file {number} of {len(files)}")
-        (name, file), nbytes = files[number], math.prod(extent) * itemsize
-        if start + nbytes > file.nbytes:
-            raise CheckpointError(f"{where}: bytes {start} to {start + nbytes} are not in {name}")
-        last = first - (-nbytes // block_bytes)
-        own = () if checksums is None else tuple(checksums[first:last])
-        boxes.append(SavedBox(Box(corner, extent), name, start, nbytes, own))
-        first = last
-    if checksums is not None and first != len(checksums):
-        raise CheckpointError(f"{where}: {first} blocks with checksums {short(checksums)}")
-    return tuple(boxes)
-
-
-def _rows(column: Sequence[int], count: int, width: int) -> Iterable[Shape]:
-    """`count` tuples of `width` numbers."""
-    return zip(*[iter(column)] * width, strict=True) if width else repeat((), count)
 
 
 def short(value: object) -> str:

@@ -11,7 +11,6 @@ exchange, so that the same error is raised on every rank.
 from __future__ import annotations
 
 import bisect
-import json
 import os
 import stat
 import warnings
@@ -23,25 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from dist_ema.checkpoint import dcp_reader
+from dist_ema.checkpoint import dcp_reader, plain
 from dist_ema.checkpoint.background import BackgroundSaves
 from dist_ema.checkpoint.directory import MANIFEST, becomes_visible, find
 from dist_ema.checkpoint.manifest import (
     MAX_HEAD,
-    MAX_HEADER_BYTES,
     Manifest,
     SavedAverage,
     SavedBox,
-    SavedFile,
     SavedTensor,
-    check_file_names,
-    check_types,
     checksum,
     parse,
-    plain_average,
     read_head,
     refuse_absent,
-    short,
 )
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.layout import Box, Fragment, TensorMeta, flat_boxes, flat_ends, overlap, whole
@@ -54,8 +47,6 @@ if TYPE_CHECKING:
     from dist_ema.core.group import Group
 
 PLAIN = ""  # name of the average in plain safetensors files
-_SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
-_MAX_INDEX_BYTES = 100_000_000
 _MAX_OPEN = 256  # files at a time; the limit of a process is often 1024
 _NUM_SAMPLES = 256  # of a plain file, for its identity
 _PLAIN_BLOCK = 1 << 20  # bytes that are read from a plain file at a time
@@ -181,17 +172,21 @@ class Checkpoint:
         path = find(path)
         self.directory, only = (path.parent, path.name) if path.is_file() else (path, None)
         self.files = Files(self.directory)
+
+        def has(name: str) -> bool:
+            return only in (None, name) and self.files.has(name)
+
+        self.is_plain = not has(MANIFEST)
         try:
-            self.is_plain = not (only in (None, MANIFEST) and self.files.has(MANIFEST))
             if not self.is_plain:
                 self.manifest = self._read_manifest()
-            elif only in (None, dcp_reader.METADATA) and self.files.has(dcp_reader.METADATA):
-                average, state = dcp_reader.describe(
-                    self.files, prefix, prefer_average=prefer_average
+            else:
+                average, state = (
+                    dcp_reader.describe(self.files, prefix, prefer_average=prefer_average)
+                    if has(dcp_reader.METADATA)
+                    else (plain.describe(self.files, only), {})
                 )
                 self.manifest = Manifest("", "", _PLAIN_BLOCK, {}, state, {PLAIN: average})
-            else:
-                self.manifest = self._describe_plain(only)
         except BaseException:
             self.close()
             raise
@@ -227,8 +222,6 @@ class Checkpoint:
                 digest.update(self.files.read_bytes(name, start, min(64, file.nbytes - start)))
         return digest.hexdigest()
 
-    # Describing.
-
     def _read_manifest(self) -> Manifest:
         try:
             nbytes = self.files.size(MANIFEST)
@@ -237,86 +230,11 @@ class Checkpoint:
         except CheckpointError as error:
             raise CheckpointError(f"{self.directory / MANIFEST}: {error}") from error
 
-    def _describe_plain(self, only: str | None) -> Manifest:
-        names, index = ([only], dict[str, str]()) if only is not None else self._plain_files()
-        tensors: dict[str, SavedTensor] = {}
-        files: dict[str, SavedFile] = {}
-        for name in names:
-            described = self._describe_plain_file(name)
-            for fqn in described.tensors.keys() & tensors.keys():
-                raise CheckpointError(
-                    f"{self.directory}: {short(fqn)} is in {tensors[fqn].boxes[0].file} and in "
-                    f"{name}; give the path of one file"
-                )
-            files |= described.files
-            tensors |= described.tensors
-        for fqn, name in index.items():
-            if fqn not in tensors or tensors[fqn].boxes[0].file != name:
-                raise CheckpointError(
-                    f"{self.directory}: {short(fqn)} is not in {name}, in which the index lists it"
-                )
-        return Manifest("", "", _PLAIN_BLOCK, {}, {}, {PLAIN: SavedAverage("", files, tensors)})
-
-    def _plain_files(self) -> tuple[list[str], dict[str, str]]:
-        """The files to read, and the file of each tensor that an index lists."""
-        names = [name for name in self.files.names() if self.files.has(name)]
-        indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
-        weights = [name for name in names if name.endswith(_SUFFIX)]
-        if len(indices) > 1:
-            raise CheckpointError(f"{self.directory}: has several indices, {', '.join(indices)}")
-        if indices:
-            where, nbytes = self.directory / indices[0], self.files.size(indices[0])
-            index = self._json(indices[0], 0, min(nbytes, _MAX_INDEX_BYTES))
-            check_types(index, {"weight_map": {str: str}}, f"{where}: is no index; it")
-            check_file_names(index["weight_map"].values(), where)
-            return sorted(set(index["weight_map"].values())), index["weight_map"]
-        if not weights:
-            raise CheckpointError(
-                f"{self.directory}: is not a checkpoint; it has no manifest.json and no "
-                f"safetensors file, but {short(names[:8]) if names else 'nothing'}"
-            )
-        return weights, {}
-
-    def _describe_plain_file(self, name: str) -> SavedAverage:
-        path = self.directory / name
-        try:
-            length, header = self._header(name)
-            described = plain_average(name, self.files.size(name), header, length)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{path}: is no safetensors file, or cut short ({error})"
-            ) from error
-        if "DCP_SHARDING_INFO" in header.get("__metadata__", ()):
-            raise CheckpointError(
-                f"{path}: holds pieces of tensors, and there is no manifest.json that describes "
-                "them; the save was not completed, or the manifest was lost"
-            )
-        return described
-
-    def _header(self, path: str) -> tuple[int, dict[str, Any]]:
-        """The length of a safetensors file's header, and its entries."""
-        length = int.from_bytes(self.files.read_bytes(path, 0, 8), "little") + 8
-        if length > min(self.files.size(path), MAX_HEADER_BYTES):
-            raise CheckpointError(f"a header of {length} bytes")
-        return length, self._json(path, 8, length - 8)
-
-    def _json(self, path: str, start: int, nbytes: int) -> dict[str, Any]:
-        """A mapping in JSON, which is a part of a file."""
-        try:
-            value = json.loads(self.files.read_bytes(path, start, nbytes))
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{self.directory / path}: is no index or header, but other text")
-        return value
-
     # Checking.
 
     def check_file(self, average: SavedAverage, name: str) -> bytes:
-        """Raise if a file has another length or header than the manifest says. Returns the header.
-
-        Plain files have no manifest, and nothing is returned.
-        """
+        """Raise if a file has another length or header than the manifest says. Returns the header,
+        of plain files nothing."""
         path, file, boxes = average.path_of(name), average.files[name], average.contents[name]
         where, nbytes = self.directory / path, self.files.size(path)
         if nbytes != file.nbytes:
@@ -332,23 +250,6 @@ class Checkpoint:
         header = self.files.read_bytes(path, 0, file.header_bytes)
         if checksum(self.manifest.algorithm)(header) != file.checksum:
             raise CheckpointError(f"{where}: the header is altered")
-        expected: dict[str, Any] = {}
-        offsets: dict[str, Any] = {}
-        for fqn, saved in boxes:
-            start = saved.start - file.header_bytes
-            expected[fqn] = {
-                "dtype": average.tensors[fqn].dtype,
-                "shape": list(saved.box.sizes),
-                "data_offsets": [start, start + saved.nbytes],
-            }
-            offsets[fqn] = {"saved_offsets": list(saved.box.offsets)}
-        try:
-            length, entries = self._header(path)
-            saved_offsets = json.loads(entries.pop("__metadata__")["DCP_SHARDING_INFO"])
-        except (CheckpointError, LookupError, TypeError, ValueError, RecursionError):
-            length, entries, saved_offsets = 0, {}, None
-        if (length, entries, saved_offsets) != (file.header_bytes, expected, offsets):
-            raise CheckpointError(f"{where}: the header differs from the manifest")
         return header
 
     def block(self, average: SavedAverage, fqn: str, saved: SavedBox, number: int) -> memoryview:
@@ -486,7 +387,7 @@ def problems(
                         yield str(error)
                     advance(min(block_bytes, saved.nbytes - number * block_bytes))
         for name in files.names(average.directory):
-            if name.endswith(_SUFFIX) and name not in average.files:
+            if name.endswith(".safetensors") and name not in average.files:
                 yield (
                     f"{files.directory / average.path_of(name)}: is not in the manifest; other "
                     "readers take it for a part"

@@ -15,7 +15,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +32,7 @@ from dist_ema.checkpoint.directory import (
     hidden_sibling,
     refuse_working_directory,
     replaced_directory,
+    start_writeback,
     sync,
     target,
 )
@@ -56,7 +57,6 @@ Report = list[dict[str, Any]]  # JSON: for each average, the files and boxes tha
 
 _FINITE_CHUNK = {"cpu": 1 << 18}  # elements: stays in cache between copying and checking
 _FINITE_CHUNK_ELSEWHERE = 1 << 24  # fewer waits for the device
-_ALIGNMENT = 16
 
 
 def save(
@@ -73,7 +73,7 @@ def save(
     """Write averages to a directory that all ranks share. Collective: every rank calls it.
 
     A checkpoint at `path` is replaced atomically; a directory with other files is refused. Memory:
-    one block; on rank 0, the manifest. Four small exchanges and one gather of the reports.
+    two blocks; on rank 0, the manifest. Four small exchanges and one gather of the reports.
 
     Args:
         averages: this rank's fragments of each average, by name, in the same order on every rank.
@@ -99,45 +99,46 @@ def save(
         state = json.loads(json.dumps(state))  # the caller may change it before it is written
         refuse_working_directory(place)
     tensors = tensors_of_all_ranks(tensors, group)
-    with group.together(error=CheckpointError):
-        copies = _room_for_copies(averages, background) if asynchronous else None
-        non_finite = non_finite_names(averages, copies)
-    refuse_non_finite(non_finite, group)
+    non_finite: set[str] | None = set()  # while it is written
+    if asynchronous:
+        with group.together(error=CheckpointError):
+            copies = _room_for_copies(averages, background)
+            names = non_finite_names(averages, copies)
+        refuse_non_finite(names, group)
+        averages, non_finite = copies, None
     with ExitStack() as files, ExitStack() as mail:  # what is left to do if the save fails
         directories, save_id = [], uuid.uuid4().hex
         with group.together(error=CheckpointError):
             if group.rank == 0:
                 directories.append(files.enter_context(replaced_directory(place, sync_files=False)))
-                for name in averages:
-                    _directory_of(directories[0], name, averages).mkdir(exist_ok=True)
                 if asynchronous and group.size > 1:
                     directories.append(mail.enter_context(hidden_sibling(place, "mail")))
+                for name in averages:
+                    _directory_of(directories[0], name, averages).mkdir(exist_ok=True)
         directories, save_id = group.broadcast((directories, save_id))
-        work = _Save(place, directories[0], save_id, copies or averages, tensors, state)
+        work = _Save(place, directories[0], save_id, averages, tensors, state, non_finite)
         status: StatusFiles | None = None
         with group.together(error=CheckpointError):
-            wanted = [_directory_of(directories[0], name, averages) for name in averages]
-            wanted += directories
-            if not becomes_visible(lambda: all([each.is_dir() for each in wanted])):
+            wanted = [_directory_of(work.directory, name, averages) for name in averages]
+            if not becomes_visible(lambda: all([d.is_dir() for d in (*wanted, *directories)])):
                 raise CheckpointError(
-                    f"{place}: this rank does not see {directories[0]}, which rank 0 created; a "
+                    f"{place}: this rank does not see {work.directory}, which rank 0 created; a "
                     "checkpoint needs a directory that all ranks share"
                 )
             if len(directories) > 1:
-                status = StatusFiles(
-                    directories[0], directories[1], group.rank, group.size, timeout
-                )
+                written, of_status = directories
+                status = StatusFiles(written, of_status, group.rank, group.size, timeout)
                 mail.callback(status.close)
         if status is not None:
             with group.together(error=CheckpointError):
                 status.meet()
         if asynchronous:
-            left = files.pop_all(), mail.pop_all()
-            rank = group.rank
+            left, rank = (files.pop_all(), mail.pop_all()), group.rank
             background.last = Handle(place, lambda: _write_apart(work, rank, status, *left))
             return background.last
         with group.together(error=CheckpointError):
             report = work.write(group.rank)
+        refuse_non_finite(non_finite or set(), group)
         reports = group.gather(report)
         with group.together(error=CheckpointError):
             if group.rank == 0:
@@ -161,26 +162,16 @@ def tensors_of_all_ranks(tensors: Sequence[TensorMeta], group: Group) -> Sequenc
     """
     if group.equal(tensors):
         return tensors
-    first: dict[str, tuple[int, TensorMeta]] = {}
-    problems: dict[str, str] = {}
-    for rank, metas in enumerate(group.all_gather(list(tensors))):
-        for meta in metas:
-            other, known = first.setdefault(meta.fqn, (rank, meta))
-            if meta != known:
-                text = f"{_describe(known)} on rank {other} and {_describe(meta)} on rank {rank}"
-                problems.setdefault(meta.fqn, f"{meta.fqn} is {text}")
-    if problems:
-        raise CheckpointError(
-            f"ranks have different tensors of one name: {'; '.join(list(problems.values())[:8])}; "
-            "parts of one model need distinct names, and ranks that hold different models a "
-            "process group each (process_group=)"
-        )
-    return [meta for _, meta in first.values()]
-
-
-def _describe(meta: TensorMeta) -> str:
-    aliases = f" with the aliases {', '.join(meta.aliases)}" if meta.aliases else ""
-    return f"{meta.dtype} of shape {meta.shape}{aliases}"
+    known: dict[str, TensorMeta] = {}
+    for meta in itertools.chain(*group.all_gather(list(tensors))):
+        other = known.setdefault(meta.fqn, meta)
+        if other != meta:
+            raise CheckpointError(
+                f"ranks have different tensors of one name: {other} and {meta}; parts of one model "
+                "need distinct names, and ranks that hold different models a process group each "
+                "(process_group=)"
+            )
+    return list(known.values())
 
 
 def _check(averages: Averages, tensors: Sequence[TensorMeta], state: Mapping[str, Any]) -> None:
@@ -210,9 +201,7 @@ def refuse_non_finite(names: set[str], group: Group) -> None:
 def non_finite_names(averages: Averages, copies: Averages | None = None) -> set[str]:
     """Names of tensors that hold NaN or Inf in what this rank owns; fills `copies` too. Local."""
     names = set()
-    sources = list(_owned(averages))
-    targets = sources if copies is None else list(_owned(copies))
-    for source, copied in zip(sources, targets, strict=True):
+    for source, copied in zip(_owned(averages), _owned(copies or averages), strict=True):
         step = _FINITE_CHUNK.get(source.view.device.type, _FINITE_CHUNK_ELSEWHERE)
         values, out = source.view.detach().split(step), copied.view.split(step)
         for chunk, copy in zip(values, out, strict=True):
@@ -225,16 +214,14 @@ def non_finite_names(averages: Averages, copies: Averages | None = None) -> set[
 
 def _room_for_copies(averages: Averages, background: BackgroundSaves) -> Averages:
     """Fragments on the CPU for what this rank owns, in the memory of the last such call. Local."""
-    owned = list(_owned(averages))
-    ends = [0, *itertools.accumulate(_aligned(fragment.view.nbytes) for fragment in owned)]
-    pinned = any(is_accelerator(fragment.view.device) for fragment in owned)
-    starts, staging = iter(ends), background.staging(ends[-1], pinned)
-
-    def room_for(fragment: Fragment) -> Fragment:
-        room = staging[next(starts) :][: fragment.view.nbytes].view(fragment.view.dtype)
-        return Fragment(fragment.meta, room)
-
-    return {name: [room_for(f) for f in _owned({name: fs})] for name, fs in averages.items()}
+    owned = {name: list(_owned({name: fragments})) for name, fragments in averages.items()}
+    views = [f.view for fragments in owned.values() for f in fragments]
+    pinned = any(is_accelerator(view.device) for view in views)
+    rooms = iter(background.staging([view.nbytes for view in views], pinned))
+    return {
+        name: [Fragment(f.meta, next(rooms).view(f.view.dtype)) for f in fragments]
+        for name, fragments in owned.items()
+    }
 
 
 def _owned(averages: Averages) -> Iterator[Fragment]:
@@ -250,10 +237,6 @@ def is_finite(values: torch.Tensor) -> bool:
     # A sum is finite only if all its terms are. A sum that is not finite may have overflowed.
     total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
     return math.isfinite(total.item()) or bool(values.isfinite().all())
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 # Writing.
@@ -272,6 +255,7 @@ class _Save:
     averages: Averages
     tensors: Sequence[TensorMeta]
     state: Mapping[str, Any]
+    non_finite: set[str] | None  # names, filled by `write`; None: values are known to be finite
 
     def write(self, rank: int) -> Report:
         """Write this rank's files and wait until they are on disk."""
@@ -288,16 +272,11 @@ class _Save:
 
     def is_in_place(self) -> bool:
         """Whether the checkpoint at the path is the one of this save."""
-        try:
-            with open(self.path / MANIFEST, "rb") as file:
-                nbytes = os.fstat(file.fileno()).st_size
-                head = manifest.read_head(file.read(manifest.MAX_HEAD), nbytes)
-        except (OSError, CheckpointError):
-            return False
-        return bool(head["id"] == self.save_id)
+        with suppress(OSError), open(self.path / MANIFEST, "rb") as file:
+            return f'"id":"{self.save_id}"'.encode() in file.readline(manifest.MAX_HEAD)
+        return False
 
     def _write_average(self, name: str, rank: int) -> dict[str, Any]:
-        directory = _directory_of(self.directory, name, self.averages)
         number_of = {meta.fqn: i for i, meta in enumerate(self.tensors)}
         owned = [f for f in _owned({name: self.averages[name]}) if f.meta.numel]
         boxes = [(number_of[f.meta.fqn], f.meta.box, f.tensor) for f in owned]
@@ -307,16 +286,13 @@ class _Save:
                 for i, meta in enumerate(self.tensors)
                 if 0 in meta.shape
             ]
-        files: list[list[tuple[int, Box, torch.Tensor]]] = []
+        files: dict[int, list[tuple[int, Box, torch.Tensor]]] = {}
         num_boxes: Counter[int] = Counter()
         for entry in sorted(boxes, key=lambda entry: entry[0]):  # a name is unique in a file
-            nth = num_boxes[entry[0]]
+            files.setdefault(num_boxes[entry[0]], []).append(entry)
             num_boxes[entry[0]] += 1
-            if nth == len(files):
-                files.append([])
-            files[nth].append(entry)
         report: dict[str, Any] = {"files": [], "boxes": []}
-        for nth, entries in enumerate(files):
+        for nth, entries in files.items():
             shard = f"shard-{rank + 1:05d}-model-{nth + 1:05d}-of-{len(files):05d}.safetensors"
             named = [(self.tensors[i].fqn, box, tensor) for i, box, tensor in entries]
             offsets = {fqn: {"saved_offsets": list(box.offsets)} for fqn, box, _ in named}
@@ -324,8 +300,8 @@ class _Save:
                 [(fqn, str(dtype_name(tensor.dtype)), box.sizes) for fqn, box, tensor in named],
                 {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)},
             )
-            tensors = [(fqn, tensor) for fqn, _, tensor in named]
-            checksums = self._write_file(directory / shard, header, tensors)
+            path = _directory_of(self.directory, name, self.averages) / shard
+            checksums = self._write_file(path, header, [(fqn, t) for fqn, _, t in named])
             report["files"].append([shard, nbytes, len(header), checksum(ALGORITHM)(header)])
             report["boxes"] += [
                 [i, box.offsets, box.sizes, nth, start, blocks]
@@ -336,24 +312,31 @@ class _Save:
     def _write_file(
         self, path: Path, header: bytes, tensors: Sequence[tuple[str, torch.Tensor]]
     ) -> list[list[str]]:
-        """Write a file. Returns the checksums of each tensor's blocks."""
+        """Write a file. Returns the checksums of each tensor's blocks.
+
+        A block is checked, hashed and written while it is in the cache, and the disk begins with it
+        at once: it then works while the next blocks are checked and hashed.
+        """
         digest = checksum(ALGORITHM)
         checksums: list[list[str]] = []
-        part = "its header"
+        part, end = "its header", len(header)
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
+            with open(path, "xb", buffering=0) as file:
+                fd = file.fileno()
                 write_all(fd, memoryview(header))
                 for fqn, tensor in tensors:
                     part = f"tensor {fqn}"
                     checksums.append([])
                     for block in row_major_blocks(tensor.detach()):
+                        values = torch.frombuffer(block, dtype=tensor.dtype)
+                        if self.non_finite is not None and not is_finite(values):
+                            self.non_finite.add(fqn)
                         checksums[-1].append(digest(block))
                         write_all(fd, block)
+                        start_writeback(fd, end, len(block))
+                        end += len(block)
                 part = "all of it to disk"
                 os.fsync(fd)
-            finally:
-                os.close(fd)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror} (writing {part})") from error
         return checksums

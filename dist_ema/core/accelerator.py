@@ -16,8 +16,7 @@ On a CPU there are no streams: the same calls run the work immediately.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -54,16 +53,19 @@ class SideStreams:
     """A few streams of one device. Work on one stream runs in order; the streams overlap."""
 
     def __init__(self, device: torch.device, count: int) -> None:
+        """
+        Args:
+            count: of streams; 0, and everything on a CPU, runs in the calls themselves.
+        """
         self._device = device
         self._streams: list[torch.Stream] = []
         self._pending = False
-        self._is_capturing = graph_capture_query(device)
-        self._launch: Callable[..., None] = _launch
-        if not is_accelerator(device):
+        self.is_capturing = graph_capture_query(device)
+        if not count or not is_accelerator(device):
             return
         # Streams and events must be used at each call, not traced into a graph once, if a whole
         # training step is compiled.
-        self._launch = torch.compiler.disable(_launch)
+        self._launch: Callable[..., None] = torch.compiler.disable(SideStreams.launch)
         self._streams = [torch.Stream(device) for _ in range(count)]
         self._start = torch.Event(device)
         self._ends = [torch.Event(device) for _ in self._streams]
@@ -73,34 +75,30 @@ class SideStreams:
 
     def run(self, work: Callable[[T], None], items: Iterable[T]) -> None:
         """Call `work` with each item, on the streams in turn, after what the caller launched."""
-        self._launch(self, work, items)
-
-    @contextmanager
-    def launching(self) -> Iterator[None]:
-        """A block whose work waits for what the caller launched before."""
-        if not self._streams:
-            yield
+        if self._streams:
+            self._launch(self, work, items)
             return
+        for item in items:
+            work(item)
+
+    def launch(self, work: Callable[[T], None], items: Iterable[T]) -> None:
+        """`run` on streams."""
         self._start.record(torch.accelerator.current_stream(self._device))
         for stream in self._streams:
             stream.wait_event(self._start)
         self._pending = True
         try:
-            yield
+            for number, item in enumerate(items):
+                with self._streams[number % len(self._streams)]:
+                    work(item)
         finally:
             for event, stream in zip(self._ends, self._streams, strict=True):
                 event.record(stream)
 
-    def stream(self, number: int) -> AbstractContextManager[Any]:
-        """A block whose work runs on one of the streams, number `number` modulo their count."""
-        if not self._streams:
-            return nullcontext()
-        return self._streams[number % len(self._streams)]
-
     def fence(self) -> None:
         """Let later work of the caller wait for the streams. The host does not wait."""
         if self._pending:
-            if self._is_capturing():
+            if self.is_capturing():
                 raise RuntimeError(
                     "an update of the average is in progress on a side stream, which a graph that "
                     "is being captured cannot wait for; call ema.drift() before the capture and "
@@ -116,13 +114,6 @@ class SideStreams:
             for event in self._ends:
                 event.synchronize()
             self._pending = False
-
-
-def _launch(streams: SideStreams, work: Callable[[T], None], items: Iterable[T]) -> None:
-    with streams.launching():
-        for number, item in enumerate(items):
-            with streams.stream(number):
-                work(item)
 
 
 def _hook_of(fence: weakref.WeakMethod[Any]) -> Callable[..., None]:

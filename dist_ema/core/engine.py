@@ -432,17 +432,14 @@ class Registered:
         self._names = [r.name for r in plain]
         self._others = [(r, attrgetter(path)) for r, path in paths.items() if path]
 
-    def tensors(self) -> Iterator[torch.Tensor | None]:
-        """The plain tensors that are registered there now; None where nothing is."""
-        return map(dict.get, self._registries, self._names)
-
     def addresses(self) -> list[int]:
         """The data pointers of what is registered there now."""
         others = [_pointer_at(r.registry.get(r.name), values) for r, values in self._others]
         try:
-            return [*map(torch.Tensor.data_ptr, self.tensors()), *others]  # type: ignore[arg-type]
+            tensors = map(dict.get, self._registries, self._names)
+            return [*map(torch.Tensor.data_ptr, tensors), *others]  # type: ignore[arg-type]
         except TypeError:  # nothing is registered at some place now
-            return [*map(pointer, self.tensors()), *others]
+            return [*map(pointer, map(dict.get, self._registries, self._names)), *others]
 
 
 def _pointer_at(tensor: torch.Tensor | None, values: attrgetter[torch.Tensor]) -> int:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema.core.engine import Engine, Weight
+from dist_ema.core.errors import listed
 from dist_ema.core.group import Group, digest
 from dist_ema.core.layout import (
     Box,
@@ -439,7 +440,7 @@ def refuse_unequal_copies(model: nn.Module, weights: Sequence[Weight], group: Gr
         problems = _differing_texts(group.all_gather((part, hashes)))
     if problems:
         raise ValueError(
-            f"parts of the model have different tensors of one name: {'; '.join(problems)}; give "
+            f"parts of the model have different tensors of one name: {listed(problems)}; give "
             "them names of their own, or equal values"
         )
 

@@ -25,6 +25,7 @@ all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(
     dist, "all_gather_into_tensor", None
 )
 
+_TAG = 0xE3A  # of messages: gloo does not take them for those of a training that is under way
 _BROADCAST_BYTES = 32 << 20  # at a time
 _ADVICE = (
     "every rank must make this call: move it out of `if rank == 0:` or "
@@ -85,8 +86,8 @@ class Group:
         self, operation: Callable[..., object], tensor: torch.Tensor, rank: int
     ) -> dist.P2POp:
         """`isend` to or `irecv` from a rank of this group, for `batch_isend_irecv`."""
-        peer = self._global_rank(rank)
-        return dist.P2POp(operation, tensor, peer, group=self.process_group)
+        assert self.process_group is not None
+        return message(operation, tensor, self.process_group, rank)
 
     @contextmanager
     def together(
@@ -367,6 +368,13 @@ def digest(*parts: object) -> tuple[int, int]:
     raw = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
     first, second = struct.unpack("<2q", raw)
     return first, second
+
+
+def message(
+    operation: Callable[..., object], tensor: torch.Tensor, group: dist.ProcessGroup, rank: int
+) -> dist.P2POp:
+    """`isend` to or `irecv` from a rank of a process group, for `batch_isend_irecv`."""
+    return dist.P2POp(operation, tensor, group=group, tag=_TAG, group_peer=rank)
 
 
 def is_destroyed(group: dist.ProcessGroup | None) -> bool:

@@ -9,7 +9,7 @@ fragment. For 70 billion parameters in 723 tensors on 1,024 ranks, a rank sends 
 [Note: groups of replicas]
 No process group is created here: torch has no way to create one among some ranks that leaves the
 user's own `new_group()` calls alone. A known group with exactly these ranks is used; without one,
-replicas exchange the same bytes point to point in the group that holds the model.
+replicas exchange the same bytes by messages in the group that holds the model.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from dist_ema.core.group import (
     device_for,
     digest,
     is_destroyed,
+    message,
 )
 from dist_ema.core.layout import Fragment, FragmentMeta, bits
 
@@ -232,7 +233,7 @@ def _send(
 ) -> list[dist.Work]:
     """Exchange messages with some ranks of a process group, as bytes."""
     operations = [
-        dist.P2POp(operation, buffer.view(torch.uint8), group=group, group_peer=peer)
+        message(operation, buffer.view(torch.uint8), group, peer)
         for buffer_of_peer, peer in zip(received, peers, strict=True)
         for operation, buffer in ((dist.isend, own), (dist.irecv, buffer_of_peer))
         if buffer.numel()

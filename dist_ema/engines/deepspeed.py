@@ -187,10 +187,10 @@ class _Flat(_Whole):
     def publish(self) -> None:
         """Let every rank have the parts of all, a chunk of each at a time."""
         for copy, process_group in zip(self._copies, self._process_groups or (), strict=False):
-            parts = copy.detach().view(dist.get_world_size(process_group), -1)
+            parts = list(copy.detach().view(dist.get_world_size(process_group), -1))
             exchange_slices(
-                lambda i, start, stop, parts=parts: [parts[i, start:stop]],
-                [parts.shape[1]] * len(parts),
+                partial(_elements, parts),
+                [part.numel() for part in parts],
                 copy.dtype,
                 copy.device,
                 process_group,
@@ -316,3 +316,7 @@ def _refuse_unsupported(engine: Any) -> None:
                 raise ValueError(f"DeepSpeed with {what} is not supported")
     if engine.mp_world_size > 1 or engine.autotp_size() > 1:
         raise ValueError("DeepSpeed with tensor parallelism is not supported")
+
+
+def _elements(parts: list[torch.Tensor], i: int, start: int, stop: int) -> list[torch.Tensor]:
+    return [parts[i][start:stop]]

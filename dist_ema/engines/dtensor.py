@@ -27,14 +27,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dist_ema.core.engine import (
-    Cut,
-    Engine,
-    Registered,
-    path_to_values,
-    pointer,
-    values_of,
-)
+from dist_ema.core.engine import Cut, Engine, Registered, path_to_values, values_of
 from dist_ema.core.errors import require_names
 from dist_ema.core.layout import Box, Fragment, FragmentMeta, Shape, dense_order
 from dist_ema.core.names import Registration, is_instance, registrations
@@ -43,7 +36,6 @@ from dist_ema.engines.plain import outdate
 # Of the weights of float8 and BitNet training in torchao 0.18: where it is None, the all-gather of
 # FSDP2 computes it.
 PRECOMPUTED = frozenset({"_precomputed_scale"})
-_SHARD = attrgetter("sharded_param._local_tensor")  # of an `FSDPParam`
 Run = tuple[int, int, int]  # start in the global dim, start in the local dim, length
 
 
@@ -65,9 +57,7 @@ class DTensorEngine(Engine):
         }
         self._fsdp_params = list({id(p): p for p in self._managed.values()}.values())
         paths = [(p, path_to_values(p.sharded_param, PRECOMPUTED)) for p in self._fsdp_params]
-        self._plain = [p for p, path in paths if path == "_local_tensor"]
-        wrapped = [(p, path) for p, path in paths if path and path != "_local_tensor"]
-        self._wrapped_shards = [(p, attrgetter(f"sharded_param.{path}")) for p, path in wrapped]
+        self._shards = [(p, attrgetter(f"sharded_param.{path}")) for p, path in paths if path]
         self._warn_of_cut_ties()
         others = [
             r
@@ -84,9 +74,8 @@ class DTensorEngine(Engine):
         )
 
     def stamp(self) -> list[int]:
-        shards = map(torch.Tensor.data_ptr, map(_SHARD, self._plain))
-        wrapped = (pointer(values(p)) for p, values in self._wrapped_shards)
-        return [*shards, *wrapped, *self._others.addresses()]
+        shards = [values(p).data_ptr() for p, values in self._shards]
+        return shards + self._others.addresses()
 
     def process_groups(self) -> list[dist.ProcessGroup]:
         tensors = [p.sharded_param for p in self._fsdp_params]

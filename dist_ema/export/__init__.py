@@ -71,10 +71,9 @@ def export(
         if gathered:
             chunks = gatherer.chunks(values, dtype, only=gathered, spread=is_direct)
             with group.together(), closing(chunks):
-                writer.write_batches(
-                    [(chunk.tensor.fqn, chunk.start, chunk.values) for chunk in bucket]
-                    for bucket in chunks
-                )
+                for bucket in chunks:
+                    for chunk in bucket:
+                        writer.write_chunk(chunk.tensor.fqn, chunk.start, chunk.values)
 
     write_export(path, plans, group, write_values)
 

@@ -30,7 +30,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -51,6 +51,8 @@ from dist_ema.export.layouts import ModelLayout, read_config
 _SUFFIX = ".safetensors"
 _WRITTEN_BY = {"written_by": "dist_ema.export"}  # in the metadata of weights files and indices
 _BLOCK = 1 << 18  # elements that are cast, checked and written at a time: they stay in cache
+_NUM_THREADS = 3  # one of them may wait for the disk
+_MAX_WRITING = 16  # blocks at a time
 _SYNC_BYTES = 32 << 20  # after which a sync begins that runs beside further writes
 _MAX_OPEN = 256  # files at a time; the usual limit of a process is 1024
 _LOCK_TIMEOUT_S = 300.0
@@ -111,16 +113,13 @@ def plan_exports(
     metadata = {**(metadata or {}), "format": "pt", **_WRITTEN_BY}
     plans: dict[str, ExportPlan] = {}
     for model, layout in layouts.items():
-        name = layout.weights_name if weights_name is None else weights_name
-        if not re.fullmatch(r"\w[\w.+-]*\.safetensors", str(name)):
-            raise ValueError(f"weights_name is {name!r}, wanted a name ending in {_SUFFIX}")
-        names_of = {t.fqn: names_in_model(model, (t.fqn, *t.aliases)) for t in tensors}
-        entries = _entries([t for t in tensors if names_of[t.fqn]], names_of, layout)
-        tied = {alias: first for first, *more in filter(None, names_of.values()) for alias in more}
+        named = [(names_in_model(model, (t.fqn, *t.aliases)), t) for t in tensors]
+        entries = _entries([(names, t) for names, t in named if names], layout)
+        tied = {alias: names[0] for names, _ in named for alias in names[1:]}
         plans[model] = _plan_of_files(
             _split(entries, sys.maxsize if layout.library == "peft" else limit),  # reads one file
             layout,
-            name,
+            layout.weights_name if weights_name is None else weights_name,
             metadata | (dict(sorted(tied.items())) if layout.library == "plain" else {}),
             copies,
         )
@@ -133,23 +132,20 @@ def names_in_model(model: str, names: Iterable[str]) -> list[str]:
     return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
-def _entries(
-    tensors: Sequence[TensorMeta], names_of: Mapping[str, Sequence[str]], layout: ModelLayout
-) -> list[_Entry]:
-    """The tensors that are written, in the order of the files.
+def _entries(named: Sequence[tuple[list[str], TensorMeta]], layout: ModelLayout) -> list[_Entry]:
+    """The tensors that are written: wider dtypes first, then by name, as safetensors orders them.
 
-    Wider dtypes come first, then names in order, as safetensors itself writes them: so each tensor
-    starts at a multiple of its itemsize, and equal tensors give equal files.
+    So each starts at a multiple of its itemsize, and equal tensors give equal files.
     """
-    named = [(layout.name_of(names_of[t.fqn]), t) for t in tensors]
-    lost = [names_of[t.fqn][0] for name, t in named if name is None and t.averaged]
+    lost = [names[0] for names, t in named if t.averaged and layout.name_of(names) is None]
     if not set(lost) <= set(layout.ignored):
         raise ValueError(
             f"the layout of {layout.library} has no room for {', '.join(lost)}, which are "
             "averaged; with adapters, average the active one only (params=) and name other layers "
             "in modules_to_save, or use gather_state_dict()"
         )
-    entries = [(name, t) for name, t in named if name is not None]
+    in_files = [(layout.name_of(names), t) for names, t in named]
+    entries = [(name, t) for name, t in in_files if name is not None]
     unknown = [f"{name} ({t.dtype})" for name, t in entries if dtype_name(t.dtype) is None]
     if unknown:
         raise ValueError(f"safetensors has no dtype for {', '.join(unknown)}")
@@ -180,6 +176,8 @@ def _plan_of_files(
     copies: Sequence[Path],
 ) -> ExportPlan:
     """The plan of a model whose tensors are divided into one part for each file."""
+    if not re.fullmatch(r"\w[\w.+-]*\.safetensors", str(weights_name)):
+        raise ValueError(f"weights_name is {weights_name!r}, wanted a name ending in {_SUFFIX}")
     stem, library_stem = (n.removesuffix(_SUFFIX) for n in (weights_name, layout.weights_name))
     files: dict[str, tuple[bytes, int]] = {}
     places: dict[str, Place] = {}
@@ -261,11 +259,6 @@ def write_export(
             with closing(Writer(Path(group.broadcast(str(directory))), plan)) as writer:
                 write_values(writer)
                 with group.together():
-                    if writer.not_finite:
-                        raise ValueError(
-                            "the average holds NaN or Inf, or what the dtype asked for cannot "
-                            f"hold, in {', '.join(sorted(writer.not_finite))}; nothing is written"
-                        )
                     writer.sync()
         with group.together():
             on_rank_0.close()
@@ -281,73 +274,81 @@ def summary(plans: Mapping[str, ExportPlan]) -> dict[str, Any]:
 
 
 class Writer:
-    """The open files of an export that this process writes to."""
+    """The open files of an export that this process writes to.
+
+    Threads convert, check and write blocks, and wait for the disk, while the caller computes what
+    follows.
+    """
 
     def __init__(self, directory: Path, plan: ExportPlan) -> None:
         self.directory, self.plan = directory, plan
-        self.not_finite: set[str] = set()  # averaged tensors that hold NaN or Inf
+        self._not_finite: set[str] = set()  # averaged tensors that hold NaN or Inf
         self._open: dict[str, int] = {}
+        self._threads = ThreadPoolExecutor(_NUM_THREADS)
+        self._writing: deque[Future[None]] = deque()
+        self._syncs: list[Future[None]] = []
         self._unsynced = 0  # bytes
-        self._syncing: Future[None] | None = None
-        self._disk, self._behind = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def sees_files(self) -> bool:
         """Whether this process sees the files that rank 0 has created."""
         return all((self.directory / name).is_file() for name in self.plan.files)
 
-    def write_batches(self, batches: Iterable[Iterable[tuple[str, int, torch.Tensor]]]) -> None:
-        """Write batches of chunks, see `write_chunk`, each while the next is computed."""
-        last: Future[None] | None = None
-        for batch in batches:
-            if last is not None:
-                last.result()
-            last = self._behind.submit(self._write_batch, batch)
-        if last is not None:
-            last.result()
-
-    def _write_batch(self, batch: Iterable[tuple[str, int, torch.Tensor]]) -> None:
-        for chunk in batch:
-            self.write_chunk(*chunk)
-
     def write_chunk(self, fqn: str, start: int, values: torch.Tensor) -> None:
-        """Write elements of a row-major tensor from `start` on: 1-D, in any dtype and place."""
+        """Write elements of a row-major tensor from `start` on: 1-D, in any dtype and place.
+
+        The values must not change before `sync()` has returned.
+        """
         place = self.plan.places[fqn]
         if place.file not in self._open:
             if len(self._open) == _MAX_OPEN:
                 self.sync()
-                self._close_files()
             self._open[place.file] = os.open(self.directory / place.file, os.O_WRONLY)
         fd, at = self._open[place.file], place.start + start * place.dtype.itemsize
-        for values_of_block in values.split(_BLOCK):
-            block = values_of_block.to("cpu", place.dtype)
-            comparable = block.float() if block.element_size() == 1 else block
-            if place.averaged and not is_finite(comparable):
-                self.not_finite.add(fqn)
-            data = block.view(torch.uint8).numpy().data
-            while data:  # a write may be partial
-                n = os.pwrite(fd, data, at)
-                data, at = data[n:], at + n
-            self._unsynced += block.nbytes
-            if self._unsynced >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
-                self._wait()
-                self._syncing = self._disk.submit(os.fdatasync, fd)
+        for block in values.split(_BLOCK):
+            # On this thread, whose current stream the values were computed on.
+            block = block if block.device.type == "cpu" else block.to("cpu", place.dtype)
+            self._writing.append(self._threads.submit(self._write, fqn, block, fd, at))
+            if len(self._writing) > _MAX_WRITING:
+                self._writing.popleft().result()
+            at += block.numel() * place.dtype.itemsize
+            self._unsynced += block.numel() * place.dtype.itemsize
+            if self._unsynced >= _SYNC_BYTES and all(sync.done() for sync in self._syncs[-1:]):
+                self._syncs.append(self._threads.submit(os.fdatasync, fd))
                 self._unsynced = 0
 
-    def _wait(self) -> None:
-        """Wait for the last sync that was started; raises if it failed."""
-        syncing, self._syncing = self._syncing, None
-        if syncing is not None:
-            syncing.result()
+    def _write(self, fqn: str, block: torch.Tensor, fd: int, at: int) -> None:
+        """Convert, check and write a block of a tensor at a byte of a file. On a thread."""
+        place = self.plan.places[fqn]
+        block = block.to(place.dtype)
+        comparable = block.float() if block.element_size() == 1 else block
+        if place.averaged and not is_finite(comparable):
+            self._not_finite.add(fqn)
+        data = block.view(torch.uint8).numpy().data
+        while data:  # a write may be partial
+            n = os.pwrite(fd, data, at)
+            data, at = data[n:], at + n
 
     def sync(self) -> None:
-        """Wait until what this process wrote is on disk."""
-        self._wait()
+        """Wait until what this process wrote is on disk, and close the files.
+
+        Raises:
+            ValueError: an averaged tensor holds NaN or Inf.
+        """
+        for task in (*self._writing, *self._syncs):
+            task.result()
+        if self._not_finite:
+            raise ValueError(
+                "the average holds NaN or Inf, or what the dtype asked for cannot hold, in "
+                f"{', '.join(sorted(self._not_finite))}; nothing is written"
+            )
         for fd in self._open.values():
             os.fsync(fd)
+        self._writing.clear()
+        self._syncs.clear()
+        self._close_files()
 
     def close(self) -> None:
-        self._behind.shutdown(cancel_futures=True)
-        self._disk.shutdown()
+        self._threads.shutdown(cancel_futures=True)
         self._close_files()
 
     def _close_files(self) -> None:
@@ -359,13 +360,7 @@ class Writer:
 def _replaced_files(directory: Path, plan: ExportPlan) -> Iterator[Path]:
     """Give an empty directory to write to; if the block succeeds, its files replace older ones.
 
-    Readers of `directory` see all of the old files or all of the new ones; see
-    [Note: replacing files]. If the block raises, `directory` is as it was.
-
-    Raises:
-        ValueError: `directory` is a checkpoint of `save`; or see `_stale_files`, before the block
-            or after it.
-        TimeoutError: another export to the directory has not ended in time.
+    See [Note: replacing files]. If the block raises, `directory` is as it was.
     """
     directory = target(directory)
     if is_checkpoint(directory):
@@ -373,8 +368,6 @@ def _replaced_files(directory: Path, plan: ExportPlan) -> Iterator[Path]:
             f"{directory} is a checkpoint of save(), and save() replaces no directory that has "
             "other files in it; export to another directory"
         )
-    if directory.exists() and not directory.is_dir():
-        raise FileExistsError(f"{directory} exists and is not a directory")
     is_new = not directory.exists()
     stage = directory / f".export-{uuid.uuid4().hex[:8]}"
     try:

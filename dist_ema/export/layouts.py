@@ -165,18 +165,6 @@ def model_state(model: nn.Module, others: Iterable[Weight], group: Group) -> dic
     return named | {"others": described}
 
 
-def layouts_from_json(model: Mapping[str, Any], base: Path | None) -> dict[str, ModelLayout]:
-    """The layout of each model that `model_state` described, or that a directory holds.
-
-    Raises:
-        ValueError: one is malformed, or has files that no library reads.
-    """
-    if "cards" in model:
-        return {str(name): layout_from_json(card) for name, card in model["cards"].items()}
-    card = model.get("card")
-    return {"": layout_from_directory(base) if card is None else layout_from_json(card)}
-
-
 def model_layouts(model: nn.Module, group: Group) -> dict[str, ModelLayout]:
     """The layout of each model in memory by its name, "" for a single one; {} off rank 0.
 

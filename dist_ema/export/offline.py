@@ -6,7 +6,7 @@ frozen weights and buffers. Their values come from a base, a directory that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +15,22 @@ from typing import Any
 import torch
 
 from dist_ema.checkpoint.reader import Checkpoint
-from dist_ema.core.errors import CheckpointError
+from dist_ema.core.errors import CheckpointError, listed
 from dist_ema.core.group import Group
 from dist_ema.core.layout import TensorMeta
 from dist_ema.core.safetensors import torch_dtype
-from dist_ema.export.files import Writer, names_in_model, plan_exports, summary, write_export
-from dist_ema.export.layouts import ModelLayout, layouts_from_json
+from dist_ema.export.files import (
+    Writer,
+    names_in_model,
+    plan_exports,
+    summary,
+    write_export,
+)
+from dist_ema.export.layouts import ModelLayout, layout_from_directory, layout_from_json
 from dist_ema.schedule import averages_of
 
-_CHUNK_BYTES = 32 << 20  # read and written at a time
+_CHUNK_BYTES = 8 << 20  # read and written at a time
 _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
-_LISTED = 8  # names in a message
 
 
 class Source:
@@ -69,7 +74,7 @@ def export(
 ) -> dict[str, Any]:
     """Write an average as a consolidated checkpoint, as `ShardedEMA.export` does, byte for byte.
 
-    Local. Memory: a chunk of 32 MiB and a block of the checkpoint.
+    Local. Memory: a few chunks of 8 MiB and a block of the checkpoint.
 
     Args:
         name: the average, if the checkpoint has several.
@@ -115,20 +120,15 @@ def export(
                 sources[other.fqn] = base_saved, tensor
         if problems:
             hint = "" if base else "; give the directory of a model that has them (--base)"
-            more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-            listed = "; ".join(problems[:_LISTED])
-            raise CheckpointError(f"{base or checkpoint}: {listed}{more}{hint}")
+            raise CheckpointError(f"{base or checkpoint}: {listed(problems)}{hint}")
         tensors = [replace(t, dtype=t.dtype_as(dtype)) for t in tensors]
         plans = plan_exports(tensors, layouts, max_shard_size, weights_name)
 
         def write_values(writer: Writer) -> None:
-            writer.write_batches(chunks(writer.plan.places))
-
-        def chunks(names: Iterable[str]) -> Iterator[list[tuple[str, int, torch.Tensor]]]:
-            for fqn in names:
+            for fqn in writer.plan.places:
                 source, tensor = sources[fqn]
                 for start, chunk in source.chunks(tensor):
-                    yield [(fqn, start, chunk)]
+                    writer.write_chunk(fqn, start, chunk)
                     advance(chunk.nbytes)
 
         total = sum(sources[fqn][1].nbytes for plan in plans.values() for fqn in plan.places)
@@ -168,7 +168,11 @@ def models_of(
         model = saved.state.get("model", {})
         if "problem" in model:
             raise CheckpointError(f"{saved.path}: when it was saved, {model['problem']}")
-        layouts = layouts_from_json(model, base)
+        cards = model.get("cards") or {"": model.get("card")}
+        layouts = {
+            str(name): layout_from_directory(base) if card is None else layout_from_json(card)
+            for name, card in cards.items()
+        }
         if "others" not in model:
             return layouts, None
         return layouts, [

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain, cycle
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,6 @@ class WeightedSums:
         self._sums = [_Buffer(num_sums * numel, torch.complex128) for _ in range(2)]
         self._values = [_Buffer(numel, torch.complex64) for _ in range(2)]
         self._wide = [_Buffer(SERIAL, torch.complex128) for _ in range(2)]
-        self._results = cycle([_Buffer(num_sums * numel, torch.complex64) for _ in range(2)])
         # Not one for each checkpoint: blocks of a hundred of them would be half a GB.
         block_bytes = max((each.manifest.block_bytes for each in checkpoints), default=0)
         self._blocks = [bytearray(block_bytes) for _ in range(2)]
@@ -127,14 +126,10 @@ class WeightedSums:
         self._threads.shutdown()
 
     def compute(self, wanted: Range) -> torch.Tensor:
-        """The sums of a range, of shape (number of sums, elements).
-
-        They are valid until the call after the next one, so that another thread can write them
-        while the next ones are computed.
-        """
+        """The sums of a range, of shape (number of sums, elements)."""
         first = wanted.terms[0]
         if len(wanted.terms) == 1 and first.coefficients == (1.0,):  # a copy, also of integers
-            values = next(self._results).view(first.dtype, 1, wanted.numel)
+            values = torch.empty((1, wanted.numel), dtype=first.dtype)
             first.checkpoint.buffer = self._blocks[0]
             first.read(wanted.boxes, values[0])
             return values
@@ -147,7 +142,7 @@ class WeightedSums:
             self._threads.submit(self._add_up, i, half, wanted) for i, half in enumerate(halves)
         ]
         total, *others = [task.result() for task in tasks]
-        rounded = next(self._results).view(wanted.dtype, *total.shape)
+        rounded = torch.empty_like(total, dtype=wanted.dtype)
         parts = (tensor.view(-1).split(SERIAL) for tensor in (rounded, total, *others))
         for out, sums, *more in zip(*parts, strict=True):
             for values in more:

@@ -36,7 +36,7 @@ from dist_ema.export.files import Writer, plan_exports, summary, write_export
 from dist_ema.export.layouts import ModelLayout
 from dist_ema.export.offline import Source, dtype_named, models_of, name_in_files
 from dist_ema.options import MERGE_WEIGHTS, no_pickles
-from dist_ema.posthoc.combine import SERIAL, Range, Term, WeightedSums
+from dist_ema.posthoc.combine import Range, Term, WeightedSums
 from dist_ema.posthoc.snapshots import refuse_overlap
 
 _RANGE = 1 << 20  # elements that are summed at a time, a block of fp32
@@ -168,19 +168,11 @@ def merge(
             copies=_tokenizer_files(searched),
         )
 
-        def computed(ranges: Iterable[Range]) -> Iterator[list[tuple[str, int, torch.Tensor]]]:
-            for each in ranges:
-                parts = sums.compute(each)[0].split(SERIAL)
-                yield [(each.fqn, each.start + i * SERIAL, part) for i, part in enumerate(parts)]
-                advance(each.nbytes)
-
         def write_values(writer: Writer) -> None:
-            ranges = (
-                each
-                for fqn, place in writer.plan.places.items()
-                for each in sources[fqn].ranges(place.dtype)
-            )
-            writer.write_batches(computed(ranges))
+            for fqn, place in writer.plan.places.items():
+                for each in sources[fqn].ranges(place.dtype):
+                    writer.write_chunk(fqn, each.start, sums.compute(each)[0])
+                    advance(each.nbytes)
 
         used = [term.checkpoint for source in sources.values() for term in source.terms]
         total = sum(term.nbytes for source in sources.values() for term in source.terms)

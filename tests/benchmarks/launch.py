@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import os
 import pickle
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+if TYPE_CHECKING:
+    from tests.benchmarks.models import Shapes
+    from tests.benchmarks.report import Row
+    from tests.benchmarks.sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -113,3 +121,40 @@ def _process(
 def _be_quiet() -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def rows_of(
+    measure: Body, cases: Sequence[tuple[str, Shapes]], device: str, sizes: Sizes, rounds: int
+) -> list[Row]:
+    """What rank 0 measured in each case, in their order.
+
+    Plain models run on one rank, all others on several. Cases share their processes, except that
+    a stage of DeepSpeed has some of its own: its engines are not freed while the process lives.
+    """
+    groups: dict[str, list[tuple[str, Shapes]]] = {}
+    for case in cases:
+        engine = case[0]
+        own = engine == "plain" or engine.startswith("zero")
+        groups.setdefault(engine if own else "torch", []).append(case)
+    rows: list[Row] = []
+    for name, group in groups.items():
+        if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+            rows += [{"engine": name, "weights": "not run: deepspeed is not installed"}]
+            continue
+        num_ranks = 1 if name == "plain" else sizes.ranks_of(device)
+        sys.stderr.write(f"{measure.__module__}: {name} on {num_ranks} ranks\n")
+        try:
+            rows += on_ranks(_cases, num_ranks, measure, group, rounds, device=device)[0]
+        except NotEnoughDevices as error:
+            rows += [{"engine": name, "weights": f"not run: {error}"}]
+    return rows
+
+
+def _cases(
+    here: Here, measure: Body, cases: Sequence[tuple[str, Shapes]], rounds: int
+) -> list[Row]:
+    rows: list[Row] = []
+    for engine, shapes in cases:
+        rows += measure(here, engine, shapes, rounds)
+        gc.collect()
+    return rows

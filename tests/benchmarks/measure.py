@@ -51,18 +51,20 @@ def interleaved(
     rounds: int,
     least_s: float = 0.002,
     together: Here | None = None,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each act in each round: one after the other, each round starting with the next.
 
     A sample is of so many calls, the same for all, that the shortest lasts `least_s`. With
     `together`, every rank calls, and all make as many calls as rank 0 chose, starting at once.
+    With `before`, a sample is of one call, after that was called.
     """
     clock = Clock(device)
     repeats = 1  # the same for all: the first call of a sample finds its data out of the caches
     for act in acts.values():
         act()  # what is made at the first call is not timed
         taken = max(clock.time(act), 1e-9)
-        repeats = max(repeats, round(least_s / taken))
+        repeats = 1 if before else max(repeats, round(least_s / taken))
     if together is not None:
         repeats = together.all_gather(repeats)[0]
     names = list(acts)
@@ -73,6 +75,8 @@ def interleaved(
         for number in range(rounds):
             at = number % len(names)
             for name in names[at:] + names[:at]:
+                if before is not None:
+                    before()
                 if together is not None:
                     together.barrier()
                 taken_by[name].append(clock.time(acts[name], repeats))
@@ -80,6 +84,31 @@ def interleaved(
         if collecting:
             gc.enable()
     return taken_by
+
+
+def hot_and_cold(
+    acts: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int,
+    together: Here | None = None,
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """`interleaved` twice: call after call, and each call as in training, after other work.
+
+    That work is a matmul, a write to more bytes than caches hold, and a pause of 3 ms, after which
+    threads sleep. In a rank of several, all wait for one another after it.
+    """
+    operand = torch.randn(512, 512, device=device)
+    caches = torch.zeros(1 << 24, device=device)
+
+    def work() -> None:
+        torch.mm(operand, operand)
+        caches.add_(1.0)
+        Clock(device).settle()
+        time.sleep(0.003)
+
+    hot = interleaved(acts, device, rounds=rounds, together=together)
+    return hot, interleaved(acts, device, rounds=2 * rounds, together=together, before=work)
 
 
 def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:

@@ -24,17 +24,25 @@ ENGINES = ("plain", "ddp", "fsdp1", "fsdp2", "zero2", "zero3")
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """So many tensors of one shape, in units of so many, and the dtype that they live in."""
+    """So many tensors of these shapes in turn, in units of so many, and their dtype."""
 
     name: str
     count: int
-    shape: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
     per_unit: int = 1
     dtype: torch.dtype = torch.float32
 
     @property
+    def every(self) -> list[tuple[int, ...]]:
+        return [self.shapes[i % len(self.shapes)] for i in range(self.count)]
+
+    @property
+    def numels(self) -> list[int]:
+        return [math.prod(shape) for shape in self.every]
+
+    @property
     def numel(self) -> int:
-        return self.count * math.prod(self.shape)
+        return sum(self.numels)
 
 
 class Unit(nn.Module):
@@ -50,11 +58,9 @@ class Model(nn.Module):
 
     def __init__(self, shapes: Shapes, device: Any = None) -> None:
         super().__init__()
-        full, rest = divmod(shapes.count, shapes.per_unit)
-        counts = [shapes.per_unit] * full + [rest] * (rest > 0)
-        self.units = nn.ModuleList(
-            Unit([shapes.shape] * count, shapes.dtype, device) for count in counts
-        )
+        every, step = shapes.every, shapes.per_unit
+        units = (every[start : start + step] for start in range(0, len(every), step))
+        self.units = nn.ModuleList(Unit(unit, shapes.dtype, device) for unit in units)
 
 
 def wrap(engine: str, shapes: Shapes, here: Here) -> nn.Module:

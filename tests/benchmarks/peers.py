@@ -18,9 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_ema import ShardedEMA
-from tests.benchmarks.cases import rows_of
-from tests.benchmarks.launch import Here
-from tests.benchmarks.measure import interleaved, ratio
+from tests.benchmarks.launch import Here, rows_of
+from tests.benchmarks.measure import hot_and_cold, ratio
 from tests.benchmarks.models import Shapes, elements_of_all_ranks, local, nbytes_of, updater, wrap
 from tests.benchmarks.report import Row, Table
 from tests.benchmarks.sizes import Sizes
@@ -30,7 +29,8 @@ DECAY = 1 - WEIGHT
 ENGINES = ("ddp", "fsdp1", "fsdp2", "zero2", "zero3")
 PLAIN_NOTE = """\
 One process, no process group. Medians over interleaved rounds of one update's time over another's
-in the same round. *Floor*: `torch._foreach_lerp_` of tensors as many and as long."""
+in the same round. *Floor*: `torch._foreach_lerp_` of tensors as many and as long. *Cold*: after a
+matmul, a write of 64 MB and a pause of 3 ms, as in a training step; others are hot."""
 ENGINES_NOTE = """\
 All ranks at once; ratios as above, on rank 0. *Averaged*: elements kept over all ranks together,
 over the elements of the model: 1 is one copy in all, the number of ranks a copy each, less than 1
@@ -147,17 +147,18 @@ def run(device: str, sizes: Sizes) -> list[Table]:
 
 def plain_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
     model = wrap(engine, shapes, here)
-    one = shapes.numel // shapes.count
     ways = {"dist_ema": dist_ema(model)} | {n: build(model) for n, build in LIBRARIES.items()}
-    acts = {"floor": floor([one] * shapes.count, here.device)}
+    acts = {"floor": floor(shapes.numels, here.device)}
     acts |= {name: way.update for name, way in ways.items()}
-    taken = interleaved(acts, here.device, rounds=rounds)
+    taken, cold = hot_and_cold(acts, here.device, rounds=rounds)
     return [
         {
             "weights": shapes.name,
             "way": name,
             "over floor": ratio(taken, name, "floor"),
+            "over floor cold": ratio(cold, name, "floor"),
             "over dist_ema": ratio(taken, name, "dist_ema"),
+            "over dist_ema cold": ratio(cold, name, "dist_ema"),
             "MB kept": nbytes_of(way.kept) / 1e6,
         }
         for name, way in ways.items()
@@ -178,9 +179,10 @@ def engine_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Ro
             row["fails with"] = error
         else:
             acts = {"dist_ema": ours.update, "theirs": way.update}
-            taken = interleaved(acts, here.device, rounds=rounds, together=here)
+            taken, cold = hot_and_cold(acts, here.device, rounds=rounds, together=here)
             row |= _told(here, shapes, name, way)
             row["over dist_ema"] = ratio(taken, "theirs", "dist_ema")
+            row["over dist_ema cold"] = ratio(cold, "theirs", "dist_ema")
         rows.append(row)
         del way
         gc.collect()

@@ -5,26 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tests.benchmarks import report
 from tests.benchmarks.report import Row
-
-OWN, OTHER = "#1b6ca8", "#b8b8b8"
 
 
 def draw(results: Path, directory: Path) -> list[Path]:
     """The plots for which there are results; none without matplotlib."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
+        import matplotlib  # noqa: F401
     except ImportError:
         sys.stderr.write("no plots: matplotlib is not installed\n")
         return []
     peers, ranks = report.read(results, "peers"), report.read(results, "ranks")
     drawn = []
-    directory.mkdir(parents=True, exist_ok=True)
     if peers is not None:
         drawn.append(_peers(peers["plain"], directory / "bench-peers.png"))
     if ranks is not None:
@@ -34,58 +28,51 @@ def draw(results: Path, directory: Path) -> list[Path]:
 
 def _peers(rows: Sequence[Row], path: Path) -> Path:
     """Bars: an update of each library over the floor, a panel for each kind of weights."""
-    import matplotlib.pyplot as plt
+    from examples.plotting import OTHER, OWN, new_figure, save
 
     kinds = list(dict.fromkeys(row["weights"] for row in rows))
     ways = list(dict.fromkeys(row["way"] for row in rows))
-    figure, panels = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 3), sharey=True)
-    for panel, kind in zip(_listed(panels), kinds, strict=True):
-        found = {row["way"]: row["over floor"] for row in rows if row["weights"] == kind}
+    is_own = [way == "dist_ema" for way in ways]
+    figure, panels = new_figure(8, 4.2, columns=len(kinds), sharey=True, squeeze=False)
+    for panel, kind in zip(panels[0], kinds, strict=True):
+        ratios = {row["way"]: row["over floor"] for row in rows if row["weights"] == kind}
         bars = panel.barh(
             ways,
-            [found[way] for way in ways],
-            color=[OWN if w == "dist_ema" else OTHER for w in ways],
+            [ratios[way] for way in ways],
+            color=[OWN if own else OTHER for own in is_own],
+            hatch=["///" if own else "" for own in is_own],
+            edgecolor=["white" if own else OTHER for own in is_own],
         )
-        panel.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
-        panel.axvline(1, color="black", linewidth=0.8)
-        panel.set_xscale("log")
-        panel.margins(x=0.25)
-        panel.set_title(f"{kind} tensors", fontsize=9)
-        panel.invert_yaxis()
-    figure.supxlabel("time of an update over torch._foreach_lerp_ on the same tensors", fontsize=9)
-    return _saved(figure, path)
+        panel.bar_label(bars, fmt="%.2f", padding=4)
+        panel.axvline(1, color="black", linestyle="--", linewidth=1)
+        panel.margins(x=0.3)
+        panel.set(title=kind, xticks=[])
+        panel.grid(False)
+    panels[0, 0].invert_yaxis()
+    figure.supxlabel("time of an update; 1 (dashed): torch._foreach_lerp_")
+    return save(figure, path)
 
 
 def _group(rows: Sequence[Row], path: Path) -> Path:
-    """Lines: bytes of the average and time of an update on more ranks, and 1/ranks."""
-    import matplotlib.pyplot as plt
+    """Marks, engines side by side: bytes and time of an update on more ranks; lines: 1/ranks."""
+    from examples.plotting import new_figure, save
 
     rows = [row for row in rows if "bytes" in row]
     counts = sorted({row["ranks"] for row in rows})
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3))
-    titles = {
-        "bytes": "bytes a rank, over one fp32 copy",
-        "time": "time of an update, over all of it",
-    }
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    figure, panels = new_figure(8, 4.2, columns=2, sharey=True)
+    titles = {"bytes": "bytes a rank", "time": "time of an update"}
     for panel, (column, title) in zip(panels, titles.items(), strict=True):
-        for engine in dict.fromkeys(row["engine"] for row in rows):
+        for i, engine in enumerate(engines):
             of_engine = {row["ranks"]: row[column] for row in rows if row["engine"] == engine}
-            at = sorted(of_engine)
-            panel.plot(at, [of_engine[n] for n in at], marker="o", markersize=4, label=engine)
-        panel.plot(counts, [1 / n for n in counts], "k:", linewidth=1, label="1/ranks")
-        panel.set_xticks(counts)
-        panel.set_ylim(bottom=0)
-        panel.set_xlabel("ranks")
-        panel.set_title(title, fontsize=9)
-    panels[-1].legend(fontsize=8)
-    return _saved(figure, path)
-
-
-def _listed(panels: Any) -> list[Any]:
-    return list(panels) if hasattr(panels, "__len__") else [panels]
-
-
-def _saved(figure: Any, path: Path) -> Path:
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    return path
+            at = [counts.index(n) + 0.14 * (i - (len(engines) - 1) / 2) for n in of_engine]
+            panel.plot(at, list(of_engine.values()), linestyle="", markersize=7, label=engine)
+        for x, n in enumerate(counts):
+            panel.hlines(1 / n, x - 0.48, x + 0.48, "black", label="1/ranks" if x == 0 else None)
+        panel.set(title=title, xlabel="ranks", xticks=range(len(counts)), xticklabels=counts)
+        panel.grid(False, axis="x")
+        panel.set_ylim(0, 1.2)
+    panels[0].set_ylabel("over the whole model's")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=7, frameon=False)
+    return save(figure, path)

@@ -1,9 +1,9 @@
-"""The part of the README that tells of speed and scale, made of committed results."""
+"""Writes results into `README.md` and into the page of the benchmarks."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,64 +11,122 @@ from tests.benchmarks import report
 from tests.benchmarks.report import Row
 
 BEGIN, END = "<!-- figures -->\n", "<!-- /figures -->"
+PAGE = Path("tests/benchmarks/README.md")
 ENGINES = {
     "plain": "one process",
+    "ddp": "DDP",
     "fsdp1": "FSDP1",
     "fsdp2": "FSDP2",
     "zero2": "ZeRO-2",
     "zero3": "ZeRO-3",
 }
+SUITES = ("update", "peers", "ranks", "swap", "scale")
 FILES = ("save", "load", "gather_state_dict", "export rank0", "export direct")
 
-
-def write(results: Path, readme: Path) -> None:
-    """Put what the results tell between the two marks of the README."""
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    readme.write_text(before + BEGIN + "\n" + told(results) + "\n" + END + after)
+Tables = Mapping[str, list[Row]]
 
 
-def told(results: Path) -> str:
-    """All suites must have been run."""
-    found = {}
-    for suite in ("update", "peers", "ranks", "swap", "scale"):
-        tables = report.read(results, suite)
-        if tables is None:
-            raise SystemExit(f"{results}: no {suite}.json; run bash launch/bench.sh {suite}")
-        found[suite] = tables
+def write(results: Path, root: Path) -> None:
+    """Write the results into the two pages of a folder: `README.md` and `PAGE`."""
+    found = read(results)
     about = report.about(results, "update")
     backend = "NCCL" if about["device"] == "cuda" else "gloo"
+    where = f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, {backend}"
+    _put(root / "README.md", summary(found, where))
+    _put(root / PAGE, tables(found, where))
+
+
+def read(results: Path) -> Tables:
+    """The tables of all suites as "suite/table"."""
+    found: dict[str, list[Row]] = {}
+    for suite in SUITES:
+        read = report.read(results, suite)
+        if read is None:
+            raise SystemExit(f"{results}: no {suite}.json; run bash launch/bench.sh {suite}")
+        found |= {f"{suite}/{name}": rows for name, rows in read.items()}
+    return found
+
+
+def _put(page: Path, text: str) -> None:
+    """Replace what is between the two marks of a page."""
+    before, rest = page.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def summary(found: Tables, where: str) -> str:
+    """One small table: of each engine, what an update costs."""
+    largest = {row["engine"]: row for row in reversed(found["update/update"])}
+    most = {row["engine"]: row for row in found["ranks/ranks"]}  # on most ranks: the last rows
+    lines = [
+        [
+            name,
+            largest.get(engine, {}).get("update/floor"),
+            *(most[engine][column] for column in ("bytes", "time")),
+        ]
+        for engine, name in ENGINES.items()
+    ]
     parts = [
         _text(
-            f"On {about['cpu']}, {about['cores']} cores, torch {about['torch']}, {backend}. Ratios "
-            "within one run, medians of interleaved rounds; all rows are in "
-            f"`{results.relative_to(report.ROOT)}/`."
+            f"On {where}. *Update*: time of an update, all ranks at once, over "
+            "`torch._foreach_lerp_` of the same bytes. *Bytes* and *time*: of the average and the "
+            "update on each of four ranks, over those of a whole fp32 model in one process."
         ),
-        _text(
-            "An update over `torch._foreach_lerp_` of fp32 tensors as many and as long (bf16: of "
-            "as many bytes), all ranks at once; *compiled* is what `torch.compile` makes of an "
-            "update from bf16, in one pass, over the same; *two averages* over one:"
-        ),
-        _update(found["update"]["update"]),
-        "Time of an update of others over ours, in one process, and on FSDP2 with two ranks:",
-        _peers(found["peers"]),
-        "Bytes and time of an update on four ranks over those on one:",
-        _group(found["ranks"]["ranks"]),
+        _table(["engine", "update", "bytes", "time"], lines),
         "![Time of an update of each library](examples/bench-peers.png)",
-        "![Bytes and time of an update on 1, 2 and 4 ranks](examples/bench-ranks.png)",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def tables(found: Tables, where: str) -> str:
+    """All that is measured."""
+    parts = [
+        f"Machine: {where}.",
+        "## Update",
         _text(
-            "Into the average and out of it, 1 GB of fp32 weights (resident memory beyond what was "
-            "held; the first time also what libraries set up once):"
+            "Time of an update over `torch._foreach_lerp_` of the same number of fp32 tensors of "
+            "the same size, all ranks at once. For bf16 weights the reference reads and writes the "
+            "same number of bytes. *hot / cold*: one call after the other, and after a matrix "
+            "product and a pause, as in a training step."
         ),
-        _swap(found["swap"]["swap"]),
-        "Files, over a plain write and sync of the same bytes by one process (268 MB):",
-        _files(found["swap"]["files"]),
+        _update(found["update/update"]),
         _text(
-            "A model of 70.6 billion parameters on 1,024 ranks, simulated on one core, one rank at "
-            "a time (seconds of `ShardedEMA(model)`; a rank asked by all has most to answer):"
+            "*Compiled*: time of one pass from bf16 that `torch.compile` makes, over the same "
+            "reference. *Two averages*: time of an update of two averages over one. Both in one "
+            "process."
         ),
-        _scale(found["scale"]["construction"]),
+        _variants(found["update/update"]),
+        "## Other libraries",
+        "Time of an update of another library over an update of `dist_ema`, in one process:",
+        _peers(found["peers/plain"]),
+        "The same on FSDP2 with two ranks:",
+        _peers([row for row in found["peers/engines"] if row["engine"] == "fsdp2"]),
+        "![Time of an update of each library](../../examples/bench-peers.png)",
+        "## More ranks",
+        _text(
+            "Bytes of the average and time of an update on each of four ranks, over one fp32 copy "
+            "of the model and `torch._foreach_lerp_` of it in one process:"
+        ),
+        _group(found["ranks/ranks"]),
+        "![Bytes and time of an update on 1, 2 and 4 ranks](../../examples/bench-ranks.png)",
+        "## Swap",
+        _text(
+            "Time to enter and to leave `average_parameters()` with 1 GB of fp32 weights, over a "
+            "copy of what the rank averages. *MB*: resident memory in the block beyond the memory "
+            "before. *First*: the same in the first block, which includes what libraries set up "
+            "once."
+        ),
+        _swap(found["swap/swap"]),
+        "## Files",
+        "Time over a plain write and sync of the same bytes (268 MB) by one process:",
+        _files(found["swap/files"]),
+        "## 1,024 ranks, simulated",
+        _text(
+            "A model of 70.6 billion parameters. One rank at a time runs `ShardedEMA(model)` on "
+            "one core; the network is not counted. *Asked by all*: the rank that answers most "
+            "questions of other ranks."
+        ),
+        _scale(found["scale/construction"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -78,59 +136,65 @@ def _text(words: str) -> str:
 
 
 def _update(rows: Sequence[Row]) -> str:
-    lines = []
+    engines, lines = _kinds(rows, "engine"), []
     for kind in _kinds(rows, "weights"):
         by = {row["engine"]: row for row in rows if row["weights"] == kind}
-        over = [by.get(engine, {}).get("update/floor") for engine in ENGINES]
-        lines.append([kind, *over, by["plain"].get("compiled"), by["plain"]["two"]])
-    columns = [*ENGINES.values(), "compiled, one process", "two averages, one process"]
-    return _table(["weights of this rank", *columns], lines)
+        lines.append(
+            [kind, *(_hot_and_cold(by.get(engine, {}), "update/floor") for engine in engines)]
+        )
+    return _table(["weights of a rank", *(ENGINES[engine] for engine in engines)], lines)
 
 
-def _peers(tables: dict[str, list[Row]]) -> str:
-    alone = tables["plain"]
-    fsdp2 = [row for row in tables["engines"] if row["engine"] == "fsdp2"]
-    columns = [(alone, kind, kind) for kind in _kinds(alone, "weights")]
-    columns += [(fsdp2, kind, f"FSDP2, {kind}") for kind in _kinds(fsdp2, "weights")]
-    lines = []
-    for way in _kinds([*alone, *fsdp2], "way"):
-        if way != "dist_ema":
-            cells = [_beside(rows, way, kind) for rows, kind, _ in columns]
-            lines.append([way, *cells])
-    return _table(["", *(name for _, _, name in columns)], lines)
+def _variants(rows: Sequence[Row]) -> str:
+    plain = [row for row in rows if row["engine"] == "plain"]
+    lines = [[row["weights"], _hot_and_cold(row, "compiled"), row["two"]] for row in plain]
+    return _table(["weights", "compiled", "two averages"], lines)
+
+
+def _peers(rows: Sequence[Row]) -> str:
+    kinds = _kinds(rows, "weights")
+    others = [way for way in _kinds(rows, "way") if way != "dist_ema"]
+    lines = [[way, *(_beside(rows, way, kind) for kind in kinds)] for way in others]
+    return _table(["library", *kinds], lines)
 
 
 def _beside(rows: Iterable[Row], way: str, kind: str) -> Any:
     row = next((row for row in rows if row["way"] == way and row["weights"] == kind), {})
     if row.get("fails with"):
-        return textwrap.shorten("fails: " + row["fails with"], 60, placeholder=" ...")
-    return row.get("over dist_ema")
+        return "fails: " + textwrap.shorten(row["fails with"], 40, placeholder=" ...")
+    return _hot_and_cold(row, "over dist_ema")
+
+
+def _hot_and_cold(row: Row, column: str) -> str:
+    """Both figures; the hot one alone where the results have no other."""
+    both = (row.get(column), row.get(f"{column} cold"))
+    return " / ".join(_shown(figure) for figure in both if figure is not None)
 
 
 def _group(rows: Sequence[Row]) -> str:
-    four = [row for row in rows if row["ranks"] == 4]
-    return _table(
-        ["", *(row["engine"] for row in four)],
-        [[what, *(row[what] for row in four)] for what in ("bytes", "time")],
-    )
+    lines = [[ENGINES[r["engine"]], r["bytes"], r["time"]] for r in rows if r["ranks"] == 4]
+    return _table(["engine", "bytes", "time"], lines)
 
 
 def _swap(rows: Sequence[Row]) -> str:
-    columns = ["engine", "ranks", "in/copy", "out/copy", "extra MB", "extra MB, first"]
+    columns = {"ranks": "ranks", "in/copy": "in", "out/copy": "out"}
+    columns |= {"extra MB": "MB", "extra MB, first": "first"}
     fp32 = [row for row in rows if "bf16" not in row["weights"]]
-    return _table(columns, [[row[c] for c in columns] for row in fp32])
+    lines = [[ENGINES[row["engine"]], *(row[column] for column in columns)] for row in fp32]
+    return _table(["engine", *columns.values()], lines)
 
 
 def _files(rows: Sequence[Row]) -> str:
     lines = []
     for engine in _kinds(rows, "engine"):
         by = {row["what"]: row for row in rows if row["engine"] == engine}
-        lines.append([engine, by["save"]["ranks"], *(by[what].get("over write") for what in FILES)])
-    return _table(["engine", "ranks", *FILES], lines)
+        times = [by[what].get("over write") for what in FILES]
+        lines.append([ENGINES[engine], by["save"]["ranks"], *times])
+    return _table(["engine", "ranks", "save", "load", "gather", "rank0", "direct"], lines)
 
 
 def _scale(rows: Sequence[Row]) -> str:
-    columns = ["mesh", "rank", "seconds", "plan MB", "average MB", "sent MB", "received MB"]
+    columns = ["mesh", "rank", "seconds", "plan MB", "sent MB", "received MB"]
     return _table(columns, [[row[c] for c in columns] for row in rows])
 
 

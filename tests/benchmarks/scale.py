@@ -191,7 +191,7 @@ class Simulation:
     def _save(self, directory: Path, fragments: Sequence[Fragment]) -> UnwrittenSave:
         tensors = [TensorMeta(n, (), shape, torch.float32) for n, shape in self.world.parameters]
         averages = {"ema": fragments}
-        return UnwrittenSave(directory / "ema", directory, "0" * 32, averages, tensors, STATE)
+        return UnwrittenSave(directory / "ema", directory, "0" * 32, averages, tensors, STATE, None)
 
 
 def on_meta(meta: FragmentMeta) -> Fragment:

@@ -31,6 +31,7 @@ class Sizes:
     whole: Shapes  # on 1, 2 and 4 ranks
     num_ranks: tuple[int, ...]
     swapped: Shapes
+    heavy: Shapes  # of an average of 2 GB
     traced: tuple[int, int, int]  # width, depth and batch of the model that is trained
     stored: Shapes
     rounds: int
@@ -50,11 +51,13 @@ class Sizes:
 
 def _large(count: int, side: int = SIDE, dtype: torch.dtype = torch.float32) -> Shapes:
     name = f"{count} of {side} x {side}" + (" bf16" if dtype == torch.bfloat16 else "")
-    return Shapes(name=name, count=count, shape=(side, side), dtype=dtype)
+    return Shapes(name=name, count=count, shapes=((side, side),), dtype=dtype)
 
 
-SMALL = Shapes(name="384 of 3,000", count=384, shape=(60, 50), per_unit=24)
-TINY = Shapes(name="384 of 10 x 10", count=384, shape=(10, 10), per_unit=24)
+SMALL = Shapes(name="384 of 3,000", count=384, shapes=((60, 50),), per_unit=24)
+TINY = Shapes(name="384 of 10 x 10", count=384, shapes=((10, 10),), per_unit=24)
+BLOCK = ((64,), (64,), (256, 64), (256,))  # a LayerNorm and a Linear
+BLOCKS = Shapes(name="96 blocks", count=4 * 96, shapes=BLOCK, per_unit=4)
 BF16 = torch.bfloat16
 
 REAL = Sizes(
@@ -62,6 +65,7 @@ REAL = Sizes(
         _large(12),
         SMALL,
         TINY,
+        BLOCKS,
         _large(12, dtype=BF16),
         replace(SMALL, name="384 of 3,000 bf16", dtype=BF16),
     ),
@@ -69,6 +73,7 @@ REAL = Sizes(
     whole=_large(8),
     num_ranks=(1, 2, 4),
     swapped=_large(16, 2 * SIDE),
+    heavy=_large(32, 2 * SIDE),
     traced=(2 * SIDE, 16, 8 * SIDE),
     stored=_large(16),
     rounds=15,
@@ -84,6 +89,7 @@ CHECK = Sizes(
     whole=_large(2, 32),
     num_ranks=(1, 2),
     swapped=_large(2, 32),
+    heavy=_large(2, 512),
     traced=(32, 2, 8),
     stored=_large(2, 32),
     rounds=2,

@@ -9,13 +9,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dist_ema import ShardedEMA
-from tests.benchmarks.cases import rows_of
-from tests.benchmarks.launch import Here
+from tests.benchmarks.launch import Here, rows_of
 from tests.benchmarks.measure import Clock, peak_memory, ratio
 from tests.benchmarks.models import ENGINES, Shapes, updater, wrap
 from tests.benchmarks.report import Row, Table
@@ -30,6 +30,9 @@ FILES_NOTE = """\
 Time of each, all ranks at once, over *write*: rank 0 writing as many bytes as an fp32 copy of the
 model has to one file, and syncing it, in the same round. Medians over rounds. *Extra*: as above, on
 rank 0 and on any rank. What is read is in the page cache."""
+MEMORY_NOTE = """\
+One process. *Average*: `ema.nbytes` over 4 bytes an element. *Extra*: the most memory held during a
+call beyond what was held before it, in MB; of `ShardedEMA(model)`, beyond the average as well."""
 BLOCK = 4 << 20
 FURTHER = ("fsdp2", "zero2")  # with bf16 weights too
 STORED = ("plain", "ddp", "fsdp1", "fsdp2", "zero3")
@@ -44,6 +47,32 @@ def run(device: str, sizes: Sizes) -> list[Table]:
     for table, case, cases in ((swaps, swap_case, every), (files, files_case, stored)):
         table.rows += rows_of(case, cases, device, sizes, sizes.slow_rounds)
     return [swaps, files]
+
+
+def run_memory(device: str, sizes: Sizes) -> list[Table]:
+    cases = [("plain", sizes.heavy)]
+    rows = rows_of(memory_case, cases, device, sizes, sizes.slow_rounds)
+    return [Table("memory", "Memory of a large average", MEMORY_NOTE, rows)]
+
+
+def memory_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
+    """One row: how much memory the first call of each kind takes in this process."""
+    model = wrap(engine, shapes, here)
+    held = peak_memory(here.device, reset=True)
+    ema = ShardedEMA(model)
+    row: dict[str, Any] = {"engine": engine, "weights": shapes.name}
+    row |= {"average MB": ema.nbytes / 1e6, "average": ema.nbytes / (4 * shapes.numel)}
+    row["extra MB, building"] = (peak_memory(here.device) - held - ema.nbytes) / 1e6
+
+    def swapped() -> None:
+        with ema.average_parameters():
+            pass
+
+    for name, act in {"an update": updater(ema, model), "a swap": swapped}.items():
+        held = peak_memory(here.device, reset=True)
+        act()
+        row[f"extra MB, {name}"] = (peak_memory(here.device) - held) / 1e6
+    return [row]
 
 
 def swap_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The digits example on two CPU processes without accelerate; results in runs/digits-ENGINE:
-#     bash launch/digits_torchrun.sh fsdp2    (or fsdp1; further arguments go to the example)
+# The training of demo.sh on two CPU processes without accelerate; results in runs/spirals-ENGINE:
+#     bash launch/spirals_torchrun.sh fsdp2    (or fsdp1; further arguments go to the example)
 # Needs Python 3.10 or newer; the first run makes .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,4 +10,4 @@ setup accelerate diffusers examples
 engine=${1:-fsdp2}
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 exec .venv/bin/torchrun --standalone --nproc_per_node 2 \
-    examples/digits_diffusion.py "--$engine" --out "runs/digits-$engine" "${@:2}"
+    examples/spirals_diffusion.py --torch "$engine" --out "runs/spirals-$engine" "${@:2}"
