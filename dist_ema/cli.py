@@ -275,7 +275,8 @@ def _verify(options: argparse.Namespace) -> int:
         "checksum": manifest.algorithm,
     }
     if options.json:
-        return _write_json(summary) or bool(problems)
+        _write_json(summary)
+        return 1 if problems else 0
     for problem in problems:
         _say(problem)
     if problems:

@@ -6,13 +6,16 @@ import gc
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dist_ema import ShardedEMA
 from dist_ema.checkpoint import CheckpointError
+from dist_ema.core.group import Group
 from dist_ema.integrations.accelerate import register
 from tests.net import TRAINABLE, Net
 from tests.oracle import Oracle, worst_relative_error
@@ -318,3 +321,18 @@ def test_what_does_not_belong_together_is_refused():
         accelerator.free_memory()
         with pytest.raises(ValueError, match="register each ShardedEMA once"):
             register(accelerator, ema)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("call", ["save_state", "load_state"])
+def test_a_checkpoint_of_one_rank_alone_names_the_others(call: str, tmp_path: Path):
+    with accelerated("ddp") as session:
+        ema = ShardedEMA(session.model, DECAY)
+        register(session.accelerator, ema)
+        if rank() == 0:
+            wanted = rf"accelerator\.{call}\(\): ranks .*arrived: 1; .*is_main_process"
+            with mock.patch.object(Group, "_timeout_s", lambda self: 0.1):
+                with pytest.raises(RuntimeError, match=wanted):
+                    getattr(session.accelerator, call)(tmp_path)
+        dist.barrier()
+        assert ema.drift() == 0

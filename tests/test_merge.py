@@ -10,7 +10,8 @@ import random
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,15 @@ def test_sums_are_rounded_once(dtype: torch.dtype, tmp_path: Path):
     states = [random_state(seed, dtype) for seed in range(20)]
     paths = [write_plain(tmp_path / f"{i}", state) for i, state in enumerate(states)]
     paths[3] = write_dcp(tmp_path / "d", states[3])
-    result = merge(paths, tmp_path / "out", weights="cosine")
+    steps: list[int] = []
+
+    @contextmanager
+    def progress(total: int) -> Iterator[Callable[[int], object]]:
+        steps.append(-total)
+        yield steps.append
+
+    result = merge(paths, tmp_path / "out", weights="cosine", progress=progress)
+    assert steps[0] < 0 and sum(steps) == 0
     wanted = numpy_sum(states, list(result.weights.values()))
     assert_close(written(tmp_path / "out"), wanted)
     for other in (torch.float32, torch.bfloat16):

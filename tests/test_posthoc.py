@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import math
-import os
-import pty
-import select
 import shutil
-import struct
-import subprocess
-import sys
-import termios
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,19 +141,15 @@ def test_a_width_that_was_not_stored_is_the_one_that_was_kept(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 chosen = paths[16 // num - 1 :: 16 // num]
-                synthesize(chosen, gamma=schedule.gamma, out=tmp_path / "out")
+                last = 320 if num == 8 else None  # by default the last
+                made = synthesize(chosen, gamma=schedule.gamma, step=last, out=tmp_path / "out")
+            assert made.step == 320
             back = loaded(tmp_path / "out", schedule, **options)
             errors.append(relative_error(back, ema))
         assert errors[0] > errors[1] > errors[2], (schedule, errors)
         assert errors[2] < 0.002, (schedule, errors)  # 0.02 was asked for
         assert (back.step, back.num_updates) == (ema.step, ema.num_updates)
         assert back.decay == ema.decay
-
-
-def test_the_step_may_be_said(tmp_path: Path):
-    paths, (kept,) = kept_run(tmp_path / "run", evenly(120, 8), [OTHERS[2]])
-    assert synthesize(paths, sigma_rel=0.15, step=120, out=tmp_path / "out").step == 120
-    assert relative_error(loaded(tmp_path / "out", OTHERS[2]), kept) < 0.01
 
 
 def test_a_bad_match_is_told(tmp_path: Path):
@@ -322,9 +311,17 @@ def test_a_sweep_reads_every_byte_once(tmp_path: Path, monkeypatch):
         real(self, name, start, buffer)
 
     monkeypatch.setattr(Files, "read", counted)
-    made = sweep(paths, {tmp_path / f"out/{i}": s for i, s in enumerate(OTHERS)})
-    assert len(made) == len(OTHERS)
+    steps: list[int] = []
+
+    @contextmanager
+    def progress(total: int) -> Iterator[Callable[[int], object]]:
+        steps.append(-total)
+        yield steps.append
+
+    outs = {tmp_path / f"out/{i}": s for i, s in enumerate(OTHERS)}
+    assert len(sweep(paths, outs, progress=progress)) == len(OTHERS)
     assert data <= read_bytes < data + 50_000  # headers and manifests
+    assert steps[0] == -data and sum(steps) == 0
 
 
 def test_memory_does_not_grow_with_tensors_or_snapshots(tmp_path: Path, monkeypatch):
@@ -722,21 +719,6 @@ def test_a_range_ends_where_it_says():
     found = parse_widths(Path("x"), None, None, "0.05:0.10:0.03")
     assert list(found) == [Path("x") / f"sigma_rel-{s}" for s in ("0.05", "0.08")]
     assert found[Path("x/sigma_rel-0.05")] == NARROW
-
-
-def test_the_command_shows_its_progress_on_a_terminal(paths: list[Path], tmp_path: Path):
-    main, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    command = [sys.executable, "-m", "dist_ema", "synthesize", *map(str, paths)]
-    command += ["--sigma-rel", "0.07", "--out", str(tmp_path / "out")]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=terminal, check=True
-    )
-    os.close(terminal)
-    assert b"residual" in done.stdout
-    assert select.select([main], [], [], 10)[0], "nothing was shown"
-    assert "%" in os.read(main, 65536).decode()
-    os.close(main)
 
 
 def test_the_result_exports_like_any_other(tmp_path: Path):

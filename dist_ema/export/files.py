@@ -259,11 +259,6 @@ def write_export(
             with closing(Writer(Path(group.broadcast(str(directory))), plan)) as writer:
                 write_values(writer)
                 with group.together():
-                    if writer.not_finite:
-                        raise ValueError(
-                            "the average holds NaN or Inf, or what the dtype asked for cannot "
-                            f"hold, in {', '.join(sorted(writer.not_finite))}; nothing is written"
-                        )
                     writer.sync()
         with group.together():
             on_rank_0.close()
@@ -287,7 +282,7 @@ class Writer:
 
     def __init__(self, directory: Path, plan: ExportPlan) -> None:
         self.directory, self.plan = directory, plan
-        self.not_finite: set[str] = set()  # averaged tensors that hold NaN or Inf
+        self._not_finite: set[str] = set()  # averaged tensors that hold NaN or Inf
         self._open: dict[str, int] = {}
         self._threads = ThreadPoolExecutor(_NUM_THREADS)
         self._writing: deque[Future[None]] = deque()
@@ -327,16 +322,25 @@ class Writer:
         block = block.to(place.dtype)
         comparable = block.float() if block.element_size() == 1 else block
         if place.averaged and not is_finite(comparable):
-            self.not_finite.add(fqn)
+            self._not_finite.add(fqn)
         data = block.view(torch.uint8).numpy().data
         while data:  # a write may be partial
             n = os.pwrite(fd, data, at)
             data, at = data[n:], at + n
 
     def sync(self) -> None:
-        """Wait until what this process wrote is on disk, and close the files."""
+        """Wait until what this process wrote is on disk, and close the files.
+
+        Raises:
+            ValueError: an averaged tensor holds NaN or Inf.
+        """
         for task in (*self._writing, *self._syncs):
             task.result()
+        if self._not_finite:
+            raise ValueError(
+                "the average holds NaN or Inf, or what the dtype asked for cannot hold, in "
+                f"{', '.join(sorted(self._not_finite))}; nothing is written"
+            )
         for fd in self._open.values():
             os.fsync(fd)
         self._writing.clear()
