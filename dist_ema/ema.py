@@ -780,10 +780,10 @@ class ShardedEMA:
         for name, decay in kept.items():
             if decay < 0.5:
                 warnings.warn(
-                    f"the checkpoint has no counters, so the average {name!r} stands at step "
-                    f"{self._step}, and its next update will keep only {decay:.3g} of what was "
-                    "loaded: pass load(path, step=n) with the number of optimizer steps that are "
-                    "behind it, or build it with a constant decay and start_step=0",
+                    f"the average {name!r} stands at step {self._step} after this load, and its "
+                    f"next update will keep only {decay:.3g} of what was loaded: if more optimizer "
+                    "steps are behind it, pass load(path, step=n), or build it with a constant "
+                    "decay and start_step=0",
                     stacklevel=3,
                 )
 
