@@ -322,6 +322,24 @@ def test_a_call_that_failed_for_want_of_ranks_may_be_made_again():
 
 
 @pytest.mark.ranks(2)
+def test_a_rank_that_gives_up_as_the_last_one_arrives_goes_on_with_it():
+    ema = ShardedEMA(linear(), decay=0.5)
+    limit_s, drift = (0.1, 60.0)[dist.get_rank()], ema.drift()
+
+    def raises_late(text: str) -> RuntimeError:
+        time.sleep(2)  # the other rank arrives
+        return RuntimeError(text)
+
+    with (
+        mock.patch.object(Group, "_timeout_s", lambda self: limit_s),
+        mock.patch("dist_ema.core.group.RuntimeError", raises_late, create=True),
+    ):
+        time.sleep(dist.get_rank())
+        assert ema.drift() == drift
+    assert ema.drift() == drift
+
+
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("sharded", [False, True])
 def test_ranks_that_choose_different_weights_are_refused_by_name(sharded: bool):
     model = nn.Sequential(linear(), linear(1))
