@@ -11,10 +11,11 @@ of other libraries at their k-th update, each with `update_every=1`:
     start_step=u+1 (t = k-u-1)    diffusers, ema-pytorch, timm with `update_after_step=u`
 
 [Note: composition]
-`Constant`, `HalfLife`, `PowerFunction` and `EqualWeight` compose: the decay over a + b steps is
-the product of the decays over the first a and the last b steps, so `update_every` only changes
-which weights are averaged. `Warmup` and `Cosine` use the decay at t to the power delta, which is
-slightly more than the product while they rise.
+`Constant`, `HalfLife(steps)`, `PowerFunction` and `EqualWeight` compose: the decay over a + b steps
+is the product of the decays over the first a and the last b steps, so `update_every` only changes
+which weights are averaged. `Warmup` and `Cosine` use the decay at t to the power delta, and
+`HalfLife(fraction=...)` the half-life at t: both are slightly more than the product while they
+rise. `BEMA` uses the decay at t whatever delta is, as TRL does.
 """
 
 import functools
