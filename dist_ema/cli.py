@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "out run/checkpoint-* --last 10 --weights 1-sqrt --dtype bf16",
     ).add_argument
     add("out", type=Path, help="directory to be written")
-    add("paths", nargs="+", metavar="PATH", help="checkpoints, oldest first; by their numbers")
+    add("paths", nargs="+", metavar="PATH", help="checkpoints, oldest first (sorted by number)")
     weights = "uniform, linear, 1-sqrt, cosine, ema:DECAY, or as --weights=-0.2,0.5,0.7"
     add("--weights", default="uniform", metavar="W", help=weights)
     add("--normalize", action="store_true", help="divide weights by their sum")

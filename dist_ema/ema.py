@@ -65,9 +65,9 @@ class ShardedEMA:
             (t, delta) -> decay; or a mapping of names to either, for several averages that are
             updated in one pass over the live weights.
         multi_avg_fn: replaces the decay: a function in the convention of torch's `AveragedModel`,
-            (averaged tensors, live tensors, updates before). The first update copies. It must be
-            elementwise: it gets 1-D pieces of weights, in lists of one dtype, several times per
-            update.
+            called with lists of averaged and of live tensors, and the number of updates before
+            this one. The first update copies instead. The function must be elementwise: an update
+            calls it several times, with 1-D pieces of weights in lists of one dtype.
         update_every: apply every k-th call, with the decay of k steps at once.
         start_step: number of initial calls that copy the weights instead of averaging them.
         params: "trainable", "all", or a predicate (fqn, parameter) -> bool. Parameters that are
@@ -170,8 +170,8 @@ class ShardedEMA:
         if dtype.itemsize < 4:
             wanted = "dtype=" if into is None else "a teacher in "
             warnings.warn(
-                f"the average is kept in {dtype}: small updates are rounded away, at a decay near "
-                f"1 it stops moving; use {wanted}torch.float32",
+                f"the average is kept in {dtype}: small updates are rounded away, and at a decay "
+                f"near 1 the average stops moving; use {wanted}torch.float32",
                 stacklevel=2,
             )
         if masters is None:
@@ -218,7 +218,7 @@ class ShardedEMA:
     def decay(self) -> float | dict[str, float] | None:
         """The decay last applied (0.0 for a copy), of each average if there are several.
 
-        None before the first update, and where `multi_avg_fn` decides.
+        None before the first update, and always with `multi_avg_fn`.
         """
         if self._decays is None:
             return None
@@ -365,9 +365,9 @@ class ShardedEMA:
                 weights are loaded again and `reset()`, `load()` or `load_state_dict()` is called.
 
         Collective under DeepSpeed, and where weights are replicated and the average is split (DDP,
-        HSDP, FSDP2 with tensor parallelism): an all-gather of the averaged weights on entry, of the
-        live ones on exit, and a comparison of replicas before. Else local (FSDP): nothing is
-        compared, so every rank must enter the block with the same `name`, after as many updates.
+        HSDP, FSDP2 with tensor parallelism): replicas are compared, the averaged weights are
+        all-gathered on entry and the live ones on exit. Otherwise local (FSDP): nothing is
+        compared, so every rank must enter with the same `name` and the same number of updates.
         """
         self._meet("average_parameters()", {"name": name}, group=self._average.swap_group)
         with self._average.swap(name or self.names[0], self._values(name)):
@@ -538,8 +538,8 @@ class ShardedEMA:
                 write, or `path` holds other files or the working directory. On every rank; `path`
                 is unchanged.
 
-        Collective: every rank calls it. Each rank writes what it owns; four small exchanges, and
-        one more where weights are replicated, which are read once.
+        Collective: every rank calls it. Each rank writes what it owns. Four small exchanges; if
+        weights are replicated, they are also read once, and compared in one more.
         """
         self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
         self._compare_replicas()

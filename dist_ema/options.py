@@ -199,7 +199,7 @@ ATTRIBUTES = {
     "optimization_step": "`ema.step` counts optimizer steps",
     **dict.fromkeys(("cur_decay_value", "get_decay"), "`ema.decay` is the last decay applied"),
     "save_pretrained": "`ema.export(path)` writes what `from_pretrained` reads; `ema.save(path)` "
-    "what a run resumes from",
+    "writes a checkpoint to resume from",
     "from_pretrained": "build it with the model, then `ema.load(path)` reads an export too",
     "to": "the average is beside the weights, or in host memory if built with device='cpu'",
 }

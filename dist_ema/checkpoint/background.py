@@ -39,7 +39,7 @@ from dist_ema.core.errors import CheckpointError
 if TYPE_CHECKING:  # the command line reads checkpoints without it
     import torch
 
-TIMEOUT_S = 300.0  # without progress, until a rank is given up
+TIMEOUT_S = 300.0  # without progress, after which a rank is given up
 _EXTRA_FOR_RANK_0_S = 30.0  # for rank 0 to tell the others that it gave up a rank
 _PROBE_EVERY_S = 1.0  # whether processes live; longer for many ranks
 _RESERVED_BYTES = 8192  # of each status file

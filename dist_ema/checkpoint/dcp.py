@@ -117,7 +117,7 @@ def _mismatch(own: torch.Tensor, other: object) -> str | None:
         boxes = {fragment.meta.box for fragment in other.fragments}
         missing = [f.meta.box for f in own.fragments if f.meta.box not in boxes]
         if missing:
-            return f"has no box at {missing[0].offsets} of sizes {missing[0].sizes}, this rank does"
+            return f"lacks the box at {missing[0].offsets} of sizes {missing[0].sizes} on this rank"
     return None
 
 

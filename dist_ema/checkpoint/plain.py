@@ -1,6 +1,6 @@
 """Safetensors files that no save wrote: one file, or a directory of them with or without an index.
 
-Headers and indices are not trusted, as little as a manifest is.
+Headers and indices are not trusted: they are checked as a manifest is.
 """
 
 from __future__ import annotations

@@ -443,7 +443,10 @@ def load(
 
 
 def _becomes_visible_to_all(path: Path, group: Group) -> bool:
-    """Whether a rank did not see what another one saw, and all see it now. Collective."""
+    """Wait until every rank sees the same files. Collective.
+
+    Returns False if all ranks saw the same from the start, or if some still do not.
+    """
 
     def names() -> set[str]:
         place = find(path)

@@ -149,7 +149,7 @@ class Average:
     def _with_masters(
         self, engine: Engine, weights: list[Weight], averaged: frozenset[str]
     ) -> list[Weight]:
-        """The weights, averaged from the masters that `masters=` knows of now. Local."""
+        """The weights, with the masters that `masters=` returns now as their views. Local."""
         find = self._options.masters
         if find is None:
             return weights

@@ -16,7 +16,7 @@ class CheckpointError(Exception):
 
 
 def listed(texts: Sequence[str], most: int = 8, separator: str = "; ") -> str:
-    """The first texts, and how many more there are, for a message."""
+    """The first `most` texts and the number of the others, joined for a message."""
     more = [f"and {len(texts) - most} more"] if len(texts) > most else []
     return separator.join([*texts[:most], *more])
 

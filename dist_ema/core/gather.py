@@ -1,9 +1,9 @@
 """Whole tensors from the fragments that ranks own, chunk by chunk.
 
 When a `Gatherer` is built, rank 0 learns which rank owns which box, and every rank which tensors
-there are. A chunk is a range of elements of a tensor, in row-major order. Each rank computes from
-its own boxes what it holds of a chunk, so each byte is sent once, already in the dtype that is
-wanted. The receiver buffers 16 MiB of chunks twice: the messages and the result.
+there are. A chunk is a range of elements of a tensor, in row-major order. Each rank converts the
+elements of a chunk that it owns to the requested dtype and sends them once. The receiver buffers
+16 MiB of chunks twice: the messages and the result.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _Range:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A box that an owned fragment and a range have in common."""
+    """The intersection of an owned fragment and a range of elements."""
 
     number: int  # of the range in its bucket
     fragment: OwnedFragment
@@ -109,7 +109,7 @@ class Gatherer:
     ) -> None:
         """
         Args:
-            values: an average's values of `plan.fragments`, for their dtypes.
+            values: an average, one tensor for each of `plan.fragments`; only dtypes are used.
             buffers: persistent buffers that are not averaged.
         """
         self._group = group

@@ -210,8 +210,8 @@ class TensorMeta:
     def dtype_as(self, wanted: torch.dtype | None) -> torch.dtype:
         """The dtype in which the tensor is gathered and exported.
 
-        Floating-point tensors take the wanted one. With None they keep their own, half-precision
-        ones being widened to fp32, so that the state dict has one floating-point dtype.
+        A floating-point tensor is converted to `wanted`. If that is None, half precision becomes
+        fp32, so that the state dict has one floating-point dtype, and others keep their dtype.
         """
         import torch
 

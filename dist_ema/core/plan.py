@@ -152,7 +152,7 @@ def rebind(plan: Plan, weights: Sequence[Weight], group: Group) -> Plan:
 
 
 def _fixed(weights: Sequence[Weight], averaged: frozenset[str]) -> list[Weight]:
-    """The weights whose layout must not change: other buffers may appear, change or vanish."""
+    """The weights whose layout must not change: all but the buffers that are not averaged."""
     return [w for w in weights if not w.is_buffer or w.fqn in averaged]
 
 

@@ -147,7 +147,7 @@ def exchange_slices(
     group: dist.ProcessGroup,
     ranks: Sequence[int],
 ) -> None:
-    """Fill storage that some ranks hold with what each of them wrote to its own slice of it.
+    """All-gather storage that several ranks hold, of which each has written its own slice.
 
     Collective among `ranks`. Each byte is sent once, in chunks; a chunk is on its way while the one
     before it is copied to its place. With gloo, or among some ranks of a group, messages go from

@@ -185,7 +185,7 @@ class _Flat(_Whole):
                 )
 
     def publish(self) -> None:
-        """Let every rank have the parts of all, a chunk of each at a time."""
+        """All-gather the low-precision copies, of which each rank has updated one part."""
         for copy, process_group in zip(self._copies, self._process_groups or (), strict=False):
             parts = list(copy.detach().view(dist.get_world_size(process_group), -1))
             exchange_slices(

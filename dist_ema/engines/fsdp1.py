@@ -49,7 +49,7 @@ class _Original:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """One object for all registrations of a tied parameter, with its `requires_grad`."""
+        """The parameter. The same object for all registrations of a tied parameter."""
         flat = self.handle.flat_param
         info = flat._param_infos[self.index]
         uses_orig_params = flat._params is not None

@@ -88,7 +88,7 @@ def export(
 
     Raises:
         CheckpointError: the checkpoint or the base is damaged, or of another model; or a tensor is
-            in neither. `out` is as it was.
+            in neither. `out` is unchanged.
         ValueError: an argument is out of range, the average holds NaN or Inf, or `out` cannot take
             an export. The same.
     """

@@ -66,7 +66,7 @@ def register(
         if other.ema() is not None and other.is_held():
             raise ValueError(
                 f"an average is registered as {name!r} with this accelerator already; give each "
-                "its own name=, or drop that one and call accelerator.free_memory() before"
+                "its own name=, or delete that one and call accelerator.free_memory() first"
             )
         for hook in other.hooks:
             hook.remove()

@@ -154,8 +154,8 @@ def sweep(
     largest = max((schedule.gamma for schedule in wanted.values()), default=0.0)
     if largest > _MAX_GAMMA:
         raise ValueError(
-            f"gamma is {largest:g}, wanted at most {_MAX_GAMMA:g}: so narrow a profile is the "
-            "weights of the last few steps"
+            f"gamma is {largest:g}, wanted at most {_MAX_GAMMA:g}: a narrower profile "
+            "would average the last few steps only"
         )
     _check_outputs(list(wanted), paths)
     with ExitStack() as stack:
@@ -278,4 +278,4 @@ def _state(like: Snapshot, schedule: PowerFunction) -> dict[str, object]:
     state, every = like.checkpoint.state, like.checkpoint.state["update_every"]
     decay = decay_at(schedule, like.profile.count * every, every)
     average = {"schedule": to_json(schedule), "decay": decay, "mixed": True}
-    return {**state, "averages": {NAME: average}}  # with the model layout
+    return {**state, "averages": {NAME: average}}  # keeps "model", the layout of the model
