@@ -117,8 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     add, width = parsed.add_argument, parsed.add_mutually_exclusive_group(required=True)
     add("paths", type=Path, nargs="+", help="checkpoints of the run", metavar="PATH")
     add("--out", type=Path, required=True, help="checkpoint to be written")
-    width.add_argument("--gamma", type=float, help="exponent of the profile; or")
-    width.add_argument("--sigma-rel", type=float, help="its relative standard deviation; or")
+    width.add_argument("--gamma", type=float, help="exponent of the profile")
+    width.add_argument("--sigma-rel", type=float, help="relative standard deviation of the profile")
     sweep = "several sigma_rel, each written to sigma_rel-S in the directory --out"
     width.add_argument("--sweep", metavar="FROM:TO:BY", help=sweep)
     add("--step", type=int, help="at which they are wanted; the last if left out")

@@ -288,7 +288,7 @@ class ShardedEMA:
         applied_steps = self._average.engine.applied_steps()
         if applied_steps is not None:
             if self._applied_steps is not None and applied_steps <= self._applied_steps:
-                self._applied_steps = applied_steps  # fewer: the engine has gone back
+                self._applied_steps = applied_steps  # fewer: the engine has loaded a checkpoint
                 return False
         elif self.gate is not None and not self.gate():
             return False
@@ -617,8 +617,7 @@ class ShardedEMA:
             return
         if step is not None and step != state["step"]:
             warnings.warn(
-                f"step={step} is left aside: the checkpoint says that it stands at step "
-                f"{state['step']}",
+                f"step={step} is ignored: the checkpoint was saved at step {state['step']}",
                 stacklevel=2,
             )
         self._resume(state)
@@ -811,8 +810,8 @@ class ShardedEMA:
                 self._average.marks.refuse(call)
                 if self._num_updates != num_updates:
                     raise RuntimeError(
-                        f"the average was updated while {call} was under way; exhaust it before "
-                        "the next update()"
+                        f"the average was updated while {call} was in progress; consume its "
+                        "iterator before the next update()"
                     )
                 yield from ((fqn, tensor) for fqn in (meta.fqn, *meta.aliases))
             if self._group.rank == 0:

@@ -70,7 +70,7 @@ class EMAOptions:
 
     @classmethod
     def of(cls, *, device: torch.device | str | None = None, **keywords: Any) -> EMAOptions:
-        """Options from keyword arguments. Unknown ones raise an error that names the right one."""
+        """Options from keyword arguments. The error for an unknown one suggests a known one."""
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in keywords if name not in names]:
             raise no_keyword(unknown)
@@ -267,7 +267,7 @@ def no_pickles(path: Path) -> str | None:
         )
     else:
         return None
-    return f"{path}: is {what}, not read since a pickle can run code. Convert it once, {how}"
+    return f"{path}: is {what}, and is not read: a pickle can run code. Convert it once, {how}"
 
 
 def no_module(model: Any) -> TypeError:

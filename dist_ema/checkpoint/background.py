@@ -221,7 +221,7 @@ class StatusFiles:
         """Wait for missing ranks, until no rank arrives and no file grows for `limit_s`.
 
         Returns:
-            Why those that are still missing are given up.
+            For each rank that is still missing, why it is given up.
         """
         given_up: dict[int, str] = {}
         state: tuple[int, int] | None = None

@@ -20,7 +20,7 @@ from dist_ema.checkpoint.manifest import check_state, refuse_absent
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.layout import Box, Fragment, FragmentMeta, Shape, TensorMeta, whole
 
-if TYPE_CHECKING:  # takes a second to import, and is imported when it calls the methods here
+if TYPE_CHECKING:  # slow to import; whoever calls these methods has imported it
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
     from torch.distributed.checkpoint.planner import WriteItem
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 PLAIN = ""  # name of the average in plain safetensors files
 _MAX_OPEN = 256  # files at a time; the limit of a process is often 1024
-_NUM_SAMPLES = 256  # of a plain file, for its identity
+_NUM_SAMPLES = 256  # blocks of a plain file that are hashed to identify it
 _PLAIN_BLOCK = 1 << 20  # bytes that are read from a plain file at a time
 _MAX_NAMES = 8  # of a kind in a message
 
@@ -78,7 +78,7 @@ class Files:
                 f"{directory}: {error.strerror}; a checkpoint is a directory that every rank sees"
             ) from error
         self._open: OrderedDict[str, int] = OrderedDict()
-        self._first: dict[str, tuple[int, ...]] = {}  # each file, when it was opened first
+        self._first: dict[str, tuple[int, ...]] = {}  # identity of each file when first opened
 
     def close(self) -> None:
         for fd in (self._fd, *self._open.values()):
@@ -354,7 +354,7 @@ class _BoxIndex:
 
 
 def boxes_within(box: Box, start: int, stop: int) -> Iterator[tuple[int, Box]]:
-    """The boxes of elements [start, stop) of a box, each with its first element in the range."""
+    """Elements [start, stop) of a box, as boxes, each with its offset in that range."""
     at = 0
     for part in flat_boxes(box.sizes, start, stop):
         offsets = tuple(base + o for base, o in zip(box.offsets, part.offsets, strict=True))
@@ -527,7 +527,7 @@ def _match(
     others: Collection[str],
     strict: bool,
 ) -> tuple[dict[str, Source], list[str]]:
-    """For each average, the saved one and the names of its tensors; and warnings.
+    """Where to read each average (see `Source`), and warnings.
 
     Raises:
         CheckpointError: an average or a tensor is missing or does not fit; all of them are listed.

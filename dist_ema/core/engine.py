@@ -7,11 +7,12 @@ make the forward pass read what was written. Everything else is written once, ag
 
 [Note: wrappers]
 A tensor subclass may hold other tensors in place of storage, and lists their attributes in
-`__tensor_flatten__`. Where it holds one, of its own shape and dtype, and a copy of the wrapper has
-the values of that one, the inner tensor is the weight: torchao's float8 training, for example.
+`__tensor_flatten__`. If it holds one tensor, which has the shape, the dtype and the values of the
+wrapper, the inner tensor is the weight: torchao's float8 training, for example.
 Any further tensor that the wrapper holds was computed from the weight or belongs to a quantization:
-it would be wrong beside averaged values. So such a wrapper has a problem, unless the library
-computes the tensor again where it is None (`Engine.precomputed_names`).
+it would be wrong beside averaged values. So a weight in such a wrapper is refused
+(`Weight.problem`), unless the library recomputes the tensor after it was set to None
+(`Engine.precomputed_names`).
 """
 
 from __future__ import annotations

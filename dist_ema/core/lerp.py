@@ -17,7 +17,7 @@ threads only where an elementwise operator on one of the live tensors does too.
 [Note: narrow weights on a CPU]
 torch has no CPU operator that reads bf16 and updates fp32, so there are two, over a chunk in cache:
 one converts, one updates. Each takes about as long as moving the bytes, and they do not overlap.
-`torch.compile` makes one pass of both, after seconds of compilation with a C++ compiler.
+`torch.compile` would fuse both, but needs a C++ compiler and seconds to compile.
 """
 
 from __future__ import annotations

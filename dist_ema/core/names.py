@@ -91,9 +91,9 @@ class Models(nn.Module):
             tensor = registration.tensor
             if tensors.setdefault(registration.fqn, tensor) is not tensor:
                 raise ValueError(
-                    f"several parts have a tensor named {registration.fqn}; in the parts of one "
-                    "model, tensors have the names that they have in the whole (keep layers in a "
-                    "ModuleDict), and different models are passed as a mapping"
+                    f"several parts have a tensor named {registration.fqn}; the tensors of a "
+                    "part need their names in the whole model (keep layers in a ModuleDict); pass "
+                    "different models as a mapping"
                 )
 
     def named(self) -> Iterator[tuple[str, nn.Module]]:

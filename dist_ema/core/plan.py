@@ -137,8 +137,8 @@ def rebind(plan: Plan, weights: Sequence[Weight], group: Group) -> Plan:
     if differences:
         raise RuntimeError(
             "the model's parameters were replaced or changed since this average was built: "
-            f"{'; '.join(differences)}; build ShardedEMA when the model is as it will be trained, "
-            "with what fully_shard(), DDP or accelerator.prepare() return"
+            f"{'; '.join(differences)}; build ShardedEMA after fully_shard(), DDP or "
+            "accelerator.prepare(), with what they return"
         )
     held = _averaged_parameters(weights, plan.averaged, plan.holders)
     moved = {(fragment.meta, holders): fragment for fragment, holders in held}

@@ -38,7 +38,7 @@ from dist_ema.core.group import (
 from dist_ema.core.layout import Fragment, FragmentMeta, bits
 
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
-_CHUNK_BYTES = 8 << 20  # of all ranks, in a chunk that they exchange; two are on their way
+_CHUNK_BYTES = 8 << 20  # in an exchange, over all ranks; two exchanges are in flight
 _CHUNK_BYTES_OF_A_RANK = 1 << 17  # at least
 _HASHED_ELEMENTS = 1 << 20  # at a time on an accelerator: 16 MB of scratch
 

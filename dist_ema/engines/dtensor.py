@@ -172,7 +172,7 @@ def _param_groups(fsdp_module: Any) -> list[Any]:
 def _is_replaced(fsdp_param: Any) -> bool:
     """Whether a shard on the meta device was replaced by a loaded one.
 
-    transformers does so; the first forward pass puts the registered one into its place.
+    transformers registers the loaded one. FSDP2 uses it from the first forward pass on.
     """
     info = fsdp_param._module_info
     registered = info.module._parameters.get(info.param_name)

@@ -97,7 +97,7 @@ def plan_exports(
     metadata: Mapping[str, str] | None = None,
     copies: Sequence[Path] = (),
 ) -> dict[str, ExportPlan]:
-    """Assign the tensors of each model to files: a plan by the model's name, "" for a single one.
+    """Assign the tensors of each model to files. Returns plans by model name ("" for a single one).
 
     The name is a directory, and the names of the model's tensors begin with it.
 
@@ -423,8 +423,8 @@ def _stale_files(path: Path, plan: ExportPlan) -> set[str]:
         )
         if None not in (existing, own) and existing != own:
             raise ValueError(
-                f"{path / name} says {existing}, and loaders cast what they read to that; this "
-                f"export is {own}: export with dtype=torch.{existing}, or to another directory"
+                f"{path / name} has dtype {existing}, to which loaders convert all weights; this "
+                f"export has {own}: export with dtype=torch.{existing}, or to another directory"
             )
     return stale
 

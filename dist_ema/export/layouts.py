@@ -263,7 +263,7 @@ def unregistered_tensors(
     Args:
         call: the public call, for error messages.
         averaged: fqns of averaged weights.
-        dtype: in which the others are gathered.
+        dtype: in which tensors that are not averaged are gathered.
 
     Raises:
         ValueError: a tensor may have been computed from an averaged weight; or it describes a

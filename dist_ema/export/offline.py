@@ -159,7 +159,7 @@ def dtype_named(name: str | None) -> torch.dtype | None:
 def models_of(
     saved: Source, base: Path | None
 ) -> tuple[dict[str, ModelLayout], list[TensorMeta] | None]:
-    """The layout of each model, and what they have beside the average; None if not known.
+    """The layout of each model, and the tensors that are not averaged; None if not known.
 
     Args:
         base: a directory with configurations, which are read if the checkpoint has no layout.

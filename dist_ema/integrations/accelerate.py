@@ -30,8 +30,9 @@ def register(
     step; call it before the next `accumulate` block opens. With fp16 and a fused optimizer,
     accelerate does not report a skipped step, which counts. `accelerator.save_state(path)` calls
     `ema.save(path/name)`, and `load_state` loads it or raises a `CheckpointError`: both become
-    collective. Only a weak reference to the average is kept; `free_memory()` frees its name.
-    accelerate logs what you pass to `accelerator.log`: `ema.decay`, `ema.drift()`.
+    collective. Only a weak reference to the average is kept; after `free_memory()`, its name can be
+    registered again. accelerate logs what you pass to `accelerator.log`: `ema.decay`,
+    `ema.drift()`.
 
     Args:
         accelerator: the one whose `prepare` returned the averaged model or models.

@@ -14,9 +14,10 @@ So a profile is exact for any `start_step` and `update_every`, with
 n = (step - start_step) // update_every.
 
 [Note: the fit]
-Wanted: numbers x, one for each stored profile p_i, that make sum x_i p_i the nearest to a profile q
-that nobody kept (section 3.2 of the paper). The paper solves the normal equations. Their matrix has
-a closed form in the continuous case: with m = min(n_i, n_j), integrating over 0..m,
+Find coefficients x_i of the stored profiles p_i so that sum x_i p_i is as close as possible to a
+profile q that was not stored (section 3.2 of the paper). The paper solves the normal equations.
+Their matrix has a closed form in the continuous case: with m = min(n_i, n_j), integrating over
+0..m,
 
     <p_i, p_j> = a_i a_j / (a_i + a_j - 1) * (m / n_i)^a_i * (m / n_j)^a_j / m
 

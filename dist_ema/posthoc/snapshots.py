@@ -131,7 +131,7 @@ def _snapshots(path: Path, checkpoint: Checkpoint) -> Iterator[Snapshot]:
         )
     if SYNTHESIZED in checkpoint.manifest.written:
         raise CheckpointError(
-            f"{path}: was synthesized, so its profile is only close to its schedule's; give "
+            f"{path}: was synthesized, so its profile only approximates that of its schedule; give "
             "checkpoints that were saved during the run"
         )
     averages = checkpoint.state["averages"]

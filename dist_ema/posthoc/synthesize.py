@@ -37,7 +37,7 @@ from dist_ema.posthoc.snapshots import (
 )
 from dist_ema.schedule import PowerFunction, decay_at, to_json
 
-NAME = "ema"  # of the average of a result
+NAME = "ema"  # of the average in a result
 _MAX_GAMMA = 30_000.0  # beyond it the fit of long runs is no longer exact
 _MAX_WIDTHS = 256
 _BAD_RESIDUAL = 0.1
