@@ -385,7 +385,7 @@ class ShardedEMA:
 
         Without a module, the live weights become the average, masters and low-precision copies
         too, so that training goes on from there. With one, its whole state dict is written on every
-        rank: averaged weights, and frozen weights and buffers as they live here.
+        rank: averaged weights, and the current frozen weights and buffers.
 
         Args:
             module: a module of the model's own class that no engine shards, on every rank; or a
@@ -732,7 +732,7 @@ class ShardedEMA:
         }
         notes = [
             f"the average {name!r} was saved with {averages[name]['schedule']}, and goes on with "
-            f"{own['averages'][name]['schedule']}, as ShardedEMA was built"
+            f"the constructor's {own['averages'][name]['schedule']}"
             for name in averages
             if name in changed
         ]
@@ -879,7 +879,7 @@ class ShardedEMA:
             if distance > 0.02:
                 warnings.warn(
                     f"the average {name!r} reaches a decay of {decay:.10g} an update, too near to "
-                    f"1 for {dtype}: it may come to rest {min(distance, 1):.0%} away from constant "
+                    f"1 for {dtype}: it may stop {min(distance, 1):.0%} away from constant "
                     "weights; pass dtype=torch.float64, or a larger update_every",
                     stacklevel=3,
                 )

@@ -168,7 +168,7 @@ def exchange_slices(
         sender = device_for(group, device, point_to_point=True)
     nbytes = max(_CHUNK_BYTES // len(ranks), _CHUNK_BYTES_OF_A_RANK)
     size = max(1, min(longest, nbytes // dtype.itemsize))
-    # For two chunks, a row for each rank, and one that an all-gather sends.
+    # Two buffers in turn: rows for the data of each rank, and a row to send in an all-gather.
     staging = torch.empty(2, len(ranks) + 1, size, dtype=dtype, device=sender)
     last: tuple[list[dist.Work], list[_Row]] = [], []
     for number, start in enumerate(range(0, longest, size)):
@@ -349,7 +349,7 @@ def differing(replica_groups: Sequence[ReplicaGroup], num_shared: int, group: Gr
 
 
 def hash_of(fragments: Iterable[Fragment]) -> int:
-    """64 bits, signed, of the bits of masters and weights: equal for equal bits, NaN included."""
+    """A signed 64-bit hash of masters and weights. Equal bits have equal hashes, NaN included."""
     state = xxhash.xxh3_64()
     tensors = ([f.view] if f.in_place else [f.view, f.forward_view] for f in fragments)
     for tensor in itertools.chain.from_iterable(tensors):

@@ -82,7 +82,7 @@ class AverageStorage:
             self._lerp.fence()
 
     def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
-        """Average the live values in by a function with the signature of `multi_avg_fn`."""
+        """Update the averages with a function that has the signature of `multi_avg_fn`."""
         self._lerp.apply(fn, num_averaged)
         if self._waits:
             self._lerp.fence()

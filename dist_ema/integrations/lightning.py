@@ -36,7 +36,7 @@ KEY = "dist_ema"  # in a checkpoint that is a file; the folder in one that is a 
 
 
 class EMACallback(AveragingCallback, Callback):
-    """Averages the weights that a `Trainer` trains, evaluates with the average, saves and resumes.
+    """Averages the weights that a `Trainer` trains. Evaluates with the average, saves and loads it.
 
     The average, `self.ema`, is updated at the end of each batch in which an optimizer stepped and
     no gradient scaler skipped the step. Validation, test and predict use it; afterwards, also on an

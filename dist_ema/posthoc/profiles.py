@@ -16,8 +16,7 @@ n = (step - start_step) // update_every.
 [Note: the fit]
 Find coefficients x_i of the stored profiles p_i so that sum x_i p_i is as close as possible to a
 profile q that was not stored (section 3.2 of the paper). The paper solves the normal equations.
-Their matrix has a closed form in the continuous case: with m = min(n_i, n_j), integrating over
-0..m,
+Their matrix has a closed form in the continuous case: with m = min(n_i, n_j),
 
     <p_i, p_j> = a_i a_j / (a_i + a_j - 1) * (m / n_i)^a_i * (m / n_j)^a_j / m
 
