@@ -517,7 +517,7 @@ class ShardedEMA:
     ) -> Handle | None:
         """Write a sharded checkpoint of all averages, with their counters and schedules.
 
-        It is a directory of safetensors files, one or a few of each rank, and a manifest with
+        It is a directory of safetensors files, one or a few per rank, and a manifest with
         checksums, without any pickle. A checkpoint at `path` is replaced atomically, when every
         rank has written and synced its files.
 

@@ -123,5 +123,5 @@ def _json(files: Files, name: str, start: int, nbytes: int, where: str) -> dict[
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} is other text than JSON")
+        raise CheckpointError(f"{where} is not JSON")
     return value

@@ -413,7 +413,7 @@ def _owned_buffers(buffers: Sequence[Weight], group: Group) -> tuple[list[Weight
 def refuse_unequal_copies(model: nn.Module, weights: Sequence[Weight], group: Group) -> None:
     """Raise ValueError if different parts of a model differ in a tensor that both of them have.
 
-    The values of one rank are gathered, as those of ranks with the same part are taken for equal.
+    Ranks with the same part are assumed to hold equal values: those of one rank are gathered.
     Collective: every rank calls it. One all-gather of names, and one of hashes of such tensors.
 
     Args:
@@ -446,7 +446,7 @@ def refuse_unequal_copies(model: nn.Module, weights: Sequence[Weight], group: Gr
 
 
 def _differing_texts(reports: Sequence[tuple[int, Mapping[str, str]]]) -> list[str]:
-    """Where a text is another one in another part than in the first that has it."""
+    """Messages for names whose texts differ between two parts, one for each name."""
     first: dict[str, tuple[int, int, str]] = {}
     problems: dict[str, str] = {}
     for rank, (part, texts) in enumerate(reports):

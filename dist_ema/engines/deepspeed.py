@@ -281,7 +281,7 @@ def _invalidate(parameters: Iterable[Any]) -> None:
 
 
 def _stage(o: Any) -> _Whole:
-    """How an optimizer keeps its masters, which its attributes say and its class does not."""
+    """How an optimizer keeps its masters. Told apart by attributes, as classes do not show it."""
     if hasattr(o, "fp32_partitioned_groups_flat"):
         return _Stage3(o.parameter_offload, o)
     if hasattr(o, "partition_all_parameters"):  # DeepSpeedZeRoOffload, at stage 3 without optimizer

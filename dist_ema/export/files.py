@@ -339,7 +339,7 @@ class Writer:
             task.result()
         if self._not_finite:
             raise ValueError(
-                "the average holds NaN or Inf, or what the dtype asked for cannot hold, in "
+                "the average holds NaN or Inf, or values too large for the requested dtype, in "
                 f"{', '.join(sorted(self._not_finite))}; nothing is written"
             )
         for fd in self._open.values():

@@ -200,7 +200,7 @@ class EMACallback(AveragingCallback, Callback):
                 ema.save(Path(strategy.broadcast(str(filepath))) / KEY)
         except BaseException:
             if shows and ema is not None and ema.group.size == 1:
-                self._show()  # of several ranks, those that have not failed would not join
+                self._show()  # on one rank only: ranks that have not failed would not join
             raise
         if shows:
             self._show()
