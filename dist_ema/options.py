@@ -157,7 +157,7 @@ class EMAOptions:
 
     def arguments(self) -> dict[str, str]:
         """Texts that must be equal on all ranks, for `Group.together`; functions by name only."""
-        # Without code: a function may close over what differs between ranks.
+        # Code is not compared: closures may hold values that differ between ranks.
         rules = {name: self.rule(name) | {"code": None} for name in self.schedules}
         texts = {"argument decay": str(rules)}
         for name, value in vars(self).items():

@@ -383,8 +383,7 @@ class Average:
         """Raise if ranks that hold the same weights do not hold the same bits. Collective.
 
         Called where the live weights are written, and when slices are put together for the first
-        time after an update: weights that were equal at the start may be different ones under one
-        name.
+        time after an update: different weights with one name may have been equal at the start.
         """
         names = differing(self.plan.replica_groups, self.plan.num_shared_groups, self.swap_group)
         if names:
