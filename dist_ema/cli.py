@@ -182,7 +182,7 @@ def _inspect(options: argparse.Namespace) -> int:
         if "schedule" in average:
             _say(f"schedule {_schedule(average['schedule'])}, last decay {average.get('decay')}")
         _table(
-            ("tensor", "shape", "dtype", "boxes", "size"),
+            ("tensor", "shape", "dtype", "parts", "size"),
             [
                 (
                     " = ".join([fqn, *tensor["aliases"]]),
@@ -289,7 +289,7 @@ def _verify(options: argparse.Namespace) -> int:
     if problems:
         _say(f"{checkpoint.directory}: damaged, {len(problems)} problems")
         return 1
-    _say(f"{checkpoint.directory}: good; {len(boxes)} boxes, {_size(nbytes)}, {manifest.algorithm}")
+    _say(f"{checkpoint.directory}: good; {len(boxes)} parts, {_size(nbytes)}, {manifest.algorithm}")
     return 0
 
 

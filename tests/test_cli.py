@@ -175,7 +175,7 @@ def test_inspect_takes_plain_safetensors(tmp_path: Path, capsys):
 def test_verify_finds_nothing_in_a_good_checkpoint(checkpoint: Path, capsys):
     status, out, err = run(capsys, "verify", checkpoint)
     assert (status, err) == (0, "")
-    assert out == f"{checkpoint}: good; 14 boxes, 1.51 kB, xxh3_64\n"
+    assert out == f"{checkpoint}: good; 14 parts, 1.51 kB, xxh3_64\n"
 
 
 def test_verify_names_every_damage(checkpoint: Path, capsys):
