@@ -72,6 +72,11 @@ def _names(files: Files) -> tuple[list[str], dict[str, str]]:
         check_types(index, {"weight_map": {str: str}}, where)
         check_file_names(index["weight_map"].values(), where)
         return sorted(set(index["weight_map"].values())), index["weight_map"]
+    if not weights and (inside := files.checkpoints()):
+        raise CheckpointError(
+            f"{files.directory}: is not a checkpoint, but holds {short(inside[:8])}: give the path "
+            "of one"
+        )
     if not weights:
         raise CheckpointError(
             f"{files.directory}: is not a checkpoint; it has no manifest.json and no "

@@ -35,6 +35,7 @@ from dist_ema.checkpoint.manifest import (
     parse,
     read_head,
     refuse_absent,
+    short,
 )
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.layout import Box, Fragment, TensorMeta, flat_boxes, flat_ends, overlap, whole
@@ -101,6 +102,10 @@ class Files:
             return stat.S_ISREG(os.stat(name, dir_fd=self._fd).st_mode)
         except OSError:
             return False
+
+    def checkpoints(self) -> list[str]:
+        """Names of directories in this one that are checkpoints of `save`, sorted."""
+        return [name for name in self.names() if self.has(f"{name}/{MANIFEST}")]
 
     def size(self, name: str) -> int:
         return os.fstat(self._file(name)).st_size
@@ -176,7 +181,7 @@ class Checkpoint:
         def has(name: str) -> bool:
             return only in (None, name) and self.files.has(name)
 
-        self.is_plain = not has(MANIFEST)
+        self.is_plain, self.is_directory = not has(MANIFEST), only is None
         try:
             if not self.is_plain:
                 self.manifest = self._read_manifest()
@@ -209,6 +214,12 @@ class Checkpoint:
     @property
     def state(self) -> Mapping[str, Any]:
         return self.manifest.state
+
+    def averages_inside(self) -> str:
+        """What to tell a user who named a directory of weights that has averages in directories of
+        its own, as a checkpoint of accelerate or the Trainer has. "" where there is nothing."""
+        inside = self.files.checkpoints() if self.is_plain and self.is_directory else []
+        return f"averages are in {short(inside[:8])}: give the path of one" if inside else ""
 
     def identity(self) -> str:
         """Equal for ranks that see the same files: the id, or a hash of samples of plain files."""
@@ -535,6 +546,8 @@ def _match(
     saved, allowed, notes = checkpoint.averages, set[str](), list[str]()
     if checkpoint.state.get("is_average") is False:
         notes.append("it has no average, so the weights of the model are loaded as one")
+    if inside := checkpoint.averages_inside():
+        notes.append(f"its own weights are loaded, but {inside}")
     if checkpoint.is_plain:
         if len(names) != 1:
             raise CheckpointError(

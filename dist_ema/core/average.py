@@ -135,9 +135,9 @@ class Average:
         engine = self._select(self.model)
         if engine.kind != self.engine.kind:
             raise RuntimeError(
-                f"the model was held by {self.engine.kind} when this average was built, and by "
-                f"{engine.kind} now; build ShardedEMA after fully_shard(), DDP or "
-                "accelerator.prepare(), with what they return"
+                "the model was wrapped, sharded or unwrapped after this average was built "
+                f"({self.engine.kind} then, {engine.kind} now); build ShardedEMA after "
+                "fully_shard(), DDP or accelerator.prepare(), with what they return"
             )
         weights = self._with_masters(engine, engine.weights(), self.plan.averaged)
         self.plan = rebind(self.plan, weights, self.group)

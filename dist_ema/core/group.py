@@ -188,8 +188,8 @@ class Group:
                     raise RuntimeError(f"{call}: {absent()}; {_ADVICE}")
                 if waited_s > self.warn_after_s and not has_warned:
                     has_warned = True
-                    text = "%s: rank %d has waited for %.0f s; %s; %s"
-                    _LOG.warning(text, call, self.rank, waited_s, absent(), _ADVICE)
+                    text = "%s: rank %d has waited for %.0f s, and fails after %.0f s; %s; %s"
+                    _LOG.warning(text, call, self.rank, waited_s, limit_s, absent(), _ADVICE)
         except BaseException:
             with suppress(Exception):
                 store.add(f"{prefix}/arrivals", -1)

@@ -6,6 +6,7 @@ frozen weights and buffers. Their values come from a base, a directory that the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -93,7 +94,10 @@ def export(
             an export. The same.
     """
     with ExitStack() as opened:
-        saved = Source(opened.enter_context(Checkpoint(checkpoint)), name)
+        opened_checkpoint = opened.enter_context(Checkpoint(checkpoint))
+        if inside := opened_checkpoint.averages_inside():
+            warnings.warn(f"{checkpoint}: its own weights are exported, but {inside}", stacklevel=2)
+        saved = Source(opened_checkpoint, name)
         sources = {tensor.fqn: (saved, tensor) for tensor in saved.tensors}
         layouts, others = models_of(saved, base)
         tensors, problems = list(saved.tensors), []
