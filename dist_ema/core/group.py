@@ -150,7 +150,7 @@ class Group:
 
         Ranks meet in the store of the default process group: a collective of ours that one rank
         alone begins would be matched with one of the training of the others, and gloo would abort
-        them. Two small requests to the store; without a store, returns at once.
+        them. A few small requests to the store; without a store, returns at once.
 
         Raises:
             RuntimeError: some ranks have not arrived after 0.9 of the process group's timeout.
@@ -158,30 +158,37 @@ class Group:
         store = _default_store()
         if not call or store is None:
             return
-        # Different groups may have one name: `split_group` numbers them on each rank.
-        ranks = digest(dist.get_process_group_ranks(self.process_group))[0]
-        prefix = f"dist_ema/{getattr(self.process_group, 'group_name', '')}/{ranks}"
-        own = f"{prefix}/{self.rank}"
+        # By its ranks, since the members of a group may know it by different names.
+        prefix = f"dist_ema/{digest(dist.get_process_group_ranks(self.process_group))[0]}"
+        key = f"{prefix}/arrivals"
         try:
-            store.set(own, call)
-            number = int(store.add(f"{prefix}/arrivals", 1))
-            meeting = (number - 1) // self.size
-            gate = f"{prefix}/all-{meeting}"
-            if number % self.size == 0:
-                store.set(gate, "")
-                store.delete_key(f"{prefix}/all-{meeting - 1}")  # all have left that one
+            number = int(store.add(key, 1))
         except Exception:  # the process that hosts the store has ended
             return
+        complete = -(-number // self.size) * self.size  # when all ranks have arrived
+
+        def is_complete() -> bool:
+            try:
+                return int(store.get(key)) >= complete
+            except Exception:  # the store is gone: there is nothing to wait for
+                return True
 
         def absent() -> str:
             with suppress(Exception):
-                missing = [r for r in range(self.size) if not store.check([f"{prefix}/{r}"])]
-                return f"ranks that have not arrived: {', '.join(map(str, missing))}"
+                ranks = {r: f"{prefix}/{r}" for r in range(self.size)}
+                missing = [
+                    str(r)
+                    for r, own in ranks.items()
+                    if not (store.check([own]) and int(store.get(own)) >= complete)
+                ]
+                return f"ranks that have not arrived: {', '.join(missing) or 'those that gave up'}"
             return "not all ranks have arrived"
 
         started, limit_s, has_warned = time.monotonic(), self._timeout_s(), False
         try:
-            while not _has_key(store, gate):
+            with suppress(Exception):
+                store.set(f"{prefix}/{self.rank}", str(complete))
+            while number < complete and not is_complete():
                 waited_s = time.monotonic() - started
                 time.sleep(min(max(waited_s / 10, 2e-4), 0.1))
                 if waited_s > limit_s:
@@ -190,12 +197,13 @@ class Group:
                     has_warned = True
                     text = "%s: rank %d has waited for %.0f s, and fails after %.0f s; %s; %s"
                     _LOG.warning(text, call, self.rank, waited_s, limit_s, absent(), _ADVICE)
-        except BaseException:
+        except BaseException as error:
             with suppress(Exception):
-                store.add(f"{prefix}/arrivals", -1)
+                if store.add(key, -1) == complete - 1:  # the last rank arrived just now
+                    store.add(key, 1)
+                    if isinstance(error, Exception):
+                        return
             raise
-        with suppress(Exception):
-            store.delete_key(own)
 
     def _timeout_s(self) -> float:
         """How long to wait for ranks: less than those that wait in a collective of this group.
@@ -353,14 +361,6 @@ def _default_store() -> Any:
     with suppress(Exception):
         return distributed_c10d._get_default_store()
     return None
-
-
-def _has_key(store: Any, key: str) -> bool:
-    """Whether the store has a key. True if the store is gone: there is nothing to wait for."""
-    try:
-        return bool(store.check([key]))
-    except Exception:
-        return True
 
 
 def digest(*parts: object) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import bisect
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -160,6 +161,10 @@ def exchange_slices(
         dtype: in which elements are sent.
         device: of the storage.
         ranks: within `group`.
+
+    Raises:
+        Exception: the first of this rank's copies that failed, once all chunks are exchanged: the
+            other ranks do not wait, and cannot know. Or a rank died, or did not take part in time.
     """
     index, longest = ranks.index(dist.get_rank(group)), max(numels)
     sender = device_for(group, device)
@@ -171,25 +176,50 @@ def exchange_slices(
     # Two buffers in turn: rows for the data of each rank, and a row to send in an all-gather.
     staging = torch.empty(2, len(ranks) + 1, size, dtype=dtype, device=sender)
     last: tuple[list[dist.Work], list[_Row]] = [], []
-    for number, start in enumerate(range(0, longest, size)):
-        buffers = staging[number % 2]
-        rows = [
-            _Row(slices(i, start, start + size), buffer, may_be_storage=sends)
-            for i, buffer in enumerate(buffers[:-1])
-        ]
-        if sends:
-            own = rows.pop(index).filled()
-            peers = [rank for rank in ranks if rank != ranks[index]]
-            works = _send(own, [row.buffer for row in rows], peers, group)
-        else:
-            _Row(rows.pop(index).pieces, buffers[-1]).filled()
-            gathered, own = buffers[:-1].reshape(-1), buffers[-1]
-            # As bytes, since no backend supports every dtype.
-            as_bytes = gathered.view(torch.uint8), own.view(torch.uint8)
-            works = [all_gather_single(*as_bytes, group=group, async_op=True)]
-        _finish(*last)
-        last = works, rows
-    _finish(*last)
+    works: list[dist.Work] = []
+    problems: list[Exception] = []
+
+    def attempt(copy: Callable[[], None]) -> None:
+        try:
+            copy()
+        except Exception as problem:
+            problems.append(problem)
+
+    def finish(works: list[dist.Work], rows: list[_Row]) -> None:
+        for work in works:
+            work.wait()
+        for row in rows:
+            attempt(row.store)
+
+    try:
+        for number, start in enumerate(range(0, longest, size)):
+            buffers = staging[number % 2]
+            rows = [
+                _Row(slices(i, start, start + size), buffer, may_be_storage=sends)
+                for i, buffer in enumerate(buffers[:-1])
+            ]
+            own = rows.pop(index)
+            if sends:
+                attempt(own.fill)
+                peers = [rank for rank in ranks if rank != ranks[index]]
+                works = _send(own.buffer, [row.buffer for row in rows], peers, group)
+            else:
+                attempt(_Row(own.pieces, buffers[-1]).fill)
+                # As bytes, since no backend supports every dtype.
+                gathered, sent = (
+                    t.reshape(-1).view(torch.uint8) for t in (buffers[:-1], buffers[-1])
+                )
+                works = [all_gather_single(gathered, sent, group=group, async_op=True)]
+            finish(*last)
+            last = works, rows
+        finish(*last)
+    except BaseException:  # a rank died: nothing may be written to the storage after this call
+        for work in [*last[0], *works]:
+            with suppress(Exception):
+                work.wait()
+        raise
+    if problems:
+        raise problems[0]
 
 
 class _Row:
@@ -203,11 +233,10 @@ class _Row:
         numel = sum(piece.numel() for piece in pieces)
         self.pieces, self.buffer = pieces, pieces[0] if self.is_storage else staging[:numel]
 
-    def filled(self) -> torch.Tensor:
-        """The buffer, after the storage is copied to it."""
+    def fill(self) -> None:
+        """Copy the storage to the buffer."""
         for piece, part in self._pairs():
             part.copy_(piece)
-        return self.buffer
 
     def store(self) -> None:
         """Copy the buffer to the storage; autograd notices the write."""
@@ -239,13 +268,6 @@ def _send(
         if buffer.numel()
     ]
     return dist.batch_isend_irecv(operations) if operations else []
-
-
-def _finish(works: Iterable[dist.Work], rows: Iterable[_Row]) -> None:
-    for work in works:
-        work.wait()
-    for row in rows:
-        row.store()
 
 
 def find_replica_groups(
