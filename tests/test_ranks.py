@@ -291,6 +291,7 @@ def test_a_rank_that_waits_names_those_that_have_not_arrived():
     assert len(texts) == (dist.get_rank() == 0)
     for text in texts:
         assert "drift()" in text and "have not arrived: 1" in text
+        assert "fails after 27 s;" in text  # 0.9 of the timeout that tests/pool.py sets
 
 
 @pytest.mark.ranks(2)

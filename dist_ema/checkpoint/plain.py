@@ -1,6 +1,6 @@
 """Safetensors files that no save wrote: one file, or a directory of them with or without an index.
 
-Headers and indices are not trusted, as little as a manifest is.
+Headers and indices are not trusted: they are checked as a manifest is.
 """
 
 from __future__ import annotations
@@ -72,6 +72,11 @@ def _names(files: Files) -> tuple[list[str], dict[str, str]]:
         check_types(index, {"weight_map": {str: str}}, where)
         check_file_names(index["weight_map"].values(), where)
         return sorted(set(index["weight_map"].values())), index["weight_map"]
+    if not weights and (inside := files.checkpoints()):
+        raise CheckpointError(
+            f"{files.directory}: is not a checkpoint, but holds {short(inside[:8])}: give the path "
+            "of one"
+        )
     if not weights:
         raise CheckpointError(
             f"{files.directory}: is not a checkpoint; it has no manifest.json and no "
@@ -123,5 +128,5 @@ def _json(files: Files, name: str, start: int, nbytes: int, where: str) -> dict[
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} is other text than JSON")
+        raise CheckpointError(f"{where} is not JSON")
     return value

@@ -135,9 +135,9 @@ class Average:
         engine = self._select(self.model)
         if engine.kind != self.engine.kind:
             raise RuntimeError(
-                f"the model was held by {self.engine.kind} when this average was built, and by "
-                f"{engine.kind} now; build ShardedEMA after fully_shard(), DDP or "
-                "accelerator.prepare(), with what they return"
+                "the model was wrapped, sharded or unwrapped after this average was built "
+                f"({self.engine.kind} then, {engine.kind} now); build ShardedEMA after "
+                "fully_shard(), DDP or accelerator.prepare(), with what they return"
             )
         weights = self._with_masters(engine, engine.weights(), self.plan.averaged)
         self.plan = rebind(self.plan, weights, self.group)
@@ -149,7 +149,7 @@ class Average:
     def _with_masters(
         self, engine: Engine, weights: list[Weight], averaged: frozenset[str]
     ) -> list[Weight]:
-        """The weights, averaged from the masters that `masters=` knows of now. Local."""
+        """The weights, with the masters that `masters=` returns now as their views. Local."""
         find = self._options.masters
         if find is None:
             return weights
@@ -387,8 +387,7 @@ class Average:
         """Raise if ranks that hold the same weights do not hold the same bits. Collective.
 
         Called where the live weights are written, and when slices are put together for the first
-        time after an update: weights that were equal at the start may be different ones under one
-        name.
+        time after an update: different weights with one name may have been equal at the start.
         """
         names = differing(self.plan.replica_groups, self.plan.num_shared_groups, self.swap_group)
         if names:

@@ -55,8 +55,8 @@ class Group:
             if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
                 warnings.warn(
                     f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and torch.distributed is not "
-                    "initialized: this process averages for itself, and would save over what the "
-                    "others save; call init_process_group() first",
+                    "initialized: this process averages alone, and would overwrite the "
+                    "checkpoints of the others; call init_process_group() first",
                     stacklevel=4,
                 )
             return
@@ -195,8 +195,8 @@ class Group:
                     raise RuntimeError(f"{call}: {absent()}; {_ADVICE}")
                 if waited_s > self.warn_after_s and not has_warned:
                     has_warned = True
-                    text = "%s: rank %d has waited for %.0f s; %s; %s"
-                    _LOG.warning(text, call, self.rank, waited_s, absent(), _ADVICE)
+                    text = "%s: rank %d has waited for %.0f s, and fails after %.0f s; %s; %s"
+                    _LOG.warning(text, call, self.rank, waited_s, limit_s, absent(), _ADVICE)
         except BaseException as error:
             with suppress(Exception):
                 if store.add(key, -1) == complete - 1:  # the last rank arrived just now
@@ -228,8 +228,8 @@ class Group:
         """Prepare the group's backend for the accelerator, if it has one, for point to point.
 
         Collective: every rank calls it. The first call on a device makes NCCL connect all ranks, so
-        a first call among some ranks would wait for the others. With `cpu:gloo,cuda:nccl`, all
-        earlier calls went to gloo.
+        a first call among some ranks would wait for the others. With `cpu:gloo,cuda:nccl`, NCCL has
+        had no call yet, since `Group` has used tensors on the CPU until now.
         """
         assert self.process_group is not None
         accelerator = torch.accelerator.current_accelerator()
@@ -330,7 +330,7 @@ def _raise_difference(
 
 
 def describe(problem: Exception) -> str:
-    """The text of an error that is raised again on other ranks, as the type is not kept."""
+    """The text of an error to raise on all ranks, with the name of its type unless it is known."""
     if isinstance(problem, OSError) and problem.filename:
         return f"{problem.filename}: {problem.strerror}"
     known = type(problem).__name__ in _ERRORS
@@ -378,7 +378,7 @@ def message(
 
 
 def is_destroyed(group: dist.ProcessGroup | None) -> bool:
-    """Whether there was a group that has been destroyed since. Local."""
+    """Whether a process group has been destroyed; False for None. Local."""
     try:
         return group is not None and not dist.get_backend(group)
     except ValueError:

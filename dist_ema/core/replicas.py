@@ -39,7 +39,7 @@ from dist_ema.core.group import (
 from dist_ema.core.layout import Fragment, FragmentMeta, bits
 
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
-_CHUNK_BYTES = 8 << 20  # of all ranks, in a chunk that they exchange; two are on their way
+_CHUNK_BYTES = 8 << 20  # in an exchange, over all ranks; two exchanges are in flight
 _CHUNK_BYTES_OF_A_RANK = 1 << 17  # at least
 _HASHED_ELEMENTS = 1 << 20  # at a time on an accelerator: 16 MB of scratch
 
@@ -148,7 +148,7 @@ def exchange_slices(
     group: dist.ProcessGroup,
     ranks: Sequence[int],
 ) -> None:
-    """Fill storage that some ranks hold with what each of them wrote to its own slice of it.
+    """All-gather storage that several ranks hold, of which each has written its own slice.
 
     Collective among `ranks`. Each byte is sent once, in chunks; a chunk is on its way while the one
     before it is copied to its place. With gloo, or among some ranks of a group, messages go from
@@ -173,7 +173,7 @@ def exchange_slices(
         sender = device_for(group, device, point_to_point=True)
     nbytes = max(_CHUNK_BYTES // len(ranks), _CHUNK_BYTES_OF_A_RANK)
     size = max(1, min(longest, nbytes // dtype.itemsize))
-    # For two chunks, a row for each rank, and one that an all-gather sends.
+    # Two buffers in turn: rows for the data of each rank, and a row to send in an all-gather.
     staging = torch.empty(2, len(ranks) + 1, size, dtype=dtype, device=sender)
     last: tuple[list[dist.Work], list[_Row]] = [], []
     works: list[dist.Work] = []
@@ -371,7 +371,7 @@ def differing(replica_groups: Sequence[ReplicaGroup], num_shared: int, group: Gr
 
 
 def hash_of(fragments: Iterable[Fragment]) -> int:
-    """64 bits, signed, of the bits of masters and weights: equal for equal bits, NaN included."""
+    """A signed 64-bit hash of masters and weights. Equal bits have equal hashes, NaN included."""
     state = xxhash.xxh3_64()
     tensors = ([f.view] if f.in_place else [f.view, f.forward_view] for f in fragments)
     for tensor in itertools.chain.from_iterable(tensors):
