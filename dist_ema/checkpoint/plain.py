@@ -6,6 +6,7 @@ Headers and indices are not trusted, as little as a manifest is.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,13 @@ def _describe_file(files: Files, name: str) -> SavedAverage:
     try:
         check_types(metadata, {str: str}, "__metadata__")
         check_types(entries, {str: _ENTRY}, "the header")
-        tensors = {fqn: _tensor(fqn, entries[fqn], metadata, name, length) for fqn in entries}
+        aliases: defaultdict[str, list[str]] = defaultdict(list)
+        for alias, fqn in metadata.items():
+            aliases[fqn].append(alias)
+        tensors = {
+            fqn: _tensor(fqn, entry, tuple(aliases[fqn]), name, length)
+            for fqn, entry in entries.items()
+        }
         average = SavedAverage("", {name: SavedFile(nbytes, length, "")}, tensors)
         check_contents(average)
     except CheckpointError as error:
@@ -105,13 +112,12 @@ def _describe_file(files: Files, name: str) -> SavedAverage:
 
 
 def _tensor(
-    fqn: str, entry: Mapping[str, Any], metadata: Mapping[str, str], file: str, length: int
+    fqn: str, entry: Mapping[str, Any], aliases: tuple[str, ...], file: str, length: int
 ) -> SavedTensor:
     shape, offsets = tuple(entry["shape"]), entry["data_offsets"]
     nbytes = check_tensor(short(fqn), shape, entry["dtype"]) * whole(shape).numel
     if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(f"data_offsets of {short(fqn)} do not fit its shape and dtype")
-    aliases = tuple(alias for alias, name in metadata.items() if name == fqn)
     box = SavedBox(whole(shape), file, length + offsets[0], nbytes, ())
     return SavedTensor(shape, entry["dtype"], aliases, (box,))
 
