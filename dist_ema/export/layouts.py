@@ -106,7 +106,7 @@ def layout_from_json(value: Any) -> ModelLayout:
             weights_name in (None, _WEIGHTS_NAMES.get(layout.library))
             and layout.library in _WEIGHTS_NAMES
             and set(layout.texts) <= set(_CONFIGS)
-            and isinstance(layout.ignored, list)
+            and isinstance(layout.ignored, list | tuple)
             and all(isinstance(text, str) and text for item in items for text in item)
             and all(isinstance(json.loads(text), dict) for text in layout.texts.values())
         )
