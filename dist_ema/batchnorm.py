@@ -38,7 +38,7 @@ def update_bn(
 
     Raises:
         ValueError: no rank passed any batch. The statistics are unchanged.
-        TypeError: `model` is not a module. Of several models, pass each that has batch norms.
+        TypeError: `model` is not a module. Call it for each model if there are several.
 
     Collective: every rank calls it. One all-reduce of two numbers per channel. Momenta and training
     modes are restored; after an exception, the statistics are too.

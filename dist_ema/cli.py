@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         run: Callable[[argparse.Namespace], int] = options.run
-        status = run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _warn(str(message))
+            status = run(options)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader of the output has ended
@@ -117,8 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     add, width = parsed.add_argument, parsed.add_mutually_exclusive_group(required=True)
     add("paths", type=Path, nargs="+", help="checkpoints of the run", metavar="PATH")
     add("--out", type=Path, required=True, help="checkpoint to be written")
-    width.add_argument("--gamma", type=float, help="exponent of the profile; or")
-    width.add_argument("--sigma-rel", type=float, help="its relative standard deviation; or")
+    width.add_argument("--gamma", type=float, help="exponent of the profile")
+    width.add_argument("--sigma-rel", type=float, help="relative standard deviation of the profile")
     sweep = "several sigma_rel, each written to sigma_rel-S in the directory --out"
     width.add_argument("--sweep", metavar="FROM:TO:BY", help=sweep)
     add("--step", type=int, help="at which they are wanted; the last if left out")
@@ -133,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "out run/checkpoint-* --last 10 --weights 1-sqrt --dtype bf16",
     ).add_argument
     add("out", type=Path, help="directory to be written")
-    add("paths", nargs="+", metavar="PATH", help="checkpoints, oldest first; by their numbers")
+    add("paths", nargs="+", metavar="PATH", help="checkpoints, oldest first (sorted by number)")
     weights = "uniform, linear, 1-sqrt, cosine, ema:DECAY, or as --weights=-0.2,0.5,0.7"
     add("--weights", default="uniform", metavar="W", help=weights)
     add("--normalize", action="store_true", help="divide weights by their sum")
@@ -156,7 +159,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _inspect(options: argparse.Namespace) -> int:
     with Checkpoint(options.path) as checkpoint:
-        summary = _summary(checkpoint)
+        summary, inside = _summary(checkpoint), checkpoint.averages_inside()
+    if inside:
+        _warn(f"{options.path}: its own weights are shown, but {inside}")
     if options.json:
         return _write_json(summary)
     written = summary["written"]
@@ -177,7 +182,7 @@ def _inspect(options: argparse.Namespace) -> int:
         if "schedule" in average:
             _say(f"schedule {_schedule(average['schedule'])}, last decay {average.get('decay')}")
         _table(
-            ("tensor", "shape", "dtype", "boxes", "size"),
+            ("tensor", "shape", "dtype", "parts", "size"),
             [
                 (
                     " = ".join([fqn, *tensor["aliases"]]),
@@ -255,8 +260,10 @@ def _verify(options: argparse.Namespace) -> int:
     with Checkpoint(options.path) as checkpoint:
         manifest = checkpoint.manifest
         if not manifest.algorithm:
+            inside = checkpoint.averages_inside()
             raise CheckpointError(
                 f"{options.path}: has no manifest.json, so there are no checksums to compare"
+                + f"; {inside}" * bool(inside)
             )
         boxes = [
             saved
@@ -282,7 +289,7 @@ def _verify(options: argparse.Namespace) -> int:
     if problems:
         _say(f"{checkpoint.directory}: damaged, {len(problems)} problems")
         return 1
-    _say(f"{checkpoint.directory}: good; {len(boxes)} boxes, {_size(nbytes)}, {manifest.algorithm}")
+    _say(f"{checkpoint.directory}: good; {len(boxes)} parts, {_size(nbytes)}, {manifest.algorithm}")
     return 0
 
 

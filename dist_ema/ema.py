@@ -65,9 +65,9 @@ class ShardedEMA:
             (t, delta) -> decay; or a mapping of names to either, for several averages that are
             updated in one pass over the live weights.
         multi_avg_fn: replaces the decay: a function in the convention of torch's `AveragedModel`,
-            (averaged tensors, live tensors, updates before). The first update copies. It must be
-            elementwise: it gets 1-D pieces of weights, in lists of one dtype, several times per
-            update.
+            called with lists of averaged and of live tensors, and the number of updates before
+            this one. The first update copies instead. The function must be elementwise: an update
+            calls it several times, with 1-D pieces of weights in lists of one dtype.
         update_every: apply every k-th call, with the decay of k steps at once.
         start_step: number of initial calls that copy the weights instead of averaging them.
         params: "trainable", "all", or a predicate (fqn, parameter) -> bool. Parameters that are
@@ -170,8 +170,8 @@ class ShardedEMA:
         if dtype.itemsize < 4:
             wanted = "dtype=" if into is None else "a teacher in "
             warnings.warn(
-                f"the average is kept in {dtype}: small updates are rounded away, at a decay near "
-                f"1 it stops moving; use {wanted}torch.float32",
+                f"the average is kept in {dtype}: small updates are rounded away, and at a decay "
+                f"near 1 the average stops moving; use {wanted}torch.float32",
                 stacklevel=2,
             )
         if masters is None:
@@ -218,7 +218,7 @@ class ShardedEMA:
     def decay(self) -> float | dict[str, float] | None:
         """The decay last applied (0.0 for a copy), of each average if there are several.
 
-        None before the first update, and where `multi_avg_fn` decides.
+        None before the first update, and always with `multi_avg_fn`.
         """
         if self._decays is None:
             return None
@@ -288,7 +288,7 @@ class ShardedEMA:
         applied_steps = self._average.engine.applied_steps()
         if applied_steps is not None:
             if self._applied_steps is not None and applied_steps <= self._applied_steps:
-                self._applied_steps = applied_steps  # fewer: the engine has gone back
+                self._applied_steps = applied_steps  # fewer: the engine has loaded a checkpoint
                 return False
         elif self.gate is not None and not self.gate():
             return False
@@ -365,9 +365,9 @@ class ShardedEMA:
                 weights are loaded again and `reset()`, `load()` or `load_state_dict()` is called.
 
         Collective under DeepSpeed, and where weights are replicated and the average is split (DDP,
-        HSDP, FSDP2 with tensor parallelism): an all-gather of the averaged weights on entry, of the
-        live ones on exit, and a comparison of replicas before. Else local (FSDP): nothing is
-        compared, so every rank must enter the block with the same `name`, after as many updates.
+        HSDP, FSDP2 with tensor parallelism): replicas are compared, the averaged weights are
+        all-gathered on entry and the live ones on exit. Otherwise local (FSDP): nothing is
+        compared, so every rank must enter with the same `name` and the same number of updates.
         """
         self._meet("average_parameters()", {"name": name}, group=self._average.swap_group)
         with self._average.swap(name or self.names[0], self._values(name)):
@@ -385,7 +385,7 @@ class ShardedEMA:
 
         Without a module, the live weights become the average, masters and low-precision copies
         too, so that training goes on from there. With one, its whole state dict is written on every
-        rank: averaged weights, and frozen weights and buffers as they live here.
+        rank: averaged weights, and the current frozen weights and buffers.
 
         Args:
             module: a module of the model's own class that no engine shards, on every rank; or a
@@ -517,7 +517,7 @@ class ShardedEMA:
     ) -> Handle | None:
         """Write a sharded checkpoint of all averages, with their counters and schedules.
 
-        It is a directory of safetensors files, one or a few of each rank, and a manifest with
+        It is a directory of safetensors files, one or a few per rank, and a manifest with
         checksums, without any pickle. A checkpoint at `path` is replaced atomically, when every
         rank has written and synced its files.
 
@@ -538,8 +538,8 @@ class ShardedEMA:
                 write, or `path` holds other files or the working directory. On every rank; `path`
                 is unchanged.
 
-        Collective: every rank calls it. Each rank writes what it owns; four small exchanges, and
-        one more where weights are replicated, which are read once.
+        Collective: every rank calls it. Each rank writes what it owns. Four small exchanges; if
+        weights are replicated, they are also read once, and compared in one more.
         """
         self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
         self._compare_replicas()
@@ -617,8 +617,7 @@ class ShardedEMA:
             return
         if step is not None and step != state["step"]:
             warnings.warn(
-                f"step={step} is left aside: the checkpoint says that it stands at step "
-                f"{state['step']}",
+                f"step={step} is ignored: the checkpoint was saved at step {state['step']}",
                 stacklevel=2,
             )
         self._resume(state)
@@ -733,7 +732,7 @@ class ShardedEMA:
         }
         notes = [
             f"the average {name!r} was saved with {averages[name]['schedule']}, and goes on with "
-            f"{own['averages'][name]['schedule']}, as ShardedEMA was built"
+            f"the constructor's {own['averages'][name]['schedule']}"
             for name in averages
             if name in changed
         ]
@@ -811,8 +810,8 @@ class ShardedEMA:
                 self._average.marks.refuse(call)
                 if self._num_updates != num_updates:
                     raise RuntimeError(
-                        f"the average was updated while {call} was under way; exhaust it before "
-                        "the next update()"
+                        f"the average was updated while {call} was in progress; consume its "
+                        "iterator before the next update()"
                     )
                 yield from ((fqn, tensor) for fqn in (meta.fqn, *meta.aliases))
             if self._group.rank == 0:
@@ -880,7 +879,7 @@ class ShardedEMA:
             if distance > 0.02:
                 warnings.warn(
                     f"the average {name!r} reaches a decay of {decay:.10g} an update, too near to "
-                    f"1 for {dtype}: it may come to rest {min(distance, 1):.0%} away from constant "
+                    f"1 for {dtype}: it may stop {min(distance, 1):.0%} away from constant "
                     "weights; pass dtype=torch.float64, or a larger update_every",
                     stacklevel=3,
                 )

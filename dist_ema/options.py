@@ -70,7 +70,7 @@ class EMAOptions:
 
     @classmethod
     def of(cls, *, device: torch.device | str | None = None, **keywords: Any) -> EMAOptions:
-        """Options from keyword arguments. Unknown ones raise an error that names the right one."""
+        """Options from keyword arguments. The error for an unknown one suggests a known one."""
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in keywords if name not in names]:
             raise no_keyword(unknown)
@@ -157,7 +157,7 @@ class EMAOptions:
 
     def arguments(self) -> dict[str, str]:
         """Texts that must be equal on all ranks, for `Group.together`; functions by name only."""
-        # Without code: a function may close over what differs between ranks.
+        # Code is not compared: closures may hold values that differ between ranks.
         rules = {name: self.rule(name) | {"code": None} for name in self.schedules}
         texts = {"argument decay": str(rules)}
         for name, value in vars(self).items():
@@ -199,7 +199,7 @@ ATTRIBUTES = {
     "optimization_step": "`ema.step` counts optimizer steps",
     **dict.fromkeys(("cur_decay_value", "get_decay"), "`ema.decay` is the last decay applied"),
     "save_pretrained": "`ema.export(path)` writes what `from_pretrained` reads; `ema.save(path)` "
-    "what a run resumes from",
+    "writes a checkpoint to resume from",
     "from_pretrained": "build it with the model, then `ema.load(path)` reads an export too",
     "to": "the average is beside the weights, or in host memory if built with device='cpu'",
 }
@@ -267,7 +267,7 @@ def no_pickles(path: Path) -> str | None:
         )
     else:
         return None
-    return f"{path}: is {what}, not read since a pickle can run code. Convert it once, {how}"
+    return f"{path}: is {what}, and is not read: a pickle can run code. Convert it once, {how}"
 
 
 def no_module(model: Any) -> TypeError:

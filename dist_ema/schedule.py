@@ -11,10 +11,11 @@ of other libraries at their k-th update, each with `update_every=1`:
     start_step=u+1 (t = k-u-1)    diffusers, ema-pytorch, timm with `update_after_step=u`
 
 [Note: composition]
-`Constant`, `HalfLife`, `PowerFunction` and `EqualWeight` compose: the decay over a + b steps is
-the product of the decays over the first a and the last b steps, so `update_every` only changes
-which weights are averaged. `Warmup` and `Cosine` use the decay at t to the power delta, which is
-slightly more than the product while they rise.
+`Constant`, `HalfLife(steps)`, `PowerFunction` and `EqualWeight` compose: the decay over a + b steps
+is the product of the decays over the first a and the last b steps, so `update_every` only changes
+which weights are averaged. `Warmup` and `Cosine` use the decay at t to the power delta, and
+`HalfLife(fraction=...)` the half-life at t: both are slightly more than the product while they
+rise. `BEMA` uses the decay at t whatever delta is, as TRL does.
 """
 
 import functools
@@ -123,9 +124,9 @@ class PowerFunction:
 
         sigma_rel = (gamma + 1) ** 0.5 * (gamma + 2) ** -1 * (gamma + 3) ** -0.5
 
-    `sigma_rel` is at most 0.3002 (`EqualWeight` has 0.2887); if two exponents have the same, the
-    larger is used, as in the paper's algorithm 2. The first decay, at t = delta, is 0: the initial
-    weights do not count, and `start_step` is best left at 0.
+    `sigma_rel` is at most 0.3002 (`EqualWeight` has 0.2887); if two exponents have the same
+    value, the larger is used, as in the paper's algorithm 2. The first decay, at t = delta, is 0:
+    the initial weights do not count, and `start_step` is best left at 0.
     """
 
     gamma: float  # above -1; 0 weighs all steps alike
@@ -192,11 +193,11 @@ class BEMA:
         alpha    = (lag + multiplier * t) ** -bias_power
 
     t is `ShardedEMA.step`, initial copies included, and does not depend on `update_every`. TRL's
-    `update_freq` is `update_every` and its `update_after` is `start_step`; its default is an update
-    every 400 steps. The initial weights are those of the last initial copy, and are kept in shards
-    as a second average. `average_parameters`, `gather_*`, `export`, `copy_to` and `save` use the
-    shown values, with alpha at the last update and the live weights of that moment. Averaged
-    buffers are not corrected: the variance of a batch norm could become negative.
+    `update_freq` (400 by default) is `update_every`, and its `update_after` is `start_step`. The
+    initial weights are those of the last initial copy, and are kept in shards as a second average.
+    `average_parameters`, `gather_*`, `export`, `copy_to` and `save` use the shown values, with
+    alpha at the last update and the live weights of that moment. Averaged buffers are not
+    corrected: the variance of a batch norm could become negative.
     """
 
     ema_power: float = 0.5  # at least 0

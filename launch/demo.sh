@@ -10,7 +10,8 @@ setup accelerate diffusers examples
 export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1
 example=(examples/spirals_diffusion.py --out runs/spirals)
 
-echo "1. Two processes train a diffusion model under accelerate; dist_ema averages its weights."
+echo "1. Two processes train a diffusion model under accelerate; dist_ema averages its weights. This"
+echo "   takes about two minutes on two cores, and prints a line for each third of the steps."
 .venv/bin/accelerate launch --config_file launch/accelerate/cpu-2.yaml "${example[@]}" "$@"
 
 echo "2. diffusers loads the exported average in a new process."

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dist_ema import PowerFunction, ShardedEMA, cli
+from dist_ema.checkpoint.reader import load
 from dist_ema.checkpoint.writer import save
 from dist_ema.core import environment
 from dist_ema.core.group import Group
-from tests.cuts import TENSORS, full, infos, parts_of, state_of, write
+from tests.cuts import TENSORS, blank, full, infos, parts_of, state_of, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -174,7 +175,7 @@ def test_inspect_takes_plain_safetensors(tmp_path: Path, capsys):
 def test_verify_finds_nothing_in_a_good_checkpoint(checkpoint: Path, capsys):
     status, out, err = run(capsys, "verify", checkpoint)
     assert (status, err) == (0, "")
-    assert out == f"{checkpoint}: good; 14 boxes, 1.51 kB, xxh3_64\n"
+    assert out == f"{checkpoint}: good; 14 parts, 1.51 kB, xxh3_64\n"
 
 
 def test_verify_names_every_damage(checkpoint: Path, capsys):
@@ -201,6 +202,29 @@ def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path: Path, capsys):
     status, _, err = run(capsys, "verify", tmp_path)
     assert status == 1
     assert "no checksums to compare" in err
+
+
+def test_averages_in_a_directory_of_weights_are_named(checkpoint: Path, tmp_path: Path, capsys):
+    # A checkpoint of accelerate or the Trainer: raw weights, with the average in a directory.
+    status, _, err = run(capsys, "inspect", tmp_path)
+    wanted = f"dist-ema: {tmp_path}: is not a checkpoint, but holds ['a']: give the path of one\n"
+    assert (status, err) == (1, wanted)
+    save_file(full(TENSORS), tmp_path / "model.safetensors")
+    inside = "averages are in ['a']: give the path of one\n"
+    status, _, err = run(capsys, "verify", tmp_path)
+    assert status == 1
+    assert err.endswith(f"no checksums to compare; {inside}")
+    for arguments, done in (((), "shown"), ((tmp_path / "out",), "exported")):
+        status, _, err = run(capsys, "export" if arguments else "inspect", tmp_path, *arguments)
+        assert status == 0
+        assert err == f"dist-ema: {tmp_path}: its own weights are {done}, but {inside}"
+    status, _, err = run(capsys, "inspect", tmp_path / "model.safetensors")
+    assert (status, err) == (0, "")  # the file was meant
+    parts = blank("flat", TENSORS, Group.alone())
+    with pytest.warns(
+        UserWarning, match=r"its own weights are loaded, but averages are in \['a'\]"
+    ):
+        load(tmp_path, {"ema": parts}, TENSORS, Group.alone())
 
 
 def test_a_command_that_makes_no_sense_ends_with_2(capsys):

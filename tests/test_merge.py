@@ -148,7 +148,7 @@ def test_numbers_are_weights_and_what_is_none_is_refused():
     for weights, message in {
         "0.2,0.3": "add up to 0.5",
         "0.2,0.3,0.5": "or 2 numbers",
-        "minus-sqrt": "minus-sqrt of other tools is 1-sqrt here",
+        "minus-sqrt": "what other tools call minus-sqrt is 1-sqrt here",
         "ema:1": "a decay in",
         "ema:x": "a decay in",
         "nan,1": "numbers",

@@ -133,7 +133,7 @@ def test_a_step_beside_counters_is_left_aside_and_told(tmp_path: Path):
     ema = ShardedEMA(Net())
     ema.update()
     ema.save(tmp_path / "ema")
-    with pytest.warns(UserWarning, match="step=9 is left aside.* step 1"):
+    with pytest.warns(UserWarning, match="step=9 is ignored.* step 1"):
         ema.load(tmp_path / "ema", step=9)
     assert ema.step == 1
 
@@ -224,7 +224,11 @@ def callback_of(library: str, **options: Any) -> Any:
         ({"beta": 0.9, "x": 1}, TypeError, r"'beta' \(decay here\), 'x'"),
         ({"missing": "ignore"}, ValueError, "missing is 'ignore', wanted 'raise' or 'restart'"),
         ({"evaluate": "long"}, ValueError, "evaluate is 'long'"),
-        ({"decay": SEVERAL}, ValueError, "several averages, .*'a', 'b'.*; say by evaluate="),
+        (
+            {"decay": SEVERAL},
+            ValueError,
+            "several averages, .*'a', 'b'.*; select one with",
+        ),
         ({"decay": SEVERAL, "evaluate": "c"}, ValueError, "evaluate is 'c'"),
     ],
 )
@@ -235,7 +239,7 @@ def test_callbacks_refuse_at_once_what_sharded_ema_refuses(library, wrong, error
 
 @alone
 def test_callbacks_refuse_what_only_they_take():
-    with pytest.raises(ValueError, match="say by evaluate="):
+    with pytest.raises(ValueError, match="select one with evaluate="):
         callback_of(TRAINER, decay=SEVERAL, evaluate=False, export="x")
     with pytest.raises(ValueError, match="optimizer is -1, wanted a number from 0"):
         callback_of(LIGHTNING, optimizer=-1)

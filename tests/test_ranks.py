@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -145,6 +146,45 @@ def test_slices_are_exchanged_by_messages_of_gloo_and_else_by_all_gathers(backen
     assert gathered.called == (backend == "nccl")
 
 
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("way", ["in", "back"])
+@pytest.mark.parametrize("action", ["fill", "store"])
+def test_a_copy_that_fails_between_two_chunks_is_an_error_on_every_rank(way: str, action: str):
+    model = nn.Linear(40, 30)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, src=0)
+    ema = ShardedEMA(model, decay=0.5)
+    with torch.no_grad():
+        model.weight.add_(1)
+    ema.update()
+    live, calls = weights(model), itertools.count()
+    copy = getattr(replicas._Row, action)
+
+    def fails_once(row: Any) -> None:
+        if dist.get_rank() == 0 and next(calls) == 1:
+            raise MemoryError("no memory")
+        copy(row)
+
+    faults = mock.patch.object(replicas._Row, action, fails_once)
+    with (
+        mock.patch.multiple(replicas, _CHUNK_BYTES=0, _CHUNK_BYTES_OF_A_RANK=400),
+        pytest.raises((MemoryError, RuntimeError), match=r"no memory") as raised,
+        faults if way == "in" else contextlib.nullcontext(),
+        ema.average_parameters(),
+    ):
+        assert way == "back"
+        faults.start()
+    if way == "back":
+        faults.stop()
+        assert "way back" in str(raised.value)
+        model.load_state_dict(live)
+        ema.reset()
+    same(weights(model), live)
+    with ema.average_parameters():
+        pass
+    same(weights(model), live)
+
+
 @pytest.mark.parametrize(
     ("backends", "collective", "point_to_point"),
     [
@@ -251,6 +291,7 @@ def test_a_rank_that_waits_names_those_that_have_not_arrived():
     assert len(texts) == (dist.get_rank() == 0)
     for text in texts:
         assert "drift()" in text and "have not arrived: 1" in text
+        assert "fails after 27 s;" in text  # 0.9 of the timeout that tests/pool.py sets
 
 
 @pytest.mark.ranks(2)

@@ -39,9 +39,9 @@ from dist_ema.core.errors import CheckpointError
 if TYPE_CHECKING:  # the command line reads checkpoints without it
     import torch
 
-TIMEOUT_S = 300.0  # without progress, until a rank is given up
+TIMEOUT_S = 300.0  # without progress, after which a rank is given up
 _EXTRA_FOR_RANK_0_S = 30.0  # for rank 0 to tell the others that it gave up a rank
-_PROBE_EVERY_S = 1.0  # whether processes live; longer for many ranks
+_PROBE_EVERY_S = 1.0  # interval of checks that processes live; longer for many ranks
 _RESERVED_BYTES = 8192  # of each status file
 _LONGEST_PROBLEM = _RESERVED_BYTES // 12 - 20  # characters; JSON writes one as up to 12 bytes
 _ACKNOWLEDGE_S = 60.0  # without another rank that has read the outcome
@@ -221,7 +221,7 @@ class StatusFiles:
         """Wait for missing ranks, until no rank arrives and no file grows for `limit_s`.
 
         Returns:
-            Why those that are still missing are given up.
+            For each rank that is still missing, why it is given up.
         """
         given_up: dict[int, str] = {}
         state: tuple[int, int] | None = None

@@ -20,7 +20,7 @@ from dist_ema.checkpoint.manifest import check_state, refuse_absent
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.layout import Box, Fragment, FragmentMeta, Shape, TensorMeta, whole
 
-if TYPE_CHECKING:  # takes a second to import, and is imported when it calls the methods here
+if TYPE_CHECKING:  # slow to import; whoever calls these methods has imported it
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
     from torch.distributed.checkpoint.planner import WriteItem
 
@@ -117,7 +117,7 @@ def _mismatch(own: torch.Tensor, other: object) -> str | None:
         boxes = {fragment.meta.box for fragment in other.fragments}
         missing = [f.meta.box for f in own.fragments if f.meta.box not in boxes]
         if missing:
-            return f"has no box at {missing[0].offsets} of sizes {missing[0].sizes}, this rank does"
+            return f"lacks the box at {missing[0].offsets} of sizes {missing[0].sizes} on this rank"
     return None
 
 

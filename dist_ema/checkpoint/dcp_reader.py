@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 METADATA = ".metadata"
 _MAX_BYTES = 1 << 30  # of `.metadata`
-_MAX_RECORD_BYTES = 1 << 16  # of the description in a slice
+_MAX_RECORD_BYTES = 1 << 16  # of the description at the start of a slice
 _MAX_NUMBER = 1 << 62
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -76,12 +76,11 @@ def describe(
     """The tensors of a model in a directory of `torch.distributed.checkpoint`.
 
     Args:
-        prefix: names of the tensors start with it, and are read without it. With a "*", what the
-            star stands for is the name, as in "ema_optimizer.state.*.ema_params". By default the
-            tensors of the model are found by the names of the entries that hold them ("model",
-            "state_dict", or none beside "optimizer" and others).
-        prefer_average: in place of a prefix; take torchtitan's average of the model if there is
-            one.
+        prefix: prefix of the saved names; the rest is the name of the tensor. In a pattern such
+            as "ema_optimizer.state.*.ema_params", the part that matches "*" is the name. By default
+            the model is the entry "model" or "state_dict", or else all entries that are not
+            "optimizer" and the like.
+        prefer_average: select torchtitan's average of the model if there is one. Not with a prefix.
 
     Returns:
         The tensors, and a dict, empty without `prefer_average`: "is_average" says whether they are

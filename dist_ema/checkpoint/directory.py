@@ -48,7 +48,7 @@ def replaced_directory(path: Path, *, sync_files: bool = True) -> Iterator[Path]
     `path` is unchanged and the sibling is removed. Parents of `path` are created.
 
     Args:
-        sync_files: whether files may not be on disk at the end of the block.
+        sync_files: flush the files to disk after the block; False if the block does so.
 
     Raises:
         CheckpointError: see `refuse_foreign` and `refuse_working_directory`.
@@ -71,7 +71,7 @@ def replaced_directory(path: Path, *, sync_files: bool = True) -> Iterator[Path]
 
 @contextmanager
 def hidden_sibling(path: Path, kind: str) -> Iterator[Path]:
-    """Yield an empty directory beside `path`; in the end, what a save wrote to it is removed.
+    """Yield an empty directory beside `path`. After the block, the files of a save are removed.
 
     It is locked, so that `clear_stale` of other processes does not remove it. The kernel releases
     the lock when this process ends.

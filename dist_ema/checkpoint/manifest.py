@@ -245,7 +245,7 @@ def read_head(start: bytes, nbytes: int) -> dict[str, Any]:
         nbytes: length of the file.
 
     Raises:
-        CheckpointError: the file is no manifest, or has not the length that its first line states.
+        CheckpointError: the file is not a manifest, or its first line states another length.
     """
     if nbytes > _MAX_BYTES:
         raise CheckpointError(f"is {nbytes} bytes long, more than any manifest")
@@ -349,7 +349,7 @@ def _boxes(
         zip(*[iter(columns[key])] * ndim, strict=True) if ndim else repeat((), count)
         for key in ("offsets", "sizes")
     )
-    first = 0  # checksum of the box
+    first = 0  # index of the first checksum of the box
     boxes = []
     for number, start, offsets, sizes in zip(numbers, starts, corners, extents, strict=True):
         nbytes = math.prod(sizes) * itemsize
@@ -419,7 +419,7 @@ def check_types(value: object, schema: Any, where: object) -> None:
 
 
 def check_state(state: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise if counters and schedules are not those of averages with these names.
+    """Raise unless the state has counters, and schedules of the averages with these names.
 
     {"step": int, "num_updates": int, "averages": {name: {"schedule": {...}, "decay": float|None}}},
     with further JSON beside these.
@@ -435,7 +435,7 @@ def check_state(state: Mapping[str, Any], names: Iterable[str]) -> None:
 
 
 def check_file_names(names: Iterable[object], where: object) -> None:
-    """Raise unless names are those of entries of one directory, which are not hidden."""
+    """Raise unless every name is a plain file name: neither a path nor hidden."""
     for name in names:
         if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
             raise CheckpointError(f"{where}: file {short(name)} is not a plain name")

@@ -1,6 +1,6 @@
 """Safetensors files that no save wrote: one file, or a directory of them with or without an index.
 
-Headers and indices are not trusted, as little as a manifest is.
+Headers and indices are not trusted: they are checked as a manifest is.
 """
 
 from __future__ import annotations
@@ -95,6 +95,11 @@ def _names(files: Files, at: str = "") -> tuple[list[str], dict[str, str]]:
         check_file_names(index["weight_map"].values(), where)
         weight_map = {fqn: at + name for fqn, name in index["weight_map"].items()}
         return sorted(set(weight_map.values())), weight_map
+    if not weights and (inside := files.checkpoints()):
+        raise CheckpointError(
+            f"{files.directory}: is not a checkpoint, but holds {short(inside[:8])}: give the path "
+            "of one"
+        )
     if not weights:
         raise CheckpointError(
             f"{files.directory}: is not a checkpoint; it has no manifest.json and no "
@@ -151,5 +156,5 @@ def _json(files: Files, name: str, start: int, nbytes: int, where: str) -> dict[
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} is other text than JSON")
+        raise CheckpointError(f"{where} is not JSON")
     return value

@@ -35,6 +35,7 @@ from dist_ema.checkpoint.manifest import (
     parse,
     read_head,
     refuse_absent,
+    short,
 )
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.layout import Box, Fragment, TensorMeta, flat_boxes, flat_ends, overlap, whole
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 PLAIN = ""  # name of the average in plain safetensors files
 _MAX_OPEN = 256  # files at a time; the limit of a process is often 1024
-_NUM_SAMPLES = 256  # of a plain file, for its identity
+_NUM_SAMPLES = 256  # blocks of a plain file that are hashed to identify it
 _PLAIN_BLOCK = 1 << 20  # bytes that are read from a plain file at a time
 _MAX_NAMES = 8  # of a kind in a message
 
@@ -78,7 +79,7 @@ class Files:
                 f"{directory}: {error.strerror}; a checkpoint is a directory that every rank sees"
             ) from error
         self._open: OrderedDict[str, int] = OrderedDict()
-        self._first: dict[str, tuple[int, ...]] = {}  # each file, when it was opened first
+        self._first: dict[str, tuple[int, ...]] = {}  # identity of each file when first opened
 
     def close(self) -> None:
         for fd in (self._fd, *self._open.values()):
@@ -101,6 +102,10 @@ class Files:
             return stat.S_ISREG(os.stat(name, dir_fd=self._fd).st_mode)
         except OSError:
             return False
+
+    def checkpoints(self) -> list[str]:
+        """Names of directories in this one that are checkpoints of `save`, sorted."""
+        return [name for name in self.names() if self.has(f"{name}/{MANIFEST}")]
 
     def size(self, name: str) -> int:
         return os.fstat(self._file(name)).st_size
@@ -176,7 +181,7 @@ class Checkpoint:
         def has(name: str) -> bool:
             return only in (None, name) and self.files.has(name)
 
-        self.is_plain = not has(MANIFEST)
+        self.is_plain, self.is_directory = not has(MANIFEST), only is None
         try:
             if not self.is_plain:
                 self.manifest = self._read_manifest()
@@ -209,6 +214,12 @@ class Checkpoint:
     @property
     def state(self) -> Mapping[str, Any]:
         return self.manifest.state
+
+    def averages_inside(self) -> str:
+        """What to tell a user who named a directory of weights that has averages in directories of
+        its own, as a checkpoint of accelerate or the Trainer has. "" where there is nothing."""
+        inside = self.files.checkpoints() if self.is_plain and self.is_directory else []
+        return f"averages are in {short(inside[:8])}: give the path of one" if inside else ""
 
     def identity(self) -> str:
         """Equal for ranks that see the same files: the id, or a hash of samples of plain files."""
@@ -354,7 +365,7 @@ class _BoxIndex:
 
 
 def boxes_within(box: Box, start: int, stop: int) -> Iterator[tuple[int, Box]]:
-    """The boxes of elements [start, stop) of a box, each with its first element in the range."""
+    """Elements [start, stop) of a box, as boxes, each with its offset in that range."""
     at = 0
     for part in flat_boxes(box.sizes, start, stop):
         offsets = tuple(base + o for base, o in zip(box.offsets, part.offsets, strict=True))
@@ -443,7 +454,10 @@ def load(
 
 
 def _becomes_visible_to_all(path: Path, group: Group) -> bool:
-    """Whether a rank did not see what another one saw, and all see it now. Collective."""
+    """Wait until every rank sees the same files. Collective.
+
+    Returns False if all ranks saw the same from the start, or if some still do not.
+    """
 
     def names() -> set[str]:
         place = find(path)
@@ -524,7 +538,7 @@ def _match(
     others: Collection[str],
     strict: bool,
 ) -> tuple[dict[str, Source], list[str]]:
-    """For each average, the saved one and the names of its tensors; and warnings.
+    """Where to read each average (see `Source`), and warnings.
 
     Raises:
         CheckpointError: an average or a tensor is missing or does not fit; all of them are listed.
@@ -532,6 +546,8 @@ def _match(
     saved, allowed, notes = checkpoint.averages, set[str](), list[str]()
     if checkpoint.state.get("is_average") is False:
         notes.append("it has no average, so the weights of the model are loaded as one")
+    if inside := checkpoint.averages_inside():
+        notes.append(f"its own weights are loaded, but {inside}")
     if checkpoint.is_plain:
         if len(names) != 1:
             raise CheckpointError(

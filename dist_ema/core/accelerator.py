@@ -1,11 +1,12 @@
 """Accelerators of any kind (CUDA, XPU, NPU, ...), and side streams for updates of an average.
 
 [Note: fences]
-An update on a side stream reads the live weights while the caller continues. It waits for all work
-that the caller launched before it. These wait for the update: the next step of any torch optimizer
-(by a hook that runs before each step), everything that reads the average through `AverageStorage`,
-and the destruction of the streams, which happens before that of the memory that they use. Other
-code that writes to the weights must read the average first (`drift()`, for example).
+An update on a side stream reads the live weights while the caller continues. The update waits for
+all work that the caller launched before it. These wait for the update: the next step of any torch
+optimizer (by a hook that runs before each step), everything that reads the average through
+`AverageStorage`, and the destruction of the streams, which happens before that of the memory that
+they use. Other code that writes to the weights must read the average first (`drift()`, for
+example).
 
 The weights that an update reads are not freed meanwhile, even if the model moves: the update's plan
 holds views of them, and a new plan is made only after `SideStreams.synchronize`.

@@ -135,9 +135,9 @@ class Average:
         engine = self._select(self.model)
         if engine.kind != self.engine.kind:
             raise RuntimeError(
-                f"the model was held by {self.engine.kind} when this average was built, and by "
-                f"{engine.kind} now; build ShardedEMA after fully_shard(), DDP or "
-                "accelerator.prepare(), with what they return"
+                "the model was wrapped, sharded or unwrapped after this average was built "
+                f"({self.engine.kind} then, {engine.kind} now); build ShardedEMA after "
+                "fully_shard(), DDP or accelerator.prepare(), with what they return"
             )
         weights = self._with_masters(engine, engine.weights(), self.plan.averaged)
         self.plan = rebind(self.plan, weights, self.group)
@@ -149,7 +149,7 @@ class Average:
     def _with_masters(
         self, engine: Engine, weights: list[Weight], averaged: frozenset[str]
     ) -> list[Weight]:
-        """The weights, averaged from the masters that `masters=` knows of now. Local."""
+        """The weights, with the masters that `masters=` returns now as their views. Local."""
         find = self._options.masters
         if find is None:
             return weights
@@ -265,14 +265,15 @@ class Average:
         self.refuse_differing_replicas()
         self._await_copies()
         self.engine.release()
-        for fragment, value in zip(self.plan.fragments, values, strict=True):
-            fragment.view.copy_(value)
-        for replica_group in self.plan.replica_groups:
-            replica_group.share(attrgetter("view"))
-        for fragment in self._averaged_fragments():
-            if not fragment.in_place:
-                fragment.forward_view.copy_(fragment.view)
-        self._publish(share=False)
+        with self.group.together():
+            for fragment, value in zip(self.plan.fragments, values, strict=True):
+                fragment.view.copy_(value)
+            for replica_group in self.plan.replica_groups:
+                replica_group.share(attrgetter("view"))
+            for fragment in self._averaged_fragments():
+                if not fragment.in_place:
+                    fragment.forward_view.copy_(fragment.view)
+            self.engine.publish()
 
     @contextmanager
     def swap(self, name: str, values: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -280,8 +281,8 @@ class Average:
         num_parameters = len(self.plan.parameters)
         # A teacher keeps the average meanwhile: it may be used inside the block, too.
         exchanges = self._teacher is None
-        swap = Swap(self.plan.parameters, values[:num_parameters], exchanges=exchanges)
         with torch.no_grad(), self.swap_group.together():
+            swap = Swap(self.plan.parameters, values[:num_parameters], exchanges=exchanges)
             refuse_freezing()
             refuse_destroyed(self.plan.replica_groups)
             buffers = Buffers(self.model, self.engine.buffers(), self.engine.precomputed())
@@ -289,14 +290,15 @@ class Average:
             self._await_copies()
         self.refuse_differing_replicas()
         marks, signals = self.marks, DeferredSignals()
-        started = entered = False
+        started = False
         written: WrittenWeights | None = None
 
         def publish() -> None:
             try:
-                self._publish(share=entered)
-                if swap.is_active:
-                    raise RuntimeError("live weights were not written back")
+                with self.swap_group.together():
+                    self._share_and_publish()
+                    if swap.is_active:
+                        raise RuntimeError("live weights were not written back")
             except BaseException as error:
                 self.marks.set("torn", name)
                 if not isinstance(error, Exception):
@@ -327,12 +329,13 @@ class Average:
                     started = True
                     marks.set("swapped", name)
                     with self.swap_group.together():
-                        swap.enter()
-                        averaged = zip(self.plan.buffers, values[num_parameters:], strict=True)
-                        for fragment, value in averaged:
-                            fragment.view.copy_(value)
-                    entered = True
-                    self._publish(share=True)
+                        try:
+                            swap.enter()
+                            averaged = zip(self.plan.buffers, values[num_parameters:], strict=True)
+                            for fragment, value in averaged:
+                                fragment.view.copy_(value)
+                        finally:  # the other ranks wait for this one
+                            self._share_and_publish()
                     written = WrittenWeights(
                         (weight.fqn, tensor)
                         for weight in self.plan.weights
@@ -350,11 +353,12 @@ class Average:
             finally:
                 signals.release()
 
-    def _publish(self, *, share: bool) -> None:
-        """Exchange slices among replicas if `share`, and let the next forward pass read storage."""
-        for replica_group in self.plan.replica_groups if share else ():
-            replica_group.share()
-        self.engine.publish()
+    def _share_and_publish(self) -> None:
+        """Exchange slices among replicas, and let the next forward pass read the storage."""
+        with ExitStack() as steps:  # each is taken, even if another one raised: others take part
+            steps.callback(self.engine.publish)
+            for replica_group in reversed(self.plan.replica_groups):
+                steps.callback(replica_group.share)
 
     def _averaged_fragments(self) -> list[Fragment]:
         """All that this rank holds of averaged weights."""
@@ -383,8 +387,7 @@ class Average:
         """Raise if ranks that hold the same weights do not hold the same bits. Collective.
 
         Called where the live weights are written, and when slices are put together for the first
-        time after an update: weights that were equal at the start may be different ones under one
-        name.
+        time after an update: different weights with one name may have been equal at the start.
         """
         names = differing(self.plan.replica_groups, self.plan.num_shared_groups, self.swap_group)
         if names:

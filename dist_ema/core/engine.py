@@ -1,17 +1,18 @@
 """The base of engines, which list a model's weights as fragments.
 
 [Note: engines]
-Each way of cutting a model has one engine file. It knows which fragments this rank holds, whether
+Each way of sharding a model has one engine file. It knows which fragments this rank holds, whether
 their views are still valid, how to drop gathered copies before the storage is written, and how to
 make the forward pass read what was written. Everything else is written once, against fragments.
 
 [Note: wrappers]
 A tensor subclass may hold other tensors in place of storage, and lists their attributes in
-`__tensor_flatten__`. Where it holds one, of its own shape and dtype, and a copy of the wrapper has
-the values of that one, the inner tensor is the weight: torchao's float8 training, for example.
+`__tensor_flatten__`. If it holds one tensor, which has the shape, the dtype and the values of the
+wrapper, the inner tensor is the weight: torchao's float8 training, for example.
 Any further tensor that the wrapper holds was computed from the weight or belongs to a quantization:
-it would be wrong beside averaged values. So such a wrapper has a problem, unless the library
-computes the tensor again where it is None (`Engine.precomputed_names`).
+it would be wrong beside averaged values. So a weight in such a wrapper is refused
+(`Weight.problem`), unless the library recomputes the tensor after it was set to None
+(`Engine.precomputed_names`).
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Weight:
 
 
 class Engine(ABC):
-    """One way of cutting a model. The defaults suit weights that are not gathered or copied."""
+    """One way of sharding a model. The defaults suit weights that are not gathered or copied."""
 
     communicates = False  # whether `release` and `publish` do
     is_plain = False  # whether every rank holds all of each weight
@@ -81,13 +82,13 @@ class Engine(ABC):
 
     @property
     def kind(self) -> str:
-        """How the model is cut, for messages and to tell whether it is cut in another way now."""
+        """How the model is sharded: for messages, and compared to notice a change."""
         return type(self).__name__
 
     @staticmethod
     @abstractmethod
     def claims(model: nn.Module) -> bool:
-        """Whether a model is cut in this way. Local."""
+        """Whether a model is sharded in this way. Local."""
 
     def weights(self) -> list[Weight]:
         """Every parameter and buffer, in the order of `state_dict()`. Local."""
@@ -105,7 +106,7 @@ class Engine(ABC):
         """The buffers that are registered now. They may be added, resized or removed. Local."""
         every = registrations(self._model)
         parameters = {id(self._tensor(r)) for r in every if not r.is_buffer}
-        # A parameter that is registered as a buffer too is no buffer.
+        # A tensor that is registered both as a parameter and as a buffer counts as a parameter.
         return self._list(r for r in every if r.is_buffer and id(self._tensor(r)) not in parameters)
 
     def _list(self, registered: Iterable[Registration]) -> list[Weight]:
@@ -144,11 +145,11 @@ class Engine(ABC):
         return weights
 
     def _tensor(self, registration: Registration) -> torch.Tensor:
-        """The tensor that is registered there between training steps."""
+        """The tensor that represents a registration; the same object for tied registrations."""
         return registration.tensor
 
     def _cut(self, registration: Registration, tensor: torch.Tensor) -> Cut:
-        """The global shape of a tensor, and what this rank holds of it.
+        """The shape of the whole tensor, and the fragments that this rank holds.
 
         Raises:
             ValueError: the tensor cannot be read as fragments.
@@ -156,7 +157,7 @@ class Engine(ABC):
         return self.cut(registration.fqn, tensor)
 
     def cut(self, fqn: str, tensor: torch.Tensor) -> Cut:
-        """The global shape and the fragments of a tensor, which need not be one of the model.
+        """The same for a tensor that need not be registered, such as a master.
 
         Raises:
             ValueError: the tensor cannot be read as fragments.
@@ -369,7 +370,7 @@ class Masters:
         return any(master is not None for master in self._held)
 
     def stamp(self) -> list[int]:
-        """Changes if a master appears, is replaced or moves. Local: asks for each parameter."""
+        """Changes if a master appears, is replaced or moves. Local: calls `find` per parameter."""
         return list(map(_pointer_of_master, map(self._find, self._parameters)))
 
 

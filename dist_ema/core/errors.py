@@ -6,7 +6,7 @@ import importlib
 import re
 from collections.abc import Sequence
 
-# As in pyproject.toml, which pip reads; an environment may have been changed since.
+# As in pyproject.toml. Checked here too: other packages may be installed after this one.
 MINIMUM = {"torch": "2.8", "deepspeed": "0.16.4"}
 CHECKED = {"torch": "2.8 to 2.15", "deepspeed": "0.16.4 to 0.19.8"}  # private names that are read
 
@@ -16,7 +16,7 @@ class CheckpointError(Exception):
 
 
 def listed(texts: Sequence[str], most: int = 8, separator: str = "; ") -> str:
-    """The first texts, and how many more there are, for a message."""
+    """The first `most` texts and the number of the others, joined for a message."""
     more = [f"and {len(texts) - most} more"] if len(texts) > most else []
     return separator.join([*texts[:most], *more])
 

@@ -1,9 +1,9 @@
 """Whole tensors from the fragments that ranks own, chunk by chunk.
 
 When a `Gatherer` is built, rank 0 learns which rank owns which box, and every rank which tensors
-there are. A chunk is a range of elements of a tensor, in row-major order. Each rank computes from
-its own boxes what it holds of a chunk, so each byte is sent once, already in the dtype that is
-wanted. The receiver buffers 16 MiB of chunks twice: the messages and the result.
+there are. A chunk is a range of elements of a tensor, in row-major order. Each rank converts the
+elements of a chunk that it owns to the requested dtype and sends them once. The receiver buffers
+16 MiB of chunks twice: the messages and the result.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _Range:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A box that an owned fragment and a range have in common."""
+    """The intersection of an owned fragment and a range of elements."""
 
     number: int  # of the range in its bucket
     fragment: OwnedFragment
@@ -109,7 +109,7 @@ class Gatherer:
     ) -> None:
         """
         Args:
-            values: an average's values of `plan.fragments`, for their dtypes.
+            values: an average, one tensor for each of `plan.fragments`; only dtypes are used.
             buffers: persistent buffers that are not averaged.
         """
         self._group = group
@@ -413,7 +413,7 @@ def _owned_buffers(buffers: Sequence[Weight], group: Group) -> tuple[list[Weight
 def refuse_unequal_copies(model: nn.Module, weights: Sequence[Weight], group: Group) -> None:
     """Raise ValueError if different parts of a model differ in a tensor that both of them have.
 
-    The values of one rank are gathered, as those of ranks with the same part are taken for equal.
+    Ranks with the same part are assumed to hold equal values: those of one rank are gathered.
     Collective: every rank calls it. One all-gather of names, and one of hashes of such tensors.
 
     Args:
@@ -446,7 +446,7 @@ def refuse_unequal_copies(model: nn.Module, weights: Sequence[Weight], group: Gr
 
 
 def _differing_texts(reports: Sequence[tuple[int, Mapping[str, str]]]) -> list[str]:
-    """Where a text is another one in another part than in the first that has it."""
+    """Messages for names whose texts differ between two parts, one for each name."""
     first: dict[str, tuple[int, int, str]] = {}
     problems: dict[str, str] = {}
     for rank, (part, texts) in enumerate(reports):

@@ -55,8 +55,8 @@ class Group:
             if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
                 warnings.warn(
                     f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and torch.distributed is not "
-                    "initialized: this process averages for itself, and would save over what the "
-                    "others save; call init_process_group() first",
+                    "initialized: this process averages alone, and would overwrite the "
+                    "checkpoints of the others; call init_process_group() first",
                     stacklevel=4,
                 )
             return
@@ -150,7 +150,7 @@ class Group:
 
         Ranks meet in the store of the default process group: a collective of ours that one rank
         alone begins would be matched with one of the training of the others, and gloo would abort
-        them. Two small requests to the store; without a store, returns at once.
+        them. A few small requests to the store; without a store, returns at once.
 
         Raises:
             RuntimeError: some ranks have not arrived after 0.9 of the process group's timeout.
@@ -158,44 +158,52 @@ class Group:
         store = _default_store()
         if not call or store is None:
             return
-        # Different groups may have one name: `split_group` numbers them on each rank.
-        ranks = digest(dist.get_process_group_ranks(self.process_group))[0]
-        prefix = f"dist_ema/{getattr(self.process_group, 'group_name', '')}/{ranks}"
-        own = f"{prefix}/{self.rank}"
+        # By its ranks, since the members of a group may know it by different names.
+        prefix = f"dist_ema/{digest(dist.get_process_group_ranks(self.process_group))[0]}"
+        key = f"{prefix}/arrivals"
         try:
-            store.set(own, call)
-            number = int(store.add(f"{prefix}/arrivals", 1))
-            meeting = (number - 1) // self.size
-            gate = f"{prefix}/all-{meeting}"
-            if number % self.size == 0:
-                store.set(gate, "")
-                store.delete_key(f"{prefix}/all-{meeting - 1}")  # all have left that one
+            number = int(store.add(key, 1))
         except Exception:  # the process that hosts the store has ended
             return
+        complete = -(-number // self.size) * self.size  # when all ranks have arrived
+
+        def is_complete() -> bool:
+            try:
+                return int(store.get(key)) >= complete
+            except Exception:  # the store is gone: there is nothing to wait for
+                return True
 
         def absent() -> str:
             with suppress(Exception):
-                missing = [r for r in range(self.size) if not store.check([f"{prefix}/{r}"])]
-                return f"ranks that have not arrived: {', '.join(map(str, missing))}"
+                ranks = {r: f"{prefix}/{r}" for r in range(self.size)}
+                missing = [
+                    str(r)
+                    for r, own in ranks.items()
+                    if not (store.check([own]) and int(store.get(own)) >= complete)
+                ]
+                return f"ranks that have not arrived: {', '.join(missing) or 'those that gave up'}"
             return "not all ranks have arrived"
 
         started, limit_s, has_warned = time.monotonic(), self._timeout_s(), False
         try:
-            while not _has_key(store, gate):
+            with suppress(Exception):
+                store.set(f"{prefix}/{self.rank}", str(complete))
+            while number < complete and not is_complete():
                 waited_s = time.monotonic() - started
                 time.sleep(min(max(waited_s / 10, 2e-4), 0.1))
                 if waited_s > limit_s:
                     raise RuntimeError(f"{call}: {absent()}; {_ADVICE}")
                 if waited_s > self.warn_after_s and not has_warned:
                     has_warned = True
-                    text = "%s: rank %d has waited for %.0f s; %s; %s"
-                    _LOG.warning(text, call, self.rank, waited_s, absent(), _ADVICE)
-        except BaseException:
+                    text = "%s: rank %d has waited for %.0f s, and fails after %.0f s; %s; %s"
+                    _LOG.warning(text, call, self.rank, waited_s, limit_s, absent(), _ADVICE)
+        except BaseException as error:
             with suppress(Exception):
-                store.add(f"{prefix}/arrivals", -1)
+                if store.add(key, -1) == complete - 1:  # the last rank arrived just now
+                    store.add(key, 1)
+                    if isinstance(error, Exception):
+                        return
             raise
-        with suppress(Exception):
-            store.delete_key(own)
 
     def _timeout_s(self) -> float:
         """How long to wait for ranks: less than those that wait in a collective of this group.
@@ -220,8 +228,8 @@ class Group:
         """Prepare the group's backend for the accelerator, if it has one, for point to point.
 
         Collective: every rank calls it. The first call on a device makes NCCL connect all ranks, so
-        a first call among some ranks would wait for the others. With `cpu:gloo,cuda:nccl`, all
-        earlier calls went to gloo.
+        a first call among some ranks would wait for the others. With `cpu:gloo,cuda:nccl`, NCCL has
+        had no call yet, since `Group` has used tensors on the CPU until now.
         """
         assert self.process_group is not None
         accelerator = torch.accelerator.current_accelerator()
@@ -322,7 +330,7 @@ def _raise_difference(
 
 
 def describe(problem: Exception) -> str:
-    """The text of an error that is raised again on other ranks, as the type is not kept."""
+    """The text of an error to raise on all ranks, with the name of its type unless it is known."""
     if isinstance(problem, OSError) and problem.filename:
         return f"{problem.filename}: {problem.strerror}"
     known = type(problem).__name__ in _ERRORS
@@ -355,14 +363,6 @@ def _default_store() -> Any:
     return None
 
 
-def _has_key(store: Any, key: str) -> bool:
-    """Whether the store has a key. True if the store is gone: there is nothing to wait for."""
-    try:
-        return bool(store.check([key]))
-    except Exception:
-        return True
-
-
 def digest(*parts: object) -> tuple[int, int]:
     """A 128-bit digest of the `repr` of some values, as two int64."""
     raw = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
@@ -378,7 +378,7 @@ def message(
 
 
 def is_destroyed(group: dist.ProcessGroup | None) -> bool:
-    """Whether there was a group that has been destroyed since. Local."""
+    """Whether a process group has been destroyed; False for None. Local."""
     try:
         return group is not None and not dist.get_backend(group)
     except ValueError:

@@ -95,7 +95,7 @@ def flat_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
 
 
 def flat_ends(inner: Box, outer: Box) -> tuple[int, int]:
-    """The row-major index of a box's first and last element in another that contains it."""
+    """Row-major indices, within `outer`, of the first and last element of `inner`."""
     first = last = 0
     for offset, size, base, length in zip(
         inner.offsets, inner.sizes, outer.offsets, outer.sizes, strict=True
@@ -210,8 +210,8 @@ class TensorMeta:
     def dtype_as(self, wanted: torch.dtype | None) -> torch.dtype:
         """The dtype in which the tensor is gathered and exported.
 
-        Floating-point tensors take the wanted one. With None they keep their own, half-precision
-        ones being widened to fp32, so that the state dict has one floating-point dtype.
+        A floating-point tensor is converted to `wanted`. If that is None, half precision becomes
+        fp32, so that the state dict has one floating-point dtype, and others keep their dtype.
         """
         import torch
 
@@ -257,7 +257,9 @@ class Fragment:
 def range_fragments(
     meta: FragmentMeta, start: int, view: torch.Tensor, forward_view: torch.Tensor | None = None
 ) -> Iterator[Fragment]:
-    """The fragments of a range of elements, in order: `view` holds it from `start` on.
+    """The fragments of a range of the elements of `meta`, in order.
+
+    `view` holds the range, whose first element is number `start` of `meta` in storage order.
 
     `forward_view` is what the forward pass reads, where that is another tensor.
     """

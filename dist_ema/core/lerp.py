@@ -17,7 +17,7 @@ threads only where an elementwise operator on one of the live tensors does too.
 [Note: narrow weights on a CPU]
 torch has no CPU operator that reads bf16 and updates fp32, so there are two, over a chunk in cache:
 one converts, one updates. Each takes about as long as moving the bytes, and they do not overlap.
-`torch.compile` makes one pass of both, after seconds of compilation with a C++ compiler.
+`torch.compile` would fuse both, but needs a C++ compiler and seconds to compile.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Batch:
     narrow: list[torch.Tensor]  # live values in pieces like those of an average
     staged_lives: list[torch.Tensor] | None
     staged_averages: list[torch.Tensor] | None
-    non_blocking: bool  # of copies: a side stream keeps them in order
+    non_blocking: bool  # argument of `copy_`; True on a side stream, which keeps copies in order
 
     def update(self, steps: Sequence[Step]) -> None:
         if self.packed is not None:
@@ -181,7 +181,7 @@ def accumulation_dtype(average: torch.dtype, live: torch.dtype) -> torch.dtype:
 
 
 def squared_norms(average: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    """‖average - live‖² and ‖live‖² of 1-D tensors, in float64, a chunk at a time."""
+    """‖average - live‖² and ‖live‖² of 1-D tensors, computed in float64, chunk by chunk."""
     sums = torch.zeros(2, dtype=torch.float64, device=live.device)
     wide = torch.complex128 if live.is_complex() else torch.float64
     step = 1 << 20
@@ -196,7 +196,7 @@ def squared_norms(average: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
 def _batches(
     averages: list[list[torch.Tensor]], lives: list[torch.Tensor], num_stagings: int
 ) -> Iterator[_Batch]:
-    """Batches of chunks; `num_stagings` consecutive batches have their own staging."""
+    """Batches of chunks. They use `num_stagings` staging buffers in turn."""
     average, live = averages[0][0], lives[0]
     dtype = accumulation_dtype(average.dtype, live.dtype)
     crosses, accelerated = _crosses(average, live), is_accelerator(live.device)

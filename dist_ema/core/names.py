@@ -1,7 +1,7 @@
 """Canonical names: where a model registers tensors, with no level for wrappers.
 
-Wrappers are recognized by type, never by name: a user's own submodule may be called `module`. A
-wrapper's library is looked up in `sys.modules`, so nothing is imported that the user did not.
+Wrappers are recognized by type, never by name: a user's own submodule may be called `module`. The
+class of a wrapper is looked up in `sys.modules`, so that no library is imported here.
 
 FSDP1 without `use_orig_params` removes parameters from their modules, registers a flat one, and
 leaves plain attributes. These attributes are listed here, the flat parameter is not.
@@ -68,7 +68,7 @@ class Models(nn.Module):
     """Several modules as one: models by name, or this rank's parts of one model.
 
     It takes no part in a forward pass, and does not change its modules. With a mapping, the names
-    of tensors start with the name of their model; parts have names of their own.
+    of tensors start with the name of their model; with a sequence of parts, no prefix is added.
     """
 
     def __init__(self, modules: Sequence[nn.Module] | Mapping[str, nn.Module]) -> None:
@@ -91,9 +91,9 @@ class Models(nn.Module):
             tensor = registration.tensor
             if tensors.setdefault(registration.fqn, tensor) is not tensor:
                 raise ValueError(
-                    f"several parts have a tensor named {registration.fqn}; in the parts of one "
-                    "model, tensors have the names that they have in the whole (keep layers in a "
-                    "ModuleDict), and different models are passed as a mapping"
+                    f"several parts have a tensor named {registration.fqn}; the tensors of a "
+                    "part need their names in the whole model (keep layers in a ModuleDict); pass "
+                    "different models as a mapping"
                 )
 
     def named(self) -> Iterator[tuple[str, nn.Module]]:
@@ -121,7 +121,7 @@ def as_module(model: object) -> nn.Module:
         modules = model.values() if isinstance(model, Mapping) else model
         if all(isinstance(module, nn.Module) for module in modules):
             return Models(model)
-    raise TypeError(f"{type(model).__name__} is no module, and no list or mapping of modules")
+    raise TypeError(f"{type(model).__name__} is not a module, nor a list or mapping of modules")
 
 
 def class_of(module: str, name: str) -> type | None:

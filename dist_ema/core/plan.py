@@ -137,8 +137,8 @@ def rebind(plan: Plan, weights: Sequence[Weight], group: Group) -> Plan:
     if differences:
         raise RuntimeError(
             "the model's parameters were replaced or changed since this average was built: "
-            f"{'; '.join(differences)}; build ShardedEMA when the model is as it will be trained, "
-            "with what fully_shard(), DDP or accelerator.prepare() return"
+            f"{'; '.join(differences)}; build ShardedEMA after fully_shard(), DDP or "
+            "accelerator.prepare(), with what they return"
         )
     held = _averaged_parameters(weights, plan.averaged, plan.holders)
     moved = {(fragment.meta, holders): fragment for fragment, holders in held}
@@ -152,7 +152,7 @@ def rebind(plan: Plan, weights: Sequence[Weight], group: Group) -> Plan:
 
 
 def _fixed(weights: Sequence[Weight], averaged: frozenset[str]) -> list[Weight]:
-    """The weights whose layout must not change: other buffers may appear, change or vanish."""
+    """The weights whose layout must not change: all but the buffers that are not averaged."""
     return [w for w in weights if not w.is_buffer or w.fqn in averaged]
 
 

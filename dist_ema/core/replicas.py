@@ -18,6 +18,7 @@ import bisect
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -38,7 +39,7 @@ from dist_ema.core.group import (
 from dist_ema.core.layout import Fragment, FragmentMeta, bits
 
 _GRAIN = 16  # elements: cuts fall on cache lines of fp32
-_CHUNK_BYTES = 8 << 20  # of all ranks, in a chunk that they exchange; two are on their way
+_CHUNK_BYTES = 8 << 20  # in an exchange, over all ranks; two exchanges are in flight
 _CHUNK_BYTES_OF_A_RANK = 1 << 17  # at least
 _HASHED_ELEMENTS = 1 << 20  # at a time on an accelerator: 16 MB of scratch
 
@@ -147,7 +148,7 @@ def exchange_slices(
     group: dist.ProcessGroup,
     ranks: Sequence[int],
 ) -> None:
-    """Fill storage that some ranks hold with what each of them wrote to its own slice of it.
+    """All-gather storage that several ranks hold, of which each has written its own slice.
 
     Collective among `ranks`. Each byte is sent once, in chunks; a chunk is on its way while the one
     before it is copied to its place. With gloo, or among some ranks of a group, messages go from
@@ -160,6 +161,10 @@ def exchange_slices(
         dtype: in which elements are sent.
         device: of the storage.
         ranks: within `group`.
+
+    Raises:
+        Exception: the first of this rank's copies that failed, once all chunks are exchanged: the
+            other ranks do not wait, and cannot know. Or a rank died, or did not take part in time.
     """
     index, longest = ranks.index(dist.get_rank(group)), max(numels)
     sender = device_for(group, device)
@@ -168,28 +173,53 @@ def exchange_slices(
         sender = device_for(group, device, point_to_point=True)
     nbytes = max(_CHUNK_BYTES // len(ranks), _CHUNK_BYTES_OF_A_RANK)
     size = max(1, min(longest, nbytes // dtype.itemsize))
-    # For two chunks, a row for each rank, and one that an all-gather sends.
+    # Two buffers in turn: rows for the data of each rank, and a row to send in an all-gather.
     staging = torch.empty(2, len(ranks) + 1, size, dtype=dtype, device=sender)
     last: tuple[list[dist.Work], list[_Row]] = [], []
-    for number, start in enumerate(range(0, longest, size)):
-        buffers = staging[number % 2]
-        rows = [
-            _Row(slices(i, start, start + size), buffer, may_be_storage=sends)
-            for i, buffer in enumerate(buffers[:-1])
-        ]
-        if sends:
-            own = rows.pop(index).filled()
-            peers = [rank for rank in ranks if rank != ranks[index]]
-            works = _send(own, [row.buffer for row in rows], peers, group)
-        else:
-            _Row(rows.pop(index).pieces, buffers[-1]).filled()
-            gathered, own = buffers[:-1].reshape(-1), buffers[-1]
-            # As bytes, since no backend supports every dtype.
-            as_bytes = gathered.view(torch.uint8), own.view(torch.uint8)
-            works = [all_gather_single(*as_bytes, group=group, async_op=True)]
-        _finish(*last)
-        last = works, rows
-    _finish(*last)
+    works: list[dist.Work] = []
+    problems: list[Exception] = []
+
+    def attempt(copy: Callable[[], None]) -> None:
+        try:
+            copy()
+        except Exception as problem:
+            problems.append(problem)
+
+    def finish(works: list[dist.Work], rows: list[_Row]) -> None:
+        for work in works:
+            work.wait()
+        for row in rows:
+            attempt(row.store)
+
+    try:
+        for number, start in enumerate(range(0, longest, size)):
+            buffers = staging[number % 2]
+            rows = [
+                _Row(slices(i, start, start + size), buffer, may_be_storage=sends)
+                for i, buffer in enumerate(buffers[:-1])
+            ]
+            own = rows.pop(index)
+            if sends:
+                attempt(own.fill)
+                peers = [rank for rank in ranks if rank != ranks[index]]
+                works = _send(own.buffer, [row.buffer for row in rows], peers, group)
+            else:
+                attempt(_Row(own.pieces, buffers[-1]).fill)
+                # As bytes, since no backend supports every dtype.
+                gathered, sent = (
+                    t.reshape(-1).view(torch.uint8) for t in (buffers[:-1], buffers[-1])
+                )
+                works = [all_gather_single(gathered, sent, group=group, async_op=True)]
+            finish(*last)
+            last = works, rows
+        finish(*last)
+    except BaseException:  # a rank died: nothing may be written to the storage after this call
+        for work in [*last[0], *works]:
+            with suppress(Exception):
+                work.wait()
+        raise
+    if problems:
+        raise problems[0]
 
 
 class _Row:
@@ -203,11 +233,10 @@ class _Row:
         numel = sum(piece.numel() for piece in pieces)
         self.pieces, self.buffer = pieces, pieces[0] if self.is_storage else staging[:numel]
 
-    def filled(self) -> torch.Tensor:
-        """The buffer, after the storage is copied to it."""
+    def fill(self) -> None:
+        """Copy the storage to the buffer."""
         for piece, part in self._pairs():
             part.copy_(piece)
-        return self.buffer
 
     def store(self) -> None:
         """Copy the buffer to the storage; autograd notices the write."""
@@ -239,13 +268,6 @@ def _send(
         if buffer.numel()
     ]
     return dist.batch_isend_irecv(operations) if operations else []
-
-
-def _finish(works: Iterable[dist.Work], rows: Iterable[_Row]) -> None:
-    for work in works:
-        work.wait()
-    for row in rows:
-        row.store()
 
 
 def find_replica_groups(
@@ -349,7 +371,7 @@ def differing(replica_groups: Sequence[ReplicaGroup], num_shared: int, group: Gr
 
 
 def hash_of(fragments: Iterable[Fragment]) -> int:
-    """64 bits, signed, of the bits of masters and weights: equal for equal bits, NaN included."""
+    """A signed 64-bit hash of masters and weights. Equal bits have equal hashes, NaN included."""
     state = xxhash.xxh3_64()
     tensors = ([f.view] if f.in_place else [f.view, f.forward_view] for f in fragments)
     for tensor in itertools.chain.from_iterable(tensors):

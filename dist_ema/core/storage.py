@@ -82,7 +82,7 @@ class AverageStorage:
             self._lerp.fence()
 
     def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
-        """Average the live values in by a function with the signature of `multi_avg_fn`."""
+        """Update the averages with a function that has the signature of `multi_avg_fn`."""
         self._lerp.apply(fn, num_averaged)
         if self._waits:
             self._lerp.fence()
@@ -154,7 +154,10 @@ def _gap(before: torch.Tensor, after: torch.Tensor) -> int | None:
 def _runs(
     lives: Sequence[torch.Tensor], max_gap: int, values: Sequence[torch.Tensor] | None = None
 ) -> list[list[int]]:
-    """Indices of tensors, in lists of close neighbors; with equal gaps between values, if given."""
+    """Indices of tensors, in lists of neighbors in storage whose gaps are at most `max_gap`.
+
+    With `values`, the gaps between values must equal those between live tensors.
+    """
     values = lives if values is None else values
     runs: list[list[int]] = []
     for i in sorted(range(len(lives)), key=lambda i: (_address(values[i]), _address(lives[i]))):

@@ -284,8 +284,8 @@ class Marks:
     """Marks on modules whose weights are swapped, seen by every average of these modules. Local.
 
     A mark is an attribute of the module: (state, name of the average, id of the module's
-    `__dict__`). The state is "swapped", or "torn" if the live weights could not be restored. Copies
-    of a module inherit a mark with the id of the original, which is ignored.
+    `__dict__`). The state is "swapped", or "torn" if the live weights could not be restored. A
+    copy of a module has the mark with the id of the original: such a mark is ignored.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

@@ -41,7 +41,7 @@ def as_teacher(into: object) -> nn.Module:
 
 
 class Teacher:
-    """Weights that are sharded as the student's are: each rank averages into its own. Local."""
+    """A second model, sharded like the student, whose storage holds the average. Local."""
 
     def __init__(
         self,

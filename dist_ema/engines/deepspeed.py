@@ -185,7 +185,7 @@ class _Flat(_Whole):
                 )
 
     def publish(self) -> None:
-        """Let every rank have the parts of all, a chunk of each at a time."""
+        """All-gather the low-precision copies, of which each rank has updated one part."""
         for copy, process_group in zip(self._copies, self._process_groups or (), strict=False):
             parts = list(copy.detach().view(dist.get_world_size(process_group), -1))
             exchange_slices(
@@ -281,7 +281,7 @@ def _invalidate(parameters: Iterable[Any]) -> None:
 
 
 def _stage(o: Any) -> _Whole:
-    """How an optimizer keeps its masters, which its attributes say and its class does not."""
+    """How an optimizer keeps its masters. Told apart by attributes, as classes do not show it."""
     if hasattr(o, "fp32_partitioned_groups_flat"):
         return _Stage3(o.parameter_offload, o)
     if hasattr(o, "partition_all_parameters"):  # DeepSpeedZeRoOffload, at stage 3 without optimizer

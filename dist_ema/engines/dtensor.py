@@ -172,7 +172,7 @@ def _param_groups(fsdp_module: Any) -> list[Any]:
 def _is_replaced(fsdp_param: Any) -> bool:
     """Whether a shard on the meta device was replaced by a loaded one.
 
-    transformers does so; the first forward pass puts the registered one into its place.
+    transformers registers the loaded one. FSDP2 uses it from the first forward pass on.
     """
     info = fsdp_param._module_info
     registered = info.module._parameters.get(info.param_name)
@@ -209,7 +209,10 @@ def _global_indices(tensor: DTensor) -> list[Sequence[int]] | None:
 
 
 def _order_of_cuts(tensor: DTensor, dim: int) -> list[tuple[int, int]]:
-    """The mesh axes that cut a dim, in order, each with the number of parts that it cuts."""
+    """The mesh axes that shard a dim, in order, each with the number of parts that it divides.
+
+    A part is a chunk of the dim; an axis with one part divides what the axes before it have left.
+    """
     cuts: list[tuple[int, int]] = []
     for axis, placement in reversed(list(enumerate(tensor.placements))):
         if isinstance(placement, Replicate):
@@ -221,7 +224,7 @@ def _order_of_cuts(tensor: DTensor, dim: int) -> list[tuple[int, int]]:
             continue
         num_parts = int(getattr(placement, "split_factor", 1))
         if num_parts == math.prod(tensor.device_mesh.size(other) for other, _ in cuts):
-            cuts.append((axis, 1))  # after the axes that made these parts
+            cuts.append((axis, 1))  # cuts the parts that the axes in `cuts` have made
         else:
             cuts.insert(0, (axis, num_parts))
     return cuts

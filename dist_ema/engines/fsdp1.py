@@ -3,8 +3,9 @@
 [Note: the shard]
 `parameters()` of an FSDP1 model returns shards of odd shapes, gathered weights, low-precision
 copies or flat parameters, depending on the moment and on `use_orig_params`. The optimizer always
-writes the local shard of the flat parameter, which is what this engine lists. The unit knows which
-range of each original parameter lies where in the shard. Padding between them is not listed.
+writes the local shard of the flat parameter, which is what this engine lists. The unit has a table
+of the range of each original parameter that is in the shard, and of its place. Padding between them
+is not listed.
 
 A weight that is tied across two units without `use_orig_params` becomes two weights. FSDP1 leaves
 no trace of the tie, so that no warning is possible.
@@ -49,7 +50,7 @@ class _Original:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """One object for all registrations of a tied parameter, with its `requires_grad`."""
+        """The parameter. The same object for all registrations of a tied parameter."""
         flat = self.handle.flat_param
         info = flat._param_infos[self.index]
         uses_orig_params = flat._params is not None

@@ -1,4 +1,4 @@
-"""No cut: every rank that holds a weight holds all of it. One process, DDP.
+"""No sharding: every rank that holds a weight holds all of it. One process, DDP.
 
 Also what torch keeps of weights besides their storage, under every engine: caches, and graphs for a
 backward pass. Private name, checked in torch 2.8 to 2.15: `torch.nn.utils.parametrize._cache`.

@@ -4,10 +4,10 @@ This file exports from the ranks that hold an average, `offline` from a checkpoi
 
 [Note: export methods]
 "direct": each rank writes the fragments that it owns to their places in the final files; nothing is
-sent. Tensors that are cut otherwise than into runs of elements (columns of a matrix) are gathered
-in chunks, by all ranks in turn: many short writes cost more than sending the bytes. "rank0": all
-chunks are gathered on rank 0, the only rank that must see the directory. The files are the same
-bytes.
+sent. A fragment whose elements are not contiguous in the file (columns of a matrix) would need many
+short writes, which cost more than communication: such tensors are gathered chunk by chunk, and the
+ranks take turns as the receiver. "rank0": all chunks are gathered on rank 0, the only rank that
+must see the directory. Both methods write the same bytes.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ When they are complete and on disk, they replace the old ones:
 - Otherwise every name that changes first becomes a symbolic link into the stage, to `now/NAME`.
   `now` is a link to `old`, which has a hard link to each old file: nothing has changed for readers.
   Then `now` is replaced by a link to `new`. This rename is the commit: it changes configuration,
-  index and weights together. Then each file is renamed from the stage over its link.
+  index and weights together. Last, each file is renamed and replaces the link to it.
 - On a file system without links, the old files are renamed to `old` in the stage, then the new ones
-  to their names, and `old` to `replaced`, the commit. A process that is killed meanwhile leaves a
-  directory that cannot be loaded.
+  to their names; renaming `old` to `replaced` is the commit. A process that is killed before leaves
+  a directory that cannot be loaded.
 
 The next export completes what a killed one has committed, undoes what it has not, and removes its
 stage. `.export-lock` in the target is locked (`flock`) during an export, and another one waits;
@@ -72,7 +72,7 @@ class Place:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """All that is known about an export before its first value. The same on every rank."""
+    """The files of an export and the place of each tensor. The same on every rank."""
 
     library: str
     files: dict[str, tuple[bytes, int]]  # weights files, with their headers and sizes
@@ -97,7 +97,7 @@ def plan_exports(
     metadata: Mapping[str, str] | None = None,
     copies: Sequence[Path] = (),
 ) -> dict[str, ExportPlan]:
-    """Assign the tensors of each model to files: a plan by the model's name, "" for a single one.
+    """Assign the tensors of each model to files. Returns plans by model name ("" for a single one).
 
     The name is a directory, and the names of the model's tensors begin with it.
 
@@ -117,7 +117,8 @@ def plan_exports(
         entries = _entries([(names, t) for names, t in named if names], layout)
         tied = {alias: names[0] for names, _ in named for alias in names[1:]}
         plans[model] = _plan_of_files(
-            _split(entries, sys.maxsize if layout.library == "peft" else limit),  # reads one file
+            # peft reads a single file.
+            _split(entries, sys.maxsize if layout.library == "peft" else limit),
             layout,
             layout.weights_name if weights_name is None else weights_name,
             metadata | (dict(sorted(tied.items())) if layout.library == "plain" else {}),
@@ -238,7 +239,7 @@ def write_export(
 
     Raises:
         ValueError: an averaged tensor holds NaN or Inf, or `path` cannot take the export; see
-            `_replaced_files`. On every rank; `path` is as it was.
+            `_replaced_files`. On every rank; `path` is unchanged.
     """
     with ExitStack() as on_rank_0:
         for model, plan in plans.items():
@@ -305,7 +306,7 @@ class Writer:
             self._open[place.file] = os.open(self.directory / place.file, os.O_WRONLY)
         fd, at = self._open[place.file], place.start + start * place.dtype.itemsize
         for block in values.split(_BLOCK):
-            # On this thread, whose current stream the values were computed on.
+            # The copy is made on this thread: its current stream computed the values.
             block = block if block.device.type == "cpu" else block.to("cpu", place.dtype)
             self._writing.append(self._threads.submit(self._write, fqn, block, fd, at))
             if len(self._writing) > _MAX_WRITING:
@@ -343,7 +344,7 @@ class Writer:
             task.result()
         if self._not_finite:
             raise ValueError(
-                "the average holds NaN or Inf, or what the dtype asked for cannot hold, in "
+                "the average holds NaN or Inf, or values too large for the requested dtype, in "
                 f"{', '.join(sorted(self._not_finite))}; nothing is written"
             )
         for file, fd in self._open.items():
@@ -374,7 +375,7 @@ def _named(file: Path) -> Iterator[None]:
 def _replaced_files(directory: Path, plan: ExportPlan) -> Iterator[Path]:
     """Give an empty directory to write to; if the block succeeds, its files replace older ones.
 
-    See [Note: replacing files]. If the block raises, `directory` is as it was.
+    See [Note: replacing files]. If the block raises, `directory` is unchanged.
     """
     directory = target(directory)
     if is_checkpoint(directory):
@@ -421,7 +422,7 @@ def _stale_files(path: Path, plan: ExportPlan) -> set[str]:
             continue
         if _is_own(entry):
             stale.add(entry.name)
-        elif "-of-" not in entry.name and entry.exists():  # else read through an index only
+        elif "-of-" not in entry.name and entry.exists():  # others need an index
             raise ValueError(
                 f"{entry} was not written by export(), and some loaders would read it in place of "
                 f"{next(iter(plan.files))}; remove it, export to another directory, or change "
@@ -436,8 +437,8 @@ def _stale_files(path: Path, plan: ExportPlan) -> set[str]:
         )
         if None not in (existing, own) and existing != own:
             raise ValueError(
-                f"{path / name} says {existing}, and loaders cast what they read to that; this "
-                f"export is {own}: export with dtype=torch.{existing}, or to another directory"
+                f"{path / name} has dtype {existing}, to which loaders convert all weights; this "
+                f"export has {own}: export with dtype=torch.{existing}, or to another directory"
             )
     return stale
 

@@ -232,9 +232,10 @@ def _layout_of(model: nn.Module, is_wanted: bool) -> ModelLayout | None:
 
 
 def _differing_names(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
-    """What `state_dict()` of the unwrapped model has that no module registers, and the reverse.
+    """Where `state_dict()` of the unwrapped model and its registered tensors differ.
 
-    Quantized layers add the state of their quantization, for example.
+    Returns the entries of the state dict that are not registered tensors, such as the state of a
+    quantization, and the names of registered tensors that the state dict does not have.
     """
     if isinstance(model, Models):
         extras: dict[str, Any] = {}
@@ -265,7 +266,7 @@ def unregistered_tensors(
     Args:
         call: the public call, for error messages.
         averaged: fqns of averaged weights.
-        dtype: in which the others are gathered.
+        dtype: in which tensors that are not averaged are gathered.
 
     Raises:
         ValueError: a tensor may have been computed from an averaged weight; or it describes a
@@ -402,7 +403,7 @@ def _adapter_layout(module: Any, prefix: str, extra: Iterable[str]) -> ModelLayo
 
 
 def _adapter_names(module: Any, adapter: str, extra: Iterable[str]) -> dict[str, str]:
-    """Names in peft's file of the tensors of an adapter, by fqn."""
+    """The names that peft gives to the tensors of an adapter in its file, by fqn."""
     levels = {id(m): name for name, m in module.named_modules(remove_duplicate=False)}
     stand_ins = {name: torch.empty(0, device="meta") for name in extra}
     fqn_of: dict[int, str] = {}
@@ -437,7 +438,7 @@ def _local(model_id: str | None) -> str | None:
     if not model_id or (Path(model_id) / "config.json").is_file():
         return model_id
     file = None
-    with suppress(ValueError):  # a path, in which there is no model
+    with suppress(ValueError):  # not the name of a model but a path, which has no configuration
         file = sys.modules["huggingface_hub"].try_to_load_from_cache(model_id, "config.json")
     return str(Path(file).parent) if isinstance(file, str) else None
 

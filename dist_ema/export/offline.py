@@ -6,6 +6,7 @@ frozen weights and buffers. Their values come from a base, a directory that the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -91,12 +92,15 @@ def export(
 
     Raises:
         CheckpointError: the checkpoint or the base is damaged, or of another model; or a tensor is
-            in neither. `out` is as it was.
+            in neither. `out` is unchanged.
         ValueError: an argument is out of range, the average holds NaN or Inf, or `out` cannot take
             an export. The same.
     """
     with ExitStack() as opened:
-        saved = Source(opened.enter_context(Checkpoint(checkpoint)), name)
+        opened_checkpoint = opened.enter_context(Checkpoint(checkpoint))
+        if inside := opened_checkpoint.averages_inside():
+            warnings.warn(f"{checkpoint}: its own weights are exported, but {inside}", stacklevel=2)
+        saved = Source(opened_checkpoint, name)
         sources = {tensor.fqn: (saved, tensor) for tensor in saved.tensors}
         layouts, others = models_of(saved, base)
         tensors, problems = list(saved.tensors), []
@@ -162,7 +166,7 @@ def dtype_named(name: str | None) -> torch.dtype | None:
 def models_of(
     saved: Source, base: Path | None
 ) -> tuple[dict[str, ModelLayout], list[TensorMeta] | None]:
-    """The layout of each model, and what they have beside the average; None if not known.
+    """The layout of each model, and the tensors that are not averaged; None if not known.
 
     Args:
         base: a directory with configurations, which are read if the checkpoint has no layout.

@@ -30,8 +30,9 @@ def register(
     step; call it before the next `accumulate` block opens. With fp16 and a fused optimizer,
     accelerate does not report a skipped step, which counts. `accelerator.save_state(path)` calls
     `ema.save(path/name)`, and `load_state` loads it or raises a `CheckpointError`: both become
-    collective. Only a weak reference to the average is kept; `free_memory()` frees its name.
-    accelerate logs what you pass to `accelerator.log`: `ema.decay`, `ema.drift()`.
+    collective. Only a weak reference to the average is kept; after `free_memory()`, its name can be
+    registered again. accelerate logs what you pass to `accelerator.log`: `ema.decay`,
+    `ema.drift()`.
 
     Args:
         accelerator: the one whose `prepare` returned the averaged model or models.
@@ -66,7 +67,7 @@ def register(
         if other.ema() is not None and other.is_held():
             raise ValueError(
                 f"an average is registered as {name!r} with this accelerator already; give each "
-                "its own name=, or drop that one and call accelerator.free_memory() before"
+                "its own name=, or delete that one and call accelerator.free_memory() first"
             )
         for hook in other.hooks:
             hook.remove()

@@ -41,7 +41,7 @@ class AveragingCallback:
         if isinstance(evaluate, str) and evaluate not in names:
             raise ValueError(f"evaluate is {evaluate!r}, wanted one of the averages {names}")
         if not isinstance(evaluate, str) and len(names) > 1 and evaluate:
-            raise ValueError(f"several averages, {names}; say by evaluate= which is meant")
+            raise ValueError(f"several averages, {names}; select one with evaluate=NAME")
         self.ema: ShardedEMA | None = None  # built when training starts
         self._trainer: Any = None
         self._evaluates, self._missing, self._logs = evaluate is not False, missing, log

@@ -36,7 +36,7 @@ KEY = "dist_ema"  # in a checkpoint that is a file; the folder in one that is a 
 
 
 class EMACallback(AveragingCallback, Callback):
-    """Averages the weights that a `Trainer` trains, evaluates with the average, saves and resumes.
+    """Averages the weights that a `Trainer` trains. Evaluates with the average, saves and loads it.
 
     The average, `self.ema`, is updated at the end of each batch in which an optimizer stepped and
     no gradient scaler skipped the step. Validation, test and predict use it; afterwards, also on an
@@ -71,7 +71,7 @@ class EMACallback(AveragingCallback, Callback):
         self._shown = ExitStack()
         self._own: set[str] = set()  # paths that this run of the trainer saved to
         self._path: Any = None  # of the checkpoint that the user resumes from
-        self._saved: Mapping[str, Any] | None = None  # the average in it, if it is a file
+        self._saved: Mapping[str, Any] | None = None  # the average, if that checkpoint is a file
         self._saved_step: int | None = None  # `ema.step` according to it
         self._pending = self._stepped = False
 
@@ -100,7 +100,10 @@ class EMACallback(AveragingCallback, Callback):
             self._pending = False
 
     def _tell_loggers(self, *, drift: bool) -> None:
-        """As Lightning's own monitors do, by private names of 2.6. Collective if `drift`."""
+        """Log to each logger, as Lightning's monitors do. Collective if `drift`.
+
+        Private names, checked in Lightning 2.6.
+        """
         trainer = self._trainer
         is_time = self._logs and (drift or trainer._logger_connector.should_update_logs)
         if is_time and trainer.state.fn == "fit" and (trainer.training or trainer.validating):
@@ -197,7 +200,7 @@ class EMACallback(AveragingCallback, Callback):
                 ema.save(Path(strategy.broadcast(str(filepath))) / KEY)
         except BaseException:
             if shows and ema is not None and ema.group.size == 1:
-                self._show()  # of several ranks, those that have not failed would not join
+                self._show()  # on one rank only: ranks that have not failed would not join
             raise
         if shows:
             self._show()

@@ -135,7 +135,7 @@ class EMACallback(AveragingCallback, TrainerCallback):
             if (times := self._times_listed()) > 1:
                 raise RuntimeError(
                     f"this EMACallback is {times} times among the Trainer's callbacks, and would "
-                    "count each step as often; add it once: attach(trainer) does it"
+                    f"count each step {times} times; attach(trainer) adds it once"
                 )
             path = Path(self._export or ".").absolute()
             if file := next((p for p in (path, *path.parents) if p.is_file()), None):
@@ -148,7 +148,9 @@ class EMACallback(AveragingCallback, TrainerCallback):
         if not load_from(ema, path):
             self._report(f"{path}: {goes_on}the checkpoint has no average; {RESTART}")
         elif goes_on:
-            warnings.warn(f"{path}: {goes_on}the average is taken from here", stacklevel=2)
+            warnings.warn(
+                f"{path}: {goes_on}the average is loaded from this directory", stacklevel=2
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.ema is not None

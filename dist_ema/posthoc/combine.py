@@ -1,8 +1,8 @@
 """Weighted sums of saved tensors, from disk to disk: one process, bounded memory, one pass.
 
-A result of `combine` has the files and boxes of one of the averages, which most of the others have
-too: then a block is read, verified and added once for all results. Where the others are sharded in
-another way, boxes are intersected, and blocks at the edges of a range are read again for the next.
+A result of `combine` has the files and boxes of one of the averages. If the other averages have the
+same boxes, which is usual, a block is read, verified and added once for all results. If they are
+sharded in another way, boxes are intersected, and a block that is in two ranges is read twice.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from dist_ema.core.layout import Box
 from dist_ema.core.safetensors import torch_dtype
 from dist_ema.posthoc.snapshots import Snapshot
 
-_SUMS_BYTES = 128 << 20  # of the sums in progress, over all results
+_SUMS_BYTES = 128 << 20  # bytes of all sums in progress
 _MIN_BLOCK_BYTES = 4096
 _IN_CACHE = 1 << 17  # elements of plain files that are read at a time: sums stay in cache
 SERIAL = 32_768  # elements: torch computes longer tensors with threads of its own
@@ -234,7 +234,7 @@ def combine(
     digest, non_finite = checksum(ALGORITHM), set[str]()
 
     def step(dtype: torch.dtype) -> int:
-        """The number of elements in a range: as many blocks as fit, at least one."""
+        """The number of elements in a range: as many blocks as fit, but at least one."""
         nbytes = len(outputs) * 2 * (_sum_dtype(dtype).itemsize + dtype.itemsize)
         block = block_bytes // dtype.itemsize
         return max(1, _SUMS_BYTES // nbytes // block) * block

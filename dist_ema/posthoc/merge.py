@@ -40,7 +40,7 @@ from dist_ema.posthoc.combine import Range, Term, WeightedSums
 from dist_ema.posthoc.snapshots import refuse_overlap
 
 _RANGE = 1 << 20  # elements that are summed at a time, a block of fp32
-_MAX_OPEN = 512  # files at a time, over all checkpoints
+_MAX_OPEN = 512  # number of open files, over all checkpoints
 _TOLERANCE = 1e-6  # of the sum of given weights
 _HEAD = 1024  # elements that are compared first
 _NESTED = ("pytorch_model_fsdp_0", "pytorch_model_fsdp", "model_and_optim")
@@ -109,27 +109,27 @@ def merge(
     sharded as the first is. Files in `out` are replaced all at once, other files stay.
 
     Args:
-        checkpoints: paths, oldest first. "run/checkpoint-*" stands for all that match. Neighbors
-            that differ in numbers only are sorted by these, unless weights are given as numbers.
+        checkpoints: paths or patterns such as "run/checkpoint-*", oldest first. Neighbors whose
+            paths differ only in numbers are sorted by number, unless `weights` are numbers.
         out: directory to write.
         weights: a name from above, or numbers, one for each checkpoint, negative ones allowed.
             Numbers may be a string such as "0.2,0.3,0.5". Their sum must be 1.
-        dtype: of floating-point tensors, torch's or its name; by default each tensor's own, the
-            widest where checkpoints differ.
-        max_shard_size: of a file, in bytes or such as "5GB".
+        dtype: a dtype of torch or its name, for floating-point tensors. By default each tensor has
+            the widest of its dtypes in the checkpoints.
+        max_shard_size: maximum size of a file, in bytes or as a string such as "5GB".
         normalize: divide the weights by their sum.
-        name: the average, of checkpoints of `ShardedEMA` that hold several.
-        prefix: of the model's names in directories of `torch.distributed.checkpoint`, where it
-            cannot be found; with a "*" for the name, as in "ema_optimizer.state.*.ema_params".
+        name: which average to read from checkpoints of `ShardedEMA` that hold several.
+        prefix: prefix of the model's names in directories of `torch.distributed.checkpoint`, if it
+            is not found by itself; or a pattern such as "ema_optimizer.state.*.ema_params".
         base: a checkpoint of the model, for tensors that others lack (frozen weights, buffers).
         progress: called with the number of bytes to read; returns a context manager of a function
             that is called with the number of bytes read.
 
     Raises:
         CheckpointError: a checkpoint is damaged; tensors are missing, additional or of other shapes
-            in one, or quantized (they are listed). `out` is as it was.
+            in one, or quantized (they are listed). `out` is unchanged.
         ValueError: an argument is out of range; a checkpoint is given twice; the result holds NaN
-            or Inf; `out` is among the checkpoints. `out` is as it was.
+            or Inf; `out` is among the checkpoints. `out` is unchanged.
     """
     dtype = dtype_named(dtype) if isinstance(dtype, str) else dtype
     paths = expand(checkpoints, weights)
@@ -223,7 +223,7 @@ def coefficients(weights: str | Sequence[float], n: int, *, normalize: bool = Fa
     text = weights.strip() if isinstance(weights, str) else ""
     kind, _, argument = text.partition(":")
     known = MERGE_WEIGHTS.get(text)
-    hint = f" ({text} of other tools is {known} here)" if known else ""
+    hint = f" (what other tools call {text} is {known} here)" if known else ""
     problem = (
         f"weights is {weights!r}, wanted uniform, linear, 1-sqrt, cosine, ema:DECAY with a decay "
         f"in [0, 1), or {n} numbers{hint}"
@@ -406,7 +406,7 @@ def _holders(
         else:
             problem = f"{name} is missing, {having[0].path} has it"
             problems += [f"{each.path}: {problem}" for each in inputs if name not in each.known]
-    # What the model has beside the average.
+    # Tensors of the model that are not averaged.
     missing = [item for each in inputs for item in each.missing()]
     missing = [(known, tensor) for known, tensor in missing if names.keys().isdisjoint(known)]
     lost = dict.fromkeys(known[0] for known, _ in missing if in_base.keys().isdisjoint(known))
@@ -481,7 +481,7 @@ def _twin(name: str, holders: Sequence[_Input], inputs: Sequence[_Input]) -> str
 
 
 def _equal(source: _Input, a: str, b: str) -> bool:
-    """Whether two tensors are equal bit for bit, and not constant."""
+    """Whether tensors have equal bits. False for constants, which may be equal by chance."""
 
     def same(left: torch.Tensor, right: torch.Tensor) -> bool:
         return torch.equal(left.view(torch.uint8), right.view(torch.uint8))

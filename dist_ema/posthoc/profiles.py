@@ -7,16 +7,16 @@ Count the updates of an average k = 1, 2, ..., n, and let a = gamma + 1. The dec
     w_n(k) = (1 - ((k - 1) / k)^a) * product over j = k+1..n of ((j - 1) / j)^a
            = (k^a - (k - 1)^a) / n^a
 
-since the product telescopes: the weights up to k add up to (k / n)^a, and all of them to 1. So this
-is the paper's continuous profile, a * tau^gamma / n^a (eq. 2), summed over each unit interval, and
-not merely near to it. The weights seen between two updates do not enter, and those seen before the
-first get nothing. What `start_step` and `update_every` do to a profile is therefore exact, once
-both are counted out: n = (step - start_step) // update_every.
+since the product telescopes: the weights up to k add up to (k / n)^a, and all of them to 1. This is
+exactly the integral of the paper's continuous profile, a * tau^gamma / n^a (eq. 2), over each unit
+interval. Weights between two updates, and those before the first, have no part in the average.
+So a profile is exact for any `start_step` and `update_every`, with
+n = (step - start_step) // update_every.
 
 [Note: the fit]
-Wanted: numbers x, one for each stored profile p_i, that make sum x_i p_i the nearest to a profile q
-that nobody kept (section 3.2 of the paper). The paper solves the normal equations. Their matrix has
-a closed form in the continuous case: with m = min(n_i, n_j), integrating over 0..m,
+Find coefficients x_i of the stored profiles p_i so that sum x_i p_i is as close as possible to a
+profile q that was not stored (section 3.2 of the paper). The paper solves the normal equations.
+Their matrix has a closed form in the continuous case: with m = min(n_i, n_j),
 
     <p_i, p_j> = a_i a_j / (a_i + a_j - 1) * (m / n_i)^a_i * (m / n_j)^a_j / m
 
@@ -50,7 +50,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 _EXACT = 1 << 16  # counts that are summed one by one
-_NODES = 64  # of a quadrature; shorter intervals are summed too
+_NODES = 64  # of a quadrature; intervals with fewer counts are summed one by one
 _SHARPEST = 1e4  # exponent to which quadrature is sharp
 
 

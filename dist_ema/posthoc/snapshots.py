@@ -72,7 +72,7 @@ def open_snapshots(paths: Sequence[Path], stack: ExitStack) -> list[Snapshot]:
 
 
 def snapshot_at(snapshots: Sequence[Snapshot], step: int | None) -> Snapshot:
-    """A snapshot of a step, by default the last. It must be the last step that is given."""
+    """A snapshot of the last step. If `step` is given, it must be the last one."""
     steps = sorted({one.step for one in snapshots})
     if step is not None and step not in steps:
         known = listed([str(each) for each in steps], separator=", ")
@@ -131,7 +131,7 @@ def _snapshots(path: Path, checkpoint: Checkpoint) -> Iterator[Snapshot]:
         )
     if SYNTHESIZED in checkpoint.manifest.written:
         raise CheckpointError(
-            f"{path}: was synthesized, so its profile is only close to its schedule's; give "
+            f"{path}: was synthesized, so its profile only approximates that of its schedule; give "
             "checkpoints that were saved during the run"
         )
     averages = checkpoint.state["averages"]

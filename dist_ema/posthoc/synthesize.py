@@ -37,7 +37,7 @@ from dist_ema.posthoc.snapshots import (
 )
 from dist_ema.schedule import PowerFunction, decay_at, to_json
 
-NAME = "ema"  # of the average of a result
+NAME = "ema"  # of the average in a result
 _MAX_GAMMA = 30_000.0  # beyond it the fit of long runs is no longer exact
 _MAX_WIDTHS = 256
 _BAD_RESIDUAL = 0.1
@@ -154,8 +154,8 @@ def sweep(
     largest = max((schedule.gamma for schedule in wanted.values()), default=0.0)
     if largest > _MAX_GAMMA:
         raise ValueError(
-            f"gamma is {largest:g}, wanted at most {_MAX_GAMMA:g}: so narrow a profile is the "
-            "weights of the last few steps"
+            f"gamma is {largest:g}, wanted at most {_MAX_GAMMA:g}: a narrower profile "
+            "would average the last few steps only"
         )
     _check_outputs(list(wanted), paths)
     with ExitStack() as stack:
@@ -278,4 +278,4 @@ def _state(like: Snapshot, schedule: PowerFunction) -> dict[str, object]:
     state, every = like.checkpoint.state, like.checkpoint.state["update_every"]
     decay = decay_at(schedule, like.profile.count * every, every)
     average = {"schedule": to_json(schedule), "decay": decay, "mixed": True}
-    return {**state, "averages": {NAME: average}}  # with the model layout
+    return {**state, "averages": {NAME: average}}  # keeps "model", the layout of the model
