@@ -563,9 +563,9 @@ class ShardedEMA:
         """Load averages and counters from a checkpoint of any engine and world size.
 
         A consolidated safetensors file or directory with these names can be loaded too, and so can
-        a directory of `torch.distributed.checkpoint`: the average that torchtitan has saved in it
-        (`ema.state.<name>.ema_params`, formerly `ema_optimizer`), or else, with a warning, the
-        weights of the model. No pickle in it is executed.
+        an export of several models, and a directory of `torch.distributed.checkpoint`: the average
+        that torchtitan has saved in it (`ema.state.<name>.ema_params`, formerly `ema_optimizer`),
+        or else, with a warning, the weights of the model. No pickle in it is executed.
 
         If the saved schedule, `start_step` or `update_every` differs from the constructor's, a
         warning says so and the constructor's is used. A custom callable is compared by its name,

@@ -417,6 +417,7 @@ def hostile(edit: str) -> Any:
 COLUMNS = r"'cube': columns of \d boxes do not fit"
 EDITS = {
     "files['../x'] = files.pop(next(iter(files)))": r"'\.\./x' is not a plain name",
+    "body['state']['note'] = float('nan')": r"is not a manifest",
     "files['/etc/passwd'] = file": r"'/etc/passwd' is not a plain name",
     "files['.hidden'] = file": r"'\.hidden' is not a plain name",
     "average['directory'] = '..'": r"'\.\.' is not a plain name",

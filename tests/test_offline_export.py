@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dist_ema import cli
+from dist_ema import ShardedEMA, cli
 from dist_ema.checkpoint import CheckpointError
 from dist_ema.checkpoint.manifest import dump, parse
 from dist_ema.export import offline
@@ -160,7 +162,10 @@ def test_an_altered_checkpoint_is_refused_and_the_old_export_stays(saved: Path):
         {"texts": {"../evil.json": "{}"}},
         {"texts": {"config.json": 3}},
         {"weights_name": "../evil.safetensors"},
+        {"texts": {"config.json": "[]"}},
         {"names": {"a": 1}},
+        {"names": 0},
+        {"ignored": "weight"},
         {"dtype_at": {"config.json": [["dtype"]]}},
         {"library": "other"},
     ],
@@ -174,6 +179,29 @@ def test_a_malformed_layout_is_refused(saved: Path, change):
         offline.export(saved / "sharded", saved / "out", name="slow", base=saved / "base")
     assert not (saved / "out").exists()
     assert not list(saved.glob("evil*")) and not list(saved.parent.glob("evil*"))
+
+
+@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/b", ".hidden"])
+def test_the_name_of_a_model_is_no_path(name: str, tmp_path: Path):
+    models = {"unet": torch.nn.Linear(3, 2), "text": torch.nn.Linear(2, 2)}
+    ShardedEMA(models, 0.5).save(tmp_path / "ema")
+    cards = {name: {"library": "plain"}, "text": {"library": "plain"}}
+    rewrite(tmp_path / "ema", model={"cards": cards, "others": {}})
+    with pytest.raises(CheckpointError, match="cannot name models"):
+        offline.export(tmp_path / "ema", tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["ema"]
+
+
+def test_an_error_of_the_disk_names_the_file(saved: Path, monkeypatch):
+    def is_full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = contents(saved / "export")
+    for call in ("pwrite", "fdatasync"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=rf"No space.*/{FILE}"):
+            patch.setattr(os, call, is_full)
+            offline.export(saved / "sharded", saved / "export", name="slow", base=saved / "base")
+        assert contents(saved / "export") == before
 
 
 def test_without_a_layout_the_base_says_what_the_model_is(saved: Path):

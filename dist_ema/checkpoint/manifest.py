@@ -308,6 +308,7 @@ def _parse(data: bytes) -> Manifest:
     if not averages:
         raise CheckpointError("has no averages")
     check_state(top["state"], averages)
+    json.dumps([top["state"], top["written"]], allow_nan=False)  # raises ValueError
     return Manifest(save_id, algorithm, block_bytes, top["written"], top["state"], averages)
 
 

@@ -6,7 +6,9 @@ Headers and indices are not trusted: they are checked as a manifest is.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dist_ema.checkpoint.manifest import (
@@ -32,14 +34,34 @@ _MAX_INDEX_BYTES = 100_000_000
 _ENTRY = {"dtype": str, "shape": [int], "data_offsets": [int]}
 
 
-def describe(files: Files, only: str | None) -> SavedAverage:
+def describe(files: Files, only: str | None, *, has_models: bool = False) -> SavedAverage:
     """The tensors of a directory's files, or of only one of them, with the aliases that
     `safetensors.torch.save_model` notes.
+
+    Args:
+        has_models: if there are no such files, but directories of them, take those for models. The
+            names of a model's tensors start with its name.
 
     Raises:
         CheckpointError: a file is damaged, a tensor is in two files, or there is none.
     """
-    names, index = ([only], dict[str, str]()) if only is not None else _names(files)
+    if only is not None:
+        return _describe(files, [only], {})
+    models = [m for m in files.names() if any(n.endswith(_SUFFIX) for n in files.names(m))]
+    if not has_models or not models or any(n.endswith(_SUFFIX) for n in files.names()):
+        return _describe(files, *_names(files))
+    saved_files: dict[str, SavedFile] = {}
+    tensors: dict[str, SavedTensor] = {}
+    for model in models:
+        average = _describe(files, *_names(files, f"{model}/"))
+        saved_files |= average.files
+        for fqn, tensor in average.tensors.items():
+            aliases = tuple(f"{model}.{alias}" for alias in tensor.aliases)
+            tensors[f"{model}.{fqn}"] = replace(tensor, aliases=aliases)
+    return SavedAverage("", saved_files, tensors)
+
+
+def _describe(files: Files, names: Sequence[str], index: Mapping[str, str]) -> SavedAverage:
     tensors: dict[str, SavedTensor] = {}
     saved_files: dict[str, SavedFile] = {}
     for name in names:
@@ -59,9 +81,9 @@ def describe(files: Files, only: str | None) -> SavedAverage:
     return SavedAverage("", saved_files, tensors)
 
 
-def _names(files: Files) -> tuple[list[str], dict[str, str]]:
-    """The files to read, and the file of each tensor that an index lists."""
-    names = [name for name in files.names() if files.has(name)]
+def _names(files: Files, at: str = "") -> tuple[list[str], dict[str, str]]:
+    """The files to read in a directory, and the file of each tensor that an index lists."""
+    names = [at + name for name in files.names(at) if files.has(at + name)]
     indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
     weights = [name for name in names if name.endswith(_SUFFIX)]
     if len(indices) > 1:
@@ -71,7 +93,8 @@ def _names(files: Files) -> tuple[list[str], dict[str, str]]:
         index = _json(files, indices[0], 0, min(files.size(indices[0]), _MAX_INDEX_BYTES), where)
         check_types(index, {"weight_map": {str: str}}, where)
         check_file_names(index["weight_map"].values(), where)
-        return sorted(set(index["weight_map"].values())), index["weight_map"]
+        weight_map = {fqn: at + name for fqn, name in index["weight_map"].items()}
+        return sorted(set(weight_map.values())), weight_map
     if not weights and (inside := files.checkpoints()):
         raise CheckpointError(
             f"{files.directory}: is not a checkpoint, but holds {short(inside[:8])}: give the path "
@@ -96,7 +119,13 @@ def _describe_file(files: Files, name: str) -> SavedAverage:
     try:
         check_types(metadata, {str: str}, "__metadata__")
         check_types(entries, {str: _ENTRY}, "the header")
-        tensors = {fqn: _tensor(fqn, entries[fqn], metadata, name, length) for fqn in entries}
+        aliases: defaultdict[str, list[str]] = defaultdict(list)
+        for alias, fqn in metadata.items():
+            aliases[fqn].append(alias)
+        tensors = {
+            fqn: _tensor(fqn, entry, tuple(aliases[fqn]), name, length)
+            for fqn, entry in entries.items()
+        }
         average = SavedAverage("", {name: SavedFile(nbytes, length, "")}, tensors)
         check_contents(average)
     except CheckpointError as error:
@@ -110,13 +139,12 @@ def _describe_file(files: Files, name: str) -> SavedAverage:
 
 
 def _tensor(
-    fqn: str, entry: Mapping[str, Any], metadata: Mapping[str, str], file: str, length: int
+    fqn: str, entry: Mapping[str, Any], aliases: tuple[str, ...], file: str, length: int
 ) -> SavedTensor:
     shape, offsets = tuple(entry["shape"]), entry["data_offsets"]
     nbytes = check_tensor(short(fqn), shape, entry["dtype"]) * whole(shape).numel
     if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(f"data_offsets of {short(fqn)} do not fit its shape and dtype")
-    aliases = tuple(alias for alias, name in metadata.items() if name == fqn)
     box = SavedBox(whole(shape), file, length + offsets[0], nbytes, ())
     return SavedTensor(shape, entry["dtype"], aliases, (box,))
 

@@ -162,14 +162,14 @@ class Checkpoint:
     knows, and aliases are those that `safetensors.torch.save_model` notes. Memory: one block.
     """
 
-    def __init__(
-        self, path: Path, prefix: str | None = None, *, prefer_average: bool = False
-    ) -> None:
+    def __init__(self, path: Path, prefix: str | None = None, *, to_load: bool = False) -> None:
         """
         Args:
             path: a directory with a manifest; a safetensors file; a directory of safetensors files,
                 with or without an index; or a directory of `torch.distributed.checkpoint`.
-            prefix, prefer_average: which tensors of the latter; see `dcp_reader.describe`.
+            prefix: of the tensors of the latter; see `dcp_reader.describe`.
+            to_load: read what only `load` does: the average in the latter, if torchtitan has saved
+                one; a directory of directories, of one model each.
 
         Raises:
             CheckpointError: there is no such checkpoint, or it is damaged.
@@ -187,9 +187,9 @@ class Checkpoint:
                 self.manifest = self._read_manifest()
             else:
                 average, state = (
-                    dcp_reader.describe(self.files, prefix, prefer_average=prefer_average)
+                    dcp_reader.describe(self.files, prefix, prefer_average=to_load)
                     if has(dcp_reader.METADATA)
-                    else (plain.describe(self.files, only), {})
+                    else (plain.describe(self.files, only, has_models=to_load), {})
                 )
                 self.manifest = Manifest("", "", _PLAIN_BLOCK, {}, state, {PLAIN: average})
         except BaseException:
@@ -481,7 +481,7 @@ def _load(
 ) -> dict[str, Any]:
     with ExitStack() as opened:
         with group.together(error=CheckpointError):
-            checkpoint = opened.enter_context(Checkpoint(path, prefer_average=True))
+            checkpoint = opened.enter_context(Checkpoint(path, to_load=True))
             identity = checkpoint.identity()
         if not group.equal(identity):
             every = group.all_gather(identity)

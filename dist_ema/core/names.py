@@ -81,7 +81,7 @@ class Models(nn.Module):
         self.are_named = isinstance(modules, Mapping)
         named = modules.items() if isinstance(modules, Mapping) else enumerate(modules)
         for name, module in named:
-            if self.are_named and not (isinstance(name, str) and re.fullmatch(r"\w[\w-]*", name)):
+            if self.are_named and not can_name_model(name):
                 raise ValueError(f"{name!r} cannot name a model; use letters, digits, _ and -")
             self._modules[str(name)] = module
         if not self._modules:
@@ -101,6 +101,11 @@ class Models(nn.Module):
         for name, module in self._modules.items():
             assert module is not None
             yield f"{name}." if self.are_named else "", module
+
+
+def can_name_model(name: object) -> bool:
+    """Whether a model of a mapping may have this name, which is also that of a directory."""
+    return isinstance(name, str) and re.fullmatch(r"\w[\w-]*", name) is not None
 
 
 def is_in_parts(model: nn.Module) -> bool:

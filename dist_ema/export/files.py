@@ -314,7 +314,7 @@ class Writer:
             at += block.numel() * place.dtype.itemsize
             self._unsynced += block.numel() * place.dtype.itemsize
             if self._unsynced >= _SYNC_BYTES and all(sync.done() for sync in self._syncs[-1:]):
-                self._syncs.append(self._threads.submit(os.fdatasync, fd))
+                self._syncs.append(self._threads.submit(self._sync_file, place.file, fd))
                 self._unsynced = 0
 
     def _write(self, fqn: str, block: torch.Tensor, fd: int, at: int) -> None:
@@ -325,9 +325,14 @@ class Writer:
         if place.averaged and not is_finite(comparable):
             self._not_finite.add(fqn)
         data = block.view(torch.uint8).numpy().data
-        while data:  # a write may be partial
-            n = os.pwrite(fd, data, at)
-            data, at = data[n:], at + n
+        with _named(self.directory / place.file):
+            while data:  # a write may be partial
+                n = os.pwrite(fd, data, at)
+                data, at = data[n:], at + n
+
+    def _sync_file(self, file: str, fd: int) -> None:
+        with _named(self.directory / file):
+            os.fdatasync(fd)  # the header's writer has set the length
 
     def sync(self) -> None:
         """Wait until what this process wrote is on disk, and close the files.
@@ -342,8 +347,8 @@ class Writer:
                 "the average holds NaN or Inf, or values too large for the requested dtype, in "
                 f"{', '.join(sorted(self._not_finite))}; nothing is written"
             )
-        for fd in self._open.values():
-            os.fsync(fd)
+        for file, fd in self._open.items():
+            self._sync_file(file, fd)
         self._writing.clear()
         self._syncs.clear()
         self._close_files()
@@ -355,6 +360,15 @@ class Writer:
     def _close_files(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Give an error of the system the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 @contextmanager

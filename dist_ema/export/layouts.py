@@ -100,12 +100,15 @@ def layout_from_json(value: Any) -> ModelLayout:
                 reduce(getitem, outer, config)[last] = _DTYPE
             fields["texts"] = {**fields["texts"], name: _json_text(config)}
         layout = ModelLayout(**fields)
-        items = [*layout.texts.items(), *(layout.names or {}).items(), layout.ignored]
+        names = {} if layout.names is None else layout.names
+        items = [*layout.texts.items(), *names.items(), layout.ignored]
         is_valid = (
             weights_name in (None, _WEIGHTS_NAMES.get(layout.library))
             and layout.library in _WEIGHTS_NAMES
             and set(layout.texts) <= set(_CONFIGS)
+            and isinstance(layout.ignored, list | tuple)
             and all(isinstance(text, str) and text for item in items for text in item)
+            and all(isinstance(json.loads(text), dict) for text in layout.texts.values())
         )
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         is_valid = False

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from dist_ema.checkpoint.manifest import check_types, short
 from dist_ema.checkpoint.reader import Checkpoint
 from dist_ema.core.errors import CheckpointError, listed
 from dist_ema.core.group import Group
 from dist_ema.core.layout import TensorMeta
+from dist_ema.core.names import can_name_model
 from dist_ema.core.safetensors import torch_dtype
 from dist_ema.export.files import (
     Writer,
@@ -30,6 +32,7 @@ from dist_ema.export.files import (
 from dist_ema.export.layouts import ModelLayout, layout_from_directory, layout_from_json
 from dist_ema.schedule import averages_of
 
+_OTHER = {"shape": [int], "dtype": str, "aliases": [str]}  # JSON of a tensor beside the average
 _CHUNK_BYTES = 8 << 20  # read and written at a time
 _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
@@ -177,6 +180,9 @@ def models_of(
             str(name): layout_from_directory(base) if card is None else layout_from_json(card)
             for name, card in cards.items()
         }
+        check_types(model.get("others", {}), {str: _OTHER}, f"{saved.path}: others")
+        if not all(name == "" or can_name_model(name) for name in layouts):
+            raise CheckpointError(f"{saved.path}: {short([*layouts])} cannot name models")
         if "others" not in model:
             return layouts, None
         return layouts, [
