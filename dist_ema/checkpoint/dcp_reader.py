@@ -17,8 +17,9 @@ import pickle
 import re
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dist_ema.checkpoint.directory import Files
 from dist_ema.checkpoint.manifest import (
     SavedAverage,
     SavedBox,
@@ -32,9 +33,6 @@ from dist_ema.checkpoint.manifest import (
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.layout import Box, Shape
 from dist_ema.core.safetensors import ITEMSIZE, dtype_name
-
-if TYPE_CHECKING:
-    from dist_ema.checkpoint.reader import Files
 
 METADATA = ".metadata"
 _MAX_BYTES = 1 << 30  # of `.metadata`

@@ -20,12 +20,14 @@ import re
 import stat
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dist_ema.core.errors import CheckpointError
 
+_MAX_OPEN = 256  # files at a time; the limit of a process is often 1024
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # renameat2(2), Linux 3.15
 _SYNC_FILE_RANGE_WRITE = 2
@@ -326,3 +328,99 @@ def _exchange(a: Path, b: Path) -> bool:
     with suppress(AttributeError, OSError):
         return bool(ctypes.CDLL(None).renameat2(*names, _RENAME_EXCHANGE) == 0)
     return False
+
+
+# Reading.
+
+
+class Files:
+    """The files of one directory, kept open while they are read.
+
+    If the directory is replaced meanwhile, the files of the old one are read: names are looked up
+    in the directory that was opened.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.max_open = _MAX_OPEN
+        try:
+            self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(
+                f"{directory}: {error.strerror}; a checkpoint is a directory that every rank sees"
+            ) from error
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._first: dict[str, tuple[int, ...]] = {}  # identity of each file when first opened
+
+    def close(self) -> None:
+        for fd in (self._fd, *self._open.values()):
+            os.close(fd)
+
+    def names(self, below: str = "") -> list[str]:
+        """Names in the directory, or in one below it, sorted; [] if it does not exist."""
+        try:
+            fd = os.open(below or ".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._fd)
+        except OSError:
+            return []
+        try:
+            return sorted(os.listdir(fd))
+        finally:
+            os.close(fd)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a regular file of this name."""
+        try:
+            return stat.S_ISREG(os.stat(name, dir_fd=self._fd).st_mode)
+        except OSError:
+            return False
+
+    def checkpoints(self) -> list[str]:
+        """Names of directories in this one that are checkpoints of `save`, sorted."""
+        return [name for name in self.names() if self.has(f"{name}/{MANIFEST}")]
+
+    def size(self, name: str) -> int:
+        return os.fstat(self._file(name)).st_size
+
+    def read(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill the buffer with the bytes of a file from `start` on."""
+        fd, done = self._file(name), 0
+        while done < len(buffer):
+            try:
+                n = os.preadv(fd, [buffer[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.directory / name}: {error.strerror}") from error
+            if n == 0:
+                raise CheckpointError(
+                    f"{self.directory / name}: ends at byte {start + done}, wanted "
+                    f"{start + len(buffer)}; the file is cut short"
+                )
+            done += n
+
+    def read_bytes(self, name: str, start: int, nbytes: int) -> bytes:
+        """A part of a file; `nbytes` must be validated by the caller."""
+        buffer = bytearray(nbytes)
+        self.read(name, start, memoryview(buffer))
+        return bytes(buffer)
+
+    def _file(self, name: str) -> int:
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        try:
+            # Opening a pipe without O_NONBLOCK would wait for its other end.
+            fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
+        except OSError as error:
+            raise CheckpointError(f"{self.directory / name}: {error.strerror}") from error
+        status, problem = os.fstat(fd), ""
+        identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        if not stat.S_ISREG(status.st_mode):
+            problem = "is no regular file"
+        elif self._first.setdefault(name, identity) != identity:
+            problem = "was replaced while it was read; load again"
+        if problem:
+            os.close(fd)
+            raise CheckpointError(f"{self.directory / name}: {problem}")
+        while len(self._open) >= self.max_open:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[name] = fd
+        return fd

@@ -9,8 +9,9 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dist_ema.checkpoint.directory import Files
 from dist_ema.checkpoint.manifest import (
     MAX_HEADER_BYTES,
     SavedAverage,
@@ -25,9 +26,6 @@ from dist_ema.checkpoint.manifest import (
 )
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.layout import whole
-
-if TYPE_CHECKING:
-    from dist_ema.checkpoint.reader import Files
 
 _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 _MAX_INDEX_BYTES = 100_000_000

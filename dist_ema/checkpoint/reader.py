@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import bisect
 import os
-import stat
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +22,7 @@ import xxhash
 
 from dist_ema.checkpoint import dcp_reader, plain
 from dist_ema.checkpoint.background import BackgroundSaves
-from dist_ema.checkpoint.directory import MANIFEST, becomes_visible, find
+from dist_ema.checkpoint.directory import MANIFEST, Files, becomes_visible, find
 from dist_ema.checkpoint.manifest import (
     MAX_HEAD,
     Manifest,
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
     from dist_ema.core.group import Group
 
 PLAIN = ""  # name of the average in plain safetensors files
-_MAX_OPEN = 256  # files at a time; the limit of a process is often 1024
 _NUM_SAMPLES = 256  # blocks of a plain file that are hashed to identify it
 _PLAIN_BLOCK = 1 << 20  # bytes that are read from a plain file at a time
 _MAX_NAMES = 8  # of a kind in a message
@@ -60,99 +57,6 @@ Source = tuple[SavedAverage, dict[str, str]]  # an average, and the saved name o
 
 def _copy(out: torch.Tensor, values: torch.Tensor) -> None:
     out.copy_(values)
-
-
-class Files:
-    """The files of one directory, kept open while they are read.
-
-    If the directory is replaced meanwhile, the files of the old one are read: names are looked up
-    in the directory that was opened.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.max_open = _MAX_OPEN
-        try:
-            self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(
-                f"{directory}: {error.strerror}; a checkpoint is a directory that every rank sees"
-            ) from error
-        self._open: OrderedDict[str, int] = OrderedDict()
-        self._first: dict[str, tuple[int, ...]] = {}  # identity of each file when first opened
-
-    def close(self) -> None:
-        for fd in (self._fd, *self._open.values()):
-            os.close(fd)
-
-    def names(self, below: str = "") -> list[str]:
-        """Names in the directory, or in one below it, sorted; [] if it does not exist."""
-        try:
-            fd = os.open(below or ".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._fd)
-        except OSError:
-            return []
-        try:
-            return sorted(os.listdir(fd))
-        finally:
-            os.close(fd)
-
-    def has(self, name: str) -> bool:
-        """Whether there is a regular file of this name."""
-        try:
-            return stat.S_ISREG(os.stat(name, dir_fd=self._fd).st_mode)
-        except OSError:
-            return False
-
-    def checkpoints(self) -> list[str]:
-        """Names of directories in this one that are checkpoints of `save`, sorted."""
-        return [name for name in self.names() if self.has(f"{name}/{MANIFEST}")]
-
-    def size(self, name: str) -> int:
-        return os.fstat(self._file(name)).st_size
-
-    def read(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill the buffer with the bytes of a file from `start` on."""
-        fd, done = self._file(name), 0
-        while done < len(buffer):
-            try:
-                n = os.preadv(fd, [buffer[done:]], start + done)
-            except OSError as error:
-                raise CheckpointError(f"{self.directory / name}: {error.strerror}") from error
-            if n == 0:
-                raise CheckpointError(
-                    f"{self.directory / name}: ends at byte {start + done}, wanted "
-                    f"{start + len(buffer)}; the file is cut short"
-                )
-            done += n
-
-    def read_bytes(self, name: str, start: int, nbytes: int) -> bytes:
-        """A part of a file; `nbytes` must be validated by the caller."""
-        buffer = bytearray(nbytes)
-        self.read(name, start, memoryview(buffer))
-        return bytes(buffer)
-
-    def _file(self, name: str) -> int:
-        if name in self._open:
-            self._open.move_to_end(name)
-            return self._open[name]
-        try:
-            # Opening a pipe without O_NONBLOCK would wait for its other end.
-            fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
-        except OSError as error:
-            raise CheckpointError(f"{self.directory / name}: {error.strerror}") from error
-        status, problem = os.fstat(fd), ""
-        identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-        if not stat.S_ISREG(status.st_mode):
-            problem = "is no regular file"
-        elif self._first.setdefault(name, identity) != identity:
-            problem = "was replaced while it was read; load again"
-        if problem:
-            os.close(fd)
-            raise CheckpointError(f"{self.directory / name}: {problem}")
-        while len(self._open) >= self.max_open:
-            os.close(self._open.popitem(last=False)[1])
-        self._open[name] = fd
-        return fd
 
 
 class Checkpoint:
