@@ -610,7 +610,7 @@ def test_a_plain_file_that_is_replaced_while_it_is_read_is_not_mixed_with_the_ne
     save_file({"x": torch.zeros(3)}, tmp_path / "b.safetensors")
     for max_open in (2, 1):
         save_file(full(TENSORS), tmp_path / "a.safetensors")
-        with mock.patch.object(reader, "_MAX_OPEN", max_open):
+        with mock.patch("dist_ema.checkpoint.directory._MAX_OPEN", max_open):
             checkpoint = Checkpoint(tmp_path)
         with checkpoint:
             average, out = checkpoint.averages[""], torch.zeros(30)

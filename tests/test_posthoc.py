@@ -24,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import HalfLife, PowerFunction, ShardedEMA, cli, synthesize
 from dist_ema.checkpoint import writer
-from dist_ema.checkpoint.reader import Checkpoint, Files, problems
+from dist_ema.checkpoint.directory import Files
+from dist_ema.checkpoint.reader import Checkpoint, problems
 from dist_ema.checkpoint.writer import save
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
