@@ -46,7 +46,8 @@ def describe(files: Files, only: str | None, *, has_models: bool = False) -> Sav
     if only is not None:
         return _describe(files, [only], {})
     models = [m for m in files.names() if any(n.endswith(_SUFFIX) for n in files.names(m))]
-    if not has_models or not models or any(n.endswith(_SUFFIX) for n in files.names()):
+    is_one = any(name.endswith(_SUFFIX) for name in files.names()) or files.checkpoints()
+    if is_one or not models or not has_models:
         return _describe(files, *_names(files))
     saved_files: dict[str, SavedFile] = {}
     tensors: dict[str, SavedTensor] = {}
@@ -120,10 +121,7 @@ def _describe_file(files: Files, name: str) -> SavedAverage:
         aliases: defaultdict[str, list[str]] = defaultdict(list)
         for alias, fqn in metadata.items():
             aliases[fqn].append(alias)
-        tensors = {
-            fqn: _tensor(fqn, entry, tuple(aliases[fqn]), name, length)
-            for fqn, entry in entries.items()
-        }
+        tensors = {fqn: _tensor(fqn, entries[fqn], aliases[fqn], name, length) for fqn in entries}
         average = SavedAverage("", {name: SavedFile(nbytes, length, "")}, tensors)
         check_contents(average)
     except CheckpointError as error:
@@ -137,14 +135,14 @@ def _describe_file(files: Files, name: str) -> SavedAverage:
 
 
 def _tensor(
-    fqn: str, entry: Mapping[str, Any], aliases: tuple[str, ...], file: str, length: int
+    fqn: str, entry: Mapping[str, Any], aliases: Sequence[str], file: str, length: int
 ) -> SavedTensor:
     shape, offsets = tuple(entry["shape"]), entry["data_offsets"]
     nbytes = check_tensor(short(fqn), shape, entry["dtype"]) * whole(shape).numel
     if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(f"data_offsets of {short(fqn)} do not fit its shape and dtype")
     box = SavedBox(whole(shape), file, length + offsets[0], nbytes, ())
-    return SavedTensor(shape, entry["dtype"], aliases, (box,))
+    return SavedTensor(shape, entry["dtype"], tuple(aliases), (box,))
 
 
 def _json(files: Files, name: str, start: int, nbytes: int, where: str) -> dict[str, Any]:
