@@ -61,16 +61,16 @@ def summary(found: Tables, where: str) -> str:
     lines = [
         [
             name,
-            largest.get(engine, {}).get("update/floor"),
+            largest.get(engine, {}).get("update/floor", "not measured"),
             *(most[engine][column] for column in ("bytes", "time")),
         ]
         for engine, name in ENGINES.items()
     ]
     parts = [
         _text(
-            f"On {where}. *Update*: time of an update, all ranks at once, over "
-            "`torch._foreach_lerp_` of the same bytes. *Bytes* and *time*: of the average and the "
-            "update on each of four ranks, over those of a whole fp32 model in one process."
+            f"On {where}. *Update*: time of an update, all ranks at once, divided by that of "
+            "`torch._foreach_lerp_` on the same bytes. *Bytes* and *time*: of the average and its "
+            "update on each of four ranks, divided by those of one process."
         ),
         _table(["engine", "update", "bytes", "time"], lines),
         "![Time of an update of each library](examples/bench-peers.png)",
