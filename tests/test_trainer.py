@@ -315,7 +315,9 @@ def test_a_trainer_with_a_train_of_its_own_resumes_the_average(how: str, tmp_pat
     own = {"passes on": PassesOn, "resumes itself": ResumesItself, "behind": Behind}[how]
     again, goes_on = {"trainer_class": own}, "goes on from step 2, .*"
     with attached("alone", tmp_path, **again) as (trainer, callback):
-        is_warned = pytest.warns(UserWarning, match=f"{goes_on} average is loaded from this directory")
+        is_warned = pytest.warns(
+            UserWarning, match=f"{goes_on} average is loaded from this directory"
+        )
         with is_warned if how == "behind" else nullcontext():
             trainer.train(**{"resume_from_checkpoint": True} if how == "passes on" else {})
         assert (callback.ema.step, trainer.state.global_step) == (4, 4)

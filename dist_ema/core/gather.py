@@ -9,6 +9,7 @@ elements of a chunk that it owns to the requested dtype and sends them once. The
 from __future__ import annotations
 
 import itertools
+import mmap
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -260,7 +261,7 @@ class Gatherer:
                 r.start,
                 allocate(r.tensor, r.start, r.stop)
                 if allocate
-                else torch.empty(r.stop - r.start, dtype=r.dtype),
+                else _pages(r.stop - r.start, r.dtype),
             )
             for r in bucket
         ]
@@ -324,6 +325,16 @@ def whole_tensors(
             ]
     finally:
         chunks.close()
+
+
+def _pages(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """1-D memory that the system gets back as soon as it is freed.
+
+    malloc keeps blocks of this size that are freed by other threads, up to hundreds of MB of them.
+    """
+    nbytes = max(1, numel * dtype.itemsize)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)[: numel * dtype.itemsize].view(dtype)
 
 
 def one_by_one(
