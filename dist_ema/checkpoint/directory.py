@@ -295,7 +295,7 @@ def put_in_place(new: Path, path: Path) -> None:
 
 
 def _keep_other_files(old: Path, new: Path) -> None:
-    """Move files that no save wrote to a directory that takes the place of theirs."""
+    """Move files that `save` did not write from the replaced directory to the new one."""
     for file in [file for file, is_own in _files(old) if not is_own]:
         to = new / file.relative_to(old)
         with suppress(OSError):  # another process has cleared it away

@@ -37,8 +37,8 @@ def describe(files: Files, only: str | None, *, has_models: bool = False) -> Sav
     `safetensors.torch.save_model` notes.
 
     Args:
-        has_models: if there are no such files, but directories of them, take those for models. The
-            names of a model's tensors start with its name.
+        has_models: if only subdirectories have such files, read each of them as one model, whose
+            name is the prefix of the names of its tensors.
 
     Raises:
         CheckpointError: a file is damaged, a tensor is in two files, or there is none.
@@ -146,7 +146,7 @@ def _tensor(
 
 
 def _json(files: Files, name: str, start: int, nbytes: int, where: str) -> dict[str, Any]:
-    """A mapping in JSON, which is a part of a file."""
+    """The JSON object in a part of a file."""
     try:
         value = json.loads(files.read_bytes(name, start, nbytes))
     except (ValueError, RecursionError):

@@ -35,7 +35,7 @@ from dist_ema.checkpoint.manifest import (
     refuse_absent,
     short,
 )
-from dist_ema.core.errors import CheckpointError
+from dist_ema.core.errors import CheckpointError, listed
 from dist_ema.core.layout import Box, Fragment, TensorMeta, flat_boxes, flat_ends, overlap, whole
 from dist_ema.core.safetensors import torch_dtype
 from dist_ema.schedule import averages_of, uncorrected
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 PLAIN = ""  # name of the average in plain safetensors files
 _NUM_SAMPLES = 256  # blocks of a plain file that are hashed to identify it
 _PLAIN_BLOCK = 1 << 20  # bytes that are read from a plain file at a time
-_MAX_NAMES = 8  # of a kind in a message
 
 Target = tuple[Box, "torch.Tensor"]  # a box of a tensor, and the tensor to fill
 Put = Callable[["torch.Tensor", "torch.Tensor"], None]
@@ -120,8 +119,8 @@ class Checkpoint:
         return self.manifest.state
 
     def averages_inside(self) -> str:
-        """What to tell a user who named a directory of weights that has averages in directories of
-        its own, as a checkpoint of accelerate or the Trainer has. "" where there is nothing."""
+        """A message that names the averages in subdirectories of plain files, as in a checkpoint of
+        accelerate or the Trainer; "" if there are none."""
         inside = self.files.checkpoints() if self.is_plain and self.is_directory else []
         return f"averages are in {short(inside[:8])}: give the path of one" if inside else ""
 
@@ -148,8 +147,10 @@ class Checkpoint:
     # Checking.
 
     def check_file(self, average: SavedAverage, name: str) -> bytes:
-        """Raise if a file has another length or header than the manifest says. Returns the header,
-        of plain files nothing."""
+        """Raise if the length or header of a file is not the one in the manifest.
+
+        Returns the header; for plain files, which have no manifest, an empty one.
+        """
         path, file, boxes = average.path_of(name), average.files[name], average.contents[name]
         where, nbytes = self.directory / path, self.files.size(path)
         if nbytes != file.nbytes:
@@ -506,5 +507,4 @@ def _match_one(
 
 
 def _listed(kind: str, names: Sequence[str]) -> list[str]:
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return [f"{kind}: {', '.join(names[:_MAX_NAMES])}{more}"] if names else []
+    return [f"{kind}: {listed(names, separator=', ')}"] if names else []

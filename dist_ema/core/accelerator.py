@@ -56,7 +56,7 @@ class SideStreams:
     def __init__(self, device: torch.device, count: int) -> None:
         """
         Args:
-            count: of streams; 0, and everything on a CPU, runs in the calls themselves.
+            count: number of streams. With 0, and on a CPU, work runs in the calling thread.
         """
         self._device = device
         self._streams: list[torch.Stream] = []

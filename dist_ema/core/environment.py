@@ -1,4 +1,4 @@
-"""What an issue report needs to say about a machine: versions, engines, devices."""
+"""Versions, engines and devices of this environment, for bug reports."""
 
 from __future__ import annotations
 

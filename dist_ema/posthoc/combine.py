@@ -80,7 +80,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Range:
-    """Elements of a result: what they are the sums of."""
+    """Elements of a result, and the terms that they are sums of."""
 
     fqn: str  # of the result
     start: int  # in the result's tensor, or in one of its boxes
