@@ -167,10 +167,8 @@ def _inspect(options: argparse.Namespace) -> int:
     written = summary["written"]
     _say(f"{summary['path']}: {_size(summary['nbytes'])} in {summary['num_files']} files")
     if written:
-        _say(
-            f"written by {written.get('world_size')} ranks, {written.get('time')}, "
-            f"dist_ema {written.get('dist_ema')}, torch {written.get('torch')}"
-        )
+        _say(f"written by {written.get('world_size')} ranks, {written.get('time')}")
+        _say(f"dist_ema {written.get('dist_ema')}, torch {written.get('torch')}")
     if state := summary["state"]:
         _say(f"step {state['step']}, {state['num_updates']} updates")
     for name, average in summary["averages"].items():

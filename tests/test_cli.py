@@ -74,7 +74,7 @@ def test_inspect_fits_in_80_columns(tmp_path: Path, capsys):
     assert f"  {'x' * 75}" in lines
     assert lines[-1].split() == ["bias", "8", "F32", "1", "32", "B"]
     columns = {line.index(" F32 ") for line in lines if " F32 " in line}
-    assert len(columns) == 1 and len(lines) == 6 + len(shapes) + 3
+    assert len(columns) == 1 and len(lines) == 7 + len(shapes) + 3
 
 
 def test_commands_write_json(checkpoint: Path, tmp_path: Path, capsys):
