@@ -25,7 +25,6 @@ _ENGINES = {  # and the package of each
 def environment() -> dict[str, Any]:
     """Versions of what is installed, engines that can be used, and devices. Imports only torch."""
     libraries = {name: installed for name in _LIBRARIES if (installed := _version(name))}
-    devices = _devices(libraries)
     engines = {}
     for engine, package in _ENGINES.items():
         needed = f"needs {package} {MINIMUM[package]} or newer"
@@ -42,7 +41,7 @@ def environment() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
-        **devices,
+        **_devices(),
         "engines": engines,
         "libraries": libraries,
     }
@@ -66,17 +65,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _devices(libraries: dict[str, str]) -> dict[str, Any]:
-    """The accelerators that torch sees, and the backends for collectives.
-
-    Replaces the version of torch by the one that it gives itself, which names the build.
-    """
+def _devices() -> dict[str, Any]:
+    """The accelerators that torch sees, and the backends for collectives."""
     try:
         import torch
         import torch.distributed as dist
     except (ImportError, OSError) as error:  # a library of a driver may be missing
         return {"devices": [], "problem": f"torch cannot be imported: {error}"}
-    libraries["torch"] = str(torch.__version__)
     accelerator = torch.accelerator.current_accelerator()
     devices = []
     if accelerator is not None:
