@@ -47,13 +47,13 @@ def check(path: Path) -> None:
             assert found[fqn].dtype == dtype, (path, fqn, found[fqn].dtype)
 
 
-def main() -> None:
-    paths = sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir())
+def check_all(directory: Path) -> str:
+    paths = sorted(path for path in directory.iterdir() if path.is_dir())
     assert paths
     for path in paths:
         check(path)
-    print(f"{len(paths)} exports are good")
+    return f"{len(paths)} exports are good"
 
 
 if __name__ == "__main__":
-    main()
+    print(check_all(Path(sys.argv[1])))
