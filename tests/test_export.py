@@ -248,16 +248,18 @@ def test_rank_0_writes_where_ranks_see_different_directories(host: str, tmp_path
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("method", ["direct", "rank0"])
+@pytest.mark.parametrize("method", ["direct", "rank0", "auto"])
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
-def test_a_rank_that_cannot_write_fails_all(method: str, failing: int, call: str, tmp_path):
+def test_a_rank_that_cannot_write_fails_all(method: str, failing: int, call: str, tmp_path: Path):
+    """Here "auto" is "rank0": the hosts have different names."""
     ema = sharded_gpt2()
     ema.export(tmp_path / "export")
     before = contents(tmp_path / "export")
     full = OSError(28, "No space left on device")
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(export_files, "_SYNC_BYTES", 1))
+        patches.enter_context(mock.patch("socket.gethostname", lambda: f"node-{rank()}"))
         if rank() == failing:
             patches.enter_context(mock.patch.object(export_files.os, call, side_effect=full))
         if method == "direct" or failing == 0:
