@@ -89,22 +89,22 @@ def main(directory: Path) -> None:
     torch.set_num_threads(1)
     files.VISIBLE_WITHIN_S = PATIENCE_S
     dist.init_process_group("gloo", timeout=timedelta(seconds=90))
-    found: dict[str, Any] = {"host": socket.gethostname()}
+    result: dict[str, Any] = {"host": socket.gethostname()}
     shared, slow, bad = (directory / name for name in ("shared", "slow", "bad_network"))
     is_slow = os.path.ismount(slow)
     bad.touch()
     dist.barrier()
     start = time.monotonic()
     Training("hsdp", shared).run(shared)
-    found["seconds"] = time.monotonic() - start
+    result["seconds"] = time.monotonic() - start
     dist.barrier()
     bad.unlink(missing_ok=True)
     training = Training("fsdp2", shared)
     training.run(slow if is_slow else shared)
     if is_slow:
-        found["outcomes"] = failing_file_system(training, slow, directory / "faults")
+        result["outcomes"] = failing_file_system(training, slow, directory / "faults")
     part = shared / f"rank-{dist.get_rank()}.part"
-    part.write_text(json.dumps(found))
+    part.write_text(json.dumps(result))
     part.rename(part.with_suffix(".json"))
     time.sleep(3600)  # the test ends all processes
 
@@ -145,10 +145,10 @@ def with_faults(faults: Path, every: str) -> None:
     dist.barrier()
 
 
-def which(found: dict[str, Tensor], **states: dict[str, Tensor]) -> str:
-    """The name of the state that is found, on rank 0."""
+def which(read: dict[str, Tensor], **states: dict[str, Tensor]) -> str:
+    """The name of the state that is read, on rank 0."""
     for name, state in reversed(states.items()):
-        if not state or all(torch.equal(found[fqn], state[fqn]) for fqn in TRAINABLE):
+        if not state or all(torch.equal(read[fqn], state[fqn]) for fqn in TRAINABLE):
             return name
     return "neither"
 

@@ -421,11 +421,15 @@ def test_without_an_exchange_the_old_one_is_found_between_two_renames(tmp_path: 
         assert beside(path) == []
 
 
+NUM_KILLS = int(os.environ.get("KILLS", "8"))
+
+
 @pytest.mark.ranks(0)
+@pytest.mark.timeout_s(120 + NUM_KILLS)
 @pytest.mark.parametrize("what", kill.WRITERS)
 def test_a_killed_save_or_export_leaves_the_last_or_the_one_before(what: str):
-    """A few of the kills that `python -m tests.kill --kills 200` makes."""
-    kill.run(what, int(os.environ.get("KILLS", "8")))
+    """The full number, 200, is run by KILLS=200."""
+    kill.run(what, NUM_KILLS)
 
 
 # Refusals to write.

@@ -99,13 +99,13 @@ def test_commands_write_json(checkpoint: Path, tmp_path: Path, capsys):
 
 def test_env_shows_what_an_issue_report_needs(capsys):
     _, out, _ = run(capsys, "env", "--json")
-    found = json.loads(out)
-    assert found["libraries"]["torch"] == version("torch")
-    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["engines"]["FSDP1"] == "yes"
-    assert "gloo" in found["backends"] and found["devices"] and found["dist_ema"]
+    report = json.loads(out)
+    assert report["libraries"]["torch"] == version("torch")
+    assert report["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert report["engines"]["FSDP1"] == "yes"
+    assert "gloo" in report["backends"] and report["devices"] and report["dist_ema"]
     _, out, _ = run(capsys, "env")
-    assert f"python: {found['python']}\n" in out
+    assert f"python: {report['python']}\n" in out
     assert any(line.split() == ["torch", version("torch")] for line in out.splitlines())
 
 

@@ -139,11 +139,11 @@ def test_whenever_an_export_is_killed_one_export_is_read(name: str, case: str, t
             assert visible(path) == files[0]
         if not killed_before(call, lambda: second.export(path, **new), calls):
             break
-        found = visible(path)
-        assert found in files, f"killed before call {call}: {sorted(found)}"
-        state = (found == files[1], any(entry.is_symlink() for entry in path.iterdir()))
-        if state not in states and found:
-            assert same(loaded(name, path), outcomes[found == files[1]])
+        now = visible(path)
+        assert now in files, f"killed before call {call}: {sorted(now)}"
+        state = (now == files[1], any(entry.is_symlink() for entry in path.iterdir()))
+        if state not in states and now:
+            assert same(loaded(name, path), outcomes[now == files[1]])
             states.add(state)
         assert foreign.read_text() == "log"
         if is_first:
@@ -238,17 +238,17 @@ def test_two_exports_to_one_path_follow_each_other(by: str, tmp_path: Path):
 
 
 @pytest.mark.ranks(0)
-@pytest.mark.parametrize(("theirs", "ours"), [("5GB", 300), (100, "5GB")])
-def test_weights_of_others_that_loaders_may_prefer_are_refused(theirs, ours, tmp_path: Path):
+@pytest.mark.parametrize(("size", "own_size"), [("5GB", 300), (100, "5GB")])
+def test_weights_of_others_that_loaders_may_prefer_are_refused(size, own_size, tmp_path: Path):
     from huggingface_hub import save_torch_state_dict
 
     average = average_of("plain", 2.0)
-    save_torch_state_dict(plain_model().state_dict(), tmp_path, max_shard_size=theirs)
+    save_torch_state_dict(plain_model().state_dict(), tmp_path, max_shard_size=size)
     before = visible(tmp_path)
     with pytest.raises(ValueError, match="was not written by export"):
-        average.export(tmp_path, max_shard_size=ours)
+        average.export(tmp_path, max_shard_size=own_size)
     assert visible(tmp_path) == before
-    average.export(tmp_path, max_shard_size=theirs)  # the same names: replaced
+    average.export(tmp_path, max_shard_size=size)  # the same names: replaced
     assert visible(tmp_path).keys() >= before.keys()
 
 

@@ -136,8 +136,8 @@ def test_a_variant_lies_beside_the_raw_weights(tmp_path: Path):
             ema.export(path, weights_name=weights_name, max_shard_size=size)
         if rank() == 0:
             same(dict(UNet2DModel.from_pretrained(path, variant="ema").state_dict()), state)
-            found = UNet2DModel.from_pretrained(path).state_dict()
-            same(dict(found), dict(raw.state_dict()))
+            weights = UNet2DModel.from_pretrained(path).state_dict()
+            same(dict(weights), dict(raw.state_dict()))
 
 
 @pytest.mark.ranks(2)
@@ -152,12 +152,12 @@ def test_weights_that_no_adapter_file_can_hold_are_refused(tmp_path: Path):
 
 def configs(path: Path) -> dict[str, Any]:
     """The configurations of a model, without what depends on how it was made."""
-    found = {file.name: json.loads(file.read_text()) for file in path.glob("*config.json")}
-    for config in found.values():
+    by_name = {file.name: json.loads(file.read_text()) for file in path.glob("*config.json")}
+    for config in by_name.values():
         config.pop("_name_or_path", None)
         if "target_modules" in config:  # a set, for PEFT
             config["target_modules"].sort()
-    return found
+    return by_name
 
 
 @pytest.mark.ranks(0)
@@ -197,8 +197,8 @@ def test_an_adapter_that_was_added_to_a_transformers_model_is_exported_as_one(tm
     ShardedEMA(model, 0.5).export(tmp_path / "export")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded.load_adapter(str(tmp_path / "export"))
-    found = dict(loaded.named_parameters())
-    same({name: found[name].detach() for name in adapters}, adapters)
+    parameters = dict(loaded.named_parameters())
+    same({name: parameters[name].detach() for name in adapters}, adapters)
 
 
 def prompt() -> nn.Module:
@@ -261,9 +261,9 @@ def test_the_configurations_are_those_of_the_moment(tmp_path: Path):
     # Would warn when used, without do_sample: transformers itself refuses to save it.
     model.generation_config.temperature = 0.5
     ema.export(tmp_path / "export")
-    found = configs(tmp_path / "export")
-    assert found["config.json"]["summary_type"] == "mean"
-    assert found["generation_config.json"]["temperature"] == 0.5
+    exported = configs(tmp_path / "export")
+    assert exported["config.json"]["summary_type"] == "mean"
+    assert exported["generation_config.json"]["temperature"] == 0.5
 
 
 @pytest.mark.ranks(0)

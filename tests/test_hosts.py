@@ -46,20 +46,20 @@ def test_two_hosts(tmp_path: Path):
             assert str(tmp_path).encode() not in command_line.read_bytes(), "outlives the test"
 
     results = [json.loads(file.read_text()) for file in files]
-    assert [found["host"] for found in results] == ["host0", "host0", "host1", "host1"]
+    assert [result["host"] for result in results] == ["host0", "host0", "host1", "host1"]
     packets = json.loads((tmp_path / "packets.json").read_text())
     assert packets["dropped"] > 0 and packets["delayed"] > 50 * packets["dropped"]
-    assert all(found["seconds"] > 10 * hosts.DELAY_S for found in results)
+    assert all(result["seconds"] > 10 * hosts.DELAY_S for result in results)
     check_training(tmp_path, "hsdp", tmp_path / "shared")
     if (reason := hosts.why_no_fuse()) is not None:
         check_training(tmp_path, "fsdp2", tmp_path / "shared")
         pytest.skip(reason)
     check_training(tmp_path, "fsdp2", tmp_path / "behind_slow")
-    check_faults([found["outcomes"] for found in results])
+    check_faults([result["outcomes"] for result in results])
 
 
-def is_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+def is_equal(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    return state.keys() == wanted.keys() and all(torch.equal(state[k], wanted[k]) for k in wanted)
 
 
 def check_training(directory: Path, engine: str, place: Path) -> None:

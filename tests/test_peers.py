@@ -152,15 +152,15 @@ def check_trained(run: Run, wanted: dict[str, Tensor]) -> None:
     ],
 )
 def test_the_average_is_the_peers_on_the_gathered_weights(world: World, peer: str):
-    ours, theirs = PEERS[peer]
+    ours, follow = PEERS[peer]
     run = start(world, **ours).train(NUM_STEPS)
     state = run.ema.gather_state_dict()
     if rank() != 0:
         return
-    wanted = replayed(world, run.weights, theirs)
+    wanted = replayed(world, run.weights, follow)
     check_trained(run, wanted)
-    found = worst_relative_error(state, {name: wanted[name] for name in TRAINABLE})
-    assert found <= SAME, found
+    error = worst_relative_error(state, {name: wanted[name] for name in TRAINABLE})
+    assert error <= SAME, error
 
 
 @pytest.mark.parametrize(("world", "num_ranks"), ROWS)
@@ -175,8 +175,8 @@ def test_averaged_buffers_are_those_of_torchvision(world: World):
         return
     wanted = replayed(world, run.weights, torchvisions(0.8))
     check_trained(run, wanted)
-    found = worst_relative_error(state, {name: wanted[name] for name in (*TRAINABLE, "running")})
-    assert found <= SAME, found
+    error = worst_relative_error(state, {name: wanted[name] for name in (*TRAINABLE, "running")})
+    assert error <= SAME, error
     # It averages integers too, rounding down each time; here they are copied.
     torch.testing.assert_close(state["num_batches"], run.training.net.num_batches, **EXACT)
 
@@ -258,12 +258,12 @@ def lightnings(s: int, k: int) -> Callable[[nn.Module], Follower]:
     callbacks = pytest.importorskip("lightning.pytorch.callbacks")
     if not hasattr(callbacks, "EMAWeightAveraging"):
         pytest.skip("this Lightning has no EMAWeightAveraging")
-    theirs = callbacks.EMAWeightAveraging(
+    callback = callbacks.EMAWeightAveraging(
         decay=D, update_every_n_steps=k, update_starting_at_step=s
     )
     return where(
-        lambda step: theirs.should_update(step_idx=step - 1),
-        lambda net: torchs(**theirs._kwargs)(net),
+        lambda step: callback.should_update(step_idx=step - 1),
+        lambda net: torchs(**callback._kwargs)(net),
     )
 
 
@@ -338,22 +338,22 @@ OF_THEIR_OWN = {
 
 def constructors() -> dict[tuple[str, str], str]:
     """The constructor in the right column of each row that has one, by library and left column."""
-    found, library = {}, ""
+    rows, library = {}, ""
     text = (ROOT / "examples/README.md").read_text().split("## Moving from another EMA")[1]
     for left, right in re.findall(r"^\| (.*?) \| (.*?) \|$", text, re.M):
         if name := re.match(r"\*\*(\S+)\*\* ?", left):
             library, left = name[1], left[name.end() :]
         if code := re.match(r"`((?:ShardedEMA|EMACallback)\(.*?\))`", right):
-            found[library, left] = code[1]
-    return found
+            rows[library, left] = code[1]
+    return rows
 
 
 def test_every_row_of_the_table_has_a_test():
-    found = {*constructors()}
+    rows = {*constructors()}
     for library, left in [*TABLE, *OF_THEIR_OWN]:
-        [row] = [r for r in found if r[0] == library and r[1].lstrip().startswith(left.strip())]
-        found.remove(row)
-    assert not found
+        [row] = [r for r in rows if r[0] == library and r[1].lstrip().startswith(left.strip())]
+        rows.remove(row)
+    assert not rows
 
 
 def built(code: str, net: nn.Module, s: int, k: int, **options: Any) -> tuple[ShardedEMA, int]:
@@ -397,8 +397,8 @@ def test_a_row_of_the_table(library: str, left: str):
             update()
             if step >= first:
                 wanted = dict(averaged())["weight"].detach()
-                found = ema.gather_state_dict()["weight"]
-                torch.testing.assert_close(found, wanted, msg=f"{code}, {s=}, {k=}, {step=}")
+                own = ema.gather_state_dict()["weight"]
+                torch.testing.assert_close(own, wanted, msg=f"{code}, {s=}, {k=}, {step=}")
         assert ema.num_updates > start
 
 
@@ -423,8 +423,8 @@ def test_torchtitans_formula(s: int, k: int, rule: float | None):
             average = decay * average + (1 - decay) * value
             left *= decay
         if step >= s:
-            found = ema.gather_state_dict()["weight"].item()
-            assert abs(found + left * (first - at_start) - average) < 1e-9
+            own = ema.gather_state_dict()["weight"].item()
+            assert abs(own + left * (first - at_start) - average) < 1e-9
             if rule == 0.05 and s:
                 assert left < 1e-6
     assert ema.num_updates > s
@@ -445,8 +445,8 @@ def test_composers_phase(n: int, k: int):
         elif step > n:
             ema.update(step=step)
         if step >= n:
-            found = ema.gather_state_dict()["weight"]
-            torch.testing.assert_close(found, dict(averaged())["weight"])
+            own = ema.gather_state_dict()["weight"]
+            torch.testing.assert_close(own, dict(averaged())["weight"])
 
 
 @pytest.mark.ranks(0)

@@ -67,7 +67,9 @@ def test_a_private_name_that_is_missing_is_told_when_the_average_is_built(name: 
         owner = parametrize if name == "_cache" else group.fsdp_params[0]
     with mock.patch.object(owner, name):
         delattr(owner, name)
-        found = re.escape(torch.__version__)
-        with pytest.raises(RuntimeError, match=rf"{name} .*torch {found} .*install torch 2\.8 to"):
+        installed = re.escape(torch.__version__)
+        with pytest.raises(
+            RuntimeError, match=rf"{name} .*torch {installed} .*install torch 2\.8 to"
+        ):
             ShardedEMA(model)
     ShardedEMA(model)

@@ -28,9 +28,9 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 def numbers(pattern: str, printed: str) -> list[float]:
     """The groups of the first match."""
-    found = re.search(pattern, printed)
-    assert found, printed
-    return [float(number) for number in found.groups()]
+    match = re.search(pattern, printed)
+    assert match, printed
+    return [float(number) for number in match.groups()]
 
 
 def assert_averaged_is_better(printed: str) -> None:
