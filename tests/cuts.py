@@ -169,7 +169,7 @@ def first_ranks(size: int) -> Group | None:
 
 def write(
     path: Path,
-    ranks: Group,
+    ranks: Group | None = None,
     *,
     cut: str = "flat",
     seed: int = 0,
@@ -177,7 +177,8 @@ def write(
     names: Sequence[str] = ("ema",),
     **options: Any,
 ) -> Handle | None:
-    """Save averages of made-up tensors."""
+    """Save averages of made-up tensors, by all ranks if not by some."""
+    ranks = ranks or Group()
     averages = {
         name: parts_of(cut, tensors, full(tensors, seed + i), ranks) for i, name in enumerate(names)
     }
@@ -186,13 +187,14 @@ def write(
 
 def seed_at(
     path: Path,
-    ranks: Group,
+    ranks: Group | None = None,
     *,
     cut: str = "rows",
     tensors: Sequence[TensorMeta] = TENSORS,
     names: Sequence[str] = ("ema",),
 ) -> int:
     """Load what `write` wrote, check every bit of it, and tell which it was."""
+    ranks = ranks or Group()
     averages = {name: blank(cut, tensors, ranks) for name in names}
     state = load(path, averages, tensors, ranks)
     assert state == state_of(names, state["step"])

@@ -52,31 +52,31 @@ def test_a_save_in_the_background_has_the_values_of_the_call(tmp_path: Path):
             assert ones[0] == i * ranks.size
     handle.result()
     assert handle.done()
-    assert seed_at(tmp_path / "a", ranks) == 4
+    assert seed_at(tmp_path / "a") == 4
     assert beside(tmp_path / "a") == []
 
 
 @pytest.mark.ranks(2)
 def test_what_follows_waits_for_the_save_before(tmp_path: Path):
-    ranks, path = Group(), tmp_path / "a"
+    path = tmp_path / "a"
 
     def slow(self, *args):
         time.sleep(0.3)
         return write_data(self, *args)
 
     with writing(slow):
-        first = write(path, ranks, seed=1, asynchronous=True)
-        second = write(path, ranks, seed=2, asynchronous=True)
+        first = write(path, seed=1, asynchronous=True)
+        second = write(path, seed=2, asynchronous=True)
         assert first.done()
         assert not second.done()
-        assert seed_at(path, ranks) == 2  # a load waits as well
+        assert seed_at(path) == 2  # a load waits as well
         second.result()
-        third = write(path, ranks, seed=3, asynchronous=True)
+        third = write(path, seed=3, asynchronous=True)
         with pytest.raises(TimeoutError, match="not written"):
             third.result(timeout=0.01)
-        write(path, ranks, seed=4)
+        write(path, seed=4)
         assert third.done()
-        assert seed_at(path, ranks) == 4
+        assert seed_at(path) == 4
     dist.barrier()
     assert beside(path) == []
 
@@ -85,7 +85,7 @@ def test_what_follows_waits_for_the_save_before(tmp_path: Path):
 def test_a_failure_in_the_background_is_raised_on_every_rank(tmp_path: Path, failing: int):
     ranks, path = Group(), tmp_path / "a"
     saves, write_all = background.BackgroundSaves(), writer.write_all
-    write(path, ranks, seed=1)
+    write(path, seed=1)
 
     def fail(fd, data):
         raise OSError(28, "No space left on device")
@@ -93,7 +93,7 @@ def test_a_failure_in_the_background_is_raised_on_every_rank(tmp_path: Path, fai
     for is_asked in (True, False):
         fails = ranks.rank == failing
         with mock.patch.object(writer, "write_all", fail if fails else write_all):
-            handle = write(path, ranks, seed=2, asynchronous=True, background=saves)
+            handle = write(path, seed=2, asynchronous=True, background=saves)
             if is_asked:
                 with pytest.raises(CheckpointError, match=r"shard-.*No space left on device"):
                     handle.result()
@@ -102,17 +102,17 @@ def test_a_failure_in_the_background_is_raised_on_every_rank(tmp_path: Path, fai
         dist.barrier()
         assert beside(path) == []
         if is_asked:
-            assert seed_at(path, ranks) == 1
+            assert seed_at(path) == 1
     with pytest.warns(UserWarning, match=r"earlier asynchronous save failed: .*No space left"):
-        write(path, ranks, seed=3, background=saves)
-    assert seed_at(path, ranks) == 3
+        write(path, seed=3, background=saves)
+    assert seed_at(path) == 3
 
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("stuck", [0, 1])
 def test_a_rank_without_progress_is_given_up_after_the_timeout(tmp_path: Path, stuck: int):
     ranks, path = Group(), tmp_path / "a"
-    write(path, ranks, seed=1)
+    write(path, seed=1)
 
     def late(self, rank):
         report = write_data(self, rank)
@@ -125,12 +125,12 @@ def test_a_rank_without_progress_is_given_up_after_the_timeout(tmp_path: Path, s
         [r"rank 1: has made no progress for 0.5 s", "rank 0 gave the save up before this rank"],
     ][stuck][ranks.rank == stuck]
     with writing(late):
-        handle = write(path, ranks, seed=2, asynchronous=True, timeout=0.5)
+        handle = write(path, seed=2, asynchronous=True, timeout=0.5)
         with pytest.raises(CheckpointError, match=message):
             handle.result()
         (tmp_path / "given_up").touch()
     dist.barrier()
-    assert seed_at(path, ranks) == 1
+    assert seed_at(path) == 1
     assert beside(path) == ["given_up"]
 
 
@@ -150,9 +150,9 @@ def test_a_killed_rank_is_noticed_and_named(tmp_path: Path, victim: int):
     def rank_main(rank: int) -> None:
         store = f"file://{tmp_path}/store"
         dist.init_process_group("gloo", rank=rank, world_size=2, init_method=store)
-        write(path, Group(), seed=1)
+        write(path, seed=1)
         with writing(dying):
-            handle, begun = write(path, Group(), seed=2, asynchronous=True), time.monotonic()
+            handle, begun = write(path, seed=2, asynchronous=True), time.monotonic()
             with pytest.raises(CheckpointError, match=f"rank {victim}: ended before "):
                 handle.result()
             assert time.monotonic() - begun < 10
@@ -170,7 +170,7 @@ def test_a_killed_rank_is_noticed_and_named(tmp_path: Path, victim: int):
 @pytest.mark.ranks(2)
 def test_a_rank_that_cannot_create_its_file_is_named_on_every_rank(tmp_path: Path):
     ranks, path = Group(), tmp_path / "a"
-    write(path, ranks, seed=1)
+    write(path, seed=1)
     reserve = background._reserve
 
     def refuse(file):
@@ -180,9 +180,9 @@ def test_a_rank_that_cannot_create_its_file_is_named_on_every_rank(tmp_path: Pat
 
     with mock.patch.object(background, "_reserve", refuse):
         with pytest.raises(CheckpointError, match=r"rank 1: .*\.rank-1: Permission denied"):
-            write(path, ranks, seed=2, asynchronous=True)
+            write(path, seed=2, asynchronous=True)
     dist.barrier()
-    assert seed_at(path, ranks) == 1
+    assert seed_at(path) == 1
     assert beside(path) == []
 
 
@@ -206,28 +206,28 @@ def test_a_full_disk_is_an_error_on_every_rank(tmp_path: Path, filling: int):
         return []
 
     with small_disk(disk, "512k"):
-        write(path, ranks, seed=1)
+        write(path, seed=1)
         with writing(fill):
             begun = time.monotonic()
-            handle = write(path, ranks, seed=2, asynchronous=True)
+            handle = write(path, seed=2, asynchronous=True)
             with pytest.raises(CheckpointError, match=r"shard-.*No space left on device"):
                 handle.result()
             assert time.monotonic() - begun < 5
-        assert seed_at(path, ranks) == 1
+        assert seed_at(path) == 1
         dist.barrier()
         assert beside(path) == ["filler"]
         if ranks.rank == 0:
             fill_disk()
         dist.barrier()
         with pytest.raises(CheckpointError, match="No space left on device"):
-            write(path, ranks, seed=2, asynchronous=True)  # refused while ranks meet
-        assert seed_at(path, ranks) == 1
+            write(path, seed=2, asynchronous=True)  # refused while ranks meet
+        assert seed_at(path) == 1
 
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("ends_well", [True, False])
 def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ends_well: bool):
-    ranks, path = Group(), tmp_path / "a"
+    path = tmp_path / "a"
     outcome, finish = background.StatusFiles.outcome, writer._Save.finish
 
     def late(self, is_in_place):
@@ -244,7 +244,7 @@ def test_a_rank_that_looks_too_late_finds_out_by_itself(tmp_path: Path, ends_wel
         mock.patch.object(files, "VISIBLE_WITHIN_S", 0.05),
         mock.patch.object(writer._Save, "finish", finish if ends_well else fail),
     ):
-        handle = write(path, ranks, seed=2, asynchronous=True)
+        handle = write(path, seed=2, asynchronous=True)
         if ends_well:
             handle.result()
         else:
@@ -284,7 +284,7 @@ def slow(self, *args):
         raise OSError(28, "No space left on device", "shard")
     return write_data(self, *args)
 writer._Save.write = slow
-write(directory / ending / "a", Group(), seed=3, asynchronous=True)
+write(directory / ending / "a", seed=3, asynchronous=True)
 dist.destroy_process_group()
 """
 

@@ -71,15 +71,15 @@ def test_tensors_of_many_blocks_and_of_every_dtype_keep_their_bits(
     tmp_path: Path, tensors: list[TensorMeta]
 ):
     for cut in ("rows", "columns", "flat"):
-        write(tmp_path / cut, Group(), cut=cut, tensors=tensors)
+        write(tmp_path / cut, cut=cut, tensors=tensors)
         for other in ("columns", "last", "flat"):
-            seed_at(tmp_path / cut, Group(), cut=other, tensors=tensors)
+            seed_at(tmp_path / cut, cut=other, tensors=tensors)
 
 
 @pytest.mark.ranks(0)
 def test_an_average_of_another_width_is_cast_with_a_warning_of_a_loss(tmp_path: Path):
     ranks = Group()
-    write(tmp_path / "a", ranks)
+    write(tmp_path / "a")
     for dtype in (torch.float64, torch.bfloat16):
         tensors = infos(dtype=dtype)
         parts = blank("rows", tensors, ranks)
@@ -95,17 +95,17 @@ def test_an_average_of_another_width_is_cast_with_a_warning_of_a_loss(tmp_path: 
 def test_several_averages_share_a_manifest_and_have_a_directory_each(tmp_path: Path):
     ranks, path = Group(), tmp_path / "a"
     names = ["fast", "slow/0.999", ".hidden", "manifest.json"]
-    write(path, ranks, names=names)
+    write(path, names=names)
     assert sorted(p.name for p in path.iterdir()) == [
         "%2Ehidden", "fast", "manifest%2Ejson", "manifest.json", "slow%2F0.999",
     ]  # fmt: skip
-    assert seed_at(path, ranks, names=names) == 0
+    assert seed_at(path, names=names) == 0
     one = {"slow/0.999": blank("rows", TENSORS, ranks)}
     with pytest.warns(UserWarning, match=r"'fast', '.hidden', 'manifest.json' are not loaded"):
         load(path, one, TENSORS, ranks)
     assert not differing(one["slow/0.999"], parts_of("rows", TENSORS, full(TENSORS, 1), ranks))
     with pytest.raises(CheckpointError, match=r"no average named 'ema'; it has 'fast', 'sl"):
-        seed_at(path, ranks)
+        seed_at(path)
 
 
 @pytest.mark.ranks(2)
@@ -137,7 +137,7 @@ def test_ranks_may_hold_different_parts_of_one_model(tmp_path: Path):
         back = blank("rows", held, alone)
         load(path, {"ema": back}, held, ranks)
         assert not differing(back, parts)
-        assert seed_at(path, ranks) == 0  # all of it, in another cut
+        assert seed_at(path) == 0  # all of it, in another cut
     other = infos({"x": (2, 1 + ranks.rank)})
     parts = parts_of("rows", other, full(other), alone)
     with pytest.raises(CheckpointError, match=r"one name: .*'x'.*\(2, 1\).*'x'.*\(2, 2\)"):
@@ -153,7 +153,7 @@ def test_saving_and_loading_need_little_more_memory_than_the_average(tmp_path: P
     columns = FragmentMeta("large", shape, Box((0, 2_000 * ranks.rank), (16_000, 2_000)))
     saved = {"ema": [Fragment(rows, torch.ones(32_000_000))]}
     loaded = {"ema": [Fragment(columns, torch.zeros(32_000_000))]}
-    write(tmp_path / "warm", ranks)
+    write(tmp_path / "warm")
     with PeakMemory() as peak:
         save(tmp_path / "a", saved, tensors, state_of(), ranks)
     assert peak() < 64e6, f"save: {peak() / 1e6:.0f} MB"
@@ -167,10 +167,10 @@ def test_saving_and_loading_need_little_more_memory_than_the_average(tmp_path: P
 
 @pytest.mark.ranks(3)
 def test_torch_and_safetensors_read_the_files(tmp_path: Path):
-    ranks, values = Group(), full(TENSORS)
+    values = full(TENSORS)
     for cut in CUTS:
         path = tmp_path / cut
-        write(path, ranks, cut=cut)
+        write(path, cut=cut)
         state = {t.fqn: torch.full(t.shape, -1.0) for t in TENSORS}
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
         assert all(torch.equal(value, values[fqn]) for fqn, value in state.items()), cut
@@ -228,7 +228,7 @@ def test_a_consolidated_checkpoint_is_loaded_as_the_average(tmp_path: Path, layo
 @pytest.mark.ranks(0)
 def test_tied_weights_are_found_under_any_of_their_names(tmp_path: Path):
     ranks, values, (first, *others) = Group(), full(TENSORS), TENSORS
-    write(tmp_path / "a", ranks)
+    write(tmp_path / "a")
     values["head.weight"] = values["emb.weight"]
     renamed = [dataclasses.replace(first, fqn="head.weight", aliases=("emb.weight",)), *others]
     untied = [dataclasses.replace(first, fqn=n, aliases=()) for n in ("emb.weight", "head.weight")]
@@ -238,7 +238,7 @@ def test_tied_weights_are_found_under_any_of_their_names(tmp_path: Path):
         assert not differing(parts, parts_of("rows", tensors, values, ranks))
     save(tmp_path / "b", {"ema": parts}, tensors, state_of(), ranks)
     with pytest.raises(CheckpointError, match=r"unexpected: head\.weight"):
-        seed_at(tmp_path / "b", ranks)
+        seed_at(tmp_path / "b")
 
 
 # Replacing.
@@ -262,10 +262,10 @@ def exchanging(can_exchange: bool, also: Callable[[], None] = lambda: None) -> A
 
 @pytest.mark.ranks(2)
 def test_a_save_replaces_the_last_one_and_leaves_nothing_beside_it(tmp_path: Path):
-    ranks, path = Group(), tmp_path / "new" / "a"
+    path = tmp_path / "new" / "a"
     for seed, cut in enumerate(("rows", "columns", "grid")):
-        write(path, ranks, seed=seed, cut=cut)
-        assert seed_at(path, ranks) == seed
+        write(path, seed=seed, cut=cut)
+        assert seed_at(path) == seed
     dist.barrier()
     assert beside(path) == []
 
@@ -273,7 +273,7 @@ def test_a_save_replaces_the_last_one_and_leaves_nothing_beside_it(tmp_path: Pat
 @pytest.mark.ranks(2)
 def test_what_is_no_checkpoint_is_not_replaced_and_files_of_others_stay(tmp_path: Path):
     ranks, path = Group(), tmp_path / "a"
-    write(path, ranks)
+    write(path)
     others = ["file", "full/thesis.tex", "a/notes.txt", "a/config/x.json"]
     if ranks.rank == 0:
         for name in ("full", "empty", "a/config"):
@@ -282,14 +282,14 @@ def test_what_is_no_checkpoint_is_not_replaced_and_files_of_others_stay(tmp_path
             (tmp_path / name).write_text("mine")
     dist.barrier()
     with pytest.raises(CheckpointError, match=r"file: exists and is no directory"):
-        write(tmp_path / "file", ranks)
+        write(tmp_path / "file")
     with pytest.raises(CheckpointError, match=r"no checkpoint \(it holds thesis.tex\)"):
-        write(tmp_path / "full", ranks)
-    write(tmp_path / "empty", ranks)
+        write(tmp_path / "full")
+    write(tmp_path / "empty")
     for asynchronous in (False, True):
         with pytest.raises(CheckpointError, match=r"not part of the checkpoint \(config, notes"):
-            write(path, ranks, seed=1, cut="last", asynchronous=asynchronous)
-    assert seed_at(path, ranks) == 0
+            write(path, seed=1, cut="last", asynchronous=asynchronous)
+    assert seed_at(path) == 0
     assert all((tmp_path / name).read_text() == "mine" for name in others)
     names = {p.name for p in path.iterdir() if p.suffix != ".safetensors"}
     assert names == {"config", "manifest.json", "notes.txt"}
@@ -298,18 +298,18 @@ def test_what_is_no_checkpoint_is_not_replaced_and_files_of_others_stay(tmp_path
 
 @pytest.mark.ranks(0)
 def test_a_link_is_followed(tmp_path: Path):
-    write(tmp_path / "a", Group())
+    write(tmp_path / "a")
     (tmp_path / "latest").symlink_to("a")
-    write(tmp_path / "latest", Group(), seed=1)
+    write(tmp_path / "latest", seed=1)
     assert (tmp_path / "latest").is_symlink()
-    assert seed_at(tmp_path / "a", Group()) == 1
+    assert seed_at(tmp_path / "a") == 1
 
 
 @pytest.mark.ranks(2)
 def test_a_file_that_appears_during_a_save_stays(tmp_path: Path, can_exchange: bool):
     """Also one that is being written, in a directory of an average as well."""
-    ranks, path, averages = Group(), tmp_path / "a", ["fast", "slow"]
-    write(path, ranks, names=averages)
+    path, averages = tmp_path / "a", ["fast", "slow"]
+    write(path, names=averages)
     names = ("notes.txt", "slow/notes.txt", "below/manifest.json")
     opened = []
 
@@ -320,13 +320,13 @@ def test_a_file_that_appears_during_a_save_stays(tmp_path: Path, can_exchange: b
             opened[-1].write("mi")
 
     with exchanging(can_exchange, create_files):
-        write(path, ranks, seed=1, names=averages)
+        write(path, seed=1, names=averages)
     for file in opened:
         file.write("ne")
         file.close()
     dist.barrier()
     assert [(path / name).read_text() for name in names] == ["mine"] * 3
-    assert seed_at(path, ranks, names=averages) == 1
+    assert seed_at(path, names=averages) == 1
     assert beside(path) == []
 
 
@@ -337,21 +337,21 @@ def test_what_is_no_checkpoint_is_never_put_in_the_place_of_one(tmp_path: Path):
     (aside / "notes.txt").write_text("mine")
     assert files.find(path) == path
     with pytest.raises(CheckpointError, match="No such file"):
-        seed_at(path, Group())
-    write(path, Group(), seed=1)
+        seed_at(path)
+    write(path, seed=1)
     assert (aside / "notes.txt").read_text() == "mine"
     (tmp_path / ".a.tmp-0123abcd").mkdir()
     with pytest.raises(FileNotFoundError):
         files.put_in_place(tmp_path / ".a.tmp-0123abcd", path)
-    assert seed_at(path, Group()) == 1
+    assert seed_at(path) == 1
     (path / "manifest.json").write_text('{"name": "a web app"}')
     with pytest.raises(CheckpointError, match=r"no checkpoint of dist_ema \(manifest.json is"):
-        write(path, Group(), seed=2)
+        write(path, seed=2)
 
 
 @pytest.mark.ranks(2)
 def test_the_working_directory_is_not_replaced(tmp_path: Path):
-    ranks, before = Group(), Path.cwd()
+    before = Path.cwd()
     inside = tmp_path / "run" / "now"
     inside.mkdir(parents=True, exist_ok=True)
     dist.barrier()
@@ -359,11 +359,11 @@ def test_the_working_directory_is_not_replaced(tmp_path: Path):
     try:
         for path in (".", "..", inside):
             with pytest.raises(CheckpointError, match="holds the working directory"):
-                write(Path(path), ranks)
+                write(Path(path))
         assert list(inside.iterdir()) == []
         dist.barrier()
-        write(Path("below"), ranks, seed=1)
-        assert seed_at(Path("below"), ranks) == 1
+        write(Path("below"), seed=1)
+        assert seed_at(Path("below")) == 1
     finally:
         os.chdir(before)
 
@@ -380,14 +380,14 @@ def test_two_jobs_that_save_to_one_path_lose_no_checkpoint(tmp_path: Path, can_e
             write(path, Group.alone(), seed=seed)
             assert (files.find(path) / "manifest.json").exists() or not can_exchange
     dist.barrier()
-    assert seed_at(path, ranks) == 19
+    assert seed_at(path) == 19
     assert beside(path) == []
 
 
 @pytest.mark.ranks(0)
 def test_the_next_save_clears_what_killed_ones_left_and_nothing_else(tmp_path: Path):
-    ranks, path = Group(), tmp_path / "a"
-    write(path, ranks)
+    path = tmp_path / "a"
+    write(path)
     for name in (".a.tmp-0123abcd", ".a.old-0123abcd", ".a.mail-0123abcd"):
         (tmp_path / name / "below").mkdir(parents=True)
     others = [".a.tmp-0123abcd.txt", ".b.tmp-0123abcd", "a.tmp-0123abcd", ".a.tmp-notes"]
@@ -396,7 +396,7 @@ def test_the_next_save_clears_what_killed_ones_left_and_nothing_else(tmp_path: P
     others.append(".a.tmp-01234567")
     (tmp_path / others[-1]).write_text("a file")
     with files.hidden_sibling(path, "tmp") as of_another_job:
-        write(path, ranks)
+        write(path)
         assert beside(path) == sorted([*others, of_another_job.name])
     assert beside(path) == sorted(others)
 
@@ -406,18 +406,18 @@ def test_without_an_exchange_the_old_one_is_found_between_two_renames(tmp_path: 
     ranks, path = Group(), tmp_path / "a"
     with exchanging(False):
         for seed in (1, 2):
-            write(path, ranks, seed=seed)
-        assert seed_at(path, ranks) == 2
+            write(path, seed=seed)
+        assert seed_at(path) == 2
         assert beside(path) == []
         path.rename(tmp_path / ".a.old-0123abcd")
         (tmp_path / ".a.tmp-0123abcd").mkdir()
-        assert seed_at(path, ranks) == 2
+        assert seed_at(path) == 2
         assert not path.exists()
         with pytest.raises(CheckpointError, match="NaN"):
             save(path, {"ema": broken_parts(ranks)}, TENSORS, state_of(), ranks)
-        assert seed_at(path, ranks) == 2
-        write(path, ranks, seed=3)
-        assert seed_at(path, ranks) == 3
+        assert seed_at(path) == 2
+        write(path, seed=3)
+        assert seed_at(path) == 3
         assert beside(path) == []
 
 
@@ -447,11 +447,11 @@ def broken_parts(ranks: Group) -> list[Fragment]:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_an_average_that_is_not_finite_is_not_written(tmp_path: Path, asynchronous: bool):
     ranks, path = Group(), tmp_path / "a"
-    write(path, ranks, seed=1)
+    write(path, seed=1)
     parts, options = broken_parts(ranks), {"asynchronous": asynchronous}
     with pytest.raises(CheckpointError, match=r"NaN or Inf in cube, emb\.weight; nothing is"):
         save(path, {"ema": parts}, TENSORS, state_of(), ranks, **options)
-    assert seed_at(path, ranks) == 1
+    assert seed_at(path) == 1
     assert beside(path) == []
 
 
@@ -498,7 +498,7 @@ def test_a_state_that_could_not_be_loaded_is_not_saved(tmp_path: Path, state: di
 @pytest.mark.ranks(2)
 def test_tensors_that_do_not_match_are_all_named(tmp_path: Path):
     ranks, path = Group(), tmp_path / "a"
-    write(path, ranks)
+    write(path)
     shapes = {**SHAPES, "conv.weight": (4, 3, 3, 3), "new.weight": (2, 2)}
     del shapes["bias"], shapes["cube"]
     tensors = infos(shapes)

@@ -48,8 +48,9 @@ NUM_ALTERATIONS = int(os.environ.get("ALTERATIONS", "200"))
 NUM_FUZZED = int(os.environ.get("FUZZED", "200"))
 
 
-def refused(path: Path, ranks: Group, match: str = "") -> str:
+def refused(path: Path, match: str = "") -> str:
     """Loading must raise, on every rank the same, and leave the average as it was."""
+    ranks = Group()
     parts = blank("columns", TENSORS, ranks)
     with pytest.raises(CheckpointError, match=match) as caught:
         load(path, {"ema": parts}, TENSORS, ranks)
@@ -104,7 +105,7 @@ def replaced(file: Path, make: Callable[[], object]) -> Iterator[None]:
 def test_every_altered_byte_is_found(tmp_path: Path):
     """The full number, 1000, is run by ALTERATIONS=1000."""
     ranks, path, rng = Group(), tmp_path / "a", random.Random(0)
-    write(path, ranks, names="ab")
+    write(path, names="ab")
     written = sorted(file for file in path.rglob("*") if file.is_file())
     assert verified(path) == []
     for _ in range(NUM_ALTERATIONS):
@@ -124,8 +125,8 @@ def test_every_altered_byte_is_found(tmp_path: Path):
 
 @pytest.mark.ranks(2)
 def test_damage_names_the_file_and_the_tensor_on_every_rank(tmp_path: Path):
-    ranks, path = Group(), tmp_path / "a"
-    write(path, ranks)
+    path = tmp_path / "a"
+    write(path)
     file = path / "shard-00002-model-00001-of-00002.safetensors"
     average = body_of(path)["averages"]["ema"]
     boxes = average["tensors"]["norm.weight"]["boxes"]
@@ -140,12 +141,12 @@ def test_damage_names_the_file_and_the_tensor_on_every_rank(tmp_path: Path):
         (None, "No such file"),
     ):
         with replaced(file, lambda data=data: data is None or file.write_bytes(data)):
-            refused(path, ranks, rf"{file.name}: .*{message}")
+            refused(path, rf"{file.name}: .*{message}")
     for make in (os.mkfifo, os.mkdir, lambda name: os.symlink(name, name)):
         with replaced(file, lambda make=make: make(file)):
-            refused(path, ranks, file.name)
+            refused(path, file.name)
             assert any(file.name in problem for problem in verified(path))
-    assert seed_at(path, ranks) == 0
+    assert seed_at(path) == 0
 
 
 def test_a_file_that_the_manifest_does_not_know_is_found(tmp_path: Path):
@@ -177,16 +178,16 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path):
         "manifest": "not the manifest of a dist_ema checkpoint",
         "nothing": "not the manifest of a dist_ema checkpoint",
     }.items():
-        refused(tmp_path / name, ranks, message)
-    write(tmp_path / "a", ranks)
+        refused(tmp_path / name, message)
+    write(tmp_path / "a")
     with replaced(tmp_path / "a" / "manifest.json", lambda: None):
-        refused(tmp_path / "a", ranks, "pieces of tensors, and there is no manifest.json")
+        refused(tmp_path / "a", "pieces of tensors, and there is no manifest.json")
 
 
 @pytest.mark.ranks(2)
 def test_what_changes_under_a_load_is_noticed(tmp_path: Path):
     ranks, path = Group(), tmp_path / "a"
-    write(path, ranks, seed=1)
+    write(path, seed=1)
     fill = reader._fill
 
     def alter() -> None:
@@ -209,11 +210,11 @@ def test_what_changes_under_a_load_is_noticed(tmp_path: Path):
         return mock.patch.object(reader, "_fill", disturbed)
 
     with disturbed_by(lambda: write(path, Group.alone(), seed=2)):
-        assert seed_at(path, ranks) == 1  # the open files are those of the checkpoint opened
-    assert seed_at(path, ranks) == 2
+        assert seed_at(path) == 1  # the open files are those of the checkpoint opened
+    assert seed_at(path) == 2
     with disturbed_by(alter):
         with pytest.raises(CheckpointError, match=r"is altered .* in part: load again"):
-            seed_at(path, ranks)
+            seed_at(path)
 
 
 # Disks that ranks do not share, or that are full.
@@ -231,14 +232,14 @@ def test_a_directory_that_not_all_ranks_see_is_refused(tmp_path: Path, asynchron
     try:
         with mock.patch.object(files, "VISIBLE_WITHIN_S", 0.2):
             with pytest.raises(CheckpointError, match=r"rank 1: .* does not see .*/\.a\.tmp-"):
-                write(path, ranks, asynchronous=asynchronous)
+                write(path, asynchronous=asynchronous)
             assert list(own.iterdir()) == []
             if ranks.rank == 0:
                 write(path, Group.alone(), seed=1)
-            refused(path, ranks, r"rank 1: /proc/self/cwd/a: No such file")
+            refused(path, r"rank 1: /proc/self/cwd/a: No such file")
             if ranks.rank == 1:
                 write(path, Group.alone(), seed=1)
-            refused(path, ranks, "ranks see different checkpoints")
+            refused(path, "ranks see different checkpoints")
     finally:
         os.chdir(before)
 
@@ -250,19 +251,19 @@ def test_a_failed_write_stops_all_ranks_and_the_last_checkpoint_stays(tmp_path: 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     error = "No space left on device" if is_full else r"rank 1: .*shard-00002.*: File too large"
     with small_disk(path.parent, "1m") if is_full else contextlib.nullcontext():
-        write(path, ranks, seed=1)
+        write(path, seed=1)
         if not is_full and ranks.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
         try:
             with pytest.raises(CheckpointError, match=rf"{error} \(writing tensor"):
-                write(path, ranks, cut="rows", tensors=infos(SEVERAL_BLOCKS))
+                write(path, cut="rows", tensors=infos(SEVERAL_BLOCKS))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         dist.barrier()
         assert beside(path) == []
-        assert seed_at(path, ranks) == 1
-        write(path, ranks, seed=2)
-        assert seed_at(path, ranks) == 2
+        assert seed_at(path) == 1
+        write(path, seed=2)
+        assert seed_at(path) == 2
 
 
 # Malice.
@@ -322,7 +323,7 @@ def mutated(body: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 def test_forged_manifests_are_refused_or_harmless(tmp_path: Path):
     """Whatever a signed manifest says, it is refused, or what is loaded is what was saved."""
     path, rng = tmp_path / "a", random.Random(1)
-    write(path, Group(), seed=3)
+    write(path, seed=3)
     good = body_of(path)
     expected = parts_of("columns", TENSORS, full(TENSORS, 3), Group())
     refusals = harmless = 0
@@ -388,8 +389,8 @@ EDITS = {
 
 @pytest.mark.ranks(2)
 def test_each_absurdity_is_named(tmp_path: Path):
-    ranks, path = Group(), tmp_path / "a"
-    write(path, ranks)
+    path = tmp_path / "a"
+    write(path)
     for edit, message in EDITS.items():
         body = body_of(path)
         average = body["averages"]["ema"]
@@ -398,10 +399,10 @@ def test_each_absurdity_is_named(tmp_path: Path):
         exec(edit, names | {"tensor": tensor, "boxes": tensor["boxes"]})
         with replaced(path / "manifest.json", lambda body=body: forge(path, body)):
             try:
-                assert "manifest.json" in refused(path, ranks, message)
+                assert "manifest.json" in refused(path, message)
             except BaseException as error:
                 raise AssertionError(edit) from error
-    assert seed_at(path, ranks) == 0
+    assert seed_at(path) == 0
 
 
 def test_texts_that_are_no_manifest_are_refused():
@@ -435,12 +436,12 @@ def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path):
     with open(path / "manifest.json", "wb") as file:
         file.truncate(1 << 40)  # sparse
     with PeakMemory() as peak:
-        refused(path, Group(), "is 1099511627776 bytes long, more than any manifest")
+        refused(path, "is 1099511627776 bytes long, more than any manifest")
     assert peak() < 16e6
-    write(path.with_name("b"), Group())
+    write(path.with_name("b"))
     os.truncate(path.with_name("b") / "manifest.json", 900 << 20)
     with PeakMemory() as peak:
-        refused(path.with_name("b"), Group(), r"943718400 bytes, \d+ were written")
+        refused(path.with_name("b"), r"943718400 bytes, \d+ were written")
     assert peak() < 16e6
 
 
@@ -487,7 +488,7 @@ def test_plain_files_that_are_no_good_are_refused(tmp_path: Path):
     for name, data in HEADERS.items():
         (tmp_path / "x.safetensors").write_bytes(data)
         try:
-            refused(tmp_path / "x.safetensors", Group(), r"x\.safetensors")
+            refused(tmp_path / "x.safetensors", r"x\.safetensors")
         except BaseException as error:
             raise AssertionError(name) from error
 
@@ -531,10 +532,10 @@ def test_a_plain_file_that_is_replaced_while_it_is_read_is_not_mixed_with_the_ne
 
 @pytest.mark.ranks(0)
 def test_plain_directories_that_are_ambiguous_are_refused(tmp_path: Path):
-    ranks, values = Group(), full(TENSORS)
+    values = full(TENSORS)
     save_file(values, tmp_path / "a.safetensors")
     save_file({"cube": values["cube"]}, tmp_path / "b.safetensors")
-    refused(tmp_path, ranks, "'cube' is in a.safetensors and in b.safetensors")
+    refused(tmp_path, "'cube' is in a.safetensors and in b.safetensors")
     for text, message in {
         "{": "is no index",
         "[]": "is no index",
@@ -545,9 +546,9 @@ def test_plain_directories_that_are_ambiguous_are_refused(tmp_path: Path):
         '{"weight_map": {}}': "missing: emb.weight",
     }.items():
         (tmp_path / "m.safetensors.index.json").write_text(text)
-        refused(tmp_path, ranks, message)
+        refused(tmp_path, message)
     (tmp_path / "n.safetensors.index.json").write_text("{}")
-    refused(tmp_path, ranks, "has several indices")
+    refused(tmp_path, "has several indices")
 
 
 def test_the_collector_is_left_as_it_was():

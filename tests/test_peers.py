@@ -163,7 +163,7 @@ def test_the_average_is_the_peers_on_the_gathered_weights(world: World, peer: st
     assert error <= SAME, error
 
 
-@pytest.mark.parametrize(("world", "num_ranks"), ROWS)
+@worlds("fsdp2-2")
 def test_averaged_buffers_are_those_of_torchvision(world: World):
     run = start(world, 0.8, start_step=1, buffers="average")
     run.weights[0] |= rank_0s_buffers(run)
