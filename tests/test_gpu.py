@@ -223,7 +223,7 @@ def test_whatever_reads_the_average_waits_for_it(
     training = Training(device, width=512)
     ema = training.average(DECAY, 3, multi_avg_fn=Hold(device).average, **behind)
     other = Net(training.width).to(device)
-    reader = ShardedEMA(other, DECAY)
+    copy = ShardedEMA(other, DECAY)
     if reader == "drift":
         first = ema.drift()
         assert first > 0 and ema.drift() == first
@@ -231,17 +231,17 @@ def test_whatever_reads_the_average_waits_for_it(
     if reader == "swap":
         with ema.average_parameters():
             other.load_state_dict(training.net.state_dict())
-        reader.reset()
+        copy.reset()
     elif reader == "copy_to":
         ema.copy_to(other)
-        reader.reset()
+        copy.reset()
     elif reader == "dcp":
         dcp.save({"ema": ema}, checkpoint_id=tmp_path, no_dist=True)
-        dcp.load({"ema": reader}, checkpoint_id=tmp_path, no_dist=True)
+        dcp.load({"ema": copy}, checkpoint_id=tmp_path, no_dist=True)
     else:
         ema.save(tmp_path / "ema")
-        reader.load(tmp_path / "ema")
-    assert training.error(reader, start_step=1) <= MAX_RELATIVE_ERROR
+        copy.load(tmp_path / "ema")
+    assert training.error(copy, start_step=1) <= MAX_RELATIVE_ERROR
 
 
 @pytest.mark.gpu
