@@ -49,12 +49,12 @@ class SlowFS(mfusepy.Operations):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
-        found = os.fstat(fh) if fh is not None else os.lstat(self._real(path))
-        if fh is None and not self._is_seen(path, found.st_ino):
+        status = os.fstat(fh) if fh is not None else os.lstat(self._real(path))
+        if fh is None and not self._is_seen(path, status.st_ino):
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         names = ("st_mode", "st_ino", "st_nlink", "st_uid", "st_gid", "st_size", "st_blocks")
-        times = {f"st_{t}time": getattr(found, f"st_{t}time_ns") for t in "amc"}
-        return {name: getattr(found, name) for name in names} | times
+        times = {f"st_{t}time": getattr(status, f"st_{t}time_ns") for t in "amc"}
+        return {name: getattr(status, name) for name in names} | times
 
     def readdir(self, path: str, fh: int) -> list[str]:
         with os.scandir(self._real(path)) as entries:
@@ -123,9 +123,9 @@ class SlowFS(mfusepy.Operations):
         return 0
 
     def statfs(self, path: str) -> dict[str, int]:
-        found = os.statvfs(self._real(path))
+        status = os.statvfs(self._real(path))
         names = ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree")
-        return {name: getattr(found, name) for name in names}
+        return {name: getattr(status, name) for name in names}
 
 
 class Mount(mfusepy.FUSE):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,9 @@ import dist_ema
 from dist_ema import ShardedEMA
 from dist_ema.integrations.lightning import EMACallback
 from tests.readme import BLOCK, LAUNCHES, ROOT, blocks, pages
-from tests.scripts import BIN, run, run_on, under_accelerate
-from tests.test_examples import CPU
+from tests.scripts import BIN, CPU, run, run_on, under_accelerate
 
 SCRIPT = "tests/readme.py"
-RUN: dict[str, Callable[[str, Path], str]] = {
-    "torchrun": lambda page, cwd: run_on(2, SCRIPT, page, "torchrun", cwd=cwd),
-    "deepspeed": lambda page, cwd: run_on(2, SCRIPT, page, "deepspeed", cwd=cwd),
-    "accelerate": lambda page, cwd: under_accelerate(
-        "cpu-2", SCRIPT, page, "accelerate", cwd=cwd, **CPU
-    ),
-    "fsdp2": lambda page, cwd: run_on(2, SCRIPT, page, "fsdp2", cwd=cwd),
-    "python": lambda page, cwd: run_on(1, SCRIPT, page, "python", cwd=cwd),
-    "afterwards": lambda page, cwd: run_on(1, SCRIPT, page, "afterwards", cwd=cwd),
-}
 PAGES = pages()
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 PROSE = {page: BLOCK.sub("", text) for page, text in TEXTS.items()}
@@ -86,16 +74,23 @@ def test_every_python_block_says_how_it_runs(page: str):
     for block in blocks(page):
         runs = block.launch in LAUNCHES  # see tests/readme.py for the comment above a block
         assert runs == (block.language == "python"), f"{page}, line {block.line}: {block.launch!r}"
-    assert RUN.keys() == LAUNCHES.keys()
+
+
+def run_blocks(page: str, launch: str, cwd: Path) -> None:
+    if launch == "accelerate":
+        under_accelerate("cpu-2", SCRIPT, page, launch, cwd=cwd, **CPU)
+    else:
+        num_ranks = 1 if launch in ("python", "afterwards") else 2
+        run_on(num_ranks, SCRIPT, page, launch, cwd=cwd)
 
 
 @pytest.mark.parametrize(("page", "launch"), LAUNCHED)
 def test_blocks_run(page: str, launch: str, tmp_path: Path):
     """With those under torchrun, also the page's `dist-ema` commands and "afterwards" blocks."""
-    RUN[launch](page, tmp_path)
+    run_blocks(page, launch, tmp_path)
     if launch == "torchrun":
         if any(block.launch == "afterwards" for block in blocks(page)):
-            RUN["afterwards"](page, tmp_path)
+            run_blocks(page, "afterwards", tmp_path)
         for block in blocks(page):
             if block.language == "bash" and block.code.startswith("dist-ema"):
                 path = f"{BIN}:{os.environ['PATH']}"
