@@ -166,6 +166,7 @@ def _param_groups(fsdp_module: Any) -> list[Any]:
         require_names(group, "fsdp_params wait_for_unshard _to_sharded", "torch")
         for fsdp_param in group.fsdp_params[:1]:
             require_names(fsdp_param, "_module_info sharded_param", "torch")
+            require_names(type(fsdp_param), "_unsharded_param", "torch")  # assigned later
     return groups
 
 
@@ -222,7 +223,7 @@ def _order_of_cuts(tensor: DTensor, dim: int) -> list[tuple[int, int]]:
             raise ValueError(f"placement {placement} holds partial values, not a part of a weight")
         if placement.dim != dim:
             continue
-        num_parts = int(getattr(placement, "split_factor", 1))
+        num_parts = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
         if num_parts == math.prod(tensor.device_mesh.size(other) for other, _ in cuts):
             cuts.append((axis, 1))  # cuts the parts that the axes in `cuts` have made
         else:
