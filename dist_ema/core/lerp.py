@@ -130,19 +130,21 @@ class Lerp:
         lives: Sequence[torch.Tensor],
         *,
         overlap: bool = False,
+        waits: bool = False,
     ) -> None:
         """
         Args:
             averages: `averages[k][i]` is average k of `lives[i]`, all 1-D.
             overlap: run everything on a side stream (see [Note: fences]).
+            waits: whether later work of the caller waits for each update.
         """
-        self._num_averages = len(averages)
+        self._num_averages, self._waits = len(averages), waits
         grouped: dict[object, list[int]] = {}
         for i, (average, live) in enumerate(zip(averages[0], lives, strict=True)):
             if live.numel():
                 key = (average.dtype, live.dtype, average.device, live.device, is_small(live))
                 grouped.setdefault(key, []).append(i)
-        self._tracks: list[_Track] = []
+        tracks = []
         for members in grouped.values():
             of_all, here = [[of_one[i] for i in members] for of_one in averages], lives[members[0]]
             crosses = _crosses(of_all[0][0], here)
@@ -151,7 +153,8 @@ class Lerp:
             batches = list(_batches(of_all, own, 2 if crosses else 1))
             launches = _launches(of_all, own)
             fused = [_FusedBatch(of_all, own, launches, batches)] if launches else batches
-            self._tracks.append(_Track(streams, fused))
+            tracks.append(_Track(streams, fused))
+        self._tracks = tracks
 
     def update(self, decays: Sequence[float]) -> None:
         """average <- decay * average + (1 - decay) * live, with a decay for each average.
@@ -169,8 +172,12 @@ class Lerp:
         self._run([lambda averages, lives: fn(averages, lives, num_averaged)] * self._num_averages)
 
     def copy(self) -> None:
-        """average <- live, in every average."""
+        """average <- live, bit for bit where the dtypes allow, in every average.
+
+        Later work of the caller waits for it.
+        """
         self._run([_copy] * self._num_averages)
+        self.fence()
 
     def _run(self, steps: Sequence[Step]) -> None:
         for track in self._tracks:
@@ -181,6 +188,8 @@ class Lerp:
                     "incremented; call update() after the replay, outside the graph"
                 )
             track.streams.run(lambda batch: batch.update(steps), track.batches)
+        if self._waits:
+            self.fence()
 
     def fence(self) -> None:
         """Let later work of the caller wait for updates in progress."""
