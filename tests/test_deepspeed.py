@@ -249,6 +249,8 @@ def test_what_is_not_supported_is_refused(holder: str, attribute: str, value):
     engine = Zero(stage=3).wrap(Net())
     told = mock.Mock(return_value=value) if attribute.endswith("()") else value
     where = engine if holder == "engine" else engine.optimizer
+    if attribute == "super_offload()" and not hasattr(engine, "super_offload"):
+        pytest.skip("this DeepSpeed has no SuperOffload")
     with mock.patch.object(where, attribute.removesuffix("()"), told):
         with pytest.raises(ValueError, match="not supported"):
             ShardedEMA(engine)

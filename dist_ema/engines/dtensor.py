@@ -56,8 +56,10 @@ class DTensorEngine(Engine):
             if not _is_replaced(fsdp_param)
         }
         self._fsdp_params = list({id(p): p for p in self._managed.values()}.values())
-        paths = [(p, path_to_values(p.sharded_param, PRECOMPUTED)) for p in self._fsdp_params]
-        self._shards = [(p, attrgetter(f"sharded_param.{path}")) for p, path in paths if path]
+        self._shards: dict[str, list[dict[str, Any]]] = {}  # attributes of FSDPParams, by path
+        for fsdp_param in self._fsdp_params:
+            if path := path_to_values(fsdp_param.sharded_param, PRECOMPUTED):
+                self._shards.setdefault(path, []).append(vars(fsdp_param))
         self._warn_of_cut_ties()
         others = [
             r
@@ -74,8 +76,13 @@ class DTensorEngine(Engine):
         )
 
     def stamp(self) -> list[int]:
-        shards = [values(p).data_ptr() for p, values in self._shards]
-        return shards + self._others.addresses()
+        stamp = self._others.addresses()
+        for path, attributes in self._shards.items():
+            # One step for all shards, then the next: a core waits for several of them at once if
+            # they are not in its caches.
+            tensors = [*map(dict.get, attributes, itertools.repeat("sharded_param"))]
+            stamp += map(torch.Tensor.data_ptr, [*map(attrgetter(path), tensors)])
+        return stamp
 
     def process_groups(self) -> list[dist.ProcessGroup]:
         tensors = [p.sharded_param for p in self._fsdp_params]
@@ -166,6 +173,7 @@ def _param_groups(fsdp_module: Any) -> list[Any]:
         require_names(group, "fsdp_params wait_for_unshard _to_sharded", "torch")
         for fsdp_param in group.fsdp_params[:1]:
             require_names(fsdp_param, "_module_info sharded_param", "torch")
+            require_names(type(fsdp_param), "_unsharded_param", "torch")  # assigned later
     return groups
 
 
@@ -222,7 +230,7 @@ def _order_of_cuts(tensor: DTensor, dim: int) -> list[tuple[int, int]]:
             raise ValueError(f"placement {placement} holds partial values, not a part of a weight")
         if placement.dim != dim:
             continue
-        num_parts = int(getattr(placement, "split_factor", 1))
+        num_parts = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
         if num_parts == math.prod(tensor.device_mesh.size(other) for other, _ in cuts):
             cuts.append((axis, 1))  # cuts the parts that the axes in `cuts` have made
         else:
