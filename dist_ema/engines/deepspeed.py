@@ -122,7 +122,7 @@ class ZeroEngine(Engine):
             raise RuntimeError("the weights are offloaded; call engine.reload_states() first")
         if isinstance(self._stage, _Stage3) and _is_deepcompiled(self._engine):
             raise RuntimeError(
-                "DeepCompile keeps gathered weights from one step to the next, and would use them in "
+                "DeepCompile keeps gathered weights between steps, and would compute with them in "
                 "place of what is written; set deepcompile to false in the config"
             )
         self._stage.release()
