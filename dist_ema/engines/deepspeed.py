@@ -120,6 +120,11 @@ class ZeroEngine(Engine):
         offloaded = getattr(self._engine.optimizer, "offloaded_states", ())
         if any(state.name == "lp_params" for state in offloaded):
             raise RuntimeError("the weights are offloaded; call engine.reload_states() first")
+        if isinstance(self._stage, _Stage3) and _is_deepcompiled(self._engine):
+            raise RuntimeError(
+                "DeepCompile keeps gathered weights between steps, and would compute with them in "
+                "place of what is written; set deepcompile to false in the config"
+            )
         self._stage.release()
 
     def refresh(self, weights: Sequence[Weight]) -> None:
@@ -346,6 +351,14 @@ def _refuse_unsupported(engine: Any) -> None:
                 raise ValueError(f"DeepSpeed with {what} is not supported")
     if engine.mp_world_size > 1 or engine.autotp_size() > 1:
         raise ValueError("DeepSpeed with tensor parallelism is not supported")
+
+
+def _is_deepcompiled(engine: Any) -> bool:
+    """Whether DeepCompile is in use; before DeepSpeed 0.18, whether the config asks for it."""
+    for name in ("is_deepcompile_active", "is_deepcompile_enabled"):
+        if hasattr(engine, name):
+            return bool(getattr(engine, name)())
+    return False
 
 
 def _elements(parts: list[torch.Tensor], i: int, start: int, stop: int) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ A weight that is tied across two units without `use_orig_params` becomes two wei
 no trace of the tie, so that no warning is possible.
 
 Private names, checked in torch 2.8 to 2.15: `FullyShardedDataParallel._handle`, `._inter_node_pg`;
-of the handle `flat_param`, `process_group`, `uses_sharded_strategy`; of the flat parameter
+of the handle `flat_param`, `process_group`, `uses_sharded_strategy`; of `_flat_param.FlatParameter`
 `_local_shard`, `_full_param_padded`, `_full_prec_full_param_padded`, `_params`, `_param_infos`,
 `_shared_param_infos`, `_shard_param_infos`, `_shapes`, `_strides`, `_param_extensions`;
 `_runtime_utils._reshard`.
