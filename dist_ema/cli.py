@@ -115,13 +115,14 @@ def _parser() -> argparse.ArgumentParser:
         "Make power-function averages of other widths.\nFrom checkpoints of one run that hold "
         "averages of some widths, usually two\n(arXiv 2312.02696).",
         "run/ema-* --sigma-rel 0.07 --out run/ema-0.07",
-        "run/ema-* --sweep 0.05:0.25:0.05 --out run/swept --plot widths.png",
+        "run/ema-* --sweep 0.05:0.25:0.05 --out swept --plot a.png",
     )
     add, width = parsed.add_argument, parsed.add_mutually_exclusive_group(required=True)
     add("paths", type=Path, nargs="+", help="checkpoints of the run", metavar="PATH")
     add("--out", type=Path, required=True, help="checkpoint to be written")
-    width.add_argument("--gamma", type=float, help="exponent of the profile")
-    width.add_argument("--sigma-rel", type=float, help="relative standard deviation of the profile")
+    width.add_argument("--gamma", type=float, metavar="G", help="exponent of the profile")
+    deviation = "relative standard deviation of the profile"
+    width.add_argument("--sigma-rel", type=float, metavar="S", help=deviation)
     sweep = "several sigma_rel, each written to sigma_rel-S in the directory --out"
     width.add_argument("--sweep", metavar="FROM:TO:BY", help=sweep)
     add("--step", type=int, help="at which they are wanted; the last if left out")

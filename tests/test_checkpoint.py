@@ -305,6 +305,24 @@ def test_a_link_is_followed(tmp_path: Path):
     assert seed_at(tmp_path / "a") == 1
 
 
+@pytest.mark.ranks(0)
+def test_a_link_to_itself_is_refused(tmp_path: Path):
+    (tmp_path / "loop").symlink_to("loop")
+    for refused in (write, lambda path, ranks: load(path, {}, [], ranks)):
+        with pytest.raises(CheckpointError, match="symbolic links"):
+            refused(tmp_path / "loop", Group())
+
+
+@pytest.mark.ranks(0, 2)
+def test_a_directory_that_is_no_checkpoint_is_not_walked(tmp_path: Path):
+    (tmp_path / "data" / "train" / "images").mkdir(parents=True, exist_ok=True)
+    listed = []
+    with mock.patch("os.scandir", lambda path, scan=os.scandir: listed.append(path) or scan(path)):
+        with pytest.raises(CheckpointError, match="is not a checkpoint"):
+            load(tmp_path, {}, [], Group())
+    assert str(tmp_path / "data" / "train") not in map(str, listed)
+
+
 @pytest.mark.ranks(2)
 def test_a_file_that_appears_during_a_save_stays(tmp_path: Path, can_exchange: bool):
     """Also one that is being written, in a directory of an average as well."""

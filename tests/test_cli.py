@@ -126,7 +126,7 @@ def test_help_has_examples_and_exit_codes(capsys, monkeypatch):
         with pytest.raises(SystemExit) as caught:
             cli.main([*filter(None, [command]), "--help"])
         out = capsys.readouterr().out
-        assert caught.value.code == 0
+        assert caught.value.code == 0 and max(map(len, out.splitlines())) <= 80
         assert f"examples:\n  dist-ema {command}" in out and "exit codes:\n  0  success" in out
         assert all(name in out for name in COMMANDS) if not command else "--json" in out
 
