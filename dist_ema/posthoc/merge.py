@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +169,11 @@ def merge(
         )
 
         def write_values(writer: Writer) -> None:
-            for fqn, place in writer.plan.places.items():
-                for each in sources[fqn].ranges(place.dtype):
-                    writer.write_chunk(fqn, each.start, sums.compute(each)[0])
-                    advance(each.nbytes)
+            places = writer.plan.places.items()
+            ranges = chain.from_iterable(sources[fqn].ranges(place.dtype) for fqn, place in places)
+            for each, (total,) in sums.compute(ranges):
+                writer.write_chunk(each.fqn, each.start, total)
+                advance(each.nbytes)
 
         used = [term.checkpoint for source in sources.values() for term in source.terms]
         total = sum(term.nbytes for source in sources.values() for term in source.terms)
