@@ -35,6 +35,9 @@ class Zero(Engine):
         deepspeed = library()
         if "torch_autocast" in self.config and not hasattr(deepspeed.runtime, "torch_autocast"):
             pytest.skip("this DeepSpeed has no torch_autocast")
+        settings = deepspeed.runtime.zero.config.DeepSpeedZeroConfig.model_fields
+        if "parameter_alignment" in self.zero and "parameter_alignment" not in settings:
+            pytest.skip("this DeepSpeed has no parameter_alignment")
         bf16 = {} if self.bf16 is None else {"bf16": {"enabled": True, **self.bf16}}
         config = configuration(self.stage, zero=self.zero, **bf16, **self.config)
         if self.zero_init:
@@ -67,7 +70,7 @@ class Zero(Engine):
             masters = masters_by_address(training.optimizer, trained)
         elif hasattr(training.optimizer, "fp32_groups"):
             masters = masters_of_unfused(training.optimizer, trained)
-        elif self.stage == 0:
+        elif self.stage == 0 and self.bf16 is None:
             masters = trained
         else:
             masters = {n: safe_get_full_fp32_param(p) for n, p in trained.items()}

@@ -131,7 +131,7 @@ def merge(
         ValueError: an argument is out of range; a checkpoint is given twice; the result holds NaN
             or Inf; `out` is among the checkpoints. `out` is unchanged.
     """
-    dtype = dtype_named(dtype) if isinstance(dtype, str) else dtype
+    dtype = dtype_named(None if dtype is None else str(dtype).removeprefix("torch."))
     paths = expand(checkpoints, weights)
     factors = coefficients(weights, len(paths), normalize=normalize)
     bases = [] if base is None else [Path(base)]
@@ -370,8 +370,9 @@ def _match(
         else:
             sources[name] = _sum(name, having, factors, is_averaged=having != [base])
     if problems:
-        hint = "" if base else "; base= (--base) names a checkpoint that has what others lack"
-        raise CheckpointError(listed(problems) + hint)
+        is_lacking = base is None and any(" is missing" in each for each in problems)
+        hint = "; base= (--base) names a checkpoint that has what others lack"
+        raise CheckpointError(listed(problems) + hint * is_lacking)
     for name, twin in twins.items():
         aliases[twin].append(name)
     tensors = []
