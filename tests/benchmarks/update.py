@@ -23,14 +23,13 @@ NOTE = """\
 Medians over interleaved rounds of one update's time over another's in the same round, on rank 0
 while the other ranks do the same, as after a training step. *Floor*: `torch._foreach_lerp_` of the
 tensors that the rank averages and clones of them; where the live weights are bf16, of fp32 tensors
-of 10/12 of the length, since 12 bytes are moved for an fp32 weight and 10 for a bf16 one. *Flat*:
-the same elements in one tensor. *Compiled*: the floor's rival for bf16, one pass that
-`torch.compile` makes of the update of all elements in one tensor, over the floor. *Two*: two
-averages over one. *Overhead*: update less floor. *Cold*: each sample is one call after a matmul, a
-write of 64 MB and a pause of 3 ms, as in a training step; all others are hot, call after call. *Of
-HBM*: bytes a second of the update over the bandwidth of the device's memory by its clock and bus
-width (GPUs only); *copy of HBM*: the same of a copy within the device of as many bytes, which is
-what can be reached."""
+of 10/12 of the length, since 12 bytes are moved for an fp32 weight and 10 for a bf16 one.
+*Compiled*: the floor's rival for bf16, one pass that `torch.compile` makes of the update of all
+elements in one tensor, over the floor. *Two*: two averages over one. *Cold*: each sample is one
+call after a matmul, a write of 64 MB and a pause of 3 ms, as in a training step; all others are
+hot, call after call. *Of HBM*: bytes a second of the update over the bandwidth of the device's
+memory by its clock and bus width (GPUs only); *copy of HBM*: the same of a copy within the device
+of as many bytes, which is what can be reached."""
 RANKS_NOTE = """\
 *Bytes*: the most that a rank holds for its average, over one fp32 copy of the model. *Time*: the
 slowest rank's update over `torch._foreach_lerp_` of the whole model in the same process on as many
@@ -62,7 +61,6 @@ def case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
     acts = {
         "floor": floor(lives),
         "update": updater(one, model),
-        "flat": floor([torch.ones(sum(numels), device=here.device)]),
         "two": updater(two, model),
     }
     if narrow and here.size == 1 and any(map(shutil.which, ("c++", "g++", "gcc", "clang"))):
@@ -80,11 +78,9 @@ def case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
         "MB moved": round(12 * sum(numels) / 1e6, 1),
         "update/floor": ratio(taken, "update", "floor"),
         "update/floor cold": ratio(cold, "update", "floor"),
-        "update/flat": ratio(taken, "update", "flat"),
         "two": ratio(taken, "two", "update"),
         "floor us": seconds["floor"] * 1e6,
         "update us": seconds["update"] * 1e6,
-        "overhead us": (seconds["update"] - seconds["floor"]) * 1e6,
         "floor us cold": cold_seconds["floor"] * 1e6,
         "update us cold": cold_seconds["update"] * 1e6,
         "GB/s": 12 * sum(numels) / seconds["update"] / 1e9,
