@@ -57,8 +57,10 @@ class DTensorEngine(Engine):
             if not _is_replaced(fsdp_param)
         }
         self._fsdp_params = list({id(p): p for p in self._managed.values()}.values())
-        paths = [(p, path_to_values(p.sharded_param, PRECOMPUTED)) for p in self._fsdp_params]
-        self._shards = [(p, attrgetter(f"sharded_param.{path}")) for p, path in paths if path]
+        self._shards: dict[str, list[dict[str, Any]]] = {}  # attributes of FSDPParams, by path
+        for fsdp_param in self._fsdp_params:
+            if path := path_to_values(fsdp_param.sharded_param, PRECOMPUTED):
+                self._shards.setdefault(path, []).append(vars(fsdp_param))
         self._warn_of_cut_ties()
         others = [
             r
@@ -75,8 +77,13 @@ class DTensorEngine(Engine):
         )
 
     def stamp(self) -> list[int]:
-        shards = [values(p).data_ptr() for p, values in self._shards]
-        return shards + self._others.addresses()
+        stamp = self._others.addresses()
+        for path, attributes in self._shards.items():
+            # One step for all shards, then the next: a core waits for several of them at once if
+            # they are not in its caches.
+            tensors = [*map(dict.get, attributes, itertools.repeat("sharded_param"))]
+            stamp += map(torch.Tensor.data_ptr, [*map(attrgetter(path), tensors)])
+        return stamp
 
     def process_groups(self) -> list[dist.ProcessGroup]:
         tensors = [p.sharded_param for p in self._fsdp_params]
