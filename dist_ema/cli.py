@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ from dist_ema.checkpoint.reader import Checkpoint
 from dist_ema.core.environment import describe, environment
 from dist_ema.core.errors import CheckpointError
 
-_PROGRESS_EVERY_S = 0.2
 _COLUMNS = 80
 _EXIT_CODES = """
 exit codes:
@@ -46,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        _warn("interrupted")
+        return 130
     except (CheckpointError, OSError) as error:
         _warn(str(error))
         return 1
@@ -115,13 +116,14 @@ def _parser() -> argparse.ArgumentParser:
         "Make power-function averages of other widths.\nFrom checkpoints of one run that hold "
         "averages of some widths, usually two\n(arXiv 2312.02696).",
         "run/ema-* --sigma-rel 0.07 --out run/ema-0.07",
-        "run/ema-* --sweep 0.05:0.25:0.05 --out run/swept --plot widths.png",
+        "run/ema-* --sweep 0.05:0.25:0.05 --out swept --plot a.png",
     )
     add, width = parsed.add_argument, parsed.add_mutually_exclusive_group(required=True)
     add("paths", type=Path, nargs="+", help="checkpoints of the run", metavar="PATH")
     add("--out", type=Path, required=True, help="checkpoint to be written")
-    width.add_argument("--gamma", type=float, help="exponent of the profile")
-    width.add_argument("--sigma-rel", type=float, help="relative standard deviation of the profile")
+    width.add_argument("--gamma", type=float, metavar="G", help="exponent of the profile")
+    deviation = "relative standard deviation of the profile"
+    width.add_argument("--sigma-rel", type=float, metavar="S", help=deviation)
     sweep = "several sigma_rel, each written to sigma_rel-S in the directory --out"
     width.add_argument("--sweep", metavar="FROM:TO:BY", help=sweep)
     add("--step", type=int, help="at which they are wanted; the last if left out")
@@ -377,27 +379,13 @@ def _env(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar of tqdm on a terminal, or a percentage where tqdm is not installed."""
-    if not sys.stderr.isatty():
-        yield lambda nbytes: None
-        return
+    """A progress bar on a terminal, if tqdm is installed."""
     try:
         tqdm = importlib.import_module("tqdm").tqdm
     except ImportError:
-        done, printed = 0, 0.0
-
-        def advance(nbytes: int) -> None:
-            nonlocal done, printed
-            done += nbytes
-            if time.monotonic() - printed > _PROGRESS_EVERY_S:
-                printed = time.monotonic()
-                sys.stderr.write(f"\r{done * 100 // max(total, 1)} %")
-                sys.stderr.flush()
-
-        yield advance
-        sys.stderr.write("\r")
+        yield lambda nbytes: None
         return
-    with tqdm(total=total, unit="B", unit_scale=True, leave=False) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         yield bar.update
 
 

@@ -5,13 +5,16 @@ The oracle is the full tensor: a part holds the slice of it that its box says, i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,9 +23,13 @@ from dist_ema.checkpoint.background import Handle
 from dist_ema.checkpoint.reader import load
 from dist_ema.checkpoint.writer import save
 from dist_ema.core.group import Group
-from dist_ema.core.layout import Box, Fragment, FragmentMeta, TensorMeta, flat_boxes
+from dist_ema.core.layout import Box, Fragment, FragmentMeta, TensorMeta, flat_boxes, whole
+from tests.worlds import barrier, rank
 
-SHAPES: dict[str, tuple[int, ...]] = {
+Shape = tuple[int, ...]
+Cut = Iterator[tuple[str, Box]]
+
+SHAPES: dict[str, Shape] = {
     "emb.weight": (13, 6),
     "conv.weight": (4, 3, 3, 2),
     "scale": (),
@@ -31,12 +38,13 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "norm.weight": (7,),
     "cube": (3, 2, 5),
 }
+SEVERAL_BLOCKS = {"wide": (1100, 2300), "tall": (2300, 1100), "small": (3,)}
 ALIASES = {"emb.weight": ("head.weight",)}
 CHANNELS_LAST = (0, 2, 3, 1)
 
 
 def infos(
-    shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32
+    shapes: dict[str, Shape] = SHAPES, dtype: torch.dtype = torch.float32
 ) -> list[TensorMeta]:
     return [TensorMeta(fqn, ALIASES.get(fqn, ()), shape, dtype) for fqn, shape in shapes.items()]
 
@@ -62,45 +70,22 @@ def state_of(names: Sequence[str] = ("ema",), step: int = 7) -> dict[str, Any]:
     }
 
 
-Cut = list[tuple[str, Box, tuple[int, ...] | None]]
+def chunked(dims: Callable[[int, int, int], list[tuple[int, int, int]]]) -> Callable[..., Cut]:
+    """A cut that gives (dim, index, count) for a number of dims, a rank and a number of ranks.
 
+    As torch's `chunk`: the last chunks are smaller or empty. Rank 0 has the scalars.
+    """
 
-def rows(tensors: Sequence[TensorMeta], rank: int, size: int) -> Cut:
-    """As `fully_shard` and torch's `chunk` cut: even but for the last ones, which may be empty."""
-    return list(_along(tensors, rank, size, lambda shape: 0))
+    def cut(tensors: Sequence[TensorMeta], rank: int, size: int) -> Cut:
+        for t in tensors:
+            offsets, sizes = [0] * len(t.shape), list(t.shape)
+            for dim, index, count in dims(len(t.shape), rank, size) if t.shape else ():
+                n = -(-t.shape[dim] // count)
+                offsets[dim] = min(index * n, t.shape[dim])
+                sizes[dim] = min(n, t.shape[dim] - offsets[dim])
+            if t.shape or rank == 0:
+                yield t.fqn, Box(tuple(offsets), tuple(sizes))
 
-
-def columns(tensors: Sequence[TensorMeta], rank: int, size: int) -> Cut:
-    return list(_along(tensors, rank, size, lambda shape: len(shape) - 1))
-
-
-def _along(tensors: Sequence[TensorMeta], rank: int, size: int, dim_of: Any) -> Iterator[Any]:
-    for t in tensors:
-        if not t.shape:
-            if rank == 0:
-                yield t.fqn, Box((), ()), None
-            continue
-        dim = dim_of(t.shape)
-        n = -(-t.shape[dim] // size)
-        start, stop = min(rank * n, t.shape[dim]), min((rank + 1) * n, t.shape[dim])
-        offsets, sizes = [0] * len(t.shape), list(t.shape)
-        offsets[dim], sizes[dim] = start, stop - start
-        yield t.fqn, Box(tuple(offsets), tuple(sizes)), None
-
-
-def grid(tensors: Sequence[TensorMeta], rank: int, size: int) -> Cut:
-    """Rows by columns where the number of ranks and the tensor's dims allow."""
-    across = 2 if size % 2 == 0 else 1
-    cut: Cut = []
-    for t in tensors:
-        if len(t.shape) < 2:
-            cut += rows([t], rank, size)
-            continue
-        [(_, outer, _)] = rows([t], rank // across, size // across)
-        [(_, inner, _)] = columns([t], rank % across, across)
-        offsets, sizes = list(inner.offsets), list(inner.sizes)
-        offsets[0], sizes[0] = outer.offsets[0], outer.sizes[0]
-        cut.append((t.fqn, Box(tuple(offsets), tuple(sizes)), None))
     return cut
 
 
@@ -108,43 +93,37 @@ def flat(tensors: Sequence[TensorMeta], rank: int, size: int) -> Cut:
     """A range of all tensors laid end to end, as ZeRO and FSDP1 cut."""
     total = sum(math.prod(t.shape) for t in tensors)
     start, stop = total * rank // size, total * (rank + 1) // size
-    cut: Cut = []
-    at = 0
     for t in tensors:
         n = math.prod(t.shape)
-        boxes = flat_boxes(t.shape, max(0, start - at), min(n, stop - at))
-        cut += [(t.fqn, box, None) for box in boxes]
-        at += n
-    return cut
-
-
-def last(tensors: Sequence[TensorMeta], rank: int, size: int) -> Cut:
-    """All on the last rank, nothing on the others; images channels-last."""
-    if rank != size - 1:
-        return []
-    return [
-        (
-            t.fqn,
-            Box((0,) * len(t.shape), t.shape),
-            CHANNELS_LAST if len(t.shape) == 4 else None,
-        )
-        for t in tensors
-    ]
+        yield from ((t.fqn, box) for box in flat_boxes(t.shape, max(0, start), min(n, stop)))
+        start, stop = start - n, stop - n
 
 
 def crumbs(tensors: Sequence[TensorMeta], rank: int, size: int) -> Cut:
     """Single elements, dealt out like cards."""
-    cut: Cut = []
     for t in tensors:
         places = itertools.product(*map(range, t.shape))
-        cut += [
-            (t.fqn, Box(place, (1,) * len(place)), None)
-            for place in itertools.islice(places, rank, None, size)
-        ]
-    return cut
+        for place in itertools.islice(places, rank, None, size):
+            yield t.fqn, Box(place, (1,) * len(place))
 
 
-CUTS = {f.__name__: f for f in (rows, columns, grid, flat, last, crumbs)}
+CUTS: dict[str, Callable[..., Cut]] = {
+    "rows": chunked(lambda dims, rank, size: [(0, rank, size)]),
+    "columns": chunked(lambda dims, rank, size: [(-1, rank, size)]),
+    "grid": chunked(
+        lambda dims, rank, size: (
+            [(0, rank, size)]
+            if dims < 2 or size % 2
+            else [(0, rank // 2, size // 2), (-1, rank % 2, 2)]
+        )
+    ),
+    "flat": flat,
+    # All on the last rank, nothing on the others; images channels-last.
+    "last": lambda tensors, rank, size: (
+        (t.fqn, whole(t.shape)) for t in tensors if rank == size - 1
+    ),
+    "crumbs": crumbs,
+}
 
 
 def parts_of(
@@ -153,24 +132,19 @@ def parts_of(
     """What a rank holds of some full tensors."""
     shapes = {t.fqn: t.shape for t in tensors}
     parts = []
-    for fqn, box, order in CUTS[cut](tensors, ranks.rank, ranks.size):
+    for fqn, box in CUTS[cut](tensors, ranks.rank, ranks.size):
         if box.numel:
-            here = values[fqn][
-                tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))
-            ]
-            here = here if order is None else here.permute(order)
-            run = here.reshape(-1).clone()
+            here = values[fqn][box.within(whole(shapes[fqn]))]
+            order = CHANNELS_LAST if cut == "last" and here.dim() == 4 else None
+            run = (here if order is None else here.permute(order)).reshape(-1).clone()
             parts.append(Fragment(FragmentMeta(fqn, shapes[fqn], box, order), run))
     return parts
 
 
 def blank(cut: str, tensors: Sequence[TensorMeta], ranks: Group) -> list[Fragment]:
     """The same, holding numbers that no average has."""
-    return parts_of(cut, tensors, {t.fqn: _filled(t) for t in tensors}, ranks)
-
-
-def _filled(info: TensorMeta) -> Tensor:
-    return torch.full(info.shape, -77.0, dtype=info.dtype)
+    values = {t.fqn: torch.full(t.shape, -77.0, dtype=t.dtype) for t in tensors}
+    return parts_of(cut, tensors, values, ranks)
 
 
 def differing(parts: Sequence[Fragment], expected: Sequence[Fragment]) -> list[str]:
@@ -193,23 +167,41 @@ def first_ranks(size: int) -> Group | None:
     return Group(group) if dist.get_rank() < size else None
 
 
-SEVERAL_BLOCKS = {"wide": (1100, 2300), "tall": (2300, 1100), "small": (3,)}
-
-
 def write(
-    path: Path, ranks: Group, *, cut: str = "flat", seed: int = 0, **options: Any
+    path: Path,
+    ranks: Group | None = None,
+    *,
+    cut: str = "flat",
+    seed: int = 0,
+    tensors: Sequence[TensorMeta] = TENSORS,
+    names: Sequence[str] = ("ema",),
+    **options: Any,
 ) -> Handle | None:
-    """Save one average of made-up tensors."""
-    parts = parts_of(cut, TENSORS, full(TENSORS, seed), ranks)
-    return save(path, {"ema": parts}, TENSORS, state_of(step=seed), ranks, **options)
+    """Save averages of made-up tensors, by all ranks if not by some."""
+    ranks = ranks or Group()
+    averages = {
+        name: parts_of(cut, tensors, full(tensors, seed + i), ranks) for i, name in enumerate(names)
+    }
+    return save(path, averages, tensors, state_of(names, seed), ranks, **options)
 
 
-def seed_at(path: Path, ranks: Group, *, cut: str = "rows") -> int:
+def seed_at(
+    path: Path,
+    ranks: Group | None = None,
+    *,
+    cut: str = "rows",
+    tensors: Sequence[TensorMeta] = TENSORS,
+    names: Sequence[str] = ("ema",),
+) -> int:
     """Load what `write` wrote, check every bit of it, and tell which it was."""
-    parts = blank(cut, TENSORS, ranks)
-    state = load(path, {"ema": parts}, TENSORS, ranks)
-    wrong = differing(parts, parts_of(cut, TENSORS, full(TENSORS, state["step"]), ranks))
-    assert not wrong, wrong
+    ranks = ranks or Group()
+    averages = {name: blank(cut, tensors, ranks) for name in names}
+    state = load(path, averages, tensors, ranks)
+    assert state == state_of(names, state["step"])
+    for i, parts in enumerate(averages.values()):
+        expected = parts_of(cut, tensors, full(tensors, state["step"] + i), ranks)
+        wrong = differing(parts, expected)
+        assert not wrong, (path, cut, ranks.size, wrong)
     return state["step"]
 
 
@@ -218,15 +210,22 @@ def beside(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.parent.iterdir() if entry.name != path.name)
 
 
-def broken_parts(ranks: Group) -> list[Fragment]:
-    """Parts with NaN on the first rank that has some, Inf on the last."""
-    parts = parts_of("flat", TENSORS, full(TENSORS), ranks)
-    for part in parts:
-        if part.meta.fqn == "emb.weight" and ranks.rank == 0:
-            part.view[-1] = torch.nan
-        if part.meta.fqn == "cube" and ranks.rank == ranks.size - 1:
-            part.view[0] = -torch.inf
-    return parts
+@contextlib.contextmanager
+def small_disk(path: Path, size: str) -> Iterator[None]:
+    """A file system in a new directory. Collective; skips where none can be mounted."""
+    if rank() == 0:
+        path.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+        subprocess.run(mount, capture_output=True, check=False)
+    barrier()
+    if not path.is_mount():
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        yield
+    finally:
+        barrier()
+        if rank() == 0:
+            subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 class PeakMemory:
@@ -242,7 +241,5 @@ class PeakMemory:
 
     @staticmethod
     def _read(key: str) -> int:
-        line = next(
-            line for line in Path("/proc/self/status").read_text().splitlines() if key in line
-        )
-        return int(line.split()[1]) * 1024
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if key in line).split()[1]) * 1024

@@ -1,18 +1,17 @@
-"""Two hosts on one machine: `torchrun` in each, joined by a network that can be made a bad one.
+"""Two hosts of two ranks on one machine, joined by a network that can be made a bad one.
 
-    process = start(directory, "tests.hosts_rank", log)
+    process = start(directory, log)
     process.wait(timeout)
     process.stdin.close()
 
 [Note: two hosts]
-A host is a network, a UTS and a mount namespace of its own: another address, another host name, and
-a directory `DIRECTORY/here` that is a different one on each (`host0` and `host1`, seen from
-outside). What else is in the directory is shared; `slow` is a bad network file system, see
-tests/slow_fs.py, where FUSE is there.
+A host is a network, a UTS and a mount namespace of its own: another address and another host name.
+The directory is shared; `slow` in it is a bad network file system, see tests/slow_fs.py, where FUSE
+is there. Ranks are forked from a process that has imported all that they need.
 
 The two networks are joined by a TUN device in each and a process that carries the packets from one
 to the other: unlike a veth pair and `tc netem` this needs neither iproute2 nor a kernel with netem.
-While the file `bad_network` exists, each packet is 50 ms late and one in a hundred is dropped.
+While the file `bad_network` exists, each packet is late and one in a hundred is dropped.
 
 All of it lives in a PID namespace. Its first process ends when its standard input does, and with it
 end all others, the networks and the mounts, however the test is killed.
@@ -21,10 +20,11 @@ end all others, the networks and the mounts, however the test is killed.
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import fcntl
 import heapq
-import importlib.util
+import importlib
 import json
 import os
 import random
@@ -35,6 +35,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,10 +45,10 @@ SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK, SIOCSIFMTU = 0x8914, 0x8916, 0x891C, 
 IFF_UP_RUNNING = 0x41
 MTU = 9000
 ADDRESSES = ("10.78.0.1", "10.78.0.2")
-NAMES = ("host0", "host1")
 RANKS_PER_HOST = 2
-DELAY_S, LOSS = 0.05, 0.01
-LATE_S = 1.0
+NUM_RANKS = RANKS_PER_HOST * len(ADDRESSES)
+DELAY_S, LOSS = 0.02, 0.01
+LATE_S = 0.4
 ROOT = Path(__file__).parents[1]
 _UNSHARE = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
@@ -67,47 +68,33 @@ def why_no_fuse() -> str | None:
     """Why tests/slow_fs.py cannot be mounted here, or None."""
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR))
-    except OSError as error:
-        return str(error)
-    if importlib.util.find_spec("mfusepy") is None:
-        return "mfusepy is not installed"
-    try:
-        import mfusepy  # noqa: F401
-    except OSError as error:
-        return f"{error} (Debian: libfuse3-3)"
+        importlib.import_module("mfusepy")
+    except (OSError, ImportError) as error:
+        return f"{error} (wanted: libfuse3, in Debian libfuse3-3, and the package mfusepy)"
     return None
 
 
-def start(directory: Path, module: str, log: Path) -> subprocess.Popen[bytes]:
-    """Run a module on all ranks of both hosts. Close its standard input to end everything."""
-    for name in ("here", *NAMES, "slow", "behind_slow", "shared"):
+def start(directory: Path, log: Path) -> subprocess.Popen[bytes]:
+    """Run tests/hosts_rank.py on all ranks. Close its standard input to end everything."""
+    for name in ("slow", "behind_slow", "shared"):
         (directory / name).mkdir()
-    hosts = [f"{address} {name}\n" for address, name in zip(ADDRESSES, NAMES, strict=True)]
-    (directory / "etc_hosts").write_text("".join(["127.0.0.1 localhost\n", *hosts]))
+    command = [*_UNSHARE, sys.executable, "-m", "tests.hosts", str(directory)]
     with log.open("wb") as out:
-        return subprocess.Popen(
-            [*_UNSHARE, sys.executable, "-m", "tests.hosts", str(directory), module],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=out,
-        )
+        return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=out, stderr=out)
 
 
-def main() -> None:
+def main(directory: Path) -> None:
     """The first process of the PID namespace: makes the hosts and carries their packets."""
-    directory, module = Path(sys.argv[1]), sys.argv[2]
     threading.Thread(target=_end_with_standard_input, daemon=True).start()
+    importlib.import_module("tests.hosts_rank")
     devices, children = [], []
-    for number in range(2):
+    for number, address in enumerate(ADDRESSES):
         _unshare(CLONE_NEWNET)
-        devices.append(network("link", ADDRESSES[number]))
-        child = os.fork()
+        devices.append(network("link", address))
+        children.append(child := os.fork())
         if child == 0:
-            _run_host(number, directory, module)
-        children.append(child)
-    ended = _carry(devices, children, directory)
-    os._exit(max(ended))
+            _run_host(number, directory)
+    os._exit(max(_carry(devices, children, directory)))
 
 
 def network(device: str, address: str) -> int:
@@ -141,21 +128,24 @@ def _end_with_standard_input() -> NoReturn:
     os._exit(1)
 
 
-def _run_host(number: int, directory: Path, module: str) -> NoReturn:
-    """One host: its name, its mounts, its torchrun."""
-    status = 1
+def _run_host(number: int, directory: Path) -> NoReturn:
+    """One host: its name, its mount, its ranks."""
+    status, ranks = 1, []
     try:
         _unshare(CLONE_NEWNS | CLONE_NEWUTS)
-        socket.sethostname(NAMES[number])
-        mount = ["mount", "--bind"]
-        subprocess.run([*mount, directory / NAMES[number], directory / "here"], check=True)
-        subprocess.run([*mount, directory / "etc_hosts", "/etc/hosts"], check=True)
+        socket.sethostname(f"host{number}")
         if why_no_fuse() is None:
             _mount_slow_fs(directory)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
-        command += [f"--nproc-per-node={RANKS_PER_HOST}", f"--node-rank={number}"]
-        command += [f"--master-addr={ADDRESSES[0]}", "--master-port=29517", "--max-restarts=0"]
-        status = subprocess.run([*command, "-m", module, str(directory)]).returncode
+        for rank in range(number * RANKS_PER_HOST, (number + 1) * RANKS_PER_HOST):
+            ranks.append(pid := os.fork())
+            if pid == 0:
+                os.environ.update(RANK=str(rank), WORLD_SIZE=str(NUM_RANKS), MASTER_PORT="29517")
+                os.environ.update(MASTER_ADDR=ADDRESSES[0], GLOO_SOCKET_IFNAME="link")
+                importlib.import_module("tests.hosts_rank").main(directory)
+                os._exit(0)
+        status = max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xFF for pid in ranks)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
@@ -207,11 +197,9 @@ def _carry(devices: list[int], children: list[int], directory: Path) -> list[int
 
 
 def _put(device: int, packet: bytes) -> None:
-    try:
+    with contextlib.suppress(OSError):  # its host has ended, or its queue is full: it is lost
         os.write(device, packet)
-    except OSError:  # its host has ended, or its queue is full: the packet is lost
-        pass
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

@@ -1,17 +1,14 @@
 """What the ranks do on the two hosts of tests/test_hosts.py, which compares what is written here.
 
-Every rank writes what it found to `shared/rank-N.json`; rank 0 writes whole tensors to
+Every rank writes its results to `shared/rank-N.json`; rank 0 writes whole tensors to
 `shared/LABEL.safetensors`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,22 +24,20 @@ from torch.distributed.fsdp import fully_shard
 
 from dist_ema import ShardedEMA
 from dist_ema.checkpoint import directory as files
-from tests.hosts import LATE_S, RANKS_PER_HOST
 from tests.net import TRAINABLE, Net, batch_of_tokens, loss_of
 
-DIRECTORY = Path(sys.argv[-1])
 DECAY = 0.9
 STEPS = 3
 MESHES = {"fsdp2": ((4,), ("shard",)), "hsdp": ((2, 2), ("replicate", "shard"))}
-PATIENCE_S = 5 * LATE_S  # for a new name; 30 s in the library
-ROUNDS = 6  # with a file system that fails now and then
+PATIENCE_S = 5.0  # for a new name; 30 s in the library
+ROUNDS = 4  # with a file system that fails now and then
 FAIL_EVERY = 149  # changes, on each host
 
 
 class Training:
-    def __init__(self, engine: str, label: str) -> None:
+    def __init__(self, engine: str, shared: Path) -> None:
         torch.manual_seed(0)
-        self.label, self.steps = label, 0
+        self.engine, self.shared, self.steps = engine, shared, 0
         self.net = Net()
         mesh = init_device_mesh("cpu", MESHES[engine][0], mesh_dim_names=MESHES[engine][1])
         for block in self.net.blocks:
@@ -52,7 +47,6 @@ class Training:
         trained = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(trained, 1e-4)
         self.ema = ShardedEMA(self.net, decay=DECAY)
-        self.keep_weights()
 
     def step(self) -> None:
         loss_of(self.net(batch_of_tokens(10 * self.steps + dist.get_rank()))).backward()
@@ -60,149 +54,103 @@ class Training:
         self.optimizer.zero_grad()
         self.ema.update()
         self.steps += 1
-        self.keep_weights()
 
-    def keep_weights(self) -> None:
-        whole = {name: p.full_tensor() for name, p in self.net.named_parameters()}
-        keep(f"{self.label}-weights-{self.steps}", whole)
+    def keep(self, what: str, tensors: dict[str, Tensor] | None = None) -> None:
+        """Write tensors, or the average, for the test."""
+        tensors = self.ema.gather_state_dict() if tensors is None else tensors
+        if dist.get_rank() == 0:
+            path = self.shared / f"{self.engine}-{what}.safetensors"
+            save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
 
-    def keep_average(self, what: str) -> None:
-        keep(f"{self.label}-{what}", self.ema.gather_state_dict())
-
-    def keep_all_ways(self, directory: Path) -> None:
-        """Save, forget, load, export, and compute with the average."""
-        self.ema.save(directory / f"{self.label}-ema")
-        self.keep_average("saved")
+    def run(self, directory: Path) -> None:
+        """Train, save, forget, load, export, and compute with the average."""
+        for number in range(STEPS + 1):
+            if number > 0:
+                self.step()
+            whole = {name: p.full_tensor() for name, p in self.net.named_parameters()}
+            self.keep(f"weights-{number}", whole)
+        path = directory / self.engine
+        self.ema.save(path / "ema")
+        self.keep("saved")
         self.ema.reset()
-        self.ema.load(directory / f"{self.label}-ema")
-        self.keep_average("loaded")
-        self.ema.save(directory / f"{self.label}-background", asynchronous=True).result()
-        self.ema.load(directory / f"{self.label}-background")
-        self.keep_average("background")
+        self.ema.load(path / "ema")
+        self.keep("loaded")
+        self.ema.save(path / "background", asynchronous=True).result()
+        self.ema.load(path / "background")
+        self.keep("background")
         for method in ("auto", "direct", "rank0"):
-            self.ema.export(directory / f"{self.label}-{method}", method=method)
+            self.ema.export(path / method, method=method)
         with self.ema.average_parameters(), torch.no_grad():
-            self.net.eval()
-            logits = self.net(batch_of_tokens(0))
-            self.net.train()
-        keep(f"{self.label}-logits", {"logits": logits})
+            logits = self.net.eval()(batch_of_tokens(0))
+        self.keep("logits", {"logits": logits})
 
 
-def main() -> None:
-    here, shared, slow = (DIRECTORY / name for name in ("here", "shared", "slow"))
+def main(directory: Path) -> None:
+    torch.set_num_threads(1)
     files.VISIBLE_WITHIN_S = PATIENCE_S
     dist.init_process_group("gloo", timeout=timedelta(seconds=90))
-    found: dict[str, Any] = {"host": socket.gethostname()}
-
-    def run(name: str, body: Callable[..., Any], *arguments: Any) -> None:
-        start = time.monotonic()
-        found[name] = body(*arguments)
-        found[f"{name}, seconds"] = time.monotonic() - start
-        (shared / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
-        dist.barrier()
-
-    for engine in MESHES:
-        run(f"good network, {engine}", good_network, engine, shared)
-    run("one host sees it", one_host_sees_it, here, shared)
-    bad = DIRECTORY / "bad_network"
-    dist.barrier()
+    result: dict[str, Any] = {"host": socket.gethostname()}
+    shared, slow, bad = (directory / name for name in ("shared", "slow", "bad_network"))
+    is_slow = os.path.ismount(slow)
     bad.touch()
-    run("bad network", good_network, "hsdp", shared, "bad")
+    dist.barrier()
+    start = time.monotonic()
+    Training("hsdp", shared).run(shared)
+    result["seconds"] = time.monotonic() - start
+    dist.barrier()
     bad.unlink(missing_ok=True)
-    if os.path.ismount(slow):
-        run("slow file system", good_network, "fsdp2", slow, "slow")
-        run("failing file system", failing_file_system, slow, DIRECTORY / "faults")
-    dist.destroy_process_group()
+    training = Training("fsdp2", shared)
+    training.run(slow if is_slow else shared)
+    if is_slow:
+        result["outcomes"] = failing_file_system(training, slow, directory / "faults")
+    part = shared / f"rank-{dist.get_rank()}.part"
+    part.write_text(json.dumps(result))
+    part.rename(part.with_suffix(".json"))
+    time.sleep(3600)  # the test ends all processes
 
 
-def good_network(engine: str, directory: Path, label: str = "") -> None:
-    training = Training(engine, label or engine)
-    for _ in range(STEPS):
-        training.step()
-    training.keep_all_ways(directory)
-
-
-def one_host_sees_it(here: Path, shared: Path) -> dict[str, Any]:
-    """Host 1 has an export of its own, and no checkpoint, where host 0 has one."""
-    training, name = Training("fsdp2", "one"), socket.gethostname()
-    training.step()
-    if is_first_of_host():
-        if dist.get_rank() == 0:
-            shutil.copytree(shared / "fsdp2-ema", here / "ema")
-        else:
-            (here / "same-name").mkdir()
-            (here / "same-name/model.safetensors").write_bytes(b"of host 1")
-    dist.barrier()
-    ema, errors = training.ema, {}
-    training.keep_average("before")
-    errors["load"] = error_of(lambda: ema.load(here / "ema"))
-    errors["save"] = error_of(lambda: ema.save(here / "new"))
-    errors["save asynchronously"] = error_of(
-        lambda: ema.save(here / "new", asynchronous=True).result()
-    )
-    errors["export directly"] = error_of(lambda: ema.export(here / "direct", method="direct"))
-    training.keep_average("after")
-    ema.export(here / "auto")
-    if is_first_of_host():
-        socket.sethostname("node")
-    dist.barrier()
-    assert socket.gethostname() == "node"
-    ema.export(here / "same-name")
-    if is_first_of_host():
-        socket.sethostname(name)
-    dist.barrier()
-    return errors
-
-
-def failing_file_system(slow: Path, faults: Path) -> dict[str, Any]:
+def failing_file_system(training: Training, slow: Path, faults: Path) -> list[dict[str, str]]:
     """Save and export over and over; the file system fails once in a while."""
-    training, outcomes = Training("fsdp2", "failing"), []
+    outcomes, path, out = [], slow / "failing-ema", slow / "failing-export"
     reader = ShardedEMA(training.net, decay=DECAY)
-    path, out = slow / "failing-ema", slow / "failing-export"
     training.ema.save(path)
     training.ema.export(out)
-    good = exported = digest_of(training.ema)
+    saved = exported = training.ema.gather_state_dict()
     for _ in range(ROUNDS):
         training.step()
-        new = digest_of(training.ema)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            faults.write_text(str(FAIL_EVERY))
-        dist.barrier()
-        save_error = error_of(lambda: training.ema.save(path))
-        export_error = error_of(lambda: training.ema.export(out, method="direct"))
-        load_error = error_of(lambda: reader.load(path))
-        dist.barrier()
-        if dist.get_rank() == 0:
-            faults.unlink()
-        dist.barrier()
+        new = training.ema.gather_state_dict()
+        with_faults(faults, str(FAIL_EVERY))
+        outcome = {
+            "save": error_of(lambda: training.ema.save(path)),
+            "export": error_of(lambda: training.ema.export(out, method="direct")),
+            "load": error_of(lambda: reader.load(path)),
+        }
+        with_faults(faults, "")
         reader.load(path)
-        read = digest_of(reader)
-        outcomes.append(
-            {
-                "save": save_error,
-                "export": export_error,
-                "load": load_error,
-                "loaded": "new" if read == new else "old" if read == good else "neither",
-            }
-        )
-        good = read
+        read = reader.gather_state_dict()
+        outcome["saved"] = which(read, old=saved, new=new)
+        saved = read
         if dist.get_rank() == 0:
-            state = digest(load_file(out / "model.safetensors"))
-            which = "new" if state == new else "old" if state == exported else "neither"
-            outcomes[-1]["exported"] = which
-            exported = state
-    return {"outcomes": outcomes}
+            read = load_file(out / "model.safetensors")
+            outcome["exported"] = which(read, old=exported, new=new)
+            exported = read
+        outcomes.append(outcome)
+    return outcomes
 
 
-def digest_of(ema: ShardedEMA) -> str:
-    """The bits of the whole average, on rank 0."""
-    state = ema.gather_state_dict()
-    return digest(state) if state else ""
+def with_faults(faults: Path, every: str) -> None:
+    dist.barrier()
+    if dist.get_rank() == 0:
+        faults.write_text(every)
+    dist.barrier()
 
 
-def digest(state: dict[str, Tensor]) -> str:
-    return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in TRAINABLE)).hexdigest()
+def which(read: dict[str, Tensor], **states: dict[str, Tensor]) -> str:
+    """The name of the state that is read, on rank 0."""
+    for name, state in reversed(states.items()):
+        if not state or all(torch.equal(read[fqn], state[fqn]) for fqn in TRAINABLE):
+            return name
+    return "neither"
 
 
 def error_of(call: Callable[[], Any]) -> str:
@@ -211,17 +159,3 @@ def error_of(call: Callable[[], Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
-
-
-def is_first_of_host() -> bool:
-    return dist.get_rank() % RANKS_PER_HOST == 0
-
-
-def keep(label: str, tensors: dict[str, Tensor]) -> None:
-    if dist.get_rank() == 0:
-        path = DIRECTORY / f"shared/{label}.safetensors"
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
-
-
-if __name__ == "__main__":
-    main()

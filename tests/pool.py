@@ -301,6 +301,8 @@ def log_crashes() -> None:
 
 def leave_out_what_is_slow() -> None:
     """For a process of the fork server: what takes long and has no part in what is tested."""
+    # A process that is killed loses no page of a file, only a machine does.
+    os.fsync = os.fdatasync = lambda fd: None
     # DeepSpeed collects garbage a dozen times for each engine, through all that is imported.
     gc.freeze()
     # It compiles shared memory collectives, which only inference calls: a minute in a new .venv.

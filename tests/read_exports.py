@@ -37,23 +37,23 @@ def check(path: Path) -> None:
     dtype = getattr(torch, dtype_name)
     wanted = load_file(path.with_suffix(".wanted"))
     model = load(name, str(path), dtype)
-    found = model.state_dict()
+    state = model.state_dict()
     if name == "lora":  # the base is what it was before training
-        found = {fqn: tensor for fqn, tensor in found.items() if fqn in wanted}
-    assert found.keys() == wanted.keys(), (path, found.keys() ^ wanted.keys())
+        state = {fqn: tensor for fqn, tensor in state.items() if fqn in wanted}
+    assert state.keys() == wanted.keys(), (path, state.keys() ^ wanted.keys())
     for fqn, tensor in wanted.items():
-        assert torch.equal(found[fqn].to(tensor.dtype), tensor), (path, fqn)
+        assert torch.equal(state[fqn].to(tensor.dtype), tensor), (path, fqn)
         if name != "lora" and tensor.is_floating_point():
-            assert found[fqn].dtype == dtype, (path, fqn, found[fqn].dtype)
+            assert state[fqn].dtype == dtype, (path, fqn, state[fqn].dtype)
 
 
-def main() -> None:
-    paths = sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir())
+def check_all(directory: Path) -> str:
+    paths = sorted(path for path in directory.iterdir() if path.is_dir())
     assert paths
     for path in paths:
         check(path)
-    print(f"{len(paths)} exports are good")
+    return f"{len(paths)} exports are good"
 
 
 if __name__ == "__main__":
-    main()
+    print(check_all(Path(sys.argv[1])))

@@ -49,8 +49,8 @@ class Block:
 
 def pages() -> list[str]:
     """All pages of the repository that people write, relative to its root."""
-    found = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("tests/benchmarks/*.md")]
-    return sorted(str(p.relative_to(ROOT)) for p in found if not p.parent.name.startswith("."))
+    files = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("tests/benchmarks/*.md")]
+    return sorted(str(p.relative_to(ROOT)) for p in files if not p.parent.name.startswith("."))
 
 
 def blocks(page: str) -> list[Block]:

@@ -27,6 +27,7 @@ from tests.pool import ENVIRONMENT, fork_server, leave_out_what_is_slow, redirec
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 ACCELERATE = [str(BIN / "accelerate"), "launch", "--config_file"]
+CPU = {"ACCELERATE_USE_CPU": "true"}  # DeepSpeed's launcher takes no part in the variable
 TIMEOUT_S = 300.0
 LET_GO = ROOT / "tests" / "let_go"
 
@@ -45,10 +46,10 @@ def run_on(
     with tempfile.NamedTemporaryFile("r", errors="replace") as log, fork_server() as context:
         try:
             for rank in range(num_ranks):
-                mine = dict(environment)
+                own = dict(environment)
                 if num_ranks > 1:
-                    mine |= _as_torchrun(rank, num_ranks, store.port)
-                arguments = (command, mine, str(cwd), log.name)
+                    own |= _as_torchrun(rank, num_ranks, store.port)
+                arguments = (command, own, str(cwd), log.name)
                 worker = context.Process(target=_run_here, args=arguments)
                 worker.start()
                 workers.append(worker)
@@ -72,14 +73,14 @@ def under_accelerate(
     config: str, script: str, *arguments: object, cwd: Path = ROOT, **variables: str
 ) -> str:
     """As `run_on`, with the ranks and variables that accelerate's launcher takes from a file."""
-    told_to = [*ACCELERATE[2:], str(ROOT / f"launch/accelerate/{config}.yaml"), script]
-    args, read, _ = _validate_launch_command(launch_command_parser().parse_args(told_to))
+    command = [*ACCELERATE[2:], str(ROOT / f"launch/accelerate/{config}.yaml"), script]
+    args, read, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     if args.use_deepspeed:
         args.deepspeed_fields_from_accelerate_config = ",".join(read.deepspeed_config)
-        _, told = prepare_deepspeed_cmd_env(args)
+        _, launcher = prepare_deepspeed_cmd_env(args)
     else:
-        told = prepare_multi_gpu_env(args)
-    only = {k: v for k, v in told.items() if k.startswith("ACCELERATE_")}
+        launcher = prepare_multi_gpu_env(args)
+    only = {k: v for k, v in launcher.items() if k.startswith("ACCELERATE_")}
     return run_on(args.num_processes, script, *arguments, cwd=cwd, **{**only, **variables})
 
 
@@ -88,7 +89,7 @@ def run(command: list[str], cwd: Path = ROOT, **environment: str) -> str:
     done = subprocess.run(
         command,
         cwd=cwd,
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(LET_GO), **environment},
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

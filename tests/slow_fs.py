@@ -9,10 +9,12 @@ over the one directory. Needs libfuse (Debian: libfuse3-3) and the package mfuse
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,36 +37,35 @@ class SlowFS(mfusepy.Operations):
         since = self._first_looked_for.setdefault((os.path.basename(path), inode), now)
         return path == "/" or now - since >= self._late_s
 
-    def _made_here(self, path: str) -> None:
-        self._first_looked_for[os.path.basename(path), os.lstat(self._real(path)).st_ino] = -1e9
-
-    def _change(self) -> None:
-        """Fail every n-th time, where n stands in the file of faults."""
-        try:
+    def _change(self, call: Callable[[], Any] = lambda: 0, made: str | None = None) -> Any:
+        """Fail every n-th time, where n stands in the file of faults; `made` is a new name."""
+        every = 0
+        with contextlib.suppress(OSError, ValueError):
             every = int(self._faults.read_text())
-        except (OSError, ValueError):
-            return
-        self._changes += 1
-        if self._changes % every == 0:
+        self._changes += every > 0
+        if every and self._changes % every == 0:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+        result = call()
+        if made is not None:
+            inode = os.lstat(self._real(made)).st_ino
+            self._first_looked_for[os.path.basename(made), inode] = -1e9
+        return 0 if result is None else result
 
     def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
-        found = os.fstat(fh) if fh is not None else os.lstat(self._real(path))
-        if fh is None and not self._is_seen(path, found.st_ino):
+        status = os.fstat(fh) if fh is not None else os.lstat(self._real(path))
+        if fh is None and not self._is_seen(path, status.st_ino):
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         names = ("st_mode", "st_ino", "st_nlink", "st_uid", "st_gid", "st_size", "st_blocks")
-        times = {f"st_{t}time": getattr(found, f"st_{t}time_ns") for t in "amc"}
-        return {name: getattr(found, name) for name in names} | times
+        times = {f"st_{t}time": getattr(status, f"st_{t}time_ns") for t in "amc"}
+        return {name: getattr(status, name) for name in names} | times
 
     def readdir(self, path: str, fh: int) -> list[str]:
         with os.scandir(self._real(path)) as entries:
             return [".", "..", *(e.name for e in entries if self._is_seen(e.name, e.inode()))]
 
     def create(self, path: str, mode: int, flags: Any = None) -> int:
-        self._change()
-        fd = os.open(self._real(path), os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
-        self._made_here(path)
-        return fd
+        how = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        return self._change(lambda: os.open(self._real(path), how, mode), path)
 
     def open(self, path: str, flags: int) -> int:
         return os.open(self._real(path), flags)
@@ -73,59 +74,37 @@ class SlowFS(mfusepy.Operations):
         return os.pread(fh, size, offset)
 
     def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
-        self._change()
-        return os.pwrite(fh, data, offset)
+        return self._change(lambda: os.pwrite(fh, data, offset))
 
     def truncate(self, path: str, length: int, fh: int | None = None) -> int:
-        self._change()
-        os.truncate(self._real(path) if fh is None else fh, length)
-        return 0
+        return self._change(lambda: os.truncate(self._real(path) if fh is None else fh, length))
 
     def fsync(self, path: str, datasync: int, fh: int) -> int:
-        self._change()
-        return 0
+        return self._change()
 
-    def fsyncdir(self, path: str, datasync: int, fh: int) -> int:
-        return self.fsync(path, datasync, fh)
+    fsyncdir = fsync
 
     def release(self, path: str, fh: int) -> int:
         os.close(fh)
         return 0
 
     def mkdir(self, path: str, mode: int) -> int:
-        self._change()
-        os.mkdir(self._real(path), mode)
-        self._made_here(path)
-        return 0
+        return self._change(lambda: os.mkdir(self._real(path), mode), path)
 
     def rename(self, old: str, new: str) -> int:
-        self._change()
-        os.rename(self._real(old), self._real(new))
-        self._made_here(new)
-        return 0
+        return self._change(lambda: os.rename(self._real(old), self._real(new)), new)
 
     def link(self, target: str, source: str) -> int:
-        self._change()
-        os.link(self._real(source), self._real(target))
-        self._made_here(target)
-        return 0
+        return self._change(lambda: os.link(self._real(source), self._real(target)), target)
 
     def unlink(self, path: str) -> int:
-        os.unlink(self._real(path))
-        return 0
+        return os.unlink(self._real(path)) or 0
 
     def rmdir(self, path: str) -> int:
-        os.rmdir(self._real(path))
-        return 0
+        return os.rmdir(self._real(path)) or 0
 
     def chmod(self, path: str, mode: int) -> int:
-        os.chmod(self._real(path), mode)
-        return 0
-
-    def statfs(self, path: str) -> dict[str, int]:
-        found = os.statvfs(self._real(path))
-        names = ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree")
-        return {name: getattr(found, name) for name in names}
+        return os.chmod(self._real(path), mode) or 0
 
 
 class Mount(mfusepy.FUSE):
@@ -136,15 +115,9 @@ class Mount(mfusepy.FUSE):
 
 def main() -> None:
     root, mountpoint, late_s, faults = sys.argv[1:]
-    Mount(
-        SlowFS(root, float(late_s), Path(faults)),
-        mountpoint,
-        foreground=True,
-        nothreads=True,
-        attr_timeout=0,
-        entry_timeout=0,
-        negative_timeout=0,
-    )
+    timeouts = dict.fromkeys(("attr_timeout", "entry_timeout", "negative_timeout"), 0)
+    fs = SlowFS(root, float(late_s), Path(faults))
+    Mount(fs, mountpoint, foreground=True, nothreads=True, **timeouts)
 
 
 if __name__ == "__main__":

@@ -176,6 +176,35 @@ def test_what_is_not_supported_is_refused():
     ShardedEMA(engine)
 
 
+@pytest.mark.ranks(2)
+def test_parameters_that_are_cut_over_a_subgroup_are_refused():
+    """As MiCS does, which needs an accelerator: a part is larger than the number of ranks tells."""
+    engine = Zero(stage=3).wrap(Net())
+    parameter = engine.module.head.weight
+    with mock.patch.object(parameter, "ds_numel", parameter.ds_numel // 2):
+        with pytest.raises(ValueError, match=r"head\.weight: .* subgroup"):
+            ShardedEMA(engine)
+    ShardedEMA(engine)
+
+
+@pytest.mark.ranks(2)
+def test_a_swap_is_refused_where_deepcompile_keeps_gathered_weights():
+    (world,) = named(WORLDS, "z3")
+    run = start(world).train(1)
+    engine = run.training.model
+    name = next(
+        (n for n in ("is_deepcompile_active", "is_deepcompile_enabled") if hasattr(engine, n)), ""
+    )
+    if not name:
+        pytest.skip("this DeepSpeed has no DeepCompile")
+    live = run.training.full_weights()
+    with mock.patch.object(engine, name, return_value=True):
+        with pytest.raises(RuntimeError, match="DeepCompile"):
+            run.ema.average_parameters().__enter__()
+    same(run.training.full_weights(), live)
+    run.averaged_logits()
+
+
 # Branches that this machine does not reach by itself.
 
 

@@ -8,15 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts import ACCELERATE, run, run_on, under_accelerate
+from tests.scripts import CPU, run_on, under_accelerate
 
 SPIRALS = "examples/spirals_diffusion.py"
-CPU = {"ACCELERATE_USE_CPU": "true"}  # DeepSpeed's launcher takes no part in the variable
 
 LAUNCHES: dict[str, Callable[..., str]] = {
-    "accelerate-ddp": lambda *args: run(
-        [*ACCELERATE, "launch/accelerate/cpu-2.yaml", SPIRALS, *args], **CPU
-    ),
+    "accelerate-ddp": lambda *args: under_accelerate("cpu-2", SPIRALS, *args, **CPU),
     "accelerate-zero3": lambda *args: under_accelerate("zero3-cpu", SPIRALS, *args),
     "torchrun-fsdp1": lambda *args: run_on(2, SPIRALS, "--torch", "fsdp1", *args),
     "torchrun-fsdp2": lambda *args: run_on(2, SPIRALS, "--torch", "fsdp2", *args),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
-import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +17,13 @@ from torch import nn
 
 from dist_ema import ShardedEMA
 from dist_ema.export import files as export_files
+from tests.kill import start_child
 from tests.models import build, load
 
 # Calls that change the directory, and those that write values to a hidden one. open() is among them
 # for the lock.
 CALLS = ("replace", "rename", "symlink", "link", "unlink", "mkdir", "rmdir", "open", "pwrite")
 SIZES = {"gpt2": ("4KB", "2KB"), "unet": ("8KB", "4KB"), "plain": (300, 200)}
-ONE = "5GB"
 HALF = torch.bfloat16
 
 
@@ -63,21 +63,6 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     )
 
 
-def start_child(body: Callable[[], object]) -> int:
-    """Run in a forked process."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            body()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return pid
-
-
 def killed_before(
     call: int, body: Callable[[], object], calls: tuple[str, ...] = CALLS[:-1]
 ) -> bool:
@@ -100,7 +85,6 @@ def killed_before(
         return wrapper
 
     def patched() -> None:
-        os.fsync = lambda fd: None  # type: ignore[assignment]  # a killed process loses no page
         for name in calls:
             setattr(os, name, counted(name))
         body()
@@ -110,37 +94,34 @@ def killed_before(
     return status == signal.SIGKILL
 
 
+# One file, n and m files; before that, what else differs.
 CASES = [
-    *(("plain", case) for case in ("1 -> 1", "1 -> n", "n -> 1", "n -> m", "n -> n", "dtype")),
-    *(("gpt2", case) for case in ("1 -> 1", "1 -> n", "n -> 1", "n -> m", "n -> n", "dtype")),
-    *(("gpt2", case) for case in ("config", "dtype, 1 -> n", "nothing -> 1")),
+    *(("plain", case) for case in ("1 -> 1", "1 -> n", "n -> 1", "n -> m", "n -> n")),
+    *(("plain", "dtype 1 -> 1"), ("gpt2", "dtype 1 -> 1"), ("gpt2", "dtype 1 -> m")),
+    *(("gpt2", case) for case in ("1 -> n", "n -> 1", "n -> m", "config 1 -> 1", "nothing -> 1")),
     *(("unet", case) for case in ("1 -> n", "n -> 1")),  # diffusers prefers an index
 ]
 
 
-def options_of(name: str, case: str) -> tuple[dict[str, object], dict[str, object]]:
-    many, more = SIZES[name]
-    old, new = {
-        "1 -> n": (ONE, many),
-        "dtype, 1 -> n": (ONE, more),
-        "n -> 1": (many, ONE),
-        "n -> m": (many, more),
-        "n -> n": (many, many),
-    }.get(case, (ONE, ONE))
-    dtypes = (HALF, torch.float32) if "dtype" in case else (None, None)
-    return {"max_shard_size": old, "dtype": dtypes[0]}, {"max_shard_size": new, "dtype": dtypes[1]}
+def options_of(name: str, case: str) -> list[dict[str, object]]:
+    """Of the old export and the new one."""
+    *change, old, _, new = case.split()
+    sizes = dict(zip("nm", SIZES[name], strict=True))
+    dtypes = (HALF, torch.float32) if change == ["dtype"] else (None, None)
+    return [
+        {"max_shard_size": sizes.get(number, "5GB"), "dtype": dtype}
+        for number, dtype in zip((old, new), dtypes, strict=True)
+    ]
 
 
 @pytest.mark.ranks(0)
 @pytest.mark.timeout_s(180)
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_whenever_an_export_is_killed_one_export_is_read(name: str, case: str, tmp_path: Path):
-    torch.set_num_threads(1)
-    changed = {"summary_type": "mean"} if case == "config" else {}
+    changed = {"summary_type": "mean"} if "config" in case else {}
     first, second = average_of(name, 2.0), average_of(name, 3.0, **changed)
     old, new = options_of(name, case)
-    path = tmp_path / "export"
-    is_first = case == "nothing -> 1"
+    path, is_first = tmp_path / "export", case == "nothing -> 1"
     first.export(tmp_path / "old", **old)
     second.export(tmp_path / "new", **new)
     files = [{} if is_first else visible(tmp_path / "old"), visible(tmp_path / "new")]
@@ -149,30 +130,29 @@ def test_whenever_an_export_is_killed_one_export_is_read(name: str, case: str, t
     foreign = path / "logs" / "events"
     foreign.parent.mkdir(parents=True)
     foreign.write_text("log")
-    call, states = 0, set()
+    states = set()
     # Values of a library's model are written as those of a plain one.
     calls = CALLS if name == "plain" else CALLS[:-1]
-    while True:
+    for call in itertools.count():
         if not is_first:
             first.export(path, **old)
             assert visible(path) == files[0]
         if not killed_before(call, lambda: second.export(path, **new), calls):
             break
-        found = visible(path)
-        assert found in files, f"killed before call {call}: {sorted(found)}"
-        state = (found == files[1], any(entry.is_symlink() for entry in path.iterdir()))
-        if state not in states and found:
-            assert same(loaded(name, path), outcomes[found == files[1]])
+        now = visible(path)
+        assert now in files, f"killed before call {call}: {sorted(now)}"
+        state = (now == files[1], any(entry.is_symlink() for entry in path.iterdir()))
+        if state not in states and now:
+            assert same(loaded(name, path), outcomes[now == files[1]])
             states.add(state)
         assert foreign.read_text() == "log"
-        call += 1
         if is_first:
             second.export(path, **new)
             for file in files[1]:
                 (path / file).unlink()
     assert visible(path) == files[1]
     assert sorted(e.name for e in path.iterdir()) == sorted([*files[1], "logs"])
-    is_one_file = case == "1 -> 1" or (case == "dtype" and name != "gpt2")
+    is_one_file = name == "plain" and case.endswith("1 -> 1")
     assert states >= ({(False, False)} if is_one_file else {(True, True)})
     assert is_one_file or is_first or (False, True) in states
 
@@ -184,18 +164,15 @@ def without_links(*args: object, **options: object) -> None:
 @pytest.mark.ranks(0)
 @pytest.mark.parametrize("missing", ["symlink", "link"])
 def test_without_links_a_killed_export_is_never_a_mixture(missing: str, tmp_path: Path):
-    torch.set_num_threads(1)
     first, second = average_of("gpt2", 2.0), average_of("gpt2", 3.0)
     old, new = {"dtype": HALF, "max_shard_size": "4KB"}, {"max_shard_size": "4KB"}
-    path = tmp_path / "export"
-    second.export(tmp_path / "reference", **new)
-    files = [visible(tmp_path / "reference")]
-    call = unreadable = 0
+    path, unreadable = tmp_path / "export", 0
+    second.export(tmp_path / "new", **new)
+    first.export(tmp_path / "old", **old)
+    files = [visible(tmp_path / "new"), visible(tmp_path / "old")]
     with mock.patch.object(export_files.os, missing, without_links):
-        while True:
+        for call in itertools.count():
             first.export(path, **old)
-            if len(files) == 1:
-                files.append(visible(path))
             assert visible(path) == files[1]
             if not killed_before(call, lambda: second.export(path, **new)):
                 break
@@ -203,7 +180,6 @@ def test_without_links_a_killed_export_is_never_a_mixture(missing: str, tmp_path
                 with pytest.raises((OSError, ValueError)):
                     loaded("gpt2", path)
                 unreadable += 1
-            call += 1
     assert visible(path) == files[0] and unreadable
     assert sorted(entry.name for entry in path.iterdir()) == sorted(files[0])
 
@@ -241,19 +217,16 @@ def test_an_error_while_files_are_replaced_leaves_the_old_export(links: bool, tm
 def test_two_exports_to_one_path_follow_each_other(by: str, tmp_path: Path):
     averages = [average_of("plain", factor) for factor in (2.0, 3.0)]
     options = [{"max_shard_size": 300}, {"max_shard_size": 200}, {}]
-    path = tmp_path / "export"
-    wholes = []
-    for i, average in enumerate(averages):
-        for j, option in enumerate(options):
-            average.export(tmp_path / f"{i}{j}", **option)
-            wholes.append(visible(tmp_path / f"{i}{j}"))
-    torch.set_num_threads(1)
+    path, wholes = tmp_path / "export", []
+    for i, (average, option) in enumerate(itertools.product(averages, options)):
+        average.export(tmp_path / str(i), **option)
+        wholes.append(visible(tmp_path / str(i)))
 
     def work(average: ShardedEMA) -> None:
         for i in range(20):
             average.export(path, **options[i % 3])
 
-    for _ in range(3):
+    for _ in range(2):
         if by == "processes":
             children = [start_child(lambda a=average: work(a)) for average in averages]
             assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
@@ -265,17 +238,17 @@ def test_two_exports_to_one_path_follow_each_other(by: str, tmp_path: Path):
 
 
 @pytest.mark.ranks(0)
-@pytest.mark.parametrize(("theirs", "ours"), [("5GB", 300), (100, "5GB")])
-def test_weights_of_others_that_loaders_may_prefer_are_refused(theirs, ours, tmp_path: Path):
+@pytest.mark.parametrize(("size", "own_size"), [("5GB", 300), (100, "5GB")])
+def test_weights_of_others_that_loaders_may_prefer_are_refused(size, own_size, tmp_path: Path):
     from huggingface_hub import save_torch_state_dict
 
     average = average_of("plain", 2.0)
-    save_torch_state_dict(plain_model().state_dict(), tmp_path, max_shard_size=theirs)
+    save_torch_state_dict(plain_model().state_dict(), tmp_path, max_shard_size=size)
     before = visible(tmp_path)
     with pytest.raises(ValueError, match="was not written by export"):
-        average.export(tmp_path, max_shard_size=ours)
+        average.export(tmp_path, max_shard_size=own_size)
     assert visible(tmp_path) == before
-    average.export(tmp_path, max_shard_size=theirs)  # the same names: replaced
+    average.export(tmp_path, max_shard_size=size)  # the same names: replaced
     assert visible(tmp_path).keys() >= before.keys()
 
 

@@ -121,9 +121,9 @@ class Training:
     def evaluate(self) -> Tensor:
         self.model.eval()
         with torch.no_grad():
-            found = self.model(self.batches[-1]).clone()
+            logits = self.model(self.batches[-1]).clone()
         self.model.train()
-        return found
+        return logits
 
     def error(self, ema: ShardedEMA, decay: float = DECAY, **options: Any) -> float:
         """How far an average is from that of the recorded weights in float64."""
@@ -143,7 +143,7 @@ class Training:
             return plain(self.batches[-1])
 
 
-def shown(ema: ShardedEMA, training: Training) -> Tensor:
+def averaged_logits(ema: ShardedEMA, training: Training) -> Tensor:
     with ema.average_parameters():
         return training.evaluate()
 
@@ -210,8 +210,8 @@ def test_several_averages_and_buffers_behind_the_next_forward_pass(
         wanted = {name: d * wanted[name] + (1 - d) * now for name, d in decays.items()}
     for name, decay in decays.items():
         assert training.error(ema, decay, name=name) <= MAX_RELATIVE_ERROR
-        found = ema.gather_state_dict(name)["norm.running_mean"]
-        torch.testing.assert_close(found, wanted[name].float().cpu(), rtol=1e-5, atol=1e-6)
+        average = ema.gather_state_dict(name)["norm.running_mean"]
+        torch.testing.assert_close(average, wanted[name].float().cpu(), rtol=1e-5, atol=1e-6)
 
 
 @BEHIND
@@ -223,7 +223,7 @@ def test_whatever_reads_the_average_waits_for_it(
     training = Training(device, width=512)
     ema = training.average(DECAY, 3, multi_avg_fn=Hold(device).average, **behind)
     other = Net(training.width).to(device)
-    found = ShardedEMA(other, DECAY)
+    copy = ShardedEMA(other, DECAY)
     if reader == "drift":
         first = ema.drift()
         assert first > 0 and ema.drift() == first
@@ -231,17 +231,17 @@ def test_whatever_reads_the_average_waits_for_it(
     if reader == "swap":
         with ema.average_parameters():
             other.load_state_dict(training.net.state_dict())
-        found.reset()
+        copy.reset()
     elif reader == "copy_to":
         ema.copy_to(other)
-        found.reset()
+        copy.reset()
     elif reader == "dcp":
         dcp.save({"ema": ema}, checkpoint_id=tmp_path, no_dist=True)
-        dcp.load({"ema": found}, checkpoint_id=tmp_path, no_dist=True)
+        dcp.load({"ema": copy}, checkpoint_id=tmp_path, no_dist=True)
     else:
         ema.save(tmp_path / "ema")
-        found.load(tmp_path / "ema")
-    assert training.error(found, start_step=1) <= MAX_RELATIVE_ERROR
+        copy.load(tmp_path / "ema")
+    assert training.error(copy, start_step=1) <= MAX_RELATIVE_ERROR
 
 
 @pytest.mark.gpu
@@ -378,7 +378,7 @@ def test_a_compiled_model_follows_the_swap(device: torch.device):
     for _ in range(3):  # the first calls warm up and capture
         raw = training.evaluate()
     for _ in range(2):
-        averaged = shown(ema, training)
+        averaged = averaged_logits(ema, training)
         wanted = training.evaluate_with(ema.gather_state_dict())
         torch.testing.assert_close(averaged, wanted, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(averaged, raw, rtol=1e-3, atol=1e-4)
@@ -497,10 +497,10 @@ class ZeroTraining(Training):
 
 def check(training: Training, ema: ShardedEMA, path: Path) -> None:
     """What holds of an average under any engine. Collective."""
-    found = training.error(ema) if dist.get_rank() == 0 else float(bool(ema.gather_state_dict()))
-    assert found <= MAX_RELATIVE_ERROR
+    error = training.error(ema) if dist.get_rank() == 0 else float(bool(ema.gather_state_dict()))
+    assert error <= MAX_RELATIVE_ERROR
     raw = training.evaluate()
-    assert not torch.equal(shown(ema, training), raw)
+    assert not torch.equal(averaged_logits(ema, training), raw)
     same(training.evaluate(), raw)
     wanted = ema.gather_state_dict()
     ema.save(path / "ema")
@@ -533,24 +533,19 @@ def check_engine(engine: str, device: torch.device, path: Path) -> None:
             check(training, training.average(**behind), path)
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("engine", [*TORCH_ENGINES, *ZERO_ENGINES])
 @pytest.mark.filterwarnings("ignore")
 def test_engines_on_the_cpu(engine: str, tmp_path: Path):
     check_engine(engine, torch.device("cpu"), tmp_path)
 
 
-def backends(device: torch.device) -> dict[str, tuple[int, str]]:
-    """Number of ranks and backend: one rank with the accelerator's own, two on it with gloo."""
-    own = dist.get_default_backend_for_device(device)
-    return {
-        "one rank": (1, own),
-        "one rank, both": (1, f"cpu:gloo,{device.type}:{own}"),
-        "two ranks on one device": (2, f"cpu:gloo,{device.type}:gloo"),
-    }
-
-
-GROUPS = ("one rank", "one rank, both", "two ranks on one device")
+# Number of ranks and backend: one rank with the accelerator's own, two on it with gloo.
+GROUPS = {
+    "one rank": (1, "{own}"),
+    "one rank, both": (1, "cpu:gloo,{type}:{own}"),
+    "two ranks on one device": (2, "cpu:gloo,{type}:gloo"),
+}
 
 
 @pytest.mark.gpu
@@ -565,9 +560,10 @@ def test_engines_on_an_accelerator(engine: str, group: str, tmp_path: Path):
     device = accelerator()
     if engine in ZERO_ENGINES and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
-    num_ranks, backend = backends(device)[group]
-    arguments = (num_ranks, backend, engine, device, tmp_path)
-    mp.spawn(process, arguments, nprocs=num_ranks)
+    num_ranks, backend = GROUPS[group]
+    own = dist.get_default_backend_for_device(device)
+    backend = backend.format(type=device.type, own=own)
+    mp.spawn(process, (num_ranks, backend, engine, device, tmp_path), nprocs=num_ranks)
 
 
 def process(

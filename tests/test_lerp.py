@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,3 +127,65 @@ def test_a_function_is_given_every_element_once():
     ema.update()
     assert sum(SIZES) <= sum(seen) < sum(SIZES) + 4 * len(SIZES)
     assert all(not value.any() for value in ema.gather_state_dict().values())
+
+
+FUSED = """
+import torch
+from dist_ema.core import fused, lerp
+
+KINDS = [torch.float32, torch.bfloat16, torch.float16]
+torch.manual_seed(0)
+sizes = [1, 7, fused._BLOCK, fused._BLOCK + 1, 3 * fused._BLOCK]
+lerp.is_accelerator = lambda device: True
+for kept in KINDS:
+    for kind in KINDS:
+        rows = list(torch.randn(2, sum(sizes) + 2).to(kept))
+        lives = list(torch.randn(sum(sizes)).to(kind).split(sizes))
+        averages = [list(row[1:-1].split(sizes)) for row in rows]
+        update, decays = lerp.Lerp(averages, lives), (0.9, 0.25)
+        assert any(isinstance(b, lerp._FusedBatch) for t in update._tracks for b in t.batches) == (
+            kept != kind
+        )
+        edges = [row[[0, -1]] for row in rows]
+        for _ in range(3):
+            wanted = [
+                [(d * a.double() + (1 - d) * x.double()) for a, x in zip(of_one, lives)]
+                for d, of_one in zip(decays, averages)
+            ]
+            update.update(decays)
+            precision = 4 * torch.finfo(kept).eps
+            for of_one, exact in zip(averages, wanted):
+                for a, e in zip(of_one, exact):
+                    torch.testing.assert_close(a.double(), e, rtol=precision, atol=precision)
+        assert all(torch.equal(row[[0, -1]], edge) for row, edge in zip(rows, edges))
+        update.update((0.0, 1.0))
+        before = [a.clone() for a in averages[1]]
+        assert all(torch.equal(a, x.to(kept)) for a, x in zip(averages[0], lives))
+        update.apply(lambda a, x, n: torch._foreach_lerp_(a, x, 0.5), 3)
+        for a, b, x in zip(averages[1], before, lives):
+            assert torch.equal(a, b.float().lerp(x.float(), 0.5).to(kept))
+"""
+COMPILED = """
+from dist_ema.core import fused
+import triton.language as tl
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+names = fused._lerp.arg_names
+for kept, kind in [(tl.float32, tl.bfloat16), (tl.bfloat16, tl.float16)]:
+    types = dict.fromkeys(names, "constexpr") | {"table": "*i64", "weight": "fp32"}
+    values = {(i,): value for i, value in enumerate([kept, kind, fused._BLOCK], 2)}
+    source = ASTSource(fn=fused._lerp, signature=types, constexprs=values)
+    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="there is no Triton here")
+@pytest.mark.parametrize(("script", "interprets"), [(FUSED, "1"), (COMPILED, "0")])
+def test_one_kernel_averages_weights_of_another_dtype(script: str, interprets: str, tmp_path: Path):
+    """As Triton's interpreter runs it on the CPU; and its compiler takes it for a GPU."""
+    variables = {"TRITON_INTERPRET": interprets, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -486,7 +486,8 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(tmp_path: Path):
     path = write_plain(tmp_path / "more", good | {"extra": torch.zeros(2), "x2": torch.zeros(1)})
     assert "x2" in refused(path, r"first: extra is missing, .*more has it")
     path = write_plain(tmp_path / "shape", good | {"cube": torch.zeros(3, 2, 6)})
-    refused(path, r"shape: cube has shape \(3, 2, 6\), in .*first it has \(3, 2, 5\)")
+    reason = refused(path, r"shape: cube has shape \(3, 2, 6\), in .*first it has \(3, 2, 5\)")
+    assert "--base" not in reason
     path = write_plain(tmp_path / "kind", good | {"cube": torch.zeros(3, 2, 5).int()})
     refused(path, r"cube is of torch.int32, in .* of torch.float32")
     path = write_plain(tmp_path / "fp8", good | {"cube": good["cube"].to(torch.float8_e4m3fn)})
@@ -502,6 +503,8 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(tmp_path: Path):
     file.write_bytes(file.read_bytes()[:-3])
     refused(path, "it is cut short")
     refused(first, "is the same as", ValueError)
+    with pytest.raises(ValueError, match="dtype is 'int64', wanted a floating one"):
+        merge([first, base], tmp_path / "out", dtype=torch.int64)
     os.symlink(first, tmp_path / "again")
     refused(tmp_path / "again", "is the same as", ValueError)
     refused(tmp_path / "out", "would be written over", ValueError)

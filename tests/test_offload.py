@@ -35,7 +35,7 @@ def test_an_average_on_another_device_is_the_same(world: World):
         mock.patch.object(lerp, "_CHUNK_ACROSS_DEVICES", 50),
     ):
         run = start(world, device="cpu", start_step=1, update_every=2).train(5)
-        batches = [b for track in run.ema._average.storage._lerp._tracks for b in track.batches]
+        batches = [b for track in run.ema._average.storage._tracks for b in track.batches]
         # Neighbours have staging of their own.
         stagings = [b.staged_averages[0].data_ptr() for b in batches]
         assert all(a != b for a, b in itertools.pairwise(stagings))

@@ -20,43 +20,44 @@ from torch.distributed.pipelining import Schedule1F1B
 
 from dist_ema import HalfLife, ShardedEMA
 from tests.readme import diffusion, one_side
-from tests.scripts import BIN, ROOT, run, run_on, under_accelerate
-from tests.test_examples import CPU
+from tests.scripts import ACCELERATE, BIN, CPU, ROOT, run, run_on, under_accelerate
 
 RECIPES = (ROOT / "examples/README.md").read_text()
-LAUNCH = sorted((ROOT / "launch").glob("*.sh")) + sorted((ROOT / "launch").glob("*.sbatch"))
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+
+
+def numbers(pattern: str, printed: str) -> list[float]:
+    """The groups of the first match."""
+    match = re.search(pattern, printed)
+    assert match, printed
+    return [float(number) for number in match.groups()]
 
 
 def assert_averaged_is_better(printed: str) -> None:
-    found = re.search(r"raw (\d\.\d+), averaged (\d\.\d+)", printed)
-    assert found, printed
-    assert float(found[2]) < float(found[1]), printed
+    raw, averaged = numbers(r"raw (\d\.\d+), averaged (\d\.\d+)", printed)
+    assert averaged < raw, printed
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
-def test_an_example_is_short(script: Path):
+def test_the_gallery_has_every_example_and_each_is_short():
+    names = {path.name for path in SCRIPTS} - {"plotting.py"}
+    assert names == {*re.findall(r"^\| \[(\w+\.py)\]", RECIPES, re.M)}
     limits = {"spirals_diffusion": 340, "pipeline": 120, "torchtitan_like": 110}
     limits |= {"push_to_inference": 140}
-    assert len(script.read_text().splitlines()) <= limits.get(script.stem, 80)
-
-
-def test_the_gallery_has_every_example():
-    scripts = {path.name for path in (ROOT / "examples").glob("*.py")} - {"plotting.py"}
-    assert scripts == {*re.findall(r"^\| \[(\w+\.py)\]", RECIPES, re.M)}
+    for script in SCRIPTS:
+        assert len(script.read_text().splitlines()) <= limits.get(script.stem, 80), script
 
 
 def test_fsdp2(tmp_path: Path):
     assert_averaged_is_better(run_on(2, "examples/fsdp2.py", tmp_path))
     assert (tmp_path / "model" / "model.safetensors").exists()
-    inspected = run([str(BIN / "dist-ema"), "verify", str(tmp_path / "ema")])
-    assert "ema" in inspected
+    assert "ema" in run([str(BIN / "dist-ema"), "verify", str(tmp_path / "ema")])
 
 
 def test_fsdp2_with_tensor_parallelism(tmp_path: Path):
     printed = run_on(4, "examples/fsdp2_tp.py", tmp_path / "ema")
     assert_averaged_is_better(printed)
-    weights, held = re.search(r"(\d+) weights; .* hold (\d+) bytes", printed).groups()
-    assert 4 * int(weights) <= int(held) <= 4 * int(weights) + 64  # once, and some padding
+    weights, held = numbers(r"(\d+) weights; .* hold (\d+) bytes", printed)
+    assert 4 * weights <= held <= 4 * weights + 64  # once, and some padding
 
 
 def test_deepspeed(tmp_path: Path):
@@ -78,7 +79,7 @@ def test_accelerate(config: str, steps: int, tmp_path: Path):
     printed = under_accelerate(config, "examples/accelerate_any.py", tmp_path, **without)
     assert_averaged_is_better(printed)
     assert f"240 batches on each of 2 processes\n{steps} steps" in printed
-    averaged, loaded = re.search(r"averaged (\d\.\d+)\nloaded again: (\d\.\d+)", printed).groups()
+    averaged, loaded = numbers(r"averaged (\d\.\d+)\nloaded again: (\d\.\d+)", printed)
     assert averaged == loaded
     assert (tmp_path / "state" / "ema" / "manifest.json").exists()
     assert (tmp_path / "model" / "model.safetensors").exists()
@@ -139,10 +140,8 @@ def test_torchtitan_like(tmp_path: Path):
 
 
 def test_teacher():
-    student, teacher = re.search(
-        r"student (\d\.\d+), teacher (\d\.\d+)", run_on(2, "examples/teacher.py")
-    ).groups()
-    assert min(float(student), float(teacher)) > 0.9
+    printed = run_on(2, "examples/teacher.py")
+    assert min(numbers(r"student (\d\.\d+), teacher (\d\.\d+)", printed)) > 0.9
 
 
 @pytest.mark.skipif(
@@ -151,14 +150,12 @@ def test_teacher():
 )
 def test_adapter_teacher():
     printed = run_on(2, "examples/adapter_teacher.py")
-    found = re.search(r"student (\d\.\d+), teacher (\d\.\d+)", printed)
-    assert min(map(float, found.groups())) > 0.9, printed
+    assert min(numbers(r"student (\d\.\d+), teacher (\d\.\d+)", printed)) > 0.9
 
 
 def test_reference_policy():
     printed = run_on(2, "examples/reference_policy.py")
-    found = re.search(r"rewarded: policy (\d\.\d+), reference (\d\.\d+)", printed)
-    assert min(map(float, found.groups())) > 0.9, printed
+    assert min(numbers(r"rewarded: policy (\d\.\d+), reference (\d\.\d+)", printed)) > 0.9
 
 
 def test_an_inference_engine_holds_the_average_that_was_pushed():
@@ -166,10 +163,8 @@ def test_an_inference_engine_holds_the_average_that_was_pushed():
     sent = re.findall(r"^(\d) in (tensors|bucket) (\w{16})$", printed, re.M)
     averages = re.findall(r"the average is (\w{16})", printed)
     assert len(set(averages)) == 2
-    assert [sum(int(n) for n, kind, _ in sent if kind == k) for k in ("tensors", "bucket")] == [
-        6,
-        6,
-    ]
+    for way in ("tensors", "bucket"):
+        assert sum(int(number) for number, kind, _ in sent if kind == way) == 6
     assert len(sent) > 3  # more than one bucket
     assert [sent[0][2], sent[-1][2]] == averages
 
@@ -263,62 +258,50 @@ def test_averages_over_training(tmp_path: Path):
     assert loss_at("decay-0.995", "16") != loss_at("raw", "16") == loss_at("kept", "0")
 
 
-@pytest.mark.parametrize("script", LAUNCH, ids=lambda path: path.name)
-def test_a_launch_script_parses(script: Path):
-    subprocess.run(["bash", "-n", script], check=True)
+def test_the_launch_scripts_parse():
+    for script in (*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sbatch")):
+        subprocess.run(["bash", "-n", script], check=True)
 
 
-def test_one_node_of_several_without_gpus(tmp_path: Path):
-    """With no more in PATH than the script needs, so without the command that lists GPUs."""
+# Slurm's two commands stand in for two nodes on this host; torchrun meets its other half.
+STAND_INS = {
+    "scontrol": "echo localhost; echo other",
+    "srun": 'shift 2; "$@" & first=$!; "$@" && wait "$first"',
+}
+LAUNCHES = {
+    "one node of several": (["bash", "launch/multi_node.sh"], 2),
+    "two nodes under Slurm": (["bash", "launch/slurm.sbatch"], 4),
+    "accelerate": ([*ACCELERATE, "launch/accelerate/cpu-2.yaml"], 2),
+}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_a_launcher_starts_all_ranks_of_one_run(launch: str, tmp_path: Path):
+    command, num_ranks = LAUNCHES[launch]
+    # With no more in PATH than is needed, so without the command that lists GPUs.
     for name in ("bash", "dirname", "wc"):
         (tmp_path / name).symlink_to(shutil.which(name))
-    # In one piece: torchrun's workers do not buffer, and print() writes the end by itself.
+    for name, body in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!{shutil.which('bash')}\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    # In one piece: workers do not buffer, and print() writes the end of a line by itself.
     (tmp_path / "ranks.py").write_text(
-        "import os, sys\nsys.stdout.write('rank ' + os.environ['RANK'] + '\\n')\n"
+        "import os, sys\nsys.stdout.write('rank {RANK} of {WORLD_SIZE}\\n'.format(**os.environ))\n"
     )
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {"PATH": str(tmp_path), "NODES": "1", "HEAD": "localhost", "PORT": str(port)}
-    done = subprocess.run(
-        ["bash", "launch/multi_node.sh", tmp_path / "ranks.py"],
-        cwd=ROOT,
-        env={**environment, "HOME": str(tmp_path), "TORCHRUN": str(BIN / "torchrun")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout
-    assert sorted(re.findall(r"rank \d", done.stdout)) == ["rank 0", "rank 1"], done.stdout
-
-
-def test_two_nodes_under_slurm(tmp_path: Path):
-    """Slurm's two commands stand in for two nodes on this host; torchrun meets its other half."""
-    commands = {
-        "scontrol": "echo localhost; echo other",
-        "srun": 'shift 2; "$@" & first=$!; "$@" && wait "$first"',
-    }
-    for name, body in commands.items():
-        path = tmp_path / name
-        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
-        path.chmod(0o755)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     printed = run(
-        ["bash", "launch/slurm.sbatch", "examples/fsdp2.py", str(tmp_path / "run")],
-        PATH=f"{tmp_path}:{BIN}:{os.environ['PATH']}",
-        SLURM_JOB_NODELIST="two",
-        SLURM_JOB_ID=str(port % 10000),
-        SLURM_NNODES="2",
-        SLURM_GPUS_ON_NODE="2",
-        SLURM_CPUS_PER_TASK="2",
+        [*command, str(tmp_path / "ranks.py")],
+        PATH=str(tmp_path),
         TORCHRUN=str(BIN / "torchrun"),
+        **{"NODES": "1", "HEAD": "localhost", "PORT": str(port)},
+        **{"SLURM_JOB_NODELIST": "two", "SLURM_JOB_ID": str(port % 10000), "SLURM_NNODES": "2"},
+        **{"SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "2"},
+        **CPU,
     )
-    assert printed.count("test loss") == 1  # four ranks of one run, not two runs of two
-    held = int(re.search(r"takes (\d+) bytes on rank 0", printed)[1])
-    assert 4996 <= held <= 4996 + 64  # of 19,204 for the whole model, and some padding
+    wanted = [f"rank {rank} of {num_ranks}" for rank in range(num_ranks)]
+    assert sorted(re.findall(r"rank \d of \d", printed)) == wanted, printed
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -326,7 +309,7 @@ def test_finetuning_a_language_model(lora: bool, tmp_path: Path):
     config = f"zero{3 if lora else 2}-cpu"
     arguments = ["--out", tmp_path, *(["--lora"] if lora else [])]
     printed = under_accelerate(config, "examples/finetune_lm.py", *arguments)
-    found = re.search(r"from 5: .* (\d+)% of the numbers counted by three are right", printed)
-    assert found and int(found[1]) >= 80, printed
+    [percent] = numbers(r"from 5: .* (\d+)% of the numbers counted by three are right", printed)
+    assert percent >= 80, printed
     file = "adapter_model.safetensors" if lora else "model.safetensors"
     assert (tmp_path / "ema" / file).exists()

@@ -35,6 +35,9 @@ class Zero(Engine):
         deepspeed = library()
         if "torch_autocast" in self.config and not hasattr(deepspeed.runtime, "torch_autocast"):
             pytest.skip("this DeepSpeed has no torch_autocast")
+        settings = deepspeed.runtime.zero.config.DeepSpeedZeroConfig.model_fields
+        if "parameter_alignment" in self.zero and "parameter_alignment" not in settings:
+            pytest.skip("this DeepSpeed has no parameter_alignment")
         bf16 = {} if self.bf16 is None else {"bf16": {"enabled": True, **self.bf16}}
         config = configuration(self.stage, zero=self.zero, **bf16, **self.config)
         if self.zero_init:
@@ -67,7 +70,7 @@ class Zero(Engine):
             masters = masters_by_address(training.optimizer, trained)
         elif hasattr(training.optimizer, "fp32_groups"):
             masters = masters_of_unfused(training.optimizer, trained)
-        elif self.stage == 0:
+        elif self.stage == 0 and self.bf16 is None:
             masters = trained
         else:
             masters = {n: safe_get_full_fp32_param(p) for n, p in trained.items()}
@@ -110,9 +113,21 @@ def library() -> Any:
         backend = sys.modules["deepspeed.comm.torch"]
         with mock.patch.object(backend, "build_shm_op", return_value=None):
             deepspeed.init_distributed("gloo")
+        if torch.__version__.startswith("2.11."):
+            _gather_into_detached(backend.TorchBackend)
     if autocast := sys.modules.get("deepspeed.runtime.torch_autocast"):  # since DeepSpeed 0.17
         autocast.TORCH_AUTOCAST_INITIALIZED = False  # an engine sets it for all that follow
     return deepspeed
+
+
+def _gather_into_detached(backend: Any) -> None:
+    """gloo in torch 2.11 fails to write to a tensor that requires grad, as DeepSpeed asks it to."""
+    original = backend.all_gather_into_tensor
+
+    def all_gather_into_tensor(self: Any, output_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(self, output_tensor.detach(), *args, **kwargs)
+
+    backend.all_gather_into_tensor = all_gather_into_tensor
 
 
 def skip_without_overflow_checks(stage: int) -> None:

@@ -139,7 +139,8 @@ def is_checkpoint(directory: Path) -> bool:
 
 def target(path: Path) -> Path:
     """The absolute path to replace: for a symbolic link, its target."""
-    return path.resolve() if path.is_symlink() or ".." in path.parts else path.absolute()
+    is_direct = not path.is_symlink() and ".." not in path.parts
+    return path.absolute() if is_direct else Path(os.path.realpath(path))
 
 
 def refuse_working_directory(path: Path) -> None:
@@ -148,7 +149,7 @@ def refuse_working_directory(path: Path) -> None:
     Relative paths would lead into the removed directory.
     """
     with suppress(FileNotFoundError):  # the working directory was removed
-        if Path.cwd().is_relative_to(path.resolve()):
+        if Path.cwd().is_relative_to(os.path.realpath(path)):
             raise CheckpointError(
                 f"{path} holds the working directory and cannot be replaced; give a directory "
                 "below it"

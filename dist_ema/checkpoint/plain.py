@@ -113,7 +113,7 @@ def _describe_file(files: Files, name: str) -> SavedAverage:
     length = 8 + int.from_bytes(files.read_bytes(name, 0, min(8, nbytes)), "little")
     if not 8 < length <= min(nbytes, MAX_HEADER_BYTES):
         raise CheckpointError(f"{where} (a header of {length} bytes in {nbytes})")
-    entries = _json(files, name, 8, length - 8, where)
+    entries = _json(files, name, 8, length - 8, f"{where}; the header")
     metadata = entries.pop("__metadata__", {})
     try:
         check_types(metadata, {str: str}, "__metadata__")

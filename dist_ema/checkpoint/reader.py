@@ -363,10 +363,17 @@ def _becomes_visible_to_all(path: Path, group: Group) -> bool:
 
     Returns False if all ranks saw the same from the start, or if some still do not.
     """
+    if group.size == 1:
+        return False
 
     def names() -> set[str]:
         place = find(path)
-        return {str(each) for each in (place, *place.rglob("*")) if os.path.lexists(each)}
+        seen = {str(place)} if os.path.lexists(place) else set()
+        for parent, directories, files in os.walk(place):
+            seen.update(os.path.join(parent, name) for name in (*directories, *files))
+            if Path(parent) != place:
+                directories.clear()  # `path` may be any directory; a checkpoint has two levels
+        return seen
 
     own = names()
     every: set[str] = set().union(*group.all_gather(own))

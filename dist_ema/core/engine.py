@@ -436,11 +436,11 @@ class Registered:
     def addresses(self) -> list[int]:
         """The data pointers of what is registered there now."""
         others = [_pointer_at(r.registry.get(r.name), values) for r, values in self._others]
+        tensors = [*map(dict.get, self._registries, self._names)]
         try:
-            tensors = map(dict.get, self._registries, self._names)
             return [*map(torch.Tensor.data_ptr, tensors), *others]  # type: ignore[arg-type]
         except TypeError:  # nothing is registered at some place now
-            return [*map(pointer, map(dict.get, self._registries, self._names)), *others]
+            return [*map(pointer, tensors), *others]
 
 
 def _pointer_at(tensor: torch.Tensor | None, values: attrgetter[torch.Tensor]) -> int:

@@ -35,10 +35,12 @@ def require_names(owner: object, names: str, package: str) -> None:
     """Raise RuntimeError if an object lacks attributes that are private to its library. Local.
 
     Args:
+        owner: of a class, what it declares of its instances counts too.
         names: the attributes, separated by spaces.
         package: the library, "torch" or "deepspeed".
     """
-    missing = [name for name in names.split() if not hasattr(owner, name)]
+    declared = getattr(owner, "__annotations__", ())
+    missing = [n for n in names.split() if not hasattr(owner, n) and n not in declared]
     if missing:
         installed = importlib.import_module(package).__version__
         where = getattr(owner, "__name__", type(owner).__name__)

@@ -14,20 +14,24 @@ of several tensors together: torch runs more on its thread pool, and to wake a p
 a thread whose core runs another process, takes longer than the update. So an update waits for other
 threads only where an elementwise operator on one of the live tensors does too.
 
-[Note: narrow weights on a CPU]
-torch has no CPU operator that reads bf16 and updates fp32, so there are two, over a chunk in cache:
-one converts, one updates. Each takes about as long as moving the bytes, and they do not overlap.
-`torch.compile` would fuse both, but needs a C++ compiler and seconds to compile.
+[Note: narrow weights]
+torch has no operator that reads bf16 and updates fp32, so there are two, over a chunk in cache: one
+converts, one updates. Each takes about as long as moving the bytes, and they do not overlap. On an
+accelerator with Triton, one kernel does both (`fused.py`). On a CPU `torch.compile` would fuse
+them, but needs a C++ compiler and seconds to compile.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from dist_ema.core.accelerator import SideStreams, is_accelerator
+
+_LOG = logging.getLogger(__name__)
 
 # Elements of chunks of live values. By measurement on CPUs: 512 kB in fp32 stay in the L2 cache of
 # each thread's core; chunks that cross devices have 4 MB.
@@ -79,11 +83,42 @@ def _copy(averages: list[torch.Tensor], lives: list[torch.Tensor]) -> None:
     """The step of a decay of 0. Live values are copied as they are, without a wider dtype."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Lerp:
+    """The step of any other decay."""
+
+    weight: float  # of the live values
+
+    def __call__(self, averages: list[torch.Tensor], lives: list[torch.Tensor]) -> None:
+        torch._foreach_lerp_(averages, lives, self.weight)
+
+
 def _step(decay: float) -> Step:
     weight = 1.0 - decay
     if weight == 0.0:
         return None
-    return _copy if weight == 1.0 else lambda a, lives: torch._foreach_lerp_(a, lives, weight)
+    return _copy if weight == 1.0 else _Lerp(weight)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _FusedBatch:
+    """Tensors of equal dtypes and device that are updated in one pass."""
+
+    averages: list[list[torch.Tensor]]  # one list for each average
+    lives: list[torch.Tensor]
+    launches: list[Callable[[float], None]]  # of the weight, one for each average
+    batches: list[_Batch]  # for steps that are functions of the user
+
+    def update(self, steps: Sequence[Step]) -> None:
+        if not all(step is None or step is _copy or isinstance(step, _Lerp) for step in steps):
+            for batch in self.batches:
+                batch.update(steps)
+            return
+        for averages, launch, step in zip(self.averages, self.launches, steps, strict=True):
+            if isinstance(step, _Lerp):
+                launch(step.weight)
+            elif step is _copy:
+                torch._foreach_copy_(averages, self.lives)
 
 
 class Lerp:
@@ -95,25 +130,31 @@ class Lerp:
         lives: Sequence[torch.Tensor],
         *,
         overlap: bool = False,
+        waits: bool = False,
     ) -> None:
         """
         Args:
             averages: `averages[k][i]` is average k of `lives[i]`, all 1-D.
             overlap: run everything on a side stream (see [Note: fences]).
+            waits: whether later work of the caller waits for each update.
         """
-        self._num_averages = len(averages)
+        self._num_averages, self._waits = len(averages), waits
         grouped: dict[object, list[int]] = {}
         for i, (average, live) in enumerate(zip(averages[0], lives, strict=True)):
             if live.numel():
                 key = (average.dtype, live.dtype, average.device, live.device, is_small(live))
                 grouped.setdefault(key, []).append(i)
-        self._tracks: list[_Track] = []
+        tracks = []
         for members in grouped.values():
             of_all, here = [[of_one[i] for i in members] for of_one in averages], lives[members[0]]
             crosses = _crosses(of_all[0][0], here)
             streams = SideStreams(here.device, 2 if crosses else int(overlap))
-            batches = list(_batches(of_all, [lives[i] for i in members], 2 if crosses else 1))
-            self._tracks.append(_Track(streams, batches))
+            own = [lives[i] for i in members]
+            batches = list(_batches(of_all, own, 2 if crosses else 1))
+            launches = _launches(of_all, own)
+            fused = [_FusedBatch(of_all, own, launches, batches)] if launches else batches
+            tracks.append(_Track(streams, fused))
+        self._tracks = tracks
 
     def update(self, decays: Sequence[float]) -> None:
         """average <- decay * average + (1 - decay) * live, with a decay for each average.
@@ -131,8 +172,12 @@ class Lerp:
         self._run([lambda averages, lives: fn(averages, lives, num_averaged)] * self._num_averages)
 
     def copy(self) -> None:
-        """average <- live, in every average."""
+        """average <- live, bit for bit where the dtypes allow, in every average.
+
+        Later work of the caller waits for it.
+        """
         self._run([_copy] * self._num_averages)
+        self.fence()
 
     def _run(self, steps: Sequence[Step]) -> None:
         for track in self._tracks:
@@ -143,6 +188,8 @@ class Lerp:
                     "incremented; call update() after the replay, outside the graph"
                 )
             track.streams.run(lambda batch: batch.update(steps), track.batches)
+        if self._waits:
+            self.fence()
 
     def fence(self) -> None:
         """Let later work of the caller wait for updates in progress."""
@@ -161,7 +208,7 @@ class _Track:
     """Batches with one pair of devices, and the side streams that they run on, if any."""
 
     streams: SideStreams  # the first field: destroyed before the memory that they use
-    batches: list[_Batch]
+    batches: Sequence[_Batch | _FusedBatch]
 
 
 def is_small(live: torch.Tensor) -> bool:
@@ -191,6 +238,26 @@ def squared_norms(average: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
         norms = [torch.linalg.vector_norm(apart), torch.linalg.vector_norm(exact)]
         sums += torch.stack(norms).square()
     return sums
+
+
+def _launches(
+    averages: list[list[torch.Tensor]], lives: list[torch.Tensor]
+) -> list[Callable[[float], None]]:
+    """Updates in one pass, one for each average; [] where there are none."""
+    average, live = averages[0][0], lives[0]
+    wanted = average.dtype != live.dtype and is_accelerator(live.device)
+    if not wanted or _crosses(average, live):
+        return []
+    try:
+        from dist_ema.core.fused import DTYPES, fused_lerp
+
+        fits = average.dtype in DTYPES and live.dtype in DTYPES
+        return [fused_lerp(of_one, lives) for of_one in averages] if fits else []
+    except ImportError:  # no Triton
+        return []
+    except Exception as error:  # of a compiler
+        _LOG.warning("updates of %s weights take two passes: %r", live.dtype, error)
+        return []
 
 
 def _batches(

@@ -16,14 +16,14 @@ import torch
 
 from dist_ema.core.accelerator import is_accelerator
 from dist_ema.core.layout import Fragment
-from dist_ema.core.lerp import Lerp, MultiAvgFn, accumulation_dtype, is_small
+from dist_ema.core.lerp import Lerp, accumulation_dtype, is_small
 
 _MAX_GAP = 64  # elements of a flat buffer that belong to no weight
 _ALIGNMENT_BYTES = 16  # of the first element of a run, for vectorized kernels
 
 
-class AverageStorage:
-    """Averages of a list of fragments. Everything is local."""
+class AverageStorage(Lerp):
+    """Averages of a list of fragments, and their update. Everything is local."""
 
     def __init__(
         self,
@@ -38,59 +38,38 @@ class AverageStorage:
         Args:
             values: for each average, a 1-D tensor for each fragment.
             owns_gaps: whether gaps between values may be written.
-            waits: whether later work of the caller waits for each update.
+            overlap, waits: as of `Lerp`.
         """
         self._max_gap = _MAX_GAP if owns_gaps else 0
         self._values = [list(tensors) for tensors in values]
-        self._overlap, self._waits = overlap, waits
-        self._lerp = self._plan(fragments)
+        self._options = {"overlap": overlap, "waits": waits}
+        self._plan(fragments)
+
+    def _plan(self, fragments: Sequence[Fragment]) -> None:
+        lives = [f.view for f in fragments]
+        runs = _runs(lives, self._max_gap, self._values[0])
+        super().__init__(
+            [[_span(values, run) for run in runs] for values in self._values],
+            [_span(lives, run) for run in runs],
+            **self._options,
+        )
+
+    def bind(self, fragments: Sequence[Fragment]) -> None:
+        """Update from these fragments from now on, since storage moved."""
+        self.synchronize()
+        self._plan(fragments)
 
     @property
     def values(self) -> list[list[torch.Tensor]]:
         """For each average, a tensor for each fragment. Waits for an update in progress."""
-        self._lerp.synchronize()
+        self.synchronize()
         return self._values
-
-    def synchronize(self) -> None:
-        """Let the host wait for an update in progress on a side stream."""
-        self._lerp.synchronize()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all averages, including padding."""
         storages = [v.untyped_storage() for tensors in self._values for v in tensors]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-
-    def bind(self, fragments: Sequence[Fragment]) -> None:
-        """Update from these fragments from now on, since storage moved."""
-        self._lerp.synchronize()
-        self._lerp = self._plan(fragments)
-
-    def _plan(self, fragments: Sequence[Fragment]) -> Lerp:
-        lives = [f.view for f in fragments]
-        runs = _runs(lives, self._max_gap, self._values[0])
-        return Lerp(
-            [[_span(values, run) for run in runs] for values in self._values],
-            [_span(lives, run) for run in runs],
-            overlap=self._overlap,
-        )
-
-    def update(self, decays: Sequence[float]) -> None:
-        """Average the live values in, with one decay per average. No host sync, no allocation."""
-        self._lerp.update(decays)
-        if self._waits:
-            self._lerp.fence()
-
-    def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
-        """Update the averages with a function that has the signature of `multi_avg_fn`."""
-        self._lerp.apply(fn, num_averaged)
-        if self._waits:
-            self._lerp.fence()
-
-    def copy(self) -> None:
-        """Copy the live values to every average, bit for bit where the dtypes allow."""
-        self._lerp.copy()
-        self._lerp.fence()
 
 
 def average_dtype(wanted: torch.dtype, live: torch.Tensor) -> torch.dtype:

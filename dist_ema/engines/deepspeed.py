@@ -31,10 +31,25 @@ from dist_ema.core.names import Registration, is_instance, layers, registrations
 from dist_ema.core.replicas import exchange_slices
 from dist_ema.engines.plain import outdate
 
-_STAGE_3 = "fp16_groups fp16_partitioned_groups_flat"
-_OFFLOAD = (
-    "module offload_device persistent_parameters partition_all_parameters get_param_coordinator"
+# What an optimizer has by which its kind is known, then what is read of that kind besides.
+_STAGE_3 = (
+    "fp32_partitioned_groups_flat fp16_groups fp16_partitioned_groups_flat parameter_offload "
+    "offloaded_states"
 )
+_OFFLOAD = (
+    "partition_all_parameters module offload_device persistent_parameters get_param_coordinator"
+)
+_PARAMETER = (  # at stage 3
+    "ds_tensor ds_numel ds_shape ds_status ds_process_group ds_secondary_tensor all_gather"
+)
+_STAGES_1_2 = (
+    "single_partition_of_fp32_groups round_robin_bit16_groups bit16_groups_flat "
+    "real_dp_process_group"
+)
+_BF16 = "fp32_groups_flat_partition bf16_groups bf16_groups_flat real_dp_process_group"
+_FUSED = "fp32_groups_flat fp16_groups fp16_groups_flat"
+_UNFUSED = "fp32_groups fp16_groups"
+_ENGINE = "optimizer global_steps skipped_steps mp_world_size autotp_size"
 # Attributes or methods of an engine or its optimizer that are true if a feature is in use.
 _UNSUPPORTED = {
     "has_moe_layers": "expert parallelism",
@@ -105,6 +120,11 @@ class ZeroEngine(Engine):
         offloaded = getattr(self._engine.optimizer, "offloaded_states", ())
         if any(state.name == "lp_params" for state in offloaded):
             raise RuntimeError("the weights are offloaded; call engine.reload_states() first")
+        if isinstance(self._stage, _Stage3) and _is_deepcompiled(self._engine):
+            raise RuntimeError(
+                "DeepCompile keeps gathered weights between steps, and would compute with them in "
+                "place of what is written; set deepcompile to false in the config"
+            )
         self._stage.release()
 
     def refresh(self, weights: Sequence[Weight]) -> None:
@@ -215,8 +235,8 @@ class _Stage3(_Whole):
         require_names(offload, _OFFLOAD, "deepspeed")
         if offload.offload_device == "nvme":
             raise ValueError("DeepSpeed with offload to NVMe is not supported")
-        if optimizer is not None:
-            require_names(optimizer, _STAGE_3, "deepspeed")
+        for parameter in offload.module.parameters():
+            require_names(parameter, _PARAMETER, "deepspeed")
         masters = getattr(optimizer, "fp32_partitioned_groups_flat", [])
         super().__init__(list(offload.module.parameters()), masters)
         self._offload, self._optimizer = offload, optimizer
@@ -260,6 +280,8 @@ class _Stage3(_Whole):
         if hasattr(p.ds_tensor, "ds_quant_scale"):
             return _refuse_quantized
         size = master.numel()  # the same on every rank: the end is padded
+        if size != -(-p.ds_numel // dist.get_world_size(p.ds_process_group)):
+            return _refuse_subgroups
         start = size * dist.get_rank(p.ds_process_group)
         view, copy = (
             t[: max(0, p.ds_numel - start)] for t in (master, p.ds_tensor.detach().view(-1))
@@ -274,6 +296,10 @@ def _refuse_quantized(registration: Registration) -> Cut:
     raise ValueError("is quantized by zero_quantized_nontrainable_weights; leave that setting out")
 
 
+def _refuse_subgroups(registration: Registration) -> Cut:
+    raise ValueError("is cut over a subgroup of the ranks (MiCS); leave mics_shard_size out")
+
+
 def _invalidate(parameters: Iterable[Any]) -> None:
     """Drop the copies within a node, from which ZeRO++ (hpZ) gathers weights."""
     for parameter in parameters:
@@ -282,25 +308,33 @@ def _invalidate(parameters: Iterable[Any]) -> None:
 
 def _stage(o: Any) -> _Whole:
     """How an optimizer keeps its masters. Told apart by attributes, as classes do not show it."""
-    if hasattr(o, "fp32_partitioned_groups_flat"):
+    if _has(o, _STAGE_3):
         return _Stage3(o.parameter_offload, o)
-    if hasattr(o, "partition_all_parameters"):  # DeepSpeedZeRoOffload, at stage 3 without optimizer
+    if _has(o, _OFFLOAD):  # DeepSpeedZeRoOffload, at stage 3 without optimizer
         return _Stage3(o)
-    if hasattr(o, "single_partition_of_fp32_groups"):  # stages 1 and 2
+    if _has(o, _STAGES_1_2):
         # Before DeepSpeed 0.19 there is no padding between parameters, and no such attribute.
         starts = getattr(o, "round_robin_bit16_offsets", None)
         masters, copies = o.single_partition_of_fp32_groups, o.bit16_groups_flat
         return _Flat(o.round_robin_bit16_groups, masters, copies, o.real_dp_process_group, starts)
-    if hasattr(o, "fp32_groups_flat_partition"):  # BF16_Optimizer, at stage 1
+    if _has(o, _BF16):  # BF16_Optimizer, at stage 1, and at stage 0 before DeepSpeed 0.18
         masters, copies = o.fp32_groups_flat_partition, o.bf16_groups_flat
         return _Flat(o.bf16_groups, masters, copies, o.real_dp_process_group)
-    if hasattr(o, "fp32_groups_flat"):  # FP16_Optimizer, at stage 0
+    if _has(o, _FUSED):  # FP16_Optimizer, at stage 0
         return _Flat(o.fp16_groups, o.fp32_groups_flat, o.fp16_groups_flat)
-    if hasattr(o, "fp32_groups"):  # FP16_UnfusedOptimizer, at stage 0
+    if _has(o, _UNFUSED):  # FP16_UnfusedOptimizer, at stage 0
         return _Whole([p for g in o.fp16_groups for p in g], [p for g in o.fp32_groups for p in g])
     if o is None or isinstance(o, torch.optim.Optimizer):
         return _Whole([], [])
     raise ValueError(f"DeepSpeed's {type(o).__name__} is not supported")
+
+
+def _has(optimizer: Any, names: str) -> bool:
+    """Whether an optimizer has the first of the attributes; RuntimeError if not the others too."""
+    if not hasattr(optimizer, names.split()[0]):
+        return False
+    require_names(optimizer, names, "deepspeed")
+    return True
 
 
 def _find_engine(model: nn.Module) -> Any:
@@ -309,6 +343,7 @@ def _find_engine(model: nn.Module) -> Any:
 
 
 def _refuse_unsupported(engine: Any) -> None:
+    require_names(engine, _ENGINE, "deepspeed")
     for attribute, what in _UNSUPPORTED.items():
         for holder in (engine, engine.optimizer):
             value = getattr(holder, attribute, False)
@@ -316,6 +351,14 @@ def _refuse_unsupported(engine: Any) -> None:
                 raise ValueError(f"DeepSpeed with {what} is not supported")
     if engine.mp_world_size > 1 or engine.autotp_size() > 1:
         raise ValueError("DeepSpeed with tensor parallelism is not supported")
+
+
+def _is_deepcompiled(engine: Any) -> bool:
+    """Whether DeepCompile is in use; before DeepSpeed 0.18, whether the config asks for it."""
+    for name in ("is_deepcompile_active", "is_deepcompile_enabled"):
+        if hasattr(engine, name):
+            return bool(getattr(engine, name)())
+    return False
 
 
 def _elements(parts: list[torch.Tensor], i: int, start: int, stop: int) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ Private names, checked in torch 2.8 to 2.15: `FSDPModule._get_fsdp_state`,
 `FSDPState._fsdp_param_groups` (`_fsdp_param_group` before 2.12), `FSDPParamGroup.fsdp_params`,
 `.wait_for_unshard`, `._to_sharded`, `FSDPParam._module_info`, `._orig_param_uid` (since 2.12;
 without it a tie that was cut apart is not noticed), `.sharded_param` and `._unsharded_param`,
-`DTensor._local_tensor`, `_StridedShard`.
+`DTensor._local_tensor`, `_StridedShard` and its `split_factor`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor import DTensor, Replicate, Shard, placement_types
 
 from dist_ema.core.engine import Cut, Engine, Registered, path_to_values, values_of
 from dist_ema.core.errors import require_names
@@ -46,6 +45,8 @@ class DTensorEngine(Engine):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        require_names(placement_types, "_StridedShard", "torch")
+        require_names(DTensor, "_local_tensor", "torch")
         self._fsdp_modules: list[Any] = [m for m in model.modules() if _is_fsdp2(m)]
         self._managed: dict[tuple[int, str], Any] = {
             key: fsdp_param
@@ -56,8 +57,10 @@ class DTensorEngine(Engine):
             if not _is_replaced(fsdp_param)
         }
         self._fsdp_params = list({id(p): p for p in self._managed.values()}.values())
-        paths = [(p, path_to_values(p.sharded_param, PRECOMPUTED)) for p in self._fsdp_params]
-        self._shards = [(p, attrgetter(f"sharded_param.{path}")) for p, path in paths if path]
+        self._shards: dict[str, list[dict[str, Any]]] = {}  # attributes of FSDPParams, by path
+        for fsdp_param in self._fsdp_params:
+            if path := path_to_values(fsdp_param.sharded_param, PRECOMPUTED):
+                self._shards.setdefault(path, []).append(vars(fsdp_param))
         self._warn_of_cut_ties()
         others = [
             r
@@ -74,8 +77,13 @@ class DTensorEngine(Engine):
         )
 
     def stamp(self) -> list[int]:
-        shards = [values(p).data_ptr() for p, values in self._shards]
-        return shards + self._others.addresses()
+        stamp = self._others.addresses()
+        for path, attributes in self._shards.items():
+            # One step for all shards, then the next: a core waits for several of them at once if
+            # they are not in its caches.
+            tensors = [*map(dict.get, attributes, itertools.repeat("sharded_param"))]
+            stamp += map(torch.Tensor.data_ptr, [*map(attrgetter(path), tensors)])
+        return stamp
 
     def process_groups(self) -> list[dist.ProcessGroup]:
         tensors = [p.sharded_param for p in self._fsdp_params]
@@ -166,6 +174,7 @@ def _param_groups(fsdp_module: Any) -> list[Any]:
         require_names(group, "fsdp_params wait_for_unshard _to_sharded", "torch")
         for fsdp_param in group.fsdp_params[:1]:
             require_names(fsdp_param, "_module_info sharded_param", "torch")
+            require_names(type(fsdp_param), "_unsharded_param", "torch")  # assigned later
     return groups
 
 
@@ -214,15 +223,17 @@ def _order_of_cuts(tensor: DTensor, dim: int) -> list[tuple[int, int]]:
     A part is a chunk of the dim; an axis with one part divides what the axes before it have left.
     """
     cuts: list[tuple[int, int]] = []
+    placement: Any
     for axis, placement in reversed(list(enumerate(tensor.placements))):
         if isinstance(placement, Replicate):
             continue
         # _StridedShard is a subclass of Shard until torch 2.9 only.
-        if not isinstance(placement, (Shard, _StridedShard)):
+        is_strided = isinstance(placement, placement_types._StridedShard)
+        if not (is_strided or isinstance(placement, Shard)):
             raise ValueError(f"placement {placement} holds partial values, not a part of a weight")
         if placement.dim != dim:
             continue
-        num_parts = int(getattr(placement, "split_factor", 1))
+        num_parts = int(placement.split_factor) if is_strided else 1
         if num_parts == math.prod(tensor.device_mesh.size(other) for other, _ in cuts):
             cuts.append((axis, 1))  # cuts the parts that the axes in `cuts` have made
         else:

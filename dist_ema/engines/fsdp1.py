@@ -11,7 +11,7 @@ A weight that is tied across two units without `use_orig_params` becomes two wei
 no trace of the tie, so that no warning is possible.
 
 Private names, checked in torch 2.8 to 2.15: `FullyShardedDataParallel._handle`, `._inter_node_pg`;
-of the handle `flat_param`, `process_group`, `uses_sharded_strategy`; of the flat parameter
+of the handle `flat_param`, `process_group`, `uses_sharded_strategy`; of `_flat_param.FlatParameter`
 `_local_shard`, `_full_param_padded`, `_full_prec_full_param_padded`, `_params`, `_param_infos`,
 `_shared_param_infos`, `_shard_param_infos`, `_shapes`, `_strides`, `_param_extensions`;
 `_runtime_utils._reshard`.
@@ -35,10 +35,13 @@ from dist_ema.core.names import Registration, is_instance, registrations
 from dist_ema.engines.plain import outdate
 
 _RUNTIME = "torch.distributed.fsdp._runtime_utils"
+_FLAT_PARAM = "torch.distributed.fsdp._flat_param"
 _HANDLE = "flat_param process_group uses_sharded_strategy"
 _FLAT_PARAMETER = (
     "_params _param_infos _shared_param_infos _shard_param_infos _shapes _strides _param_extensions"
 )
+# Assigned at the first forward pass.
+_ASSIGNED_LATER = "_local_shard _full_param_padded _full_prec_full_param_padded"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,9 +85,12 @@ class Fsdp1Engine(Engine):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._units: list[Any] = [m for m in model.modules() if _is_fsdp1(m) and m._handle]
-        self._handles = [unit._handle for unit in self._units]
+        units: list[Any] = [m for m in model.modules() if _is_fsdp1(m)]
+        require_names(units[0], "_handle", "torch")
         require_names(sys.modules[_RUNTIME], "_reshard", "torch")
+        require_names(sys.modules[_FLAT_PARAM].FlatParameter, _ASSIGNED_LATER, "torch")
+        self._units = [unit for unit in units if unit._handle]
+        self._handles = [unit._handle for unit in self._units]
         for handle in self._handles:
             require_names(handle, _HANDLE, "torch")
             require_names(handle.flat_param, _FLAT_PARAMETER, "torch")

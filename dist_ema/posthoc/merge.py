@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def merge(
         ValueError: an argument is out of range; a checkpoint is given twice; the result holds NaN
             or Inf; `out` is among the checkpoints. `out` is unchanged.
     """
-    dtype = dtype_named(dtype) if isinstance(dtype, str) else dtype
+    dtype = dtype_named(None if dtype is None else str(dtype).removeprefix("torch."))
     paths = expand(checkpoints, weights)
     factors = coefficients(weights, len(paths), normalize=normalize)
     bases = [] if base is None else [Path(base)]
@@ -169,10 +169,11 @@ def merge(
         )
 
         def write_values(writer: Writer) -> None:
-            for fqn, place in writer.plan.places.items():
-                for each in sources[fqn].ranges(place.dtype):
-                    writer.write_chunk(fqn, each.start, sums.compute(each)[0])
-                    advance(each.nbytes)
+            places = writer.plan.places.items()
+            ranges = chain.from_iterable(sources[fqn].ranges(place.dtype) for fqn, place in places)
+            for each, (total,) in sums.compute(ranges):
+                writer.write_chunk(each.fqn, each.start, total)
+                advance(each.nbytes)
 
         used = [term.checkpoint for source in sources.values() for term in source.terms]
         total = sum(term.nbytes for source in sources.values() for term in source.terms)
@@ -370,8 +371,9 @@ def _match(
         else:
             sources[name] = _sum(name, having, factors, is_averaged=having != [base])
     if problems:
-        hint = "" if base else "; base= (--base) names a checkpoint that has what others lack"
-        raise CheckpointError(listed(problems) + hint)
+        is_lacking = base is None and any(" is missing" in each for each in problems)
+        hint = "; base= (--base) names a checkpoint that has what others lack"
+        raise CheckpointError(listed(problems) + hint * is_lacking)
     for name, twin in twins.items():
         aliases[twin].append(name)
     tensors = []

@@ -12,6 +12,7 @@ loaded, and refused.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -116,9 +117,9 @@ def match_tensors(snapshot: Snapshot, like: Snapshot) -> dict[str, str]:
 
 def refuse_overlap(out: Path, checkpoints: Sequence[Path]) -> None:
     """Raise ValueError if a directory to write is, holds or is in a checkpoint that is read."""
-    place = target(out).resolve()
+    place = Path(os.path.realpath(target(out)))
     for path in checkpoints:
-        other = target(path).resolve()
+        other = Path(os.path.realpath(target(path)))
         if place.is_relative_to(other) or other.is_relative_to(place):
             raise ValueError(f"out {out} would be written over the checkpoint {path}")
 

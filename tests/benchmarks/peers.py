@@ -29,8 +29,8 @@ DECAY = 1 - WEIGHT
 ENGINES = ("ddp", "fsdp1", "fsdp2", "zero2", "zero3")
 PLAIN_NOTE = """\
 One process, no process group. Medians over interleaved rounds of one update's time over another's
-in the same round. *Floor*: `torch._foreach_lerp_` of tensors as many and as long. *Cold*: after a
-matmul, a write of 64 MB and a pause of 3 ms, as in a training step; others are hot."""
+in the same round. *Floor*: `torch._foreach_lerp_` of the weights and clones of them. *Cold*: after
+a matmul, a write of 64 MB and a pause of 3 ms, as in a training step; others are hot."""
 ENGINES_NOTE = """\
 All ranks at once; ratios as above, on rank 0. *Averaged*: elements kept over all ranks together,
 over the elements of the model: 1 is one copy in all, the number of ranks a copy each, less than 1
@@ -148,7 +148,7 @@ def run(device: str, sizes: Sizes) -> list[Table]:
 def plain_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
     model = wrap(engine, shapes, here)
     ways = {"dist_ema": dist_ema(model)} | {n: build(model) for n, build in LIBRARIES.items()}
-    acts = {"floor": floor(shapes.numels, here.device)}
+    acts = {"floor": floor(list(model.parameters()))}
     acts |= {name: way.update for name, way in ways.items()}
     taken, cold = hot_and_cold(acts, here.device, rounds=rounds)
     return [

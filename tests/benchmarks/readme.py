@@ -84,10 +84,10 @@ def tables(found: Tables, where: str) -> str:
         f"Machine: {where}.",
         "## Update",
         _text(
-            "Time of an update over `torch._foreach_lerp_` of the same number of fp32 tensors of "
-            "the same size, all ranks at once. For bf16 weights the reference reads and writes the "
-            "same number of bytes. *hot / cold*: one call after the other, and after a matrix "
-            "product and a pause, as in a training step."
+            "Time of an update over `torch._foreach_lerp_` of the rank's weights and clones of "
+            "them, all ranks at once. For bf16 weights the reference reads and writes the same "
+            "number of bytes in fp32 tensors. *hot / cold*: one call after the other, and after a "
+            "matrix product and a pause, as in a training step."
         ),
         _update(found["update/update"]),
         _text(

@@ -111,10 +111,6 @@ def about(directory: Path, suite: str) -> dict[str, Any] | None:
     return None if told is None else told["environment"]
 
 
-def megabytes(nbytes: float) -> float:
-    return round(nbytes / 1e6, 3)
-
-
 def _told(directory: Path, suite: str) -> dict[str, Any] | None:
     path = directory / f"{suite}.json"
     return json.loads(path.read_text()) if path.exists() else None

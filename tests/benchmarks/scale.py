@@ -48,8 +48,6 @@ On rank 0, one core, the network and the data not counted, of a model with fewer
 grow with the boxes, of which all layers have as many more. *Peak*: resident memory beyond what was
 held before. *Made*: the manifest, put together and written as JSON; *parsed*: read and checked, as
 every rank does when it loads."""
-DATA_NOTE = """\
-Bytes of averages that move, computed from what ranks own; the update itself moves none."""
 TENSOR_BYTES = 1024  # of the objects behind a view, which tracemalloc does not see: at most
 
 
@@ -219,7 +217,6 @@ def run(device: str, sizes: Sizes) -> list[Table]:
     """Simulated on the CPU, whatever the device."""
     built = Table("construction", "Building the average", CONSTRUCTION_NOTE)
     on_rank0 = Table("rank0", "What rank 0 is told", RANK0_NOTE)
-    moved = Table("data", "What moves", DATA_NOTE)
     replicated = sizes.num_replicas, sizes.num_shards // sizes.num_replicas
     meshes = {
         f"FSDP2 {sizes.num_shards}": (1, sizes.num_shards),
@@ -230,8 +227,7 @@ def run(device: str, sizes: Sizes) -> list[Table]:
         built.rows.append({"mesh": name} | alone(construction, sizes.decoder, *mesh, 0))
         few = replace(sizes.decoder, layers=sizes.layers)
         on_rank0.rows.append({"mesh": name} | alone(planning, few, *mesh))
-        moved.rows.append({"mesh": name} | data(world_of(sizes.decoder, *mesh)))
-    return [built, on_rank0, moved]
+    return [built, on_rank0]
 
 
 def construction(config: Config, num_replicas: int, num_shards: int, rank: int) -> Row:
@@ -260,16 +256,4 @@ def planning(config: Config, num_replicas: int, num_shards: int) -> Row:
         "boxes": saved.pop("boxes"),
         **gathered,
         **saved,
-    }
-
-
-def data(world: World) -> Row:
-    """A row of the averaged bytes that move, by what each rank owns."""
-    owned = [sum(meta.numel for meta in world.owned(rank)) for rank in range(world.size)]
-    return {
-        "save: GB to disk, of a rank": 4 * max(owned) / 1e9,
-        "gather fp32: GB to rank 0": 4 * (world.numel - owned[0]) / 1e9,
-        "gather fp32: GB from a rank": 4 * max(owned[1:]) / 1e9,
-        "export bf16 through rank 0: GB to rank 0": 2 * (world.numel - owned[0]) / 1e9,
-        "export bf16 direct: GB to disk, of a rank": 2 * max(owned) / 1e9,
     }

@@ -21,16 +21,15 @@ WEIGHT = 1e-4
 ENGINES = ("plain", "fsdp1", "fsdp2", "zero2", "zero3")
 NOTE = """\
 Medians over interleaved rounds of one update's time over another's in the same round, on rank 0
-while the other ranks do the same, as after a training step. *Floor*: `torch._foreach_lerp_` of fp32
-tensors as many and as long as what the rank averages; where the live weights are bf16, tensors of
-10/12 of the length, since 12 bytes are moved for an fp32 weight and 10 for a bf16 one. *Flat*: the
-same elements in one tensor. *Compiled*: the floor's rival for bf16, one pass that `torch.compile`
-makes of the update of all elements in one tensor, over the floor. *Two*: two averages over one.
-*Overhead*: update less floor. *Cold*: each sample is one call after a matmul, a write of 64 MB and
-a pause of 3 ms, as in a training step; all others are hot, call after call. *Of HBM*: bytes a
-second of the update over the bandwidth of the device's memory by its clock and bus width (GPUs
-only); *copy of HBM*: the same of a copy within the device of as many bytes, which is what can be
-reached."""
+while the other ranks do the same, as after a training step. *Floor*: `torch._foreach_lerp_` of the
+tensors that the rank averages and clones of them; where the live weights are bf16, of fp32 tensors
+of 10/12 of the length, since 12 bytes are moved for an fp32 weight and 10 for a bf16 one.
+*Compiled*: the floor's rival for bf16, one pass that `torch.compile` makes of the update of all
+elements in one tensor, over the floor. *Two*: two averages over one. *Cold*: each sample is one
+call after a matmul, a write of 64 MB and a pause of 3 ms, as in a training step; all others are
+hot, call after call. *Of HBM*: bytes a second of the update over the bandwidth of the device's
+memory by its clock and bus width (GPUs only); *copy of HBM*: the same of a copy within the device
+of as many bytes, which is what can be reached."""
 RANKS_NOTE = """\
 *Bytes*: the most that a rank holds for its average, over one fp32 copy of the model. *Time*: the
 slowest rank's update over `torch._foreach_lerp_` of the whole model in the same process on as many
@@ -53,18 +52,19 @@ def case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
     model = wrap(engine, shapes, here)
     one = ShardedEMA(model, 1 - WEIGHT)
     two = ShardedEMA(model, {"fast": 0.99, "slow": 1 - WEIGHT})
-    pieces = one._average.plan.fragments
+    lives = [fragment.view for fragment in one._average.plan.fragments]
     narrow = shapes.dtype.itemsize < 4
-    counts = [p.view.numel() for p in pieces]
-    numels = [count * (10 if narrow else 12) // 12 for count in counts]
+    count = sum(live.numel() for live in lives)
+    if narrow:
+        lives = [torch.ones(live.numel() * 10 // 12, device=here.device) for live in lives]
+    numels = [live.numel() for live in lives]
     acts = {
-        "floor": floor(numels, here.device),
+        "floor": floor(lives),
         "update": updater(one, model),
-        "flat": floor([sum(numels)], here.device),
         "two": updater(two, model),
     }
     if narrow and here.size == 1 and any(map(shutil.which, ("c++", "g++", "gcc", "clang"))):
-        acts["compiled"] = compiled(sum(counts), shapes.dtype, here.device)
+        acts["compiled"] = compiled(count, shapes.dtype, here.device)
     peak = peak_bandwidth(here.device)
     if peak is not None:
         acts["copy"] = copy(6 * sum(numels), here.device)
@@ -78,11 +78,9 @@ def case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
         "MB moved": round(12 * sum(numels) / 1e6, 1),
         "update/floor": ratio(taken, "update", "floor"),
         "update/floor cold": ratio(cold, "update", "floor"),
-        "update/flat": ratio(taken, "update", "flat"),
         "two": ratio(taken, "two", "update"),
         "floor us": seconds["floor"] * 1e6,
         "update us": seconds["update"] * 1e6,
-        "overhead us": (seconds["update"] - seconds["floor"]) * 1e6,
         "floor us cold": cold_seconds["floor"] * 1e6,
         "update us cold": cold_seconds["update"] * 1e6,
         "GB/s": 12 * sum(numels) / seconds["update"] / 1e9,
@@ -96,10 +94,11 @@ def case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
     return [row]
 
 
-def floor(numels: Sequence[int], device: torch.device) -> Callable[[], object]:
-    """The least that an update of tensors of these lengths can be."""
-    averages = [torch.zeros(n, device=device) for n in numels]
-    lives = [torch.ones(n, device=device) for n in numels]
+@torch.no_grad()
+def floor(lives: Sequence[torch.Tensor]) -> Callable[[], object]:
+    """The least that an update of these tensors can be: they lie where the model has them."""
+    lives = [live.detach() for live in lives]
+    averages = [live.clone() for live in lives]
     return lambda: torch._foreach_lerp_(averages, lives, WEIGHT)
 
 
@@ -160,7 +159,7 @@ def ranks_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> dict[str
     found: dict[str, Any] = {}
     for _ in here.turns():
         acts = {
-            "whole": floor(shapes.numels, here.device),
+            "whole": floor([torch.ones(n, device=here.device) for n in shapes.numels]),
             "update": updater(ema, model),
         }
         taken = interleaved(acts, here.device, rounds=rounds)
