@@ -253,7 +253,7 @@ def test_what_a_wrapper_holds_beside_the_weight_is_refused_by_name():
         ShardedEMA(model)
 
 
-@worlds("fsdp2_ep", "fsdp2_ep_columns")
+@worlds("fsdp2_ep-2", "fsdp2_ep_columns")
 def test_the_biases_of_experts_are_averaged_beside_them(world: World, tmp_path: Path):
     net = world.make_net()
     for block in net.blocks:

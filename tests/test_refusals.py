@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_ema import ShardedEMA, Warmup
 from dist_ema.options import ATTRIBUTES
-from tests.grid import WORLDS, rows
+from tests.grid import rows
 from tests.net import Net
 from tests.runs import live_state, make_ema, same, start
 from tests.worlds import World, rank, worlds
@@ -165,7 +165,7 @@ def test_a_bad_value_or_another_on_one_rank_is_refused_on_every_rank(world: Worl
     check_usable(world, training)
 
 
-@rows(WORLDS, *"fsdp2_reshard hsdp fsdp2_tp full full_flat z1 z2_bf16 z3 z3_bf16".split())
+@rows(*"fsdp2 hsdp fsdp2_tp full full_flat z1 z2_bf16 z3 z3_bf16".split())
 def test_an_average_built_before_the_model_is_wrapped_raises_at_the_first_update(world: World):
     net = world.make_net()
     ema = ShardedEMA(net, 0.5)
@@ -177,7 +177,7 @@ def test_an_average_built_before_the_model_is_wrapped_raises_at_the_first_update
     assert (ema.step, ema.num_updates) == (0, 0)
 
 
-@rows(WORLDS, "plain", "ddp_bf16", "fsdp2_reshard", "hsdp", "fsdp2_tp", "full", "full_flat")
+@rows("plain", "ddp", "fsdp2", "hsdp", "fsdp2_tp", "full", "full_flat")
 def test_a_weight_that_thaws_is_refused_and_one_that_freezes_is_averaged_on(world: World):
     run = start(world).train(2)
     before, frozen = run.ema.gather_state_dict(), run.training.net.frozen
