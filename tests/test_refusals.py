@@ -45,6 +45,29 @@ def test_what_is_not_a_module_is_refused(world: World, kind: str):
     check_usable(world, training)
 
 
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        ({"unet": [nn.Linear(2, 2)]}, r"a dict, .*; model\['unet'\] is a list"),
+        ([nn.Linear(2, 2), "x"], r"a list, .*; model\[1\] is a str"),
+    ],
+)
+def test_the_item_that_is_not_a_module_is_named(model, match: str):
+    with pytest.raises(TypeError, match=match):
+        ShardedEMA(model)
+
+
+def test_what_has_no_storage_yet_is_named():
+    with pytest.raises(ValueError, match=r"0\.weight: no storage yet; materialize the model"):
+        ShardedEMA(nn.Sequential(nn.LazyLinear(3)))
+
+
+@pytest.mark.parametrize("device", ["gpu", 1.5])
+def test_what_is_not_a_device_is_refused(device):
+    with pytest.raises(ValueError, match=f"device is {device!r}, wanted 'cpu', or None"):
+        ShardedEMA(nn.Linear(2, 2), device=device)
+
+
 @pytest.mark.ranks(0, 2)
 def test_parameters_in_place_of_the_model_say_how_users_of_others_move_over():
     net = Net()
@@ -354,3 +377,16 @@ def test_a_quantized_frozen_weight_costs_nothing_and_is_refused_where_it_is_read
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"base\.weight.*Quantized.*params="):
         ShardedEMA(model, 0.5, params="all")
+
+
+@pytest.mark.ranks(0, 2)
+@pytest.mark.parametrize("call", ["save", "load", "export"])
+def test_a_path_that_is_none_is_refused_on_every_rank(tmp_path: Path, call: str):
+    ema = ShardedEMA(nn.Linear(2, 2), 0.5)
+    for wrong in (None, 3):
+        with pytest.raises(TypeError, match=rf"path is {wrong}, wanted a str or Path"):
+            getattr(ema, call)(wrong)
+    if dist.is_initialized():
+        with pytest.raises(TypeError, match="rank 1: path is None, wanted a str or Path"):
+            getattr(ema, call)(tmp_path / "x" if rank() == 0 else None)
+    assert not list(tmp_path.iterdir())

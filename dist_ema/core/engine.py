@@ -123,7 +123,8 @@ class Engine(ABC):
             # Names in the state dict, if there are any, and those of a parameter first.
             names = sorted([r for r in names if r.persistent] or names, key=lambda r: r.is_buffer)
             first = names[0]
-            shape, problem = tuple(tensor.shape), _problem(tensor, self.precomputed_names)
+            shape = () if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
+            problem = _problem(tensor, self.precomputed_names)
             fragments: Sequence[Fragment] = ()
             if problem is None:
                 try:
@@ -428,7 +429,8 @@ class Registered:
         self, registered: Iterable[Registration], precomputed: Set[str] = frozenset()
     ) -> None:
         paths = {r: path_to_values(r.tensor, precomputed) for r in registered}
-        plain = [r for r, path in paths.items() if path == ""]
+        strided = torch.strided  # others, such as sparse ones, have no address
+        plain = [r for r, path in paths.items() if path == "" and r.tensor.layout == strided]
         self._registries = [r.registry for r in plain]
         self._names = [r.name for r in plain]
         self._others = [(r, attrgetter(path)) for r, path in paths.items() if path]
