@@ -32,7 +32,7 @@ ROOMS = [
 
 FOREIGN = {"deepspeed", "accelerate", "transformers", "diffusers", "peft", "lightning"}
 FILES = sorted(ROOT.rglob("*.py"))
-MAX_FILES, MAX_LINES = 54, 14_050
+MAX_FILES, MAX_LINES = 54, 14_090
 
 
 def module_name(path: Path) -> str:
