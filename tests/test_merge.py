@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +135,10 @@ def test_weights_emulate_the_decay_of_a_learning_rate(n: int):
             assert math.fsum(found[i:]) == pytest.approx(curve(i / n), abs=1e-12)
     assert coefficients("uniform", n) == pytest.approx(coefficients("linear", n))
     assert coefficients("1-sqrt", n) == sorted(coefficients("1-sqrt", n), reverse=True)
-    average, rng = 0.0, random.Random(n)
+    rng = random.Random(n)
     values = [rng.random() for _ in range(n)]
-    average = values[0]
-    for value in values[1:]:
-        average = 0.9 * average + 0.1 * value
-    found = coefficients("ema:0.9", n)
-    assert math.fsum(f * v for f, v in zip(found, values, strict=True)) == pytest.approx(average)
+    average = reduce(lambda average, value: 0.9 * average + 0.1 * value, values)
+    assert np.dot(coefficients("ema:0.9", n), values) == pytest.approx(average)
 
 
 def test_numbers_are_weights_and_what_is_none_is_refused():
@@ -305,19 +304,6 @@ def test_sums_are_rounded_once(dtype: torch.dtype, tmp_path: Path):
         found = written(tmp_path / "out")
         assert found["cube"].dtype == other and found["table"].dtype == torch.int32
         assert_close(found, wanted)
-
-
-def test_bf16_is_merged_better_than_in_bf16(tmp_path: Path):
-    states = [{"w": torch.randn(5000).bfloat16()} for _ in range(20)]
-    paths = [write_plain(tmp_path / f"{i}", state) for i, state in enumerate(states)]
-    exact = torch.from_numpy(numpy_sum(states, [1 / 20] * 20)["w"])
-    merge(paths, tmp_path / "out")
-    found = written(tmp_path / "out")["w"]
-    in_bf16 = torch.zeros(5000).bfloat16()
-    for state in states:
-        in_bf16 += state["w"] * (1 / 20)
-    assert found.dtype == torch.bfloat16
-    assert (found - exact).abs().mean() < (in_bf16 - exact).abs().mean() / 3
 
 
 def test_memory_does_not_grow_with_the_model_or_the_number(tmp_path: Path):
@@ -518,11 +504,11 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(tmp_path: Path):
     file = next(path.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-3])
     refused(path, "it is cut short")
-    refused(first, "is the same as", ValueError)
+    refused(first, "is the same checkpoint as", ValueError)
     with pytest.raises(ValueError, match="dtype is 'int64', wanted a floating one"):
         merge([first, base], tmp_path / "out", dtype=torch.int64)
     os.symlink(first, tmp_path / "again")
-    refused(tmp_path / "again", "is the same as", ValueError)
+    refused(tmp_path / "again", "is the same checkpoint as", ValueError)
     refused(tmp_path / "out", "would be written over", ValueError)
     refused(tmp_path / "absent", "No such file")
     (tmp_path / "zero").mkdir()
@@ -574,20 +560,19 @@ class Hostile:
 def test_nothing_in_a_pickle_is_executed(tmp_path: Path):
     path, marker = write_dcp(tmp_path / "a", {"w": torch.ones(3)}), tmp_path / "marker"
     good = pickle.loads((path / ".metadata").read_bytes())
-    call = pickle.dumps(Hostile(marker), protocol=4)
-    forged = [call, pickle.dumps([Hostile(marker)], protocol=0)]
+    forged = [pickle.dumps(Hostile(marker), 4), pickle.dumps([Hostile(marker)], 0)]
     for place in ("planner_data", "storage_meta", "storage_data", "state_dict_metadata"):
-        metadata = pickle.loads((path / ".metadata").read_bytes())
-        value = getattr(metadata, place)
-        setattr(metadata, place, {**value, "x": Hostile(marker)} if isinstance(value, dict)
-                else Hostile(marker))  # fmt: skip
-        forged.append(pickle.dumps(metadata, protocol=4))
-    for name in ("eval", "getattr", "__import__", "exec"):
-        forged.append(b"\x80\x04" + f"c__builtin__\n{name}\n(Vx\ntR.".encode())
-        forged.append(b"\x80\x04" + f"cbuiltins\n{name}\n(Vx\ntR.".encode())
-    forged.append(b"cposix\nsystem\n(Vtouch " + str(marker).encode() + b"\ntR.")
-    forged.append(b"\x80\x04cio\nopen\n(V" + str(marker).encode() + b"\nVw\ntR.")
-    forged.append(b"\x80\x04ctorch\nload\n(V" + str(marker).encode() + b"\ntR.")
+        value = getattr(good, place)
+        hostile = {**value, "x": Hostile(marker)} if isinstance(value, dict) else Hostile(marker)
+        forged.append(pickle.dumps(dataclasses.replace(good, **{place: hostile}), 4))
+    calls = [
+        f"{module}\n{name}\n(Vx\ntR."
+        for module in ("__builtin__", "builtins")
+        for name in ("eval", "getattr", "__import__", "exec")
+    ]
+    calls += [f"posix\nsystem\n(Vtouch {marker}\ntR.", f"io\nopen\n(V{marker}\nVw\ntR."]
+    calls += [f"torch\nload\n(V{marker}\ntR."]
+    forged += [b"\x80\x04c" + call.encode() for call in calls]
     for data in forged:
         (path / ".metadata").write_bytes(data)
         with pytest.raises(CheckpointError, match="none of the classes"):

@@ -122,21 +122,16 @@ COUNTING = [
 
 
 @pytest.mark.parametrize("options", COUNTING, ids=str)
-def test_a_stored_width_comes_back_in_the_same_bits(tmp_path: Path, options: dict[str, int]):
-    paths, kept = kept_run(tmp_path / "run", [50, 100, 151], [NARROW, WIDE], **options)
-    for schedule, ema in zip((NARROW, WIDE), kept, strict=True):
+def test_what_is_synthesized_is_what_was_kept(tmp_path: Path, options: dict[str, int]):
+    """A width that was stored has the same bits; others come closer with more checkpoints."""
+    wanted = [*KEPT.values(), *OTHERS]
+    paths, kept = kept_run(tmp_path / "run", evenly(320, 16), wanted, **options)
+    for schedule, ema in zip(KEPT.values(), kept, strict=False):
         made = synthesize(paths, sigma_rel=schedule.sigma_rel, out=tmp_path / "out")
-        assert (made.residual, made.step, made.problem) == (0.0, 151, None)
+        assert (made.residual, made.step, made.problem) == (0.0, 320, None)
         back = loaded(tmp_path / "out", schedule, **options)
         torch.testing.assert_close(flat(back), flat(ema), **EXACT)
-
-
-@pytest.mark.parametrize("options", COUNTING, ids=str)
-def test_a_width_that_was_not_stored_is_the_one_that_was_kept(
-    tmp_path: Path, options: dict[str, int]
-):
-    paths, kept = kept_run(tmp_path / "run", evenly(320, 16), OTHERS, **options)
-    for schedule, ema in zip(OTHERS, kept, strict=True):
+    for schedule, ema in zip(OTHERS, kept[2:], strict=True):
         errors = []
         for num in (4, 8, 16):
             with warnings.catch_warnings():
@@ -215,6 +210,10 @@ def made_up(
     }
     save(path, averages, tensors, state_at(step, schedules) | changes, ranks)
     return path
+
+
+def some(root: Path, *steps: int, **options: Any) -> list[Path]:
+    return [made_up(root / f"a-{step}", step, **options) for step in steps]
 
 
 def values_at(step: int, number: int, tensors=TENSORS) -> dict[str, Tensor]:
@@ -425,6 +424,14 @@ def nothing_written(tmp_path: Path) -> bool:
     return not [name for name in beside(tmp_path / "x") if "out" in name]
 
 
+def refused(paths: Sequence[Path], match: str, **options: Any) -> str:
+    out = paths[0].parent / "out"
+    with pytest.raises(CheckpointError, match=match) as caught:
+        synthesize(paths, **({"sigma_rel": 0.07, "out": out} | options))
+    assert nothing_written(out.parent)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -442,43 +449,27 @@ def nothing_written(tmp_path: Path) -> bool:
     ids=str,
 )
 def test_counters_that_do_not_fit_are_refused(tmp_path: Path, changes: dict[str, Any], told: str):
-    good = made_up(tmp_path / "a-10", 10)
     bad = made_up(tmp_path / "a-30", 30, **changes)
-    with pytest.raises(CheckpointError, match=told) as caught:
-        synthesize([good, bad], sigma_rel=0.07, out=tmp_path / "out")
-    assert str(bad) in str(caught.value)
-    assert nothing_written(tmp_path)
+    assert str(bad) in refused([*some(tmp_path, 10), bad], told)
 
 
 def test_averages_of_another_run_are_refused(tmp_path: Path):
-    good = made_up(tmp_path / "a-10", 10)
-    state = state_at(40)
-    for average in state["averages"].values():
-        average["decay"] = PowerFunction(**_gamma(average))(20, 1)
-    later = made_up(tmp_path / "a-40", 40, averages=state["averages"], start_step=20)
-    with pytest.raises(CheckpointError, match=r"start_step=20, and .* has 0; they are not of one"):
-        synthesize([good, later], sigma_rel=0.07, out=tmp_path / "out")
+    good = some(tmp_path, 10)
+    averages = state_at(40)["averages"]
+    for name, schedule in KEPT.items():
+        averages[name]["decay"] = schedule(20, 1)
+    later = made_up(tmp_path / "a-40", 40, averages=averages, start_step=20)
+    refused([*good, later], "start_step=20, and .* has 0; they are not of one")
     changed = {"narrow": NARROW, "wide": PowerFunction(sigma_rel=0.12)}
     other = made_up(tmp_path / "a-20", 20, schedules=changed)
-    with pytest.raises(CheckpointError, match="or the schedule was changed during it"):
-        synthesize([good, other], sigma_rel=0.07, out=tmp_path / "out")
-    assert nothing_written(tmp_path)
-
-
-def _gamma(average: dict[str, Any]) -> dict[str, float]:
-    return {"gamma": average["schedule"]["gamma"]}
+    refused([*good, other], "or the schedule was changed during it")
 
 
 def test_a_checkpoint_without_a_power_function_is_refused(tmp_path: Path):
-    good = made_up(tmp_path / "a-10", 10)
     halves = {"half": HalfLife(100)}
     bad = made_up(tmp_path / "a-20", 20, schedules=halves)
-    with pytest.raises(CheckpointError, match=r"no average with a Power.*'half' with Half"):
-        synthesize([good, bad], sigma_rel=0.07, out=tmp_path / "out")
-    assert nothing_written(tmp_path)
-    beside_others = [
-        made_up(tmp_path / f"b-{step}", step, schedules={**KEPT, **halves}) for step in (10, 20)
-    ]
+    refused([*some(tmp_path, 10), bad], "no average with a Power.*'half' with Half")
+    beside_others = some(tmp_path, 10, 20, schedules={**KEPT, **halves})
     made = synthesize(beside_others, sigma_rel=0.07, out=tmp_path / "out")
     assert {name for _, name in made.coefficients} == set(KEPT)
     check_sum(made)
@@ -493,15 +484,10 @@ def test_another_model_is_refused_by_name(tmp_path: Path):
         for t in infos(shapes)
     ]
     bad = made_up(tmp_path / "a-10", 10, tensors)
-    with pytest.raises(CheckpointError) as caught:
-        synthesize([good, bad], sigma_rel=0.07, out=tmp_path / "out")
-    told = str(caught.value)
-    assert f"{bad} ('wide'): is of another model than {good} ('wide')" in told or str(bad) in told
+    told = refused([good, bad], rf"{bad} \(.*\): is of another model than {good} \(")
     assert "bias has shape (3,), wanted (1,)" in told
     assert "norm.weight has dtype F64, wanted F32" in told
-    assert "cube is missing" in told
-    assert "extra is unexpected" in told
-    assert nothing_written(tmp_path)
+    assert "cube is missing" in told and "extra is unexpected" in told
 
 
 def test_a_tied_weight_is_found_under_its_other_name(tmp_path: Path):
@@ -515,15 +501,13 @@ def test_a_tied_weight_is_found_under_its_other_name(tmp_path: Path):
 
 
 def test_a_synthesized_average_is_no_snapshot(tmp_path: Path):
-    paths = [made_up(tmp_path / f"a-{step}", step) for step in (10, 20)]
+    paths = some(tmp_path, 10, 20)
     synthesize(paths, sigma_rel=0.08, out=tmp_path / "b-20")
-    with pytest.raises(CheckpointError, match="b-20: was synthesized"):
-        synthesize([*paths, tmp_path / "b-20"], sigma_rel=0.07, out=tmp_path / "out")
-    assert nothing_written(tmp_path)
+    refused([*paths, tmp_path / "b-20"], "b-20: was synthesized")
 
 
 def test_arguments_that_make_no_sense_are_refused(tmp_path: Path):
-    paths = [made_up(tmp_path / f"a-{step}", step) for step in (10, 20, 30)]
+    paths = some(tmp_path, 10, 20, 30)
     shutil.copytree(paths[0], tmp_path / "copy")
     again = made_up(tmp_path / "again", 20)
     out: dict[str, Any] = {"out": tmp_path / "out"}
@@ -532,6 +516,7 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path: Path):
         (paths, {"gamma": 2.0, "sigma_rel": 0.1}, "exactly one of gamma and sigma_rel"),
         (paths, {"sigma_rel": 0.31}, "at most 0.30028"),
         (paths, {"gamma": -1}, "above -1"),
+        (paths, {"gamma": 1e8}, r"gamma is 1e\+08"),
         (paths, {"gamma": [1.0, 2.0]}, "must be a number"),
         (paths, {"gamma": 2, "step": 15}, "no checkpoint is of step 15; there are steps 10, 20"),
         (paths, {"gamma": 2, "step": 20}, r"a-30: later than the wanted step 20"),
@@ -555,30 +540,19 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path: Path):
 
 
 def test_damage_is_refused_and_what_was_there_stays(tmp_path: Path):
-    paths = [made_up(tmp_path / f"a-{step}", step) for step in (10, 20, 30)]
+    paths = some(tmp_path, 10, 20, 30)
     synthesize(paths, sigma_rel=0.07, out=tmp_path / "out")
     before = read(tmp_path / "out")
     shard = next((paths[1] / "wide").glob("shard-*"))
     intact = shard.read_bytes()
 
-    def cut_short() -> str:
-        shard.write_bytes(intact[:-5])
-        return "the file is cut short, in or before tensor"
-
-    def altered() -> str:
-        shard.write_bytes(intact[:-5] + b"\x55" + intact[-4:])
-        return "tensor .* is altered"
-
-    def altered_header() -> str:
-        shard.write_bytes(intact[:20] + b"\x55" + intact[21:])
-        return "the header is altered"
-
-    def lost() -> str:
-        shard.unlink()
-        return "No such file"
-
-    for damage in (cut_short, altered, altered_header, lost):
-        told = damage()
+    for data, told in [
+        (intact[:-5], "the file is cut short, in or before tensor"),
+        (intact[:-5] + b"\x55" + intact[-4:], "tensor .* is altered"),
+        (intact[:20] + b"\x55" + intact[21:], "the header is altered"),
+        (None, "No such file"),
+    ]:
+        shard.unlink() if data is None else shard.write_bytes(data)
         with pytest.raises(CheckpointError, match=told) as caught:
             synthesize(paths, sigma_rel=0.09, out=tmp_path / "out")
         assert str(shard) in str(caught.value)
@@ -607,13 +581,11 @@ def test_a_sum_that_is_not_finite_is_refused_by_name(tmp_path: Path):
         paths.append(tmp_path / f"a-{step}")
         save(paths[-1], averages, tensors, state_at(step), Group.alone())
     synthesize(paths, sigma_rel=0.07, out=tmp_path / "between")
-    with pytest.raises(CheckpointError, match="NaN or Inf in cube;"):
-        synthesize(paths, sigma_rel=0.04, out=tmp_path / "out")
-    assert nothing_written(tmp_path)
+    refused(paths, "NaN or Inf in cube;", sigma_rel=0.04)
 
 
 def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path):
-    paths = [made_up(tmp_path / f"a-{step}", step) for step in (10, 20)]
+    paths = some(tmp_path, 10, 20)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
     with pytest.raises(CheckpointError, match="exists and is no checkpoint"):
@@ -707,19 +679,13 @@ def test_the_command_tells_what_is_wrong(paths: list[Path], tmp_path: Path, caps
     assert err.startswith(f"dist-ema: {out}: the profile of sigma_rel=0.25 at step 320 fits badly")
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "0.1", "0.1:0.2", "0.1:0.2:0", "0.1:0.2:-1", "a:b:c", "nan:1:1", "0.1:inf:0.1", "0:9:1"],
-)
-def test_a_range_that_makes_no_sense_is_refused(text: str):
-    with pytest.raises(ValueError, match=r"--sweep|sigma_rel must be"):
-        parse_widths(Path("x"), None, None, text)
-
-
-def test_a_range_ends_where_it_says():
+def test_ranges_of_widths():
     found = parse_widths(Path("x"), None, None, "0.05:0.10:0.03")
     assert list(found) == [Path("x") / f"sigma_rel-{s}" for s in ("0.05", "0.08")]
     assert found[Path("x/sigma_rel-0.05")] == NARROW
+    for text in "|0.1|0.1:0.2|0.1:0.2:0|0.1:0.2:-1|a:b:c|nan:1:1|0.1:inf:0.1|0:9:1".split("|"):
+        with pytest.raises(ValueError, match=r"--sweep|sigma_rel must be"):
+            parse_widths(Path("x"), None, None, text)
 
 
 def test_the_result_exports_like_any_other(tmp_path: Path):
@@ -760,15 +726,8 @@ def test_an_average_that_its_schedule_did_not_make_alone_is_refused(tmp_path: Pa
         )
 
 
-def test_a_profile_too_narrow_for_the_fit_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="gamma is 1e"):
-        synthesize([tmp_path / "none"], gamma=1e8, out=tmp_path / "out")
-
-
 def test_a_result_in_the_place_of_several_averages_leaves_none_of_them(tmp_path: Path):
-    model = nn.Linear(3, 2)
-    several = {"narrow": PowerFunction(sigma_rel=0.05), "wide": PowerFunction(sigma_rel=0.1)}
-    ema = ShardedEMA(model, several)
+    ema = ShardedEMA(nn.Linear(3, 2), KEPT)
     ema.update()
     for path in ("kept", "place"):
         ema.save(tmp_path / path)
@@ -777,5 +736,4 @@ def test_a_result_in_the_place_of_several_averages_leaves_none_of_them(tmp_path:
         synthesize([tmp_path / "kept"], sigma_rel=0.05, out=tmp_path / "place")
     (tmp_path / "place" / "notes").rmdir()
     synthesize([tmp_path / "kept"], sigma_rel=0.05, out=tmp_path / "place")
-    names = {entry.name for entry in (tmp_path / "place").iterdir()}
-    assert {"narrow", "wide"} & names == set()
+    assert not any((tmp_path / "place" / name).exists() for name in KEPT)

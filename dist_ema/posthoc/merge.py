@@ -37,7 +37,7 @@ from dist_ema.export.layouts import ModelLayout
 from dist_ema.export.offline import Source, dtype_named, models_of, name_in_files
 from dist_ema.options import MERGE_WEIGHTS, no_pickles
 from dist_ema.posthoc.combine import Range, Term, WeightedSums
-from dist_ema.posthoc.snapshots import refuse_overlap
+from dist_ema.posthoc.snapshots import refuse_duplicates, refuse_overlap
 
 _RANGE = 1 << 20  # elements that are summed at a time, a block of fp32
 _TOLERANCE = 1e-6  # of the sum of given weights
@@ -142,7 +142,7 @@ def merge(
         buffer = bytearray(max(each.checkpoint.manifest.block_bytes for each in inputs))
         for each in inputs:
             each.checkpoint.buffer = buffer
-        _refuse_duplicates(inputs)
+        refuse_duplicates((each.path, each.checkpoint) for each in inputs)
         base_input = inputs.pop() if bases else None
         tensors, sources = _match(inputs, base_input, factors, dtype)
         searched = [each.path if each.path.is_dir() else each.path.parent for each in inputs]
@@ -335,14 +335,6 @@ class _Sum:
             boxes = flat_boxes(self.meta.shape, start, stop)
             yield Range(self.meta.fqn, start, self.terms, boxes, dtype)
             start = stop
-
-
-def _refuse_duplicates(inputs: Sequence[_Input]) -> None:
-    seen: dict[object, _Input] = {}
-    for each in inputs:
-        for key in (os.path.realpath(each.path), each.checkpoint.manifest.id):
-            if key and seen.setdefault(key, each) is not each:
-                raise ValueError(f"{each.path}: is the same as {seen[key].path}; give it once")
 
 
 def _match(

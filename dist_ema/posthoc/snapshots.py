@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,14 +57,9 @@ def open_snapshots(paths: Sequence[Path], stack: ExitStack) -> list[Snapshot]:
             another profile than its schedule's; or they are not of one run.
         ValueError: a checkpoint is given twice, or two averages have the same profile.
     """
-    snapshots: list[Snapshot] = []
-    path_of: dict[str, Path] = {}
-    for path in paths:
-        checkpoint = stack.enter_context(Checkpoint(path, num=len(paths)))
-        first = path_of.setdefault(checkpoint.manifest.id or str(path), path)
-        if first is not path:
-            raise ValueError(f"{path}: is the same checkpoint as {first}; give it once")
-        snapshots += _snapshots(path, checkpoint)
+    opened = [(path, stack.enter_context(Checkpoint(path, num=len(paths)))) for path in paths]
+    refuse_duplicates(opened)
+    snapshots = [each for path, one in opened for each in _snapshots(path, one)]
     snapshots.sort(key=lambda one: (one.step, one.profile.gamma))
     _refuse_other_runs(snapshots)
     return snapshots
@@ -111,6 +106,16 @@ def match_tensors(snapshot: Snapshot, like: Snapshot) -> dict[str, str]:
     if differences:
         raise CheckpointError(f"{snapshot}: is of another model than {like}: {listed(differences)}")
     return names
+
+
+def refuse_duplicates(checkpoints: Iterable[tuple[Path, Checkpoint]]) -> None:
+    """Raise ValueError if a checkpoint is given twice, or with a copy of it."""
+    seen: dict[str, Path] = {}
+    for path, checkpoint in checkpoints:
+        keys = [key for key in (os.path.realpath(path), checkpoint.manifest.id) if key]
+        if known := [seen[key] for key in keys if key in seen]:
+            raise ValueError(f"{path}: is the same checkpoint as {known[0]}; give it once")
+        seen |= dict.fromkeys(keys, path)
 
 
 def refuse_overlap(out: Path, checkpoints: Sequence[Path]) -> None:
