@@ -3,7 +3,7 @@
     @pytest.mark.ranks(2, 4)
     def test_something(tmp_path): ...       # on every rank of a pool of 2, then of 4
 
-A test parametrized over `num_ranks` itself, as `tests.worlds.every_world` does, needs no mark. The
+A test parametrized over `num_ranks` itself, as `tests.worlds.worlds` does, needs no mark. The
 body's fixtures are made here and pickled to the workers. All other tests run in this process.
 
 `--sample K` runs at most K cases of each test function, the same ones in every run.
@@ -66,11 +66,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _sample(items: list[pytest.Item], limit: int) -> list[pytest.Item]:
     """At most `limit` cases of each function, evenly spaced from a case that its name determines.
 
-    So functions with the same parameters run in different worlds, and every run picks the same.
+    So functions with the same parameters run in different worlds, and every run picks the same. A
+    function that runs over tables of several engines counts once for each.
     """
     functions: dict[str, list[pytest.Item]] = {}
     for item in items:
-        functions.setdefault(item.nodeid.split("[")[0], []).append(item)
+        world = item.callspec.params.get("world") if hasattr(item, "callspec") else None
+        table = type(world.engine).__module__ if world else ""
+        functions.setdefault(item.nodeid.split("[")[0] + table, []).append(item)
     kept = []
     for name, cases in functions.items():
         first, count = zlib.crc32(name.encode()), min(limit, len(cases))

@@ -142,7 +142,7 @@ class WorkerPool:
                 try:
                     pipe.send_bytes(message)
                 except OSError:
-                    reports[rank] = self._death(rank)
+                    reports[rank] = self._death(rank, time.monotonic())
             hung = self._collect(reports, timeout_s)
             outcomes = {report.outcome for report in reports.values()}
             self.crowded = any(report.num_threads > MAX_THREADS for report in reports.values())
@@ -177,15 +177,16 @@ class WorkerPool:
         while ranks:
             if not graced and any(report.outcome == "failed" for report in reports.values()):
                 deadline, graced = min(deadline, time.monotonic() + GRACE_S), True
-            left = deadline - time.monotonic()
-            if left <= 0:
+            now = time.monotonic()
+            if now >= deadline:
                 break
-            for pipe in wait(list(ranks), left):
+            for pipe in wait(list(ranks), deadline - now):
                 rank = ranks.pop(pipe)
                 try:
                     reports[rank] = pipe.recv()
                 except (EOFError, OSError):
-                    reports[rank] = self._death(rank)
+                    # At the earliest: a rank that lost its peer may tell of that sooner.
+                    reports[rank] = self._death(rank, now)
         hung = sorted(ranks.values())
         for rank in hung:
             os.kill(self._workers[rank].pid, signal.SIGUSR1)  # makes it print its stack to its log
@@ -193,11 +194,11 @@ class WorkerPool:
             time.sleep(0.2)
         return hung
 
-    def _death(self, rank: int) -> Report:
+    def _death(self, rank: int, at: float) -> Report:
         self._workers[rank].join(5)
         exitcode = self._workers[rank].exitcode
         text = f"the process died, exit code {exitcode}\n"
-        return Report("failed", text, time.monotonic(), signaled=(exitcode or 0) < 0)
+        return Report("failed", text, at, signaled=(exitcode or 0) < 0)
 
     def _describe(self, reports: dict[int, Report], hung: list[int]) -> str:
         """The ranks that failed in the order in which they did, then what the others were doing."""

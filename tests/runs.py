@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -112,3 +113,19 @@ def live_state(training: Training) -> dict[str, Tensor]:
 def live_buffers(training: Training) -> dict[str, Tensor]:
     """Copies of all buffers of this rank, the non-persistent ones too."""
     return {name: buffer.detach().clone() for name, buffer in training.net.named_buffers()}
+
+
+def lerped_tensors(run: Run) -> int:
+    """How many tensors the next update passes to the operator that averages."""
+    counts = []
+    real = torch._foreach_lerp_
+
+    def spy(averages: list[Tensor], live: list[Tensor], weight: Any) -> None:
+        counts.append(len(averages))
+        real(averages, live, weight)
+
+    run.train_unrecorded()
+    run.training.train_step(run.next_step)
+    with mock.patch.object(torch, "_foreach_lerp_", spy):
+        assert run.ema.update()
+    return sum(counts)

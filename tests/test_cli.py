@@ -15,6 +15,7 @@ import termios
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from safetensors.torch import save_file
@@ -129,6 +130,12 @@ def test_help_has_examples_and_exit_codes(capsys, monkeypatch):
         assert caught.value.code == 0 and max(map(len, out.splitlines())) <= 80
         assert f"examples:\n  dist-ema {command}" in out and "exit codes:\n  0  success" in out
         assert all(name in out for name in COMMANDS) if not command else "--json" in out
+
+
+def test_an_interrupt_is_told_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_env", mock.Mock(side_effect=KeyboardInterrupt))
+    assert cli.main(["env"]) == 130
+    assert capsys.readouterr().err == "dist-ema: interrupted\n"
 
 
 def test_plots_are_images_or_say_what_is_missing(tmp_path: Path, capsys, monkeypatch):

@@ -14,9 +14,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.grid import every_eager_row, every_kind
 from tests.net import TRAINABLE
 from tests.runs import a_few_worlds, make_ema, start
-from tests.worlds import World, every_world, num_ranks, worlds
+from tests.worlds import World, num_ranks, worlds
 
 WIDE = {"hidden": 480}  # so that the weights outweigh the alignment of their shadows
 HOST_SYNCS = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero"}
@@ -68,7 +69,7 @@ def test_the_instruments_see_communication():
     assert any("gloo" in name for name in seen), seen
 
 
-@every_world()
+@every_eager_row
 def test_an_update_makes_no_collective_and_no_host_sync(world: World):
     run = start(world).train(1)
     run.training.train_step(1)
@@ -78,7 +79,7 @@ def test_an_update_makes_no_collective_and_no_host_sync(world: World):
     assert not HOST_SYNCS & set(counted.operators), counted.operators
 
 
-@every_world()
+@every_kind
 def test_an_update_takes_a_few_operators_however_many_weights_there_are(world: World):
     run = start(world).train(1)
     with Counted() as counted:
@@ -87,7 +88,7 @@ def test_an_update_takes_a_few_operators_however_many_weights_there_are(world: W
     assert len(work) <= 4, work
 
 
-@every_world()
+@every_kind
 def test_an_update_allocates_nothing(world: World):
     run = start(world).train(1)
     run.ema.update()
@@ -97,7 +98,7 @@ def test_an_update_allocates_nothing(world: World):
     assert sum(nbytes for nbytes in taken.values() if nbytes > 0) <= 64, taken
 
 
-@every_world()
+@every_eager_row
 def test_all_ranks_together_hold_one_fp32_copy(world: World):
     training = world.train(**WIDE)
     weights = training.full_weights()

@@ -22,7 +22,7 @@ from tests.net import loss_of
 from tests.oracle import worst_relative_error
 from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR, same
 from tests.worlds import barrier, from_rank_0, rank
-from tests.worlds_lightning import Module, Record, Under, under
+from tests.worlds_lightning import NUM_BATCHES, Module, Record, Under, under
 
 TP_TOLERANCE = {"rtol": 0, "atol": 1e-4}  # it sums in another order
 
@@ -35,8 +35,9 @@ def fit(
     under: Under, path: Path, *callbacks: Callback, ema: Any = None, module: Any = None, **how: Any
 ) -> tuple[EMACallback, Trainer, Any, Record]:
     ema, record, module = ema or EMACallback(DECAY), Record(), module or under.module()
+    batches = under.batches(how.pop("num_batches", NUM_BATCHES))
     trainer = under.trainer(path, ema, record, *callbacks, **how)
-    trainer.fit(module, under.batches(), under.validation())
+    trainer.fit(module, batches, under.validation())
     return ema, trainer, module, record
 
 
@@ -74,47 +75,29 @@ def assert_same_average(found: EMACallback, wanted: EMACallback) -> None:
     assert (found.ema.step, found.ema.num_updates) == (wanted.ema.step, wanted.ema.num_updates)
 
 
+class Logs(Module):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.log("trained", loss := super().training_step(batch, batch_idx))
+        return loss
+
+
 @under()
-def test_the_average_is_that_of_the_weights_after_each_step_and_is_what_evaluates(
+def test_the_average_is_that_of_the_weights_after_each_step_is_logged_and_is_what_evaluates(
     under: Under, tmp_path: Path
 ):
-    ema, trainer, module, record = fit(under, tmp_path)
-    assert_average_of(ema, record)
-    assert ema.ema.step == len(record.weights) - 1 == 8
-    state, loader = from_rank_0(ema.ema.gather_state_dict()), under.validation()
-    results = [dict(trainer.callback_metrics)]  # of the validation in fit
-    results += [trainer.validate(module, loader, verbose=False)]
-    results += [trainer.test(module, loader, verbose=False)]
-    wanted = assert_losses(under, state, *results)
-    logits = trainer.predict(module, under.batches(1))[0]
-    with torch.no_grad():
-        plain = under.plain(state)(next(iter(under.batches(1))))
-    tolerance = TP_TOLERANCE if under.name == "fsdp2_tp" else EXACT
-    torch.testing.assert_close(logits, plain, **tolerance)
-    same(module.full_weights(), record.weights[-1])
-    live = under.plain_loss({**state, **record.weights[-1]})
-    assert (live - wanted).abs() > 1e-3 * wanted  # or nothing above would tell the two apart
-
-
-@under()
-def test_decay_updates_and_drift_are_logged_when_lightning_logs(under: Under, tmp_path: Path):
-    ema, record, drifts = EMACallback(DECAY), Record(), {}
-
-    class Logs(Module):
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            self.log("trained", loss := super().training_step(batch, batch_idx))
-            return loss
+    drifts = {}
 
     class Drifts(Callback):
         def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
             drifts[trainer.global_step] = ema.ema.drift()
 
+    ema, record, module = EMACallback(DECAY), Record(), Logs(**under.net)
     keep = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3)
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
     options = {"log_every_n_steps": 2, "val_check_interval": 8, "accumulate_grad_batches": 2}
     options |= {"logger": logger, "enable_checkpointing": True}
     trainer = under.trainer(tmp_path, ema, record, Drifts(), keep, **options)
-    trainer.fit(Logs(**under.net), under.batches(16), under.validation())
+    trainer.fit(module, under.batches(16), under.validation())
     assert_average_of(ema, record)
     assert ema.ema.step == len(record.weights) - 1 == 8
     if rank() == 0:
@@ -128,13 +111,29 @@ def test_decay_updates_and_drift_are_logged_when_lightning_logs(under: Under, tm
         assert drift == [drifts[step] for step in (3, 4, 6, 8)]
         assert min(drift) > 0
 
+    state, loader = from_rank_0(ema.ema.gather_state_dict()), under.validation()
+    results = [dict(trainer.callback_metrics)]  # of the validation in fit
+    results += [trainer.validate(module, loader, verbose=False)]
+    results += [trainer.test(module, loader, verbose=False)]
+    wanted_loss = assert_losses(under, state, *results)
+    logits = trainer.predict(module, under.batches(1))[0]
+    with torch.no_grad():
+        plain = under.plain(state)(next(iter(under.batches(1))))
+    tolerance = TP_TOLERANCE if under.name == "fsdp2_tp" else EXACT
+    torch.testing.assert_close(logits, plain, **tolerance)
+    same(module.full_weights(), record.weights[-1])
+    live = under.plain_loss({**state, **record.weights[-1]})
+    # Or nothing above would tell the two apart.
+    assert (live - wanted_loss).abs() > 1e-3 * wanted_loss
+
 
 @under()
 def test_stopping_and_resuming_is_as_if_nothing_had_happened(under: Under, tmp_path: Path):
     whole, first, second = (EMACallback(DECAY, update_every=3, start_step=2) for _ in range(3))
-    _, _, uninterrupted, _ = fit(under, tmp_path / "a", ema=whole, max_epochs=3)
+    _, _, uninterrupted, _ = fit(under, tmp_path / "a", ema=whole, max_epochs=3, num_batches=4)
     keep = ModelCheckpoint(tmp_path / "b", "{epoch}", save_top_k=1, save_last="link")
-    fit(under, tmp_path / "b", keep, ema=first, max_epochs=2, enable_checkpointing=True)
+    options = {"max_epochs": 2, "num_batches": 4, "enable_checkpointing": True}
+    fit(under, tmp_path / "b", keep, ema=first, **options)
     there = sorted(p.name for p in (tmp_path / "b").iterdir())
     assert there == ["epoch=1.ckpt", "last.ckpt"]  # what went before has been removed, whole
     barrier()
@@ -145,7 +144,7 @@ def test_stopping_and_resuming_is_as_if_nothing_had_happened(under: Under, tmp_p
     module = under.module(seed=1)
     trainer = under.trainer(tmp_path / "c", second, max_epochs=3)
     path = tmp_path / "moved" / "last.ckpt"
-    trainer.fit(module, under.batches(), under.validation(), ckpt_path=path)
+    trainer.fit(module, under.batches(4), under.validation(), ckpt_path=path)
     same(module.full_weights(), uninterrupted.full_weights())
     assert_same_average(second, whole)
 
@@ -291,15 +290,18 @@ FINDERS = {
 }
 
 
+def placed(first: bool, finder: Callback, *others: Callback) -> list[Callback]:
+    return [finder, *others] if first else [*others, finder]
+
+
 @under("alone")
 @pytest.mark.parametrize("kind", FINDERS)
 @pytest.mark.parametrize("first", [True, False])
 def test_a_finder_before_training_leaves_no_trace(
     under: Under, kind: str, first: bool, tmp_path: Path
 ):
-    ema, record, finder = EMACallback(DECAY), Record(), FINDERS[kind]()
-    callbacks = [finder, ema, record] if first else [ema, record, finder]
-    under.trainer(tmp_path, *callbacks).fit(Tunable(under))
+    ema, record = EMACallback(DECAY), Record()
+    under.trainer(tmp_path, *placed(first, FINDERS[kind](), ema, record)).fit(Tunable(under))
     assert_average_of(ema, record)
     assert ema.ema.step == 8 == len(record.weights) - 1
 
@@ -327,8 +329,7 @@ def test_a_finder_in_an_evaluation_keeps_the_average(
 ):
     before, _, trained = saved(under, tmp_path / "x.ckpt")
     ema, module = EMACallback(DECAY), Tunable(under, seed=1)
-    callbacks = [FINDERS["batch"](), ema] if first else [ema, FINDERS["batch"]()]
-    trainer = under.trainer(tmp_path, *callbacks)
+    trainer = under.trainer(tmp_path, *placed(first, FINDERS["batch"](), ema))
     result = getattr(trainer, stage)(module, ckpt_path=tmp_path / "x.ckpt", verbose=False)
     assert_losses(under, before.ema.gather_state_dict(), result)
     assert_same_average(ema, before)

@@ -7,22 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import ShardedEMA
 from tests.net import TRAINABLE, Net, batch_of_tokens, loss_of
-from tests.oracle import Oracle, worst_relative_error
+from tests.oracle import Oracle
+from tests.runs import check_average, same
+from tests.worlds import WRAPPERS, from_rank_0
 
-WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "plain": lambda net: net,
-    "ddp": DistributedDataParallel,
-    "fsdp2": fully_shard,
-}
-every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
+every_wrapper = pytest.mark.parametrize("wrapper", ["plain", "ddp", "fsdp2"])
 
 
 class Adam(torch.optim.Optimizer):
@@ -70,13 +65,6 @@ class Training:
         return state
 
 
-def gathered(ema: ShardedEMA) -> dict[str, Tensor]:
-    state = [ema.gather_state_dict()]
-    if dist.is_initialized():
-        dist.broadcast_object_list(state)
-    return state[0]
-
-
 @pytest.mark.ranks(1, 2, 3)
 @every_wrapper
 def test_masters_are_averaged_shown_and_saved(wrapper: str, tmp_path):
@@ -88,27 +76,26 @@ def test_masters_are_averaged_shown_and_saved(wrapper: str, tmp_path):
         run.ema.update()
         oracle.update(run.full(masters=True))
         assert run.ema.source == "master"
-    state = gathered(run.ema)
-    assert worst_relative_error({n: state[n] for n in TRAINABLE}, oracle.average) <= 2e-6
+    state = from_rank_0(run.ema.gather_state_dict())
+    check_average(run.ema, oracle.average)
     weights, masters = run.full(masters=False), run.full(masters=True)
     twin = Net().to(torch.bfloat16)
     twin.load_state_dict(state)
     with torch.no_grad(), run.ema.average_parameters():
         assert torch.equal(run.model(batch_of_tokens(9)), twin.train()(batch_of_tokens(9)))
-    assert_equal(run.full(masters=False), weights)
-    assert_equal(run.full(masters=True), masters)
+    same(run.full(masters=False), weights)
+    same(run.full(masters=True), masters)
     run.ema.save(tmp_path / "ema")
     other = Training("plain", seed=1, process_group=None)
     other.ema.load(tmp_path / "ema")
-    assert_equal(other.ema.gather_state_dict() or state, state, TRAINABLE)
+    same(trained(from_rank_0(other.ema.gather_state_dict())), trained(state))
     run.ema.copy_to()
-    assert_equal(run.full(masters=True), state, TRAINABLE)
+    same(trained(run.full(masters=True)), trained(state))
     assert run.ema.drift() == 0.0
 
 
-def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], names: Any = None) -> None:
-    for name in names or b:
-        assert torch.equal(a[name], b[name]), name
+def trained(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: state[name] for name in TRAINABLE}
 
 
 @pytest.mark.ranks(2)
@@ -119,12 +106,11 @@ def test_masters_that_the_optimizer_replaces_are_followed(wrapper: str):
     run.ema.update()
     for state in run.optimizer.state.values():  # as load_state_dict() does
         state["master_param"] = state["master_param"].clone()
-    before = {n: t.double() for n, t in gathered(run.ema).items()}
+    before = {n: t.double() for n, t in from_rank_0(run.ema.gather_state_dict()).items()}
     run.step(1)
     run.ema.update()
-    state, masters = gathered(run.ema), run.full(masters=True)
-    wanted = {n: 0.9 * before[n] + 0.1 * masters[n].double() for n in TRAINABLE}
-    assert worst_relative_error(state, wanted) <= 2e-6
+    masters = run.full(masters=True)
+    check_average(run.ema, {n: 0.9 * before[n] + 0.1 * masters[n].double() for n in TRAINABLE})
 
 
 @pytest.mark.ranks(1, 2)
@@ -157,19 +143,19 @@ SPOILED: list[tuple[Callable[[Tensor], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "message"), SPOILED)
-def test_a_master_that_cannot_be_averaged_is_refused_by_name(spoil, message):
+def test_a_master_that_cannot_be_averaged_is_refused_by_name():
     run = Training("plain")
     run.step(0)
     before = run.ema.gather_state_dict()
+    for spoil, message in SPOILED:
 
-    def find(p: Tensor) -> object:
-        master = run.optimizer.master(p)
-        return spoil(master) if p is run.net.emb.weight else master
+        def find(p: Tensor) -> object:
+            master = run.optimizer.master(p)
+            return spoil(master) if p is run.net.emb.weight else master
 
-    with pytest.raises(ValueError, match=rf"emb\.weight: .*({message})"):
-        ShardedEMA(run.net, masters=find)
-    assert_equal(run.ema.gather_state_dict(), before)
+        with pytest.raises(ValueError, match=rf"emb\.weight: .*({message})"):
+            ShardedEMA(run.net, masters=find)
+    same(run.ema.gather_state_dict(), before)
     with pytest.raises(TypeError, match="masters is 3"):
         ShardedEMA(run.net, masters=3)
 

@@ -25,7 +25,7 @@ from tests.net import TRAINABLE, Bank
 from tests.oracle import Oracle
 from tests.read_exports import written
 from tests.runs import check_average, same
-from tests.worlds import World, from_rank_0, mesh, num_ranks, rank, whole, worlds
+from tests.worlds import WRAPPERS, World, from_rank_0, mesh, num_ranks, rank, whole, worlds
 
 aten = torch.ops.aten
 WRAPPED = (aten.detach, aten.view, aten.slice, aten.split, aten.clone, aten.empty_like)
@@ -253,7 +253,7 @@ def test_what_a_wrapper_holds_beside_the_weight_is_refused_by_name():
         ShardedEMA(model)
 
 
-@worlds("fsdp2_ep", "fsdp2_ep_columns")
+@worlds("fsdp2_ep-2", "fsdp2_ep_columns")
 def test_the_biases_of_experts_are_averaged_beside_them(world: World, tmp_path: Path):
     net = world.make_net()
     for block in net.blocks:
@@ -394,36 +394,59 @@ def test_experts_that_transformers_distributes(fsdp: int, tp: int, tmp_path: Pat
     same(from_rank_0(other.gather_state_dict()), state)
 
 
-def quantized(kind: str) -> nn.Module:
-    """A frozen base of torchao, and a trained head."""
-    pytest.importorskip("torchao")
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+class Quantized(torch.Tensor):
+    """As torchao's weights: a floating-point tensor whose values are in other tensors."""
 
+    @staticmethod
+    def __new__(cls, values: Tensor) -> Quantized:
+        made = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+        made.scale = values.abs().amax() / 127
+        made.integers = (values / made.scale).round().to(torch.int8)
+        return made
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+
+    def __tensor_flatten__(self):
+        return ["integers", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is aten.detach.default:
+            return args[0]
+        if func is aten.t.default:
+            return args[0].integers.to(args[0].dtype).mul(args[0].scale).t()
+        raise NotImplementedError(func)
+
+
+def quantized(kind: str) -> nn.Module:
+    """A frozen base, of torchao but for "fake", and a trained head."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(64, 256, bias=False)).to(torch.bfloat16).requires_grad_(False)
-    if kind == "nf4":
-        base[0].weight = nn.Parameter(to_nf4(base[0].weight.detach()), requires_grad=False)
+    weight = base[0].weight.detach()
+    if kind == "fake":
+        base[0].weight = nn.Parameter(Quantized(weight), requires_grad=False)
     else:
-        quantize_(base, {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]())
+        pytest.importorskip("torchao")
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+        if kind == "nf4":
+            base[0].weight = nn.Parameter(to_nf4(weight), requires_grad=False)
+        else:
+            quantize_(base, {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]())
     base.requires_grad_(False)
     return nn.ModuleDict({"base": base, "head": nn.Linear(256, 4, dtype=torch.bfloat16).float()})
 
 
-@pytest.mark.ranks(0, 2)
-@pytest.mark.parametrize("kind", ["int8", "nf4", "fp8"])
-@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
-def test_a_frozen_base_of_torchao_costs_nothing_and_disturbs_nothing(
-    kind: str, engine: str, tmp_path: Path
+@pytest.mark.parametrize("kind", ["fake", "int8", "nf4", "fp8"])
+@pytest.mark.parametrize(("wrapper", "num_ranks"), [("plain", 0), ("ddp", 2), ("fsdp2", 2)])
+def test_a_frozen_quantized_base_costs_nothing_and_is_refused_where_it_is_read(
+    kind: str, wrapper: str, tmp_path: Path
 ):
     model = quantized(kind)
-    if engine != "plain" and num_ranks() < 2:
-        return
     head = model["head"]
-    if engine == "ddp":
-        model["head"] = DistributedDataParallel(head)
-    if engine == "fsdp2":
-        fully_shard(head, mesh=mesh((dist.get_world_size(),), ("shard",)))
+    model["head"] = WRAPPERS[wrapper](head)
     ema = ShardedEMA(model, 0.5)
     assert ema.nbytes <= 4 * (4 * 256 + 4)
     x = torch.randn(2, 64, dtype=torch.bfloat16)
@@ -445,6 +468,9 @@ def test_a_frozen_base_of_torchao_costs_nothing_and_disturbs_nothing(
         with pytest.raises(ValueError, match=r"base\.0\.weight"):
             call()
     assert not (tmp_path / "out").exists()
+    if kind == "fake":
+        with pytest.raises(ValueError, match=r"base\.0\.weight.*Quantized.*params="):
+            ShardedEMA(model, 0.5, params="all")
 
 
 @pytest.mark.ranks(0)
@@ -516,6 +542,42 @@ def test_a_frozen_weight_that_is_packed_for_inference_disturbs_nothing(tmp_path:
     net[1].weight.data = torch.zeros(2, 2)
     with pytest.raises(RuntimeError, match=r"1\.weight: was shape"):
         ema.update()
+
+
+class Counting(nn.Linear):
+    """A layer with extra state that is no tensor."""
+
+    def get_extra_state(self) -> Any:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seen = state["seen"]
+
+
+@pytest.mark.ranks(0, 2)
+def test_extra_state_is_gathered_as_it_is():
+    net = nn.Sequential(Counting(2, 2))
+    ema = ShardedEMA(net, 0.5)
+    state = ema.gather_state_dict()
+    assert set(dict(ema.gather_tensors())) == set(state) - {"0._extra_state"}
+    if rank() == 0:
+        other = nn.Sequential(Counting(2, 2))
+        other.load_state_dict(state)
+        assert other[0].seen == 3
+
+
+@pytest.mark.ranks(0, 2)
+def test_a_frozen_sparse_weight_is_refused_by_name_only_where_it_is_read():
+    net = nn.Linear(2, 2)
+    net.table = nn.Parameter(torch.eye(2).to_sparse(), requires_grad=False)
+    ema = ShardedEMA(net, 0.5)
+    assert ema.update()
+    with ema.average_parameters():
+        pass
+    with pytest.raises(ValueError, match="table"):
+        ema.gather_state_dict()
+    with pytest.raises(ValueError, match="table"):
+        ShardedEMA(net, 0.5, params="all")
 
 
 @pytest.mark.ranks(0, 2)

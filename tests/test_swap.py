@@ -24,20 +24,19 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from dist_ema import ShardedEMA
+from tests import worlds
+from tests.grid import FSDP1_KINDS, WORLDS, ZERO_KINDS, every_kind, every_row, named, one_size, rows
 from tests.net import FROZEN, TRAINABLE
 from tests.pool import fork_server
-from tests.runs import a_few_worlds, live_buffers, make_ema, same, start, to_zero
+from tests.runs import Run, a_few_worlds, live_buffers, make_ema, same, start
 from tests.worlds import (
-    Training,
     World,
     evaluate,
-    every_world,
     from_rank_0,
     not_compiled,
-    num_ranks,
+    parametrized,
     rank,
     state_of,
-    worlds,
 )
 
 
@@ -45,133 +44,104 @@ class Interruption(Exception):
     pass
 
 
-@every_world()
-def test_the_forward_under_the_swap_is_that_of_a_plain_model(world: World):
+NATIVE = [world for world in worlds.WORLDS if not_compiled(world)]
+WHERE_BACKWARD = [*NATIVE, *FSDP1_KINDS, *ZERO_KINDS]
+# FSDP1 with "no_shard" raises by itself in the forward pass after one that failed.
+WHERE_FAILING = [world for world in WHERE_BACKWARD if world.name != "no_shard"]
+WHERE_FAILING += named(WORLDS, "z3_hpz", "z3_offload_all")
+
+
+@every_row
+def test_the_model_computes_with_the_average_inside_and_comes_back_bit_for_bit(world: World):
     run = start(world).train(1).train_unrecorded()
     training = run.training
+
+    def shown() -> dict[str, Tensor]:
+        world.engine.settle(training)
+        return world.engine.shown_weights(training)
+
     with run.ema.average_parameters():  # nothing is gathered, or what the backward left gathered
         averaged = training.evaluate()
         same(training.evaluate(), averaged)
     live = training.evaluate()
-    same(run.averaged_logits(), averaged)  # now live weights are gathered, and must not be used
-    same(training.evaluate(), live)
-    average = from_rank_0(run.ema.gather_state_dict())
-    same(world.parallel_twin(average).evaluate(), averaged)
-    for state, logits in ((average, averaged), (average | state_of(training.full_weights()), live)):
-        plain = evaluate(world.plain_twin(state))
-        torch.testing.assert_close(logits, plain, **world.forward_tolerance)
-    assert not torch.equal(averaged, live)
-
-
-@every_world()
-def test_weights_are_the_average_inside_and_come_back_with_buffers_bit_for_bit(world: World):
-    run = start(world).train(2)
-    training = run.training
-    objects = [id(p) for p in training.parameters().values()]
-    live = training.evaluate()
     buffers = live_buffers(training)  # after a forward: DDP lets rank 0's prevail in each
+    weights, objects = training.full_weights(), [id(p) for p in training.parameters().values()]
     average = from_rank_0(run.ema.gather_state_dict())
+    training.evaluate()
     with run.ema.average_parameters(), torch.no_grad():
-        if run.ema.source == "weights":
-            shown, dtype = training.full_weights(), world.engine.weights_dtype
-            same({n: shown[n] for n in FROZEN}, {n: run.weights[-1][n] for n in FROZEN})
-            same({n: shown[n] for n in TRAINABLE}, {n: average[n].to(dtype) for n in TRAINABLE})
-        training.evaluate()
+        same(training.evaluate(), averaged)  # live weights were gathered, and must not be used
+        for name, tensor in shown().items():
+            wanted = weights if name in FROZEN else average
+            assert torch.equal(tensor, wanted[name].to(tensor.dtype)), name
+        if run.ema.source == "master":
+            masters = training.full_weights()
+            same({n: masters[n] for n in TRAINABLE}, {n: weights[n] for n in TRAINABLE})
         training.loss(5)  # in training mode, so that batch statistics move
         training.net.mask.add_(1)
         assert not torch.equal(training.net.running, buffers["running"])
     same(live_buffers(training), buffers)
     same(training.evaluate(), live)
-    same(training.full_weights(), run.weights[-1])
+    with torch.inference_mode():
+        same(run.averaged_logits().clone(), averaged)
+    same(training.evaluate(), live)
+    same(training.full_weights(), weights)
+    for name, tensor in shown().items():
+        assert torch.equal(tensor, weights[name].to(tensor.dtype)), name
     assert [id(p) for p in training.parameters().values()] == objects
+    assert not torch.equal(averaged, live)
+    for state, logits in ((average, averaged), (average | state_of(weights), live)):
+        plain = evaluate(world.plain_twin(state))
+        torch.testing.assert_close(logits, plain, **world.forward_tolerance)
+        if world.engine.model_parallel > 1:  # which adds in another order than a plain model
+            same(world.parallel_twin(state).evaluate(), logits)
+
+    same(training.evaluate(), live)  # which leaves live weights gathered
+    run.ema.copy_to()
+    same(training.evaluate(), averaged)
+    copied = training.full_weights()
+    for name in TRAINABLE:
+        assert torch.equal(copied[name], average[name].to(copied[name].dtype)), name
+    assert run.ema.drift() == 0 or world.engine.weights_dtype != torch.float32
+    run.train(1)
+    assert run.ema.drift() > 0
+    assert not torch.equal(run.weights[-1]["emb.weight"], copied["emb.weight"])
 
 
-@every_world(not_compiled)
-def test_training_after_a_swap_is_bit_identical_to_training_without(world: World):
-    swapped, bare = start(world), start(world)
-    for swaps in (True, False, True, False):
-        swapped.train_unrecorded()
-        bare.train_unrecorded()
-        if swaps:
-            swapped.averaged_logits()
-    same(swapped.ema.gather_state_dict(), bare.ema.gather_state_dict())
-    same(swapped.training.full_weights(), bare.training.full_weights())
-    same(live_buffers(swapped.training), live_buffers(bare.training))
+@parametrized(WHERE_BACKWARD, one_size)
+def test_a_backward_pass_never_mixes_weights_and_average(world: World):
+    """Each way has a model of its own: FSDP2 is of no use after a backward pass that failed."""
+
+    def step(forward_inside: bool, backward_inside: bool) -> dict[str, Tensor] | None:
+        run = start(world).train(1)
+        loss = None if forward_inside else run.training.loss(1)
+        with run.ema.average_parameters():
+            if forward_inside:
+                loss = run.training.loss(1)
+            if backward_inside:
+                return step_or_refusal(run, loss)
+        return step_or_refusal(run, loss)
+
+    around = step(forward_inside=False, backward_inside=False)
+    if around is not None:  # where the swap does not touch what the backward pass reads
+        same(around, step_or_refusal(run := start(world).train(1), run.training.loss(1)))
+    assert step(forward_inside=True, backward_inside=False) is None
+    assert step(forward_inside=False, backward_inside=True) is None
 
 
-def gradients_or_refusal(training: Training, loss: Tensor) -> dict[str, Tensor] | None:
-    """The gradients of this rank, or None if autograd finds that weights have changed."""
+def step_or_refusal(run: Run, loss: Tensor | None) -> dict[str, Tensor] | None:
+    """The weights after a step, or None if autograd on every rank finds that weights changed."""
+    refused = False
     try:
-        loss.backward()
+        run.training.engine.step(run.training, loss)
     except RuntimeError as error:
         # Not a lost message or a timeout, which are RuntimeErrors too.
-        assert "modified by an inplace operation" in str(error), error
-        return None
-    grads = {name: parameter.grad for name, parameter in training.parameters().items()}
-    return {name: local_part(grad).clone() for name, grad in grads.items() if grad is not None}
+        assert "inplace" in str(error), error
+        refused = True
+    assert from_rank_0(refused) == refused
+    return None if refused else run.training.full_weights()
 
 
-@pytest.mark.parametrize("inside", [False, True])
-@every_world()
-def test_a_swap_between_forward_and_backward_is_an_error_or_harmless(world: World, inside: bool):
-    """The forward pass runs before the block or inside, the backward pass after it."""
-    run = start(world).train(1)
-    with run.ema.average_parameters() if inside else contextlib.nullcontext():
-        wanted = gradients_or_refusal(run.training, run.training.loss(1))
-    assert wanted is not None
-    run = start(world).train(1)
-    loss = None if inside else run.training.loss(1)
-    with run.ema.average_parameters():
-        if inside:
-            loss = run.training.loss(1)
-        else:
-            run.training.evaluate()
-    grads = gradients_or_refusal(run.training, loss)
-    if dist.is_initialized():
-        refused = [None] * num_ranks()
-        dist.all_gather_object(refused, grads is None)
-        assert len(set(refused)) == 1, refused
-    if grads is not None:
-        same(grads, wanted)
-
-
-@every_world(not_compiled)
-def test_an_average_of_zeros_makes_a_model_of_zeros(world: World):
-    run = start(world, params="all", multi_avg_fn=to_zero).train(2)  # the first copies
-    zeros = {name: torch.zeros_like(weight) for name, weight in run.weights[0].items()}
-    before = run.training.evaluate()
-    buffers = {n: b for n, b in live_buffers(run.training).items() if n != "mask"}
-    wanted = evaluate(world.plain_twin(state_of(zeros) | buffers))
-    same(run.averaged_logits(), wanted)
-    same(run.training.evaluate(), before)
-    assert not torch.equal(before, wanted)
-
-
-@a_few_worlds
-def test_a_swap_works_in_inference_mode(world: World):
-    run = start(world).train(2)
-    wanted = run.averaged_logits()
-    with torch.inference_mode():
-        same(run.averaged_logits().clone(), wanted)
-    same(run.training.full_weights(), run.weights[-1])
-    run.train(1)
-
-
-@a_few_worlds
-@pytest.mark.parametrize("buffers", ["copy", "average"])
-def test_averaged_buffers_are_shown_and_come_back(world: World, buffers: str):
-    run = start(world, buffers=buffers).train(3)
-    before = live_buffers(run.training)
-    state = run.ema.gather_state_dict()
-    with run.ema.average_parameters():
-        shown = live_buffers(run.training)
-    same(live_buffers(run.training), before)
-    assert torch.equal(shown["running"], before["running"]) == (buffers == "copy")
-    if rank() == 0:
-        same(shown["running"], state["running"])
-
-
-@a_few_worlds
+@worlds.worlds("plain", "fsdp2-3")
 def test_nothing_reads_or_writes_an_average_of_the_model_inside(world: World, tmp_path):
     run = start(world).train(2)
     other = make_ema(run.training, decay=0.5)
@@ -208,23 +178,7 @@ def test_nothing_reads_or_writes_an_average_of_the_model_inside(world: World, tm
     assert other.update()
 
 
-@every_world(not_compiled)
-def test_copy_to_makes_the_average_the_live_weights(world: World):
-    run = start(world).train(3)
-    run.training.evaluate()
-    state = from_rank_0(run.ema.gather_state_dict())
-    run.ema.copy_to()
-    live = run.training.full_weights()
-    for name in TRAINABLE:
-        assert torch.equal(live[name], state[name].to(world.engine.weights_dtype)), name
-    assert run.ema.drift() == 0 or world.engine.weights_dtype != torch.float32
-    same(world.parallel_twin(state).evaluate(), run.training.evaluate())
-    run.train(1)
-    assert run.ema.drift() > 0
-    assert not torch.equal(run.weights[-1]["emb.weight"], live["emb.weight"])
-
-
-@a_few_worlds
+@worlds.worlds("plain", "ddp-2", "fsdp2_tp")
 def test_copy_to_fills_a_plain_module_on_every_rank(world: World):
     run = start(world).train(3)
     state = from_rank_0(run.ema.gather_state_dict())
@@ -241,7 +195,7 @@ def test_copy_to_fills_a_plain_module_on_every_rank(world: World):
     run.ema.gather_state_dict()
 
 
-@worlds("plain", "ddp-2", "ddp-3", "hsdp", "fsdp2_tp", "tp")
+@rows("plain", "ddp", "hsdp", "fsdp2_tp", "tp", "no_shard", "hybrid")
 def test_whole_replicas_give_and_show_what_split_ones_do(world: World):
     split, whole = (start(world, replicas=kind).train(3) for kind in ("split", "whole"))
     same(whole.ema.gather_state_dict(), split.ema.gather_state_dict())
@@ -249,7 +203,7 @@ def test_whole_replicas_give_and_show_what_split_ones_do(world: World):
     same(whole.training.full_weights(), split.training.full_weights())
 
 
-@worlds("ddp-2", "hsdp", "tp")
+@worlds.worlds("ddp-2", "hsdp", "tp")
 def test_replicas_that_differ_are_refused_at_every_swap_before_anything_is_written(world: World):
     run = start(world).train(1)
     run.averaged_logits()
@@ -265,19 +219,7 @@ def test_replicas_that_differ_are_refused_at_every_swap_before_anything_is_writt
         assert "blocks.0.l2.weight" not in str(error.value)
 
 
-@pytest.mark.ranks(2)
-def test_replicas_that_differ_are_refused_when_the_average_is_built():
-    """As experts are, of which each rank holds its own under one name."""
-    torch.manual_seed(rank())
-    experts = nn.Linear(4, 4)
-    with pytest.raises(RuntimeError, match=r"bias, weight.*process_group="):
-        ShardedEMA(experts)
-    alone = [dist.new_group([r]) for r in range(2)][rank()]
-    ShardedEMA(experts, process_group=alone)
-    ShardedEMA(experts, replicas="whole")
-
-
-@worlds("ddp-2", "hsdp", "tp")
+@worlds.worlds("ddp-2", "hsdp", "tp")
 def test_replicas_that_differ_stay_apart_when_kept_whole(world: World):
     run = start(world, replicas="whole")
     held = [local_part(p.detach()) for p in run.training.parameters().values()]
@@ -397,11 +339,8 @@ def test_a_parametrization_that_is_cached_is_computed_again():
         same(model.weight, live)
 
 
-@pytest.mark.parametrize("inside", [True, False])
-@every_world(not_compiled)
-def test_a_forward_that_fails_changes_nothing_and_leaves_nothing_gathered(
-    world: World, inside: bool
-):
+@parametrized(WHERE_FAILING, one_size)
+def test_a_forward_that_fails_changes_nothing_and_leaves_nothing_gathered(world: World):
     run = start(world).train(2)
     training = run.training
     live, averaged = training.evaluate(), run.averaged_logits()
@@ -410,32 +349,37 @@ def test_a_forward_that_fails_changes_nothing_and_leaves_nothing_gathered(
     def fail(*_: Any) -> None:
         raise Interruption
 
-    hook = training.net.blocks[-1].l2.register_forward_pre_hook(fail)
-    with pytest.raises(Interruption):
-        with run.ema.average_parameters() if inside else contextlib.nullcontext():
-            training.loss(3)
-    hook.remove()
-    if inside:
+    for inside, forward in (
+        (False, training.loss),
+        (True, training.loss),
+        (True, training.evaluate),
+    ):
+        hook = training.net.blocks[-1].l2.register_forward_pre_hook(fail)
+        with pytest.raises(Interruption):
+            with run.ema.average_parameters() if inside else contextlib.nullcontext():
+                forward(3)
+        hook.remove()
+        if inside:
+            same(training.evaluate(), live)
+        same(run.averaged_logits(), averaged)
         same(training.evaluate(), live)
-    same(run.averaged_logits(), averaged)
-    same(training.evaluate(), live)
-    same(training.full_weights(), run.weights[-1])
-    same(run.ema.gather_state_dict(), average)
+        same(training.full_weights(), run.weights[-1])
+        same(run.ema.gather_state_dict(), average)
 
 
-@pytest.mark.parametrize("inside", [True, False])
-@worlds("fsdp2", "fsdp2_reshard", "hsdp")
-def test_an_unshard_that_nobody_waited_for_is_dropped(world: World, inside: bool):
+@worlds.worlds("fsdp2-3", "fsdp2_reshard", "hsdp")
+def test_an_unshard_that_nobody_waited_for_is_dropped(world: World):
     run = start(world).train(2)
     training = run.training
     live, averaged = training.evaluate(), run.averaged_logits()
-    if not inside:
-        training.net.unshard(async_op=True)
-    with run.ema.average_parameters():
-        same(training.evaluate(), averaged)
-        if inside:
+    for inside in (False, True):
+        if not inside:
             training.net.unshard(async_op=True)
-    same(training.evaluate(), live)
+        with run.ema.average_parameters():
+            same(training.evaluate(), averaged)
+            if inside:
+                training.net.unshard(async_op=True)
+        same(training.evaluate(), live)
 
 
 @pytest.mark.ranks(0)
@@ -457,7 +401,7 @@ def test_an_average_of_a_part_and_one_of_the_whole_refuse_each_other(shows: str)
     assert ShardedEMA(copied).update()
 
 
-@a_few_worlds
+@every_kind
 def test_an_optimizer_step_inside_the_block_is_told_and_undone_in_the_weights(world: World):
     run = start(world).train(2)
     masters = run.ema.source == "master"  # which the swap does not touch
@@ -496,7 +440,7 @@ def test_frozen_constants_of_compiled_code_are_refused():
     same(parts(model, ema), before)
 
 
-@worlds("ddp", "fsdp2", "hsdp")
+@worlds.worlds("ddp-2", "fsdp2-3", "hsdp")
 def test_a_swap_that_is_cut_short_is_marked_until_values_are_loaded(world: World):
     run = start(world).train(2)
     lost = mock.patch.object(torch, "clear_autocast_cache", side_effect=RuntimeError("it is gone"))
@@ -508,14 +452,6 @@ def test_a_swap_that_is_cut_short_is_marked_until_values_are_loaded(world: World
             call()
     run.ema.reset()
     assert run.ema.update()
-
-
-@worlds("fsdp2")
-def test_a_layer_that_was_replaced_under_fsdp2_is_told(world: World):
-    run = start(world).train(1)
-    run.training.net.blocks[0].l1 = nn.Linear(3, 3)
-    with pytest.raises(RuntimeError, match="parameters were replaced"):
-        run.ema.update()
 
 
 @pytest.mark.ranks(2)

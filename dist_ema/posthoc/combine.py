@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dist_ema.checkpoint.directory import MANIFEST, sync
 from dist_ema.checkpoint.manifest import (
@@ -39,7 +41,8 @@ from dist_ema.posthoc.snapshots import Snapshot
 
 _SUMS_BYTES = 128 << 20  # bytes of all sums in progress
 _MIN_BLOCK_BYTES = 4096
-_IN_CACHE = 1 << 17  # elements of plain files that are read at a time: sums stay in cache
+_NUM_THREADS = 2
+_IN_CACHE = 1 << 16  # elements of plain files that are read at a time: sums stay in cache
 SERIAL = 32_768  # elements: torch computes longer tensors with threads of its own
 
 
@@ -65,17 +68,19 @@ class Term:
         """Whether the tensor is one run of bytes in a file without checksums."""
         return self.checkpoint.is_plain and len(self.average.tensors[self.fqn].boxes) == 1
 
-    def read(self, boxes: Sequence[Box], out: torch.Tensor) -> None:
-        """Fill a 1-D tensor of the saved dtype with boxes, one after the other."""
-        parts = out.split([box.numel for box in boxes])
-        targets = [(box, part.view(box.sizes)) for box, part in zip(boxes, parts, strict=True)]
+    def read(self, wanted: Range, at: int, out: Tensor) -> None:
+        """Fill a 1-D tensor of the saved dtype with elements of a range: from `at` on if the tensor
+        is plain, else all of them."""
+        if self.is_plain:
+            (saved,) = self.average.tensors[self.fqn].boxes
+            first = saved.start + (wanted.start + at) * out.itemsize
+            self.checkpoint.files.read(saved.file, first, out.view(torch.uint8).numpy().data)
+            return
+        parts = out.split([box.numel for box in wanted.boxes])
+        targets = [
+            (box, part.view(box.sizes)) for box, part in zip(wanted.boxes, parts, strict=True)
+        ]
         self.checkpoint.fill(self.average, self.fqn, targets)
-
-    def read_plain(self, first: int, out: torch.Tensor) -> None:
-        """Fill a tensor with elements from `first` on, of a tensor that is plain."""
-        (saved,) = self.average.tensors[self.fqn].boxes
-        data = out.view(torch.uint8).numpy().data
-        self.checkpoint.files.read(saved.file, saved.start + first * out.itemsize, data)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,8 +106,7 @@ class Range:
 class WeightedSums:
     """Computes sums of saved tensors in float64, or in complex128 if they are complex.
 
-    Two threads read and add half of the checkpoints each: one adds while the other reads. Which
-    checkpoints are in a half does not depend on the machine.
+    Two threads compute a range each: one adds while the other reads.
     """
 
     def __init__(self, checkpoints: Iterable[Checkpoint], num_sums: int, numel: int) -> None:
@@ -111,81 +115,100 @@ class WeightedSums:
             checkpoints: all that are read.
             numel: the largest number of elements in a range.
         """
-        self._sums = [_Buffer(num_sums * numel, torch.complex128) for _ in range(2)]
-        self._values = [_Buffer(numel, torch.complex64) for _ in range(2)]
-        self._wide = [_Buffer(SERIAL, torch.complex128) for _ in range(2)]
+        self._locks = {each: Lock() for each in checkpoints}
         # Not one for each checkpoint: blocks of a hundred of them would be half a GB.
-        block_bytes = max((each.manifest.block_bytes for each in checkpoints), default=0)
-        self._blocks = [bytearray(block_bytes) for _ in range(2)]
-        self._threads = ThreadPoolExecutor(2)
+        block_bytes = max((each.manifest.block_bytes for each in self._locks), default=0)
+        self._idle = [_Buffers(num_sums, numel, block_bytes) for _ in range(_NUM_THREADS)]
+        self._threads = ThreadPoolExecutor(_NUM_THREADS)
 
     def __enter__(self) -> WeightedSums:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._threads.shutdown()
+        self._threads.shutdown(cancel_futures=True)
 
-    def compute(self, wanted: Range) -> torch.Tensor:
-        """The sums of a range, of shape (number of sums, elements)."""
-        first = wanted.terms[0]
-        if len(wanted.terms) == 1 and first.coefficients == (1.0,):  # a copy, also of integers
-            values = torch.empty((1, wanted.numel), dtype=first.dtype)
-            first.checkpoint.buffer = self._blocks[0]
-            first.read(wanted.boxes, values[0])
-            return values
-        by_checkpoint: dict[int, list[Term]] = defaultdict(list)
-        for term in wanted.terms:
-            by_checkpoint[id(term.checkpoint)].append(term)
-        groups = list(by_checkpoint.values())
-        halves = [list(chain(*groups[i::2])) for i in range(min(2, len(groups)))]
-        tasks = [
-            self._threads.submit(self._add_up, i, half, wanted) for i, half in enumerate(halves)
+    def compute(self, ranges: Iterable[Range]) -> Iterator[tuple[Range, Tensor]]:
+        """Each range, with its sums of shape (number of sums, elements).
+
+        The next ranges are computed meanwhile, as many as there are threads.
+        """
+        running: deque[tuple[Range, Future[Tensor]]] = deque()
+        for each in ranges:
+            running.append((each, self._threads.submit(self._compute, each)))
+            if len(running) > _NUM_THREADS:
+                wanted, task = running.popleft()
+                yield wanted, task.result()
+        while running:
+            wanted, task = running.popleft()
+            yield wanted, task.result()
+
+    def _compute(self, wanted: Range) -> Tensor:
+        buffers = self._idle.pop()
+        try:
+            (first, *others), numel = wanted.terms, wanted.numel
+            if not others and first.coefficients == (1.0,):  # a copy, also of integers
+                copy = torch.empty((1, numel), dtype=first.dtype)
+                self._read(first, wanted, 0, copy[0], buffers.block)
+                return copy
+            result = torch.empty((len(first.coefficients), numel), dtype=wanted.dtype)
+            step = _IN_CACHE if all(term.is_plain for term in wanted.terms) else numel
+            for at in range(0, numel, step):
+                self._add_up(wanted, at, result[:, at : at + step], buffers)
+            return result
+        finally:
+            self._idle.append(buffers)
+
+    def _add_up(self, wanted: Range, at: int, out: Tensor, buffers: _Buffers) -> None:
+        """Fill `out` with sums of elements of a range, from `at` on."""
+        kind, numel = _sum_dtype(wanted.dtype), out.shape[1]
+        sums = [_pieces(row) for row in buffers.sums.view(kind, *out.shape)]
+        for piece in chain.from_iterable(chain.from_iterable(sums)):
+            piece.fill_(-0.0)  # which added to -0.0 leaves it as it is
+        dtypes = {term.dtype for term in wanted.terms}
+        values = {dtype: buffers.values.view(dtype, numel) for dtype in dtypes}
+        pieces = {dtype: _pieces(tensor) for dtype, tensor in values.items()}
+        wides = [
+            buffers.wide.view(kind, len(part)).split(SERIAL) for part in out[0].split(_IN_CACHE)
         ]
-        total, *others = [task.result() for task in tasks]
-        rounded = torch.empty_like(total, dtype=wanted.dtype)
-        parts = (tensor.view(-1).split(SERIAL) for tensor in (rounded, total, *others))
-        for out, sums, *more in zip(*parts, strict=True):
-            for values in more:
-                sums.add_(values)
-            out.copy_(sums)
-        return rounded
-
-    def _add_up(self, half: int, terms: Sequence[Term], wanted: Range) -> torch.Tensor:
-        kind, numel = _sum_dtype(wanted.dtype), wanted.numel
-        sums = self._sums[half].view(kind, len(terms[0].coefficients), numel)
-
-        def add(outs: torch.Tensor, values: torch.Tensor, coefficients: Sequence[float]) -> None:
-            for part, piece in zip(outs.split(SERIAL, 1), values.split(SERIAL), strict=True):
-                wide = self._wide[half].view(kind, len(piece)).copy_(piece)
-                for out, coefficient in zip(part, coefficients, strict=True):
+        for term in wanted.terms:
+            self._read(term, wanted, at, values[term.dtype], buffers.block)
+            for narrow, wide, *parts in zip(pieces[term.dtype], wides, *sums, strict=True):
+                torch._foreach_copy_(wide, narrow)
+                for part, coefficient in zip(parts, term.coefficients, strict=True):
                     if coefficient:
-                        out.add_(wide, alpha=coefficient)
+                        torch._foreach_add_(part, wide, alpha=coefficient)
+        for rounded, row in zip(out, sums, strict=True):
+            for narrow, part in zip(_pieces(rounded), row, strict=True):
+                torch._foreach_copy_(narrow, part)
 
-        plain = [term for term in terms if term.is_plain]
-        for at in range(0, numel, _IN_CACHE):
-            outs = sums[:, at : at + _IN_CACHE]
-            for part in outs.split(SERIAL, 1):
-                part.fill_(-0.0)  # which added to -0.0 leaves it as it is
-            for term in plain:
-                values = self._values[half].view(term.dtype, outs.shape[1])
-                term.read_plain(wanted.start + at, values)
-                add(outs, values, term.coefficients)
-        for term in terms:
-            if not term.is_plain:
-                term.checkpoint.buffer = self._blocks[half]
-                values = self._values[half].view(term.dtype, numel)
-                term.read(wanted.boxes, values)
-                add(sums, values, term.coefficients)
-        return sums
+    def _read(self, term: Term, wanted: Range, at: int, out: Tensor, block: bytearray) -> None:
+        with self._locks[term.checkpoint]:
+            term.checkpoint.buffer = block
+            term.read(wanted, at, out)
+
+
+def _pieces(values: Tensor) -> list[tuple[Tensor, ...]]:
+    """Parts of a 1-D tensor that stay in cache, each in parts that torch computes on one thread."""
+    return [part.split(SERIAL) for part in values.split(_IN_CACHE)]
+
+
+class _Buffers:
+    """The memory of a thread, used again and again."""
+
+    def __init__(self, num_sums: int, numel: int, block_bytes: int) -> None:
+        self.sums = _Buffer(num_sums * numel)
+        self.values = _Buffer(numel)
+        self.wide = _Buffer(_IN_CACHE)
+        self.block = bytearray(block_bytes)
 
 
 class _Buffer:
-    """Memory that is used again and again. What is not used takes no memory."""
+    """Memory for tensors of any dtype. What is not used takes no memory."""
 
-    def __init__(self, numel: int, widest: torch.dtype) -> None:
-        self._storage = torch.empty(numel * widest.itemsize, dtype=torch.uint8)
+    def __init__(self, numel: int) -> None:
+        self._storage = torch.empty(numel * torch.complex128.itemsize, dtype=torch.uint8)
 
-    def view(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    def view(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return self._storage[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
@@ -235,7 +258,7 @@ def combine(
 
     def step(dtype: torch.dtype) -> int:
         """The number of elements in a range: as many blocks as fit, but at least one."""
-        nbytes = len(outputs) * 2 * (_sum_dtype(dtype).itemsize + dtype.itemsize)
+        nbytes = len(outputs) * (2 * _sum_dtype(dtype).itemsize + 3 * dtype.itemsize)
         block = block_bytes // dtype.itemsize
         return max(1, _SUMS_BYTES // nbytes // block) * block
 
@@ -264,8 +287,7 @@ def combine(
                     write_all(file.fileno(), memoryview(header))
                     saved_file = average.files[name]
                     output.files[name] = dataclasses.replace(saved_file, checksum=digest(header))
-                for each in ranges(entries):
-                    totals = sums.compute(each)
+                for each, totals in sums.compute(ranges(entries)):
                     if not all(map(is_finite, totals)):
                         non_finite.add(each.fqn)
                     for output, file, total in zip(outputs, files, totals, strict=True):
