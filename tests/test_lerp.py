@@ -101,13 +101,13 @@ def test_a_shard_that_moves_is_noticed_whether_or_not_the_weights_are_gathered(g
     ema.update()
     with torch.no_grad():
         before = {name: shard.to_local().clone() for name, shard in shards.items()}
-        shards["0.weight"].to_local().data = torch.full((2, 6), 3.0)  # other storage
+        shards["0.weight"]._local_tensor.data = torch.full((2, 6), 3.0)  # other storage
         shards["1.bias"].add_(2.0)
         ema.update()
         average = ema._average
         for fragment, value in zip(average.plan.fragments, average.storage.values[0], strict=True):
             name = fragment.meta.fqn
-            wanted = before[name].lerp(shards[name].to_local(), 0.5).flatten()
+            wanted = before[name].lerp(shards[name]._local_tensor, 0.5).flatten()
             torch.testing.assert_close(value, wanted)
 
 
