@@ -38,7 +38,7 @@ KNOWN: tuple[tuple[str, str, str], ...] = (
     (
         r"torch 2\.11\..*deepspeed 0\.18\.",
         r"Output 0 of SplitBackward0 is a view",
-        "torch's own: gloo fails in the first step of stages 1 and 2, with no average too",
+        "DeepSpeed's own: stages 1 and 2 gather in a way that gloo refuses, with no average too",
     ),
     (
         r"deepspeed 0\.1[678]\.",
