@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from typing import Any
 from unittest import mock
@@ -12,14 +11,12 @@ import pytest
 import torch
 
 from dist_ema import ShardedEMA
-from tests import grid, test_swap
-from tests.grid import named
+from tests import test_swap
+from tests.grid import named, rows
 from tests.net import TRAINABLE, Net
 from tests.runs import DECAY, Run, lerped_tensors, same, start
 from tests.worlds import World, evaluate, from_rank_0
 from tests.worlds_deepspeed import WORLDS, Zero, skip_without_overflow_checks
-
-rows = functools.partial(grid.rows, WORLDS)
 
 
 @rows("z0_bf16", "z1_bf16", "z1_bf16_optimizer")

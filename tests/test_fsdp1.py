@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_ema import ShardedEMA
-from tests import grid
+from tests.grid import rows
 from tests.net import TRAINABLE, Net, batch_of_tokens, loss_of
 from tests.runs import lerped_tensors, make_ema, same, start
 from tests.worlds import World, evaluate, rank
-from tests.worlds_fsdp1 import WORLDS, unwrapped
+from tests.worlds_fsdp1 import unwrapped
 
 CPU = {"device_id": torch.device("cpu")}
-rows = functools.partial(grid.rows, WORLDS)
 
 
 @rows("full", "full_flat", "full_nested", "full_root_only", "full_mixed")

@@ -22,7 +22,7 @@ from tests.net import loss_of
 from tests.oracle import worst_relative_error
 from tests.runs import DECAY, EXACT, MAX_RELATIVE_ERROR, same
 from tests.worlds import barrier, from_rank_0, rank
-from tests.worlds_lightning import Module, Record, Under, under
+from tests.worlds_lightning import NUM_BATCHES, Module, Record, Under, under
 
 TP_TOLERANCE = {"rtol": 0, "atol": 1e-4}  # it sums in another order
 
@@ -35,8 +35,9 @@ def fit(
     under: Under, path: Path, *callbacks: Callback, ema: Any = None, module: Any = None, **how: Any
 ) -> tuple[EMACallback, Trainer, Any, Record]:
     ema, record, module = ema or EMACallback(DECAY), Record(), module or under.module()
+    batches = under.batches(how.pop("num_batches", NUM_BATCHES))
     trainer = under.trainer(path, ema, record, *callbacks, **how)
-    trainer.fit(module, under.batches(), under.validation())
+    trainer.fit(module, batches, under.validation())
     return ema, trainer, module, record
 
 
@@ -129,9 +130,10 @@ def test_the_average_is_that_of_the_weights_after_each_step_is_logged_and_is_wha
 @under()
 def test_stopping_and_resuming_is_as_if_nothing_had_happened(under: Under, tmp_path: Path):
     whole, first, second = (EMACallback(DECAY, update_every=3, start_step=2) for _ in range(3))
-    _, _, uninterrupted, _ = fit(under, tmp_path / "a", ema=whole, max_epochs=3)
+    _, _, uninterrupted, _ = fit(under, tmp_path / "a", ema=whole, max_epochs=3, num_batches=4)
     keep = ModelCheckpoint(tmp_path / "b", "{epoch}", save_top_k=1, save_last="link")
-    fit(under, tmp_path / "b", keep, ema=first, max_epochs=2, enable_checkpointing=True)
+    options = {"max_epochs": 2, "num_batches": 4, "enable_checkpointing": True}
+    fit(under, tmp_path / "b", keep, ema=first, **options)
     there = sorted(p.name for p in (tmp_path / "b").iterdir())
     assert there == ["epoch=1.ckpt", "last.ckpt"]  # what went before has been removed, whole
     barrier()
@@ -142,7 +144,7 @@ def test_stopping_and_resuming_is_as_if_nothing_had_happened(under: Under, tmp_p
     module = under.module(seed=1)
     trainer = under.trainer(tmp_path / "c", second, max_epochs=3)
     path = tmp_path / "moved" / "last.ckpt"
-    trainer.fit(module, under.batches(), under.validation(), ckpt_path=path)
+    trainer.fit(module, under.batches(4), under.validation(), ckpt_path=path)
     same(module.full_weights(), uninterrupted.full_weights())
     assert_same_average(second, whole)
 

@@ -23,13 +23,12 @@ from dist_ema.core import accelerator, lerp
 from dist_ema.core.accelerator import SideStreams, synchronize_if_initialized
 from tests.grid import rows
 from tests.runs import same, start
-from tests.worlds import WORLDS, World
-from tests.worlds_deepspeed import WORLDS as ZERO_WORLDS
+from tests.worlds import World
 
 CROSSING = {"target": lerp, "attribute": "_crosses", "new": lambda average, live: True}
 
 
-@rows([*WORLDS, *ZERO_WORLDS], "plain", "plain_bf16", "ddp", "fsdp2", "hsdp", "z2_bf16", "z3")
+@rows("plain", "plain_bf16", "ddp", "fsdp2", "hsdp", "z2_bf16", "z3")
 def test_an_average_on_another_device_is_the_same(world: World):
     with (
         mock.patch.object(**CROSSING),

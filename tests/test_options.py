@@ -91,11 +91,7 @@ OTHER_RULES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"start_step": 2}, {"start_step": 3}, "start_step=2"),
     ({"decay": closes_over(0.5)}, {"decay": closes_over(0.75)}, "closes_over"),
     ({"decay": lambda t, d: 0.5}, {"decay": lambda t, d: 0.5 + t * 0}, "lambda"),
-    (
-        {"multi_avg_fn": get_ema_multi_avg_fn(0.5)},
-        {"multi_avg_fn": get_ema_multi_avg_fn(0.75)},
-        "ema_update",
-    ),
+    (*({"multi_avg_fn": get_ema_multi_avg_fn(decay)} for decay in (0.5, 0.75)), "ema_update"),
 ]
 
 
@@ -165,12 +161,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("", {"evaluate": "long"}, ValueError, "evaluate is 'long'"),
     ("", {"decay": SEVERAL}, ValueError, "several averages, .*'a', 'b'.*; select one with"),
     ("", {"decay": SEVERAL, "evaluate": "c"}, ValueError, "evaluate is 'c'"),
-    (
-        TRAINER,
-        {"decay": SEVERAL, "evaluate": False, "export": "x"},
-        ValueError,
-        "select one with evaluate=",
-    ),
+    (TRAINER, {"decay": SEVERAL, "evaluate": False, "export": "x"}, ValueError, "with evaluate="),
     (LIGHTNING, {"optimizer": -1}, ValueError, "optimizer is -1, wanted a number from 0"),
     (LIGHTNING, {"optimizer": "g"}, ValueError, "optimizer is 'g', wanted a number"),
     (LIGHTNING, {"optimizer": 1.0}, ValueError, "optimizer is 1.0, wanted a number"),

@@ -312,11 +312,7 @@ def test_ranks_must_pass_the_same_models():
     [
         ([], ValueError, "no module"),
         ({}, ValueError, "no module"),
-        (
-            [nn.Linear(1, 1), nn.Linear(1, 1)],
-            ValueError,
-            "several parts have a tensor named",
-        ),
+        ([nn.Linear(1, 1), nn.Linear(1, 1)], ValueError, "several parts have a tensor named"),
         ({"a.b": nn.Linear(1, 1)}, ValueError, "cannot name a model"),
         ({"../a": nn.Linear(1, 1)}, ValueError, "cannot name a model"),
         ({"a": 3}, TypeError, "model is a dict"),

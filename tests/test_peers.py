@@ -27,7 +27,6 @@ from tests.oracle import worst_relative_error
 from tests.readme import ROOT
 from tests.runs import EXACT, Run, start
 from tests.worlds import World, rank, worlds
-from tests.worlds_deepspeed import WORLDS as DEEPSPEED
 
 NUM_STEPS = 8
 SAME = 1e-6  # relative to the largest element of a tensor
@@ -114,7 +113,7 @@ PEERS: dict[str, tuple[dict[str, Any], Callable[[nn.Module], Follower]]] = {
 }
 
 # The last two are of ZeRO's masters: of fp32 weights, and of bf16 weights, where they are averaged.
-ROWS = [*worlds("plain", "fsdp2-2").args[1], *rows(DEEPSPEED, "z2", "z2_bf16").args[1]]
+ROWS = rows("plain", "fsdp2", "z2", "z2_bf16").args[1]
 # A function of the user's sees pieces of weights, so further cuts may tell.
 OTHER_ROWS = worlds("ddp-2", "hsdp", "fsdp2_tp").args[1]
 

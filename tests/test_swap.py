@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from dist_ema import ShardedEMA
 from tests import worlds
-from tests.grid import FSDP1_KINDS, WORLDS, ZERO_KINDS, every_kind, every_row, named, rows
+from tests.grid import FSDP1_KINDS, WORLDS, ZERO_KINDS, every_kind, every_row, named, one_size, rows
 from tests.net import FROZEN, TRAINABLE
 from tests.pool import fork_server
 from tests.runs import Run, a_few_worlds, live_buffers, make_ema, same, start
@@ -44,7 +44,8 @@ class Interruption(Exception):
     pass
 
 
-WHERE_BACKWARD = [*worlds.WORLDS, *FSDP1_KINDS, *ZERO_KINDS]
+NATIVE = [world for world in worlds.WORLDS if not_compiled(world)]
+WHERE_BACKWARD = [*NATIVE, *FSDP1_KINDS, *ZERO_KINDS]
 # FSDP1 with "no_shard" raises by itself in the forward pass after one that failed.
 WHERE_FAILING = [world for world in WHERE_BACKWARD if world.name != "no_shard"]
 WHERE_FAILING += named(WORLDS, "z3_hpz", "z3_offload_all")
@@ -94,6 +95,7 @@ def test_the_model_computes_with_the_average_inside_and_comes_back_bit_for_bit(w
         if world.engine.model_parallel > 1:  # which adds in another order than a plain model
             same(world.parallel_twin(state).evaluate(), logits)
 
+    same(training.evaluate(), live)  # which leaves live weights gathered
     run.ema.copy_to()
     same(training.evaluate(), averaged)
     copied = training.full_weights()
@@ -105,7 +107,7 @@ def test_the_model_computes_with_the_average_inside_and_comes_back_bit_for_bit(w
     assert not torch.equal(run.weights[-1]["emb.weight"], copied["emb.weight"])
 
 
-@parametrized(WHERE_BACKWARD, lambda world, n: not_compiled(world) and n == world.ranks[0])
+@parametrized(WHERE_BACKWARD, one_size)
 def test_a_backward_pass_never_mixes_weights_and_average(world: World):
     """Each way has a model of its own: FSDP2 is of no use after a backward pass that failed."""
 
@@ -193,7 +195,7 @@ def test_copy_to_fills_a_plain_module_on_every_rank(world: World):
     run.ema.gather_state_dict()
 
 
-@rows(WORLDS, "plain", "ddp_bf16", "hsdp", "fsdp2_tp", "tp", "no_shard", "hybrid")
+@rows("plain", "ddp", "hsdp", "fsdp2_tp", "tp", "no_shard", "hybrid")
 def test_whole_replicas_give_and_show_what_split_ones_do(world: World):
     split, whole = (start(world, replicas=kind).train(3) for kind in ("split", "whole"))
     same(whole.ema.gather_state_dict(), split.ema.gather_state_dict())
@@ -337,7 +339,7 @@ def test_a_parametrization_that_is_cached_is_computed_again():
         same(model.weight, live)
 
 
-@parametrized(WHERE_FAILING, lambda world, n: not_compiled(world))
+@parametrized(WHERE_FAILING, one_size)
 def test_a_forward_that_fails_changes_nothing_and_leaves_nothing_gathered(world: World):
     run = start(world).train(2)
     training = run.training

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dist_ema import ShardedEMA
 from tests import worlds_deepspeed
-from tests.grid import KINDS, WORLDS, named
+from tests.grid import KINDS, WORLDS, named, one_size
 from tests.net import TRAINABLE, Net
 from tests.oracle import Oracle, worst_relative_error
 from tests.runs import DECAY, MAX_RELATIVE_ERROR, make_ema, same
@@ -30,7 +30,7 @@ TABLE = [
     World(name="z3_cut", ranks=(3,), engine=Zero(stage=3, zero=persistence(0))),
     World(name="z3_hpz", ranks=(4,), engine=Zero(stage=3, zero=HPZ | persistence(0))),
 ]
-every = parametrized(TABLE, lambda world, n: n == (2 if 2 in world.ranks else world.ranks[0]))
+every = parametrized(TABLE, one_size)
 few = parametrized(named(TABLE, "plain", "ddp", "fsdp2", "z3"), lambda world, n: n in (0, 2))
 # Of a module of its own. FSDP1 in bf16 warns.
 MODULES = [
@@ -328,7 +328,7 @@ def reference(world: World, *, seed: int, **config: Any) -> Any:
     return deepspeed.initialize(model=net, config=settings | config)[0]
 
 
-STAGE_3 = [*named(WORLDS, "z3", "z3_on_three"), *TABLE[-2:]]
+STAGE_3 = TABLE[-3:]  # kept whole, cut, and cut within a node
 
 
 @parametrized(STAGE_3)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.models import VOCABULARY, tiny_llama
 from tests.pool import NO_GROUP
 from tests.worlds_accelerate import ENGINES as ACCELERATED
 from tests.worlds_accelerate import several_devices_named_cpu
@@ -23,24 +24,7 @@ ENGINES = {kind: engine for kind, engine in ACCELERATED.items() if kind != "fsdp
 every_kind = pytest.mark.parametrize(
     ("kind", "num_ranks"), [pytest.param(k, NO_GROUP if k == "alone" else 2, id=k) for k in ENGINES]
 )
-VOCABULARY, LENGTH = 17, 6
-
-
-def tiny_llama(seed: int = 0) -> Any:
-    """About two thousand parameters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=8,
-            intermediate_size=12,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=LENGTH,
-        )
-    )
+LENGTH = 6
 
 
 def texts(seed: int, number: int) -> list[dict[str, Tensor]]:
@@ -107,7 +91,7 @@ def trainer_of(
                 **{"max_steps": 4, "save_strategy": "no", "logging_strategy": "no", **arguments},
             )
             yield (trainer_class or Trainer)(
-                model=tiny_llama(seed) if model is None else model,
+                model=with_weights(None, seed) if model is None else model,
                 args=args,
                 train_dataset=texts(0, 64),
                 eval_dataset=EVALUATED if eval_dataset is None else eval_dataset,
@@ -125,9 +109,12 @@ def full_weights(kind: str, trainer: Any) -> dict[str, Tensor]:
     return ENGINES[kind].full_weights(training)
 
 
-def with_weights(state: Mapping[str, Tensor]) -> Any:
-    model = tiny_llama(1)
-    model.load_state_dict(state)
+def with_weights(state: Mapping[str, Tensor] | None, seed: int = 0) -> nn.Module:
+    """A Llama of about two thousand parameters, with these weights or with weights of its own."""
+    torch.manual_seed(seed)
+    model = tiny_llama()
+    if state is not None:
+        model.load_state_dict(state)
     return model
 
 
