@@ -51,6 +51,11 @@ KNOWN: tuple[tuple[str, str, str], ...] = (
         "DeepSpeed's own: stage 3 with torch_autocast fails in training, with no swap too",
     ),
     (
+        r"deepspeed 0\.18\.",
+        r"engine\.py[^\n]* in offload_states\n[^\0]*Found no NVIDIA driver",
+        "DeepSpeed's own: offload_states() pins memory, for which a CUDA build needs a driver",
+    ),
+    (
         r"deepspeed 0\.1[78]\.",
         r"has no attribute 'ds_grads_remaining'",
         "DeepSpeed's own: stage 3 in a forward pass that uses a module out of turn",
