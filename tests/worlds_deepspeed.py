@@ -121,7 +121,7 @@ def library() -> Any:
 
 
 def _gather_detached(backend: Any) -> None:
-    """gloo in torch 2.11 fails to gather tensors that require grad, as DeepSpeed asks it to."""
+    """DeepSpeed 0.18 gathers in grad mode what requires grad, which gloo in torch 2.11 refuses."""
     original = backend.all_gather_into_tensor
 
     def all_gather_into_tensor(
