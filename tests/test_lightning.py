@@ -401,20 +401,6 @@ def test_a_batch_without_a_loss_counts_as_global_step_counts_it(under: Under, tm
     assert ema.ema.step == trainer.global_step == 8
 
 
-@under("alone")
-def test_what_an_evaluation_writes_to_a_buffer_is_lost(under: Under, tmp_path: Path):
-    class Counts(Module):
-        def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            self.net.running += 1
-            return self.net.running.clone()
-
-    _, trainer, module, _ = fit(under, tmp_path, module=Counts(**under.net))
-    before = module.net.running.clone()
-    predicted = trainer.predict(module, under.batches(2))
-    torch.testing.assert_close(predicted[1], before + 2)
-    same(module.net.running, before)
-
-
 class TwoOptimizers(Module):
     """The second steps in every batch, the first in every other one."""
 
