@@ -256,6 +256,8 @@ def as_schedule(value: object) -> Schedule:
 def decay_at(schedule: Schedule, t: int, delta: int) -> float:
     """The decay of a schedule; ValueError unless it is a number in [0, 1]."""
     decay: object = schedule(t, delta)
+    if type(decay) is float and 0 <= decay <= 1:
+        return decay  # before `Real`, whose check is slow
     if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= float(decay) <= 1:
         name = repr(schedule) if type(schedule) in _KINDS else _name(schedule)
         raise ValueError(

@@ -182,7 +182,7 @@ def test_parameters_that_are_cut_over_a_subgroup_are_refused():
     engine = Zero(stage=3).wrap(Net())
     parameter = engine.module.head.weight
     with mock.patch.object(parameter, "ds_numel", parameter.ds_numel // 2):
-        with pytest.raises(ValueError, match=r"head\.weight: .* subgroup"):
+        with pytest.raises(ValueError, match=r"weight: .* subgroup"):
             ShardedEMA(engine)
     ShardedEMA(engine)
 

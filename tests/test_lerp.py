@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_ema import EqualWeight, ShardedEMA
 from tests.test_cost import Counted
+from tests.worlds import mesh
 
 SIZES = [3000, 1, 300, 4097, 17, 256, 5000, 2, 3, 0, 64] + 40 * [2800]
 QUIET = pytest.mark.filterwarnings("ignore:the average is kept in", "ignore:the live weights are")
@@ -68,6 +70,45 @@ def test_a_weight_that_overflows_or_moves_leaves_its_neighbours_alone():
     ema.update()  # copies
     ema.update()
     assert torch.equal(ema.gather_state_dict()["2"], torch.full((700,), 2.0))
+
+
+def test_a_compiled_training_step_packs_small_weights_each_time():
+    model = weights(torch.float32, 8 * [30])
+    ema = ShardedEMA(model, 0.5)
+
+    def step() -> None:
+        with torch.no_grad():
+            torch._foreach_add_(list(model), 1.0)
+        ema.update()
+
+    wanted, compiled = [p.detach().clone() for p in model], torch.compile(step, backend="eager")
+    for _ in range(3):
+        compiled()
+        wanted = [(average + p.detach()) / 2 for average, p in zip(wanted, model, strict=True)]
+    for average, found in zip(wanted, ema.gather_state_dict().values(), strict=True):
+        torch.testing.assert_close(found, average)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_shard_that_moves_is_noticed_whether_or_not_the_weights_are_gathered(gathered: bool):
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    fully_shard(model, mesh=mesh((2,), ("shard",)))
+    shards = dict(model.named_parameters())
+    ema = ShardedEMA(model, 0.5)
+    if gathered:
+        model.unshard()
+    ema.update()
+    with torch.no_grad():
+        before = {name: shard.to_local().clone() for name, shard in shards.items()}
+        shards["0.weight"].to_local().data = torch.full((2, 6), 3.0)  # other storage
+        shards["1.bias"].add_(2.0)
+        ema.update()
+        average = ema._average
+        for fragment, value in zip(average.plan.fragments, average.storage.values[0], strict=True):
+            name = fragment.meta.fqn
+            wanted = before[name].lerp(shards[name].to_local(), 0.5).flatten()
+            torch.testing.assert_close(value, wanted)
 
 
 @QUIET

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from dist_ema import EqualWeight, ShardedEMA, cli, merge
+from dist_ema.checkpoint import directory
 from dist_ema.checkpoint.manifest import dump, parse
 from dist_ema.checkpoint.reader import Checkpoint
 from dist_ema.checkpoint.writer import save
@@ -330,6 +331,21 @@ def test_memory_does_not_grow_with_the_model_or_the_number(tmp_path: Path):
         merge(paths, tmp_path / "out", max_shard_size="8MB")
     assert peak() < 60e6
     assert (written(tmp_path / "out")["w"] == 2.5).all()
+
+
+def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(directory, "_MAX_OPEN", 12)
+    states = [random_state(seed) for seed in range(6)]
+    paths = [write_plain(tmp_path / f"{i}", state, files=5) for i, state in enumerate(states)]
+    before = len(os.listdir("/proc/self/fd"))
+
+    @contextmanager
+    def progress(total: int) -> Iterator[Callable[[int], object]]:
+        assert len(os.listdir("/proc/self/fd")) - before < 2 * 12  # a directory is a file too
+        yield lambda nbytes: None
+
+    merge(paths, tmp_path / "out", progress=progress)
+    assert_close(written(tmp_path / "out"), numpy_sum(states, [1 / 6] * 6))
 
 
 # Files.

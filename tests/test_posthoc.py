@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import HalfLife, PowerFunction, ShardedEMA, cli, synthesize
-from dist_ema.checkpoint import writer
+from dist_ema.checkpoint import directory, writer
 from dist_ema.checkpoint.directory import Files
 from dist_ema.checkpoint.reader import Checkpoint, problems
 from dist_ema.checkpoint.writer import save
@@ -633,7 +633,7 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path):
 
 
 def test_more_files_than_may_be_open(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("dist_ema.posthoc.snapshots._MAX_OPEN", 4)
+    monkeypatch.setattr(directory, "_MAX_OPEN", 4)
     paths = [made_up(tmp_path / f"a-{step}", step, cut="crumbs") for step in (10, 11)]
     assert len(list((paths[0] / "wide").iterdir())) > 4
     check_sum(synthesize(paths, sigma_rel=0.07, out=tmp_path / "out"), rtol=1e-5, atol=1e-6)

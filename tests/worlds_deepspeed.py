@@ -114,18 +114,20 @@ def library() -> Any:
         with mock.patch.object(backend, "build_shm_op", return_value=None):
             deepspeed.init_distributed("gloo")
         if torch.__version__.startswith("2.11."):
-            _gather_into_detached(backend.TorchBackend)
+            _gather_detached(backend.TorchBackend)
     if autocast := sys.modules.get("deepspeed.runtime.torch_autocast"):  # since DeepSpeed 0.17
         autocast.TORCH_AUTOCAST_INITIALIZED = False  # an engine sets it for all that follow
     return deepspeed
 
 
-def _gather_into_detached(backend: Any) -> None:
-    """gloo in torch 2.11 fails to write to a tensor that requires grad, as DeepSpeed asks it to."""
+def _gather_detached(backend: Any) -> None:
+    """gloo in torch 2.11 fails to gather tensors that require grad, as DeepSpeed asks it to."""
     original = backend.all_gather_into_tensor
 
-    def all_gather_into_tensor(self: Any, output_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return original(self, output_tensor.detach(), *args, **kwargs)
+    def all_gather_into_tensor(
+        self: Any, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        return original(self, output_tensor.detach(), input_tensor.detach(), *args, **kwargs)
 
     backend.all_gather_into_tensor = all_gather_into_tensor
 

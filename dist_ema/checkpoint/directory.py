@@ -341,9 +341,13 @@ class Files:
     in the directory that was opened.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, num: int = 1) -> None:
+        """
+        Args:
+            num: number of directories that are open at a time. They share the limit of open files.
+        """
         self.directory = directory
-        self.max_open = _MAX_OPEN
+        self._max_open = max(1, _MAX_OPEN // num)
         try:
             self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -421,7 +425,7 @@ class Files:
         if problem:
             os.close(fd)
             raise CheckpointError(f"{self.directory / name}: {problem}")
-        while len(self._open) >= self.max_open:
+        while len(self._open) >= self._max_open:
             os.close(self._open.popitem(last=False)[1])
         self._open[name] = fd
         return fd

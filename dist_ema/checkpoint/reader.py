@@ -65,7 +65,9 @@ class Checkpoint:
     knows, and aliases are those that `safetensors.torch.save_model` notes. Memory: one block.
     """
 
-    def __init__(self, path: Path, prefix: str | None = None, *, to_load: bool = False) -> None:
+    def __init__(
+        self, path: Path, prefix: str | None = None, *, to_load: bool = False, num: int = 1
+    ) -> None:
         """
         Args:
             path: a directory with a manifest; a safetensors file; a directory of safetensors files,
@@ -73,13 +75,14 @@ class Checkpoint:
             prefix: of the tensors of the latter; see `dcp_reader.describe`.
             to_load: read what only `load` does: the average in the latter, if torchtitan has saved
                 one; a directory of directories, of one model each.
+            num: number of checkpoints that are open at a time. They share the limit of open files.
 
         Raises:
             CheckpointError: there is no such checkpoint, or it is damaged.
         """
         path = find(path)
         self.directory, only = (path.parent, path.name) if path.is_file() else (path, None)
-        self.files = Files(self.directory)
+        self.files = Files(self.directory, num)
 
         def has(name: str) -> bool:
             return only in (None, name) and self.files.has(name)

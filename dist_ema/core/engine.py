@@ -419,34 +419,47 @@ def refuse_freezing() -> None:
 
 
 class Registered:
-    """Tensors by where they are registered, and their addresses with no Python work for each.
+    """Tensors by where they are registered, and their addresses with no Python code for each.
 
-    For DTensors and wrappers some work is needed. Wrappers whose values cannot be read are skipped.
+    Wrappers whose values cannot be read are skipped.
     """
 
     def __init__(
         self, registered: Iterable[Registration], precomputed: Set[str] = frozenset()
     ) -> None:
-        paths = {r: path_to_values(r.tensor, precomputed) for r in registered}
-        plain = [r for r, path in paths.items() if path == ""]
-        self._registries = [r.registry for r in plain]
-        self._names = [r.name for r in plain]
-        self._others = [(r, attrgetter(path)) for r, path in paths.items() if path]
+        self._kinds: dict[str, tuple[list[dict[str, torch.Tensor | None]], list[str]]] = {}
+        for registration in registered:
+            path = path_to_values(registration.tensor, precomputed)
+            if path is not None:
+                registries, names = self._kinds.setdefault(path, ([], []))
+                registries.append(registration.registry)
+                names.append(registration.name)
 
     def addresses(self) -> list[int]:
         """The data pointers of what is registered there now."""
-        others = [_pointer_at(r.registry.get(r.name), values) for r, values in self._others]
-        tensors = [*map(dict.get, self._registries, self._names)]
-        try:
-            return [*map(torch.Tensor.data_ptr, tensors), *others]  # type: ignore[arg-type]
-        except TypeError:  # nothing is registered at some place now
-            return [*map(pointer, tensors), *others]
+        found: list[int] = []
+        for path, (registries, names) in self._kinds.items():
+            found += addresses([*map(dict.get, registries, names)], path)
+        return found
 
 
-def _pointer_at(tensor: torch.Tensor | None, values: attrgetter[torch.Tensor]) -> int:
-    """Address of a tensor's values; -1 if it is of another kind now."""
+def addresses(tensors: Sequence[torch.Tensor | None], path: str) -> list[int]:
+    """Data pointers of the values at a path; 0 for None, and -1 for a tensor of another kind.
+
+    One step for all tensors, then the next: where they are not in a core's caches, it waits for
+    several at once.
+    """
+    values = attrgetter(path) if path else None
     try:
-        return pointer(values(tensor))
+        plain = [*map(values, tensors)] if values else tensors
+        return [*map(torch.Tensor.data_ptr, plain)]  # type: ignore[arg-type]
+    except (TypeError, AttributeError):  # some are of another kind
+        return [_pointer_at(tensor, values) for tensor in tensors]
+
+
+def _pointer_at(tensor: torch.Tensor | None, values: attrgetter[torch.Tensor] | None) -> int:
+    try:
+        return pointer(values(tensor) if values else tensor)
     except AttributeError:
         return -1
 

@@ -75,8 +75,12 @@ class Group:
 
     def outdated(self) -> bool:
         """Whether this process was taken for the only one and is now one of several. Local."""
-        initialized = dist.is_available() and dist.is_initialized()
-        return self.process_group is None and initialized and dist.get_world_size() > 1
+        return (
+            self.process_group is None
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_world_size() > 1
+        )
 
     def _global_rank(self, rank: int) -> int:
         assert self.process_group is not None

@@ -27,6 +27,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dist_ema.core.accelerator import SideStreams, is_accelerator
@@ -40,7 +41,7 @@ _CHUNK_ACROSS_DEVICES = 1 << 20
 # Within an accelerator 32 MB, a part of the L2 cache (50 MB on an H100): an estimate.
 _CHUNK_WITHIN_ACCELERATOR = 1 << 23
 _SMALL_BYTES = 8192  # up to this size of live values, copies cost less than operators
-_SERIAL_ELEMENTS = (1 << 15) - 16  # torch concatenates and updates fewer than 2^15 on one thread
+_SERIAL_ELEMENTS = (1 << 15) - 16  # torch updates fewer than 2^15 on one thread
 
 MultiAvgFn = Callable[[list[torch.Tensor], list[torch.Tensor], int], None]
 # What is done with averages and live values, both of the dtype of the accumulation. None: nothing.
@@ -53,15 +54,15 @@ class _Batch:
 
     averages: list[list[torch.Tensor]]  # one list for each average
     lives: list[torch.Tensor]
-    packed: torch.Tensor | None  # buffer to concatenate live values
+    pack: Callable[[], object] | None  # concatenates live values
     narrow: list[torch.Tensor]  # live values in pieces like those of an average
     staged_lives: list[torch.Tensor] | None
     staged_averages: list[torch.Tensor] | None
     non_blocking: bool  # argument of `copy_`; True on a side stream, which keeps copies in order
 
     def update(self, steps: Sequence[Step]) -> None:
-        if self.packed is not None:
-            torch.cat(self.lives, out=self.packed)
+        if self.pack is not None:
+            self.pack()
         lives = self.narrow
         if self.staged_lives is not None:
             lives = self.staged_lives
@@ -293,12 +294,23 @@ def _batches(
         yield _Batch(
             of_all,
             parts,
-            None if pack is None else pack[: sum(sizes)],
+            None if pack is None else _packing(parts, pack[: sum(sizes)]),
             _cut(pack, sizes) or parts,
             _cut(live_buffers[turn], sizes),
             _cut(average_buffers[turn], sizes),
             crosses and accelerated,
         )
+
+
+def _packing(parts: Sequence[torch.Tensor], packed: torch.Tensor) -> Callable[[], object]:
+    """A function that copies tensors on a CPU one after the other into another one.
+
+    By NumPy, which takes a quarter of the time of `torch.cat` for each small tensor.
+    """
+    *arrays, out = (tensor.view(torch.uint8).numpy() for tensor in (*parts, packed))
+    # A compiler must not see it, since it would trace it as an operator of torch.
+    pack: Callable[[], object] = torch.compiler.disable(lambda: np.concatenate(arrays, out=out))
+    return pack
 
 
 def _chunk_elements(crosses: bool, accelerated: bool, packs: bool) -> int:

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, placement_types
 
-from dist_ema.core.engine import Cut, Engine, Registered, path_to_values, values_of
+from dist_ema.core.engine import Cut, Engine, Registered, addresses, path_to_values, values_of
 from dist_ema.core.errors import require_names
 from dist_ema.core.layout import Box, Fragment, FragmentMeta, Shape, dense_order
 from dist_ema.core.names import Registration, is_instance, registrations
@@ -57,10 +57,12 @@ class DTensorEngine(Engine):
             if not _is_replaced(fsdp_param)
         }
         self._fsdp_params = list({id(p): p for p in self._managed.values()}.values())
-        self._shards: dict[str, list[dict[str, Any]]] = {}  # attributes of FSDPParams, by path
+        kinds: dict[str, list[Any]] = {}  # by the path to the values
         for fsdp_param in self._fsdp_params:
-            if path := path_to_values(fsdp_param.sharded_param, PRECOMPUTED):
-                self._shards.setdefault(path, []).append(vars(fsdp_param))
+            path = path_to_values(fsdp_param.sharded_param, PRECOMPUTED)
+            if path is not None:
+                kinds.setdefault(path, []).append(fsdp_param)
+        self._shards = [_Shards(path, params) for path, params in kinds.items()]
         self._warn_of_cut_ties()
         others = [
             r
@@ -77,13 +79,8 @@ class DTensorEngine(Engine):
         )
 
     def stamp(self) -> list[int]:
-        stamp = self._others.addresses()
-        for path, attributes in self._shards.items():
-            # One step for all shards, then the next: a core waits for several of them at once if
-            # they are not in its caches.
-            tensors = [*map(dict.get, attributes, itertools.repeat("sharded_param"))]
-            stamp += map(torch.Tensor.data_ptr, [*map(attrgetter(path), tensors)])
-        return stamp
+        groups: list[Registered | _Shards] = [self._others, *self._shards]
+        return [*itertools.chain.from_iterable(group.addresses() for group in groups)]
 
     def process_groups(self) -> list[dist.ProcessGroup]:
         tensors = [p.sharded_param for p in self._fsdp_params]
@@ -155,6 +152,29 @@ class DTensorEngine(Engine):
         flat = (local if order is None else local.permute(order)).view(-1)
         box = Box(tuple(r[0][0] for r in runs), tuple(local.shape))
         return shape, (Fragment(FragmentMeta(fqn, shape, box, order), flat),)
+
+
+class _Shards:
+    """Sharded parameters of FSDP2, and their addresses with no Python code for each.
+
+    An `FSDPParam` takes its sharded parameter from the module. So while the module has the one that
+    was sharded when this was built, the `FSDPParam` has it too, and is not asked: its attributes
+    are many, and seldom in a core's caches.
+    """
+
+    def __init__(self, path: str, fsdp_params: Sequence[Any]) -> None:
+        self._path, self._fsdp_params = path, fsdp_params
+        infos = [p._module_info for p in fsdp_params]
+        self._registries = [info.module._parameters for info in infos]
+        self._names = [info.param_name for info in infos]
+        self._sharded = [p.sharded_param for p in fsdp_params]
+
+    def addresses(self) -> list[int]:
+        """The data pointers of the sharded parameters as they are now."""
+        tensors = [*map(dict.get, self._registries, self._names)]
+        if not all(map(operator.is_, tensors, self._sharded)):  # gathered, or replaced
+            tensors = [p.sharded_param for p in self._fsdp_params]
+        return addresses(tensors, self._path)
 
 
 def _is_fsdp2(module: nn.Module) -> bool:

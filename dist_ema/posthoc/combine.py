@@ -20,6 +20,7 @@ from threading import Lock
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dist_ema.checkpoint.directory import MANIFEST, sync
 from dist_ema.checkpoint.manifest import (
@@ -67,17 +68,19 @@ class Term:
         """Whether the tensor is one run of bytes in a file without checksums."""
         return self.checkpoint.is_plain and len(self.average.tensors[self.fqn].boxes) == 1
 
-    def read(self, boxes: Sequence[Box], out: torch.Tensor) -> None:
-        """Fill a 1-D tensor of the saved dtype with boxes, one after the other."""
-        parts = out.split([box.numel for box in boxes])
-        targets = [(box, part.view(box.sizes)) for box, part in zip(boxes, parts, strict=True)]
+    def read(self, wanted: Range, at: int, out: Tensor) -> None:
+        """Fill a 1-D tensor of the saved dtype with elements of a range: from `at` on if the tensor
+        is plain, else all of them."""
+        if self.is_plain:
+            (saved,) = self.average.tensors[self.fqn].boxes
+            first = saved.start + (wanted.start + at) * out.itemsize
+            self.checkpoint.files.read(saved.file, first, out.view(torch.uint8).numpy().data)
+            return
+        parts = out.split([box.numel for box in wanted.boxes])
+        targets = [
+            (box, part.view(box.sizes)) for box, part in zip(wanted.boxes, parts, strict=True)
+        ]
         self.checkpoint.fill(self.average, self.fqn, targets)
-
-    def read_plain(self, first: int, out: torch.Tensor) -> None:
-        """Fill a tensor with elements from `first` on, of a tensor that is plain."""
-        (saved,) = self.average.tensors[self.fqn].boxes
-        data = out.view(torch.uint8).numpy().data
-        self.checkpoint.files.read(saved.file, saved.start + first * out.itemsize, data)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,12 +127,12 @@ class WeightedSums:
     def __exit__(self, *raised: object) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def compute(self, ranges: Iterable[Range]) -> Iterator[tuple[Range, torch.Tensor]]:
+    def compute(self, ranges: Iterable[Range]) -> Iterator[tuple[Range, Tensor]]:
         """Each range, with its sums of shape (number of sums, elements).
 
         The next ranges are computed meanwhile, as many as there are threads.
         """
-        running: deque[tuple[Range, Future[torch.Tensor]]] = deque()
+        running: deque[tuple[Range, Future[Tensor]]] = deque()
         for each in ranges:
             running.append((each, self._threads.submit(self._compute, each)))
             if len(running) > _NUM_THREADS:
@@ -139,13 +142,13 @@ class WeightedSums:
             wanted, task = running.popleft()
             yield wanted, task.result()
 
-    def _compute(self, wanted: Range) -> torch.Tensor:
+    def _compute(self, wanted: Range) -> Tensor:
         buffers = self._idle.pop()
         try:
             (first, *others), numel = wanted.terms, wanted.numel
             if not others and first.coefficients == (1.0,):  # a copy, also of integers
                 copy = torch.empty((1, numel), dtype=first.dtype)
-                self._read(first, wanted, 0, copy[0], buffers)
+                self._read(first, wanted, 0, copy[0], buffers.block)
                 return copy
             result = torch.empty((len(first.coefficients), numel), dtype=wanted.dtype)
             step = _IN_CACHE if all(term.is_plain for term in wanted.terms) else numel
@@ -155,7 +158,7 @@ class WeightedSums:
         finally:
             self._idle.append(buffers)
 
-    def _add_up(self, wanted: Range, at: int, out: torch.Tensor, buffers: _Buffers) -> None:
+    def _add_up(self, wanted: Range, at: int, out: Tensor, buffers: _Buffers) -> None:
         """Fill `out` with sums of elements of a range, from `at` on."""
         kind, numel = _sum_dtype(wanted.dtype), out.shape[1]
         sums = [_pieces(row) for row in buffers.sums.view(kind, *out.shape)]
@@ -168,7 +171,7 @@ class WeightedSums:
             buffers.wide.view(kind, len(part)).split(SERIAL) for part in out[0].split(_IN_CACHE)
         ]
         for term in wanted.terms:
-            self._read(term, wanted, at, values[term.dtype], buffers)
+            self._read(term, wanted, at, values[term.dtype], buffers.block)
             for narrow, wide, *parts in zip(pieces[term.dtype], wides, *sums, strict=True):
                 torch._foreach_copy_(wide, narrow)
                 for part, coefficient in zip(parts, term.coefficients, strict=True):
@@ -178,19 +181,13 @@ class WeightedSums:
             for narrow, part in zip(_pieces(rounded), row, strict=True):
                 torch._foreach_copy_(narrow, part)
 
-    def _read(
-        self, term: Term, wanted: Range, at: int, out: torch.Tensor, buffers: _Buffers
-    ) -> None:
-        """Fill `out` with elements of a range, from `at` on, as a term has them."""
+    def _read(self, term: Term, wanted: Range, at: int, out: Tensor, block: bytearray) -> None:
         with self._locks[term.checkpoint]:
-            term.checkpoint.buffer = buffers.block
-            if term.is_plain:
-                term.read_plain(wanted.start + at, out)
-            else:
-                term.read(wanted.boxes, out)
+            term.checkpoint.buffer = block
+            term.read(wanted, at, out)
 
 
-def _pieces(values: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+def _pieces(values: Tensor) -> list[tuple[Tensor, ...]]:
     """Parts of a 1-D tensor that stay in cache, each in parts that torch computes on one thread."""
     return [part.split(SERIAL) for part in values.split(_IN_CACHE)]
 
@@ -211,7 +208,7 @@ class _Buffer:
     def __init__(self, numel: int) -> None:
         self._storage = torch.empty(numel * torch.complex128.itemsize, dtype=torch.uint8)
 
-    def view(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    def view(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return self._storage[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 

@@ -40,7 +40,6 @@ from dist_ema.posthoc.combine import Range, Term, WeightedSums
 from dist_ema.posthoc.snapshots import refuse_overlap
 
 _RANGE = 1 << 20  # elements that are summed at a time, a block of fp32
-_MAX_OPEN = 512  # number of open files, over all checkpoints
 _TOLERANCE = 1e-6  # of the sum of given weights
 _HEAD = 1024  # elements that are compared first
 _NESTED = ("pytorch_model_fsdp_0", "pytorch_model_fsdp", "model_and_optim")
@@ -137,12 +136,12 @@ def merge(
     bases = [] if base is None else [Path(base)]
     refuse_overlap(Path(out), [*paths, *bases])
     with ExitStack() as opened:
-        inputs = [_Input(path, name, prefix, opened) for path in [*paths, *bases]]
+        given = [*paths, *bases]
+        inputs = [_Input(path, name, prefix, len(given), opened) for path in given]
         # Not a buffer for each: blocks of a hundred checkpoints would be half a GB.
         buffer = bytearray(max(each.checkpoint.manifest.block_bytes for each in inputs))
         for each in inputs:
             each.checkpoint.buffer = buffer
-            each.checkpoint.files.max_open = max(1, _MAX_OPEN // len(inputs))
         _refuse_duplicates(inputs)
         base_input = inputs.pop() if bases else None
         tensors, sources = _match(inputs, base_input, factors, dtype)
@@ -259,13 +258,15 @@ def coefficients(weights: str | Sequence[float], n: int, *, normalize: bool = Fa
 class _Input(Source):
     """An open checkpoint, and its tensors by the names that they have in the library's files."""
 
-    def __init__(self, path: Path, name: str | None, prefix: str | None, opened: ExitStack) -> None:
+    def __init__(
+        self, path: Path, name: str | None, prefix: str | None, num: int, opened: ExitStack
+    ) -> None:
         nested = (path / each for each in _NESTED if (path / each / METADATA).is_file())
         is_known = any((path / each).is_file() for each in (MANIFEST, METADATA))
         place = path if is_known or any(path.glob("*.safetensors")) else next(nested, None)
         if problem := no_pickles(path) if place is None else None:
             raise CheckpointError(problem)
-        checkpoint = opened.enter_context(Checkpoint(place or path, prefix))
+        checkpoint = opened.enter_context(Checkpoint(place or path, prefix, num=num))
         super().__init__(checkpoint, None if checkpoint.is_plain else name)
         self.path = path
         directory = path if path.is_dir() else path.parent

@@ -26,7 +26,6 @@ from dist_ema.posthoc.profiles import Profile
 from dist_ema.schedule import PowerFunction, decay_at, from_json
 
 SYNTHESIZED = "synthesized"  # key of `Manifest.written`
-_MAX_OPEN = 512  # files at a time, over all checkpoints
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,8 +60,7 @@ def open_snapshots(paths: Sequence[Path], stack: ExitStack) -> list[Snapshot]:
     snapshots: list[Snapshot] = []
     path_of: dict[str, Path] = {}
     for path in paths:
-        checkpoint = stack.enter_context(Checkpoint(path))
-        checkpoint.files.max_open = max(1, _MAX_OPEN // len(paths))
+        checkpoint = stack.enter_context(Checkpoint(path, num=len(paths)))
         first = path_of.setdefault(checkpoint.manifest.id or str(path), path)
         if first is not path:
             raise ValueError(f"{path}: is the same checkpoint as {first}; give it once")
