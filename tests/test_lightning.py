@@ -206,23 +206,6 @@ def test_a_checkpoint_in_an_evaluation_holds_live_weights(under: Under, tmp_path
     assert_same_average(other, ema)
 
 
-@under("ddp")
-def test_training_after_an_evaluation_has_the_buffers_of_rank_0(under: Under, tmp_path: Path):
-    """As in a run without the callback: the first step after an evaluation synchronises them."""
-
-    class Buffers(Callback):
-        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-            self.running = pl_module.net.running.clone()
-
-    found = []
-    for callbacks in ([], [EMACallback(DECAY)]):
-        buffers = Buffers()
-        trainer = under.trainer(tmp_path, buffers, *callbacks, max_epochs=2)
-        trainer.fit(under.module(), under.batches(1), under.validation())
-        found.append(buffers.running)
-    same(found[1], found[0])
-
-
 @under("alone", "fsdp2")
 def test_a_checkpoint_without_an_average_is_refused_or_starts_one(under: Under, tmp_path: Path):
     path = tmp_path / "x.ckpt"
