@@ -39,21 +39,26 @@ def update_bn(
     Raises:
         ValueError: no rank passed any batch. The statistics are unchanged.
         TypeError: `model` is not a module. Call it for each model if there are several.
+        RuntimeError: ranks have other batch-norm layers, or one did not call it. On every rank.
 
     Collective: every rank calls it. One all-reduce of two numbers per channel. Momenta and training
     modes are restored; after an exception, the statistics are too.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, wanted one torch.nn.Module")
-    layers = [
-        m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
-    ]
+    group = Group(process_group)
+    channels: dict[str, str] = {}  # compared between ranks when the block ends
+    with group.together("update_bn()", channels):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}, wanted one torch.nn.Module")
+        layers = [
+            m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
+        ]
+        label = "the channels of the batch-norm layers that share statistics (process_group=)"
+        channels[label] = str([layer.num_features for layer in layers])
     if not layers:
         return
-    group = Group(process_group)
     before = [{name: b.clone() for name, b in layer.named_buffers()} for layer in layers]
     try:
-        with group.together(), torch.no_grad(), _cumulative(model, layers):
+        with group.together("update_bn()"), torch.no_grad(), _cumulative(model, layers):
             for batch in loader:
                 inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
                 model(inputs if device is None else inputs.to(device))

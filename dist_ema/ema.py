@@ -416,7 +416,8 @@ class ShardedEMA:
 
         Keys and shapes are those of the unwrapped model's `state_dict()`: tied weights under each
         of their names (one tensor), frozen weights and persistent buffers as they live. What
-        `state_dict()` adds to frozen weights (the state of a quantization) is in, as it is.
+        `state_dict()` adds to frozen weights (the state of a quantization) is in, as it is, and so
+        is the extra state that modules of rank 0 return, which need not be tensors.
 
         Args:
             dtype: of floating tensors. None: the average's (fp32), half-precision tensors that are
@@ -435,7 +436,8 @@ class ShardedEMA:
 
         Collective: every rank calls it and exhausts the iterator, which is empty off rank 0.
         """
-        return self._whole_tensors("gather_tensors()", name, dtype)
+        every = self._whole_tensors("gather_tensors()", name, dtype)
+        return ((fqn, tensor) for fqn, tensor in every if isinstance(tensor, torch.Tensor))
 
     def export(
         self,
@@ -493,7 +495,7 @@ class ShardedEMA:
             "export()",
             name,
             dtype,
-            path=os.path.abspath(str(path)),
+            path=path,
             max_shard_size=max_shard_size,
             weights_name=weights_name,
             method=method,
@@ -541,7 +543,7 @@ class ShardedEMA:
         Collective: every rank calls it. Each rank writes what it owns. Four small exchanges; if
         weights are replicated, they are also read once, and compared in one more.
         """
-        self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout})
+        self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout, "path": path})
         self._compare_replicas()
         averages = self._fragments(corrected=True)
         state = self._state()
@@ -586,8 +588,7 @@ class ShardedEMA:
 
         Collective: every rank calls it, and reads what it holds.
         """
-        place = os.path.abspath(str(path))
-        arguments = {"path": place, "strict": strict, "step": step}
+        arguments = {"path": path, "strict": strict, "step": step}
         self._meet("load()", arguments, counters=False)
         with self._group.together():
             if step is not None and (isinstance(step, bool) or not _is_count(step)):
@@ -664,6 +665,10 @@ class ShardedEMA:
             counters: whether `step` and `num_updates` must be equal.
         """
         values = {f"argument {label}": str(value) for label, value in arguments.items()}
+        if "path" in arguments:
+            values["argument path"] = os.path.abspath(str(arguments["path"]))
+        if call == "save()":
+            del values["argument path"]  # `checkpoint.save` compares it
         if not isinstance(name := arguments.get("name"), str | None):
             values["argument name"] = type(name).__name__  # its text may contain an address
         if counters:
@@ -678,6 +683,9 @@ class ShardedEMA:
                 isinstance(dtype, torch.dtype) and dtype.is_floating_point
             ):
                 raise ValueError(f"dtype is {dtype!r}, wanted a floating torch.dtype or None")
+            path = arguments.get("path", "")
+            if not isinstance(path, str | os.PathLike):
+                raise TypeError(f"path is {path!r}, wanted a str or Path")
             timeout = arguments.get("timeout", 1)
             if not isinstance(timeout, int | float) or not timeout > 0:
                 raise ValueError(f"timeout is {timeout!r}, wanted a positive number of seconds")
@@ -825,7 +833,7 @@ class ShardedEMA:
             self._average.refuse_differing_replicas()
             self._has_compared = True
 
-    def _unregistered(self, call: str, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    def _unregistered(self, call: str, dtype: torch.dtype | None) -> dict[str, Any]:
         average = self._average
         return unregistered_tensors(call, average.model, average.plan.averaged, self._group, dtype)
 

@@ -74,7 +74,12 @@ class EMAOptions:
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in keywords if name not in names]:
             raise no_keyword(unknown)
-        return cls(device=None if device is None else torch.device(device), **keywords)
+        try:
+            device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError):
+            wanted = "'cpu', or None for beside the weights"
+            raise ValueError(f"device is {device!r}, wanted {wanted}") from None
+        return cls(device=device, **keywords)
 
     def __post_init__(self) -> None:
         names, dtype, fn = list(self.schedules), self.dtype, self.multi_avg_fn
@@ -285,4 +290,8 @@ def no_module(model: Any) -> TypeError:
             "ExponentialMovingAverage(model.parameters(), decay) write ShardedEMA(model, "
             "Warmup(decay)), and update() for update(parameters)"
         )
+    elif isinstance(items, Mapping | list | tuple):
+        pairs = items.items() if isinstance(items, Mapping) else enumerate(items)
+        odd = next((key, value) for key, value in pairs if not isinstance(value, nn.Module))
+        text += f"; model[{odd[0]!r}] is a {type(odd[1]).__name__}"
     return TypeError(text)

@@ -156,3 +156,34 @@ def test_no_batch_on_any_rank_is_refused_and_statistics_stay(engine: str):
         update_bn([], model)
     torch.testing.assert_close(statistics(net), before, **EXACT)
     check_settings(net, training=True)
+
+
+def no_layers() -> nn.Module:
+    return nn.Linear(5, 7)
+
+
+def other_layers() -> nn.Module:
+    return nn.BatchNorm1d(5)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("other", "error", "match"),
+    [
+        (type(None), TypeError, r"rank 1: model is a NoneType, wanted one torch\.nn\.Module"),
+        (no_layers, RuntimeError, r"layers .* is \[7, 3\] on rank 0 and \[\] on"),
+        (other_layers, RuntimeError, r"is \[7, 3\] on rank 0 and \[5\] on rank 1"),
+    ],
+    ids=["none", "no-layers", "other-layers"],
+)
+def test_another_model_on_one_rank_is_an_error_on_every_rank(other, error, match: str):
+    with pytest.raises(error, match=match):
+        update_bn([torch.ones(2, 5)], Normalized() if rank() == 0 else other())
+
+
+@pytest.mark.ranks(2)
+def test_another_call_on_one_rank_is_an_error_on_every_rank():
+    net = Normalized()
+    ema = ShardedEMA(net, 0.5)
+    with pytest.raises(RuntimeError, match=r"the call is update_bn\(\) on rank 0 and drift\(\)"):
+        update_bn([torch.ones(2, 5)], net) if rank() == 0 else ema.drift()

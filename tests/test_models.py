@@ -518,6 +518,42 @@ def test_a_frozen_weight_that_is_packed_for_inference_disturbs_nothing(tmp_path:
         ema.update()
 
 
+class Counting(nn.Linear):
+    """A layer with extra state that is no tensor."""
+
+    def get_extra_state(self) -> Any:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seen = state["seen"]
+
+
+@pytest.mark.ranks(0, 2)
+def test_extra_state_is_gathered_as_it_is():
+    net = nn.Sequential(Counting(2, 2))
+    ema = ShardedEMA(net, 0.5)
+    state = ema.gather_state_dict()
+    assert set(dict(ema.gather_tensors())) == set(state) - {"0._extra_state"}
+    if rank() == 0:
+        other = nn.Sequential(Counting(2, 2))
+        other.load_state_dict(state)
+        assert other[0].seen == 3
+
+
+@pytest.mark.ranks(0, 2)
+def test_a_frozen_sparse_weight_is_refused_by_name_only_where_it_is_read():
+    net = nn.Linear(2, 2)
+    net.table = nn.Parameter(torch.eye(2).to_sparse(), requires_grad=False)
+    ema = ShardedEMA(net, 0.5)
+    assert ema.update()
+    with ema.average_parameters():
+        pass
+    with pytest.raises(ValueError, match="table"):
+        ema.gather_state_dict()
+    with pytest.raises(ValueError, match="table"):
+        ShardedEMA(net, 0.5, params="all")
+
+
 @pytest.mark.ranks(0, 2)
 def test_bits_kept_in_floats_are_gathered_as_they_are_or_refused():
     net = nn.Sequential(Packing(torch.bfloat16), nn.Linear(4, 4))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dist_ema import ShardedEMA, Warmup
@@ -26,6 +28,32 @@ def check_usable(world: World, training) -> None:
     state = ema.gather_state_dict()
     wanted = world.make_net().state_dict() if rank() == 0 else {}
     assert list(state) == list(wanted)
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        ({"unet": [nn.Linear(2, 2)]}, r"a dict, .*; model\['unet'\] is a list"),
+        ([nn.Linear(2, 2), "x"], r"a list, .*; model\[1\] is a str"),
+        (None, "a NoneType, wanted the torch.nn.Module that is trained"),
+        (torch.optim.SGD(nn.Linear(2, 2).parameters()), "a SGD, wanted the torch.nn.Module"),
+        (nn.Linear(2, 2).state_dict(), "OrderedDict, wanted the torch.nn.Module"),
+    ],
+)
+def test_the_item_that_is_not_a_module_is_named(model, match: str):
+    with pytest.raises(TypeError, match=match):
+        ShardedEMA(model)
+
+
+def test_what_has_no_storage_yet_is_named():
+    with pytest.raises(ValueError, match=r"0\.weight: no storage yet; materialize the model"):
+        ShardedEMA(nn.Sequential(nn.LazyLinear(3)))
+
+
+@pytest.mark.parametrize("device", ["gpu", 1.5])
+def test_what_is_not_a_device_is_refused(device):
+    with pytest.raises(ValueError, match=f"device is {device!r}, wanted 'cpu', or None"):
+        ShardedEMA(nn.Linear(2, 2), device=device)
 
 
 @pytest.mark.ranks(0, 2)
@@ -250,3 +278,16 @@ def test_one_process_where_several_were_started_is_warned_of(monkeypatch):
 def test_the_number_of_a_step_may_be_of_any_kind_of_integer():
     ema = ShardedEMA(nn.Linear(2, 2))
     assert ema.update(step=np.int64(3)) and ema.step == 3
+
+
+@pytest.mark.ranks(0, 2)
+@pytest.mark.parametrize("call", ["save", "load", "export"])
+def test_a_path_that_is_none_is_refused_on_every_rank(tmp_path: Path, call: str):
+    ema = ShardedEMA(nn.Linear(2, 2), 0.5)
+    for wrong in (None, 3):
+        with pytest.raises(TypeError, match=rf"path is {wrong}, wanted a str or Path"):
+            getattr(ema, call)(wrong)
+    if dist.is_initialized():
+        with pytest.raises(TypeError, match="rank 1: path is None, wanted a str or Path"):
+            getattr(ema, call)(tmp_path / "x" if rank() == 0 else None)
+    assert not list(tmp_path.iterdir())

@@ -123,7 +123,8 @@ class Engine(ABC):
             # Names in the state dict, if there are any, and those of a parameter first.
             names = sorted([r for r in names if r.persistent] or names, key=lambda r: r.is_buffer)
             first = names[0]
-            shape, problem = tuple(tensor.shape), _problem(tensor, self.precomputed_names)
+            shape = () if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
+            problem = _problem(tensor, self.precomputed_names)
             fragments: Sequence[Fragment] = ()
             if problem is None:
                 try:
@@ -430,7 +431,8 @@ class Registered:
         self._kinds: dict[str, tuple[list[dict[str, torch.Tensor | None]], list[str]]] = {}
         for registration in registered:
             path = path_to_values(registration.tensor, precomputed)
-            if path is not None:
+            # A sparse tensor has no address.
+            if path is not None and registration.tensor.layout == torch.strided:
                 registries, names = self._kinds.setdefault(path, ([], []))
                 registries.append(registration.registry)
                 names.append(registration.name)

@@ -258,8 +258,8 @@ def unregistered_tensors(
     averaged: Collection[str],
     group: Group,
     dtype: torch.dtype | None,
-) -> dict[str, torch.Tensor]:
-    """CPU copies of the tensors of `state_dict()` that no module registers.
+) -> dict[str, Any]:
+    """What `state_dict()` has that no module registers: CPU copies of tensors, and extra state.
 
     Collective: every rank calls it.
 
@@ -273,7 +273,7 @@ def unregistered_tensors(
             quantization whose bits are kept in another floating dtype. On every rank.
         RuntimeError: ranks hold different ones.
     """
-    result: dict[str, torch.Tensor] = {}
+    result: dict[str, Any] = {}
     hashes: dict[str, str] = {}
     with group.together(call, hashes):  # compares what the block puts into `hashes`
         extra = _differing_names(model)[0]
@@ -283,8 +283,11 @@ def unregistered_tensors(
         ids = {id(tensor) for tensor in registered.values()}
         changing = {id(tensor) for fqn, tensor in registered.items() if fqn in averaged}
         for key, value in extra.items():
-            if not isinstance(value, torch.Tensor) or id(value) in ids:
-                continue  # extra state, or a registered tensor under another name
+            if id(value) in ids:
+                continue  # a registered tensor under another name
+            if not isinstance(value, torch.Tensor):
+                result[key] = value
+                continue
             if is_in_parts(model):
                 raise ValueError(
                     f"state_dict() of a part has {key}, which no module holds as a parameter or "
