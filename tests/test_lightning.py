@@ -206,23 +206,6 @@ def test_a_checkpoint_in_an_evaluation_holds_live_weights(under: Under, tmp_path
     assert_same_average(other, ema)
 
 
-@under("ddp")
-def test_training_after_an_evaluation_has_the_buffers_of_rank_0(under: Under, tmp_path: Path):
-    """As in a run without the callback: the first step after an evaluation synchronises them."""
-
-    class Buffers(Callback):
-        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-            self.running = pl_module.net.running.clone()
-
-    found = []
-    for callbacks in ([], [EMACallback(DECAY)]):
-        buffers = Buffers()
-        trainer = under.trainer(tmp_path, buffers, *callbacks, max_epochs=2)
-        trainer.fit(under.module(), under.batches(1), under.validation())
-        found.append(buffers.running)
-    same(found[1], found[0])
-
-
 @under("alone", "fsdp2")
 def test_a_checkpoint_without_an_average_is_refused_or_starts_one(under: Under, tmp_path: Path):
     path = tmp_path / "x.ckpt"
@@ -399,20 +382,6 @@ def test_a_batch_without_a_loss_counts_as_global_step_counts_it(under: Under, tm
 
     ema, trainer, _, _ = fit(under, tmp_path, module=Skips(**under.net))
     assert ema.ema.step == trainer.global_step == 8
-
-
-@under("alone")
-def test_what_an_evaluation_writes_to_a_buffer_is_lost(under: Under, tmp_path: Path):
-    class Counts(Module):
-        def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            self.net.running += 1
-            return self.net.running.clone()
-
-    _, trainer, module, _ = fit(under, tmp_path, module=Counts(**under.net))
-    before = module.net.running.clone()
-    predicted = trainer.predict(module, under.batches(2))
-    torch.testing.assert_close(predicted[1], before + 2)
-    same(module.net.running, before)
 
 
 class TwoOptimizers(Module):

@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import ShardedEMA
-from tests.models import tiny_llama
 from tests.net import TRAINABLE, Bank
 from tests.oracle import Oracle
 from tests.read_exports import written
@@ -471,31 +470,6 @@ def test_a_frozen_quantized_base_costs_nothing_and_is_refused_where_it_is_read(
     if kind == "fake":
         with pytest.raises(ValueError, match=r"base\.0\.weight.*Quantized.*params="):
             ShardedEMA(model, 0.5, params="all")
-
-
-@pytest.mark.ranks(0)
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_an_adapter_on_a_base_of_torchao_is_exported(kind: str, tmp_path: Path):
-    pytest.importorskip("torchao")
-    from peft import LoraConfig, get_peft_model
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-
-    torch.manual_seed(0)
-    model = tiny_llama()
-    quantize_(model.model, Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    ema = ShardedEMA(model, 0.5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 1
-    assert ema.update()
-    ema.export(tmp_path / "ours")
-    with ema.average_parameters():
-        model.save_pretrained(tmp_path / "theirs")
-    same(written(tmp_path / "ours"), written(tmp_path / "theirs"))
-    with pytest.raises(ValueError, match=r"q_proj\.base_layer\.weight"):
-        ema.gather_state_dict()
 
 
 class Packing(nn.Linear):

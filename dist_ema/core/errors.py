@@ -39,7 +39,7 @@ def require_names(owner: object, names: str, package: str) -> None:
         names: the attributes, separated by spaces.
         package: the library, "torch" or "deepspeed".
     """
-    declared = getattr(owner, "__annotations__", ())
+    declared = getattr(owner, "__annotations__", ()) if isinstance(owner, type) else ()
     missing = [n for n in names.split() if not hasattr(owner, n) and n not in declared]
     if missing:
         installed = importlib.import_module(package).__version__
