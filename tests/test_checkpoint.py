@@ -242,7 +242,7 @@ def test_a_consolidated_checkpoint_is_loaded_as_the_average(tmp_path: Path, layo
     values = {fqn: value for fqn, value in full(TENSORS, 5).items() if fqn in shapes}
     assert not differing(parts, parts_of("flat", tensors, values, ranks))
     if layout != "save_model":
-        with pytest.raises(CheckpointError, match="unexpected: num_batches"):
+        with pytest.raises(CheckpointError, match=f"{path}: unexpected: num_batches"):
             load(path, {"ema": parts}, tensors, ranks)
     with pytest.raises(CheckpointError, match="without a name"):
         load(path, {"a": parts, "b": parts}, tensors, ranks)
