@@ -251,6 +251,12 @@ class ShardedEMA:
         def __call__(self, *arguments: object, **named: object) -> NoReturn:
             raise TypeError(f"an average is not called: {ATTRIBUTES['forward']}")
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an average cannot be copied or pickled, since it is one with its model: "
+            "`ema.save(path)` writes a checkpoint, and `ema.state_dict()` is for torch.save"
+        )
+
     # Averaging.
 
     @torch.no_grad()

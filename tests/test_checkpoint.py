@@ -219,7 +219,7 @@ def test_a_consolidated_checkpoint_is_loaded_as_the_average(tmp_path: Path, layo
     assert load(path, {"ema": parts}, tensors, ranks, others=["num_batches"]) == {}
     assert not differing(parts, parts_of("flat", tensors, full(TENSORS), ranks))
     if layout != "save_model":
-        with pytest.raises(CheckpointError, match="unexpected: num_batches"):
+        with pytest.raises(CheckpointError, match=f"{path}: unexpected: num_batches"):
             load(path, {"ema": parts}, tensors, ranks)
     with pytest.raises(CheckpointError, match="without a name"):
         load(path, {"a": parts, "b": parts}, tensors, ranks)

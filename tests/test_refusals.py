@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import re
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import ShardedEMA, Warmup
+from dist_ema.checkpoint import CheckpointError
 from dist_ema.options import ATTRIBUTES
 from tests.grid import rows
 from tests.net import Net
@@ -291,3 +294,15 @@ def test_a_path_that_is_none_is_refused_on_every_rank(tmp_path: Path, call: str)
         with pytest.raises(TypeError, match="rank 1: path is None, wanted a str or Path"):
             getattr(ema, call)(tmp_path / "x" if rank() == 0 else None)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_an_average_is_not_copied_or_pickled(copied):
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled.*ema\.save\(path\)"):
+        copied(ShardedEMA(nn.Linear(2, 2), 0.5))
+
+
+def test_the_state_dict_of_a_model_is_refused_with_the_remedy():
+    net = nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match=r"no state dict of this average.*load\(path\)"):
+        ShardedEMA(net, 0.5).load_state_dict(net.state_dict())

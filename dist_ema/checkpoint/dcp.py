@@ -74,7 +74,10 @@ def load_state_dict(
                     raise CheckpointError(f"{name}, {fqn}: {problem}")
                 pairs.append((own, other))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"is no state dict of this average: {error!r}") from error
+        raise CheckpointError(
+            f"is no state dict of this average ({error!r}): pass what ShardedEMA.state_dict() "
+            "returned, or read a file of weights by load(path)"
+        ) from error
     with torch.no_grad():
         for own, other in pairs:
             _fill(own, other)

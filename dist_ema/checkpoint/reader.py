@@ -405,7 +405,7 @@ def _load(
             try:
                 sources, notes = _match(checkpoint, list(averages), tensors, others, strict)
             except CheckpointError as error:
-                raise CheckpointError(f"{checkpoint.directory}: {error}") from None
+                raise CheckpointError(f"{path}: {error}") from None
             files = [(average, name) for average, _ in sources.values() for name in average.files]
             for average, name in files[group.rank :: group.size]:
                 checkpoint.check_file(average, name)
@@ -420,7 +420,7 @@ def _load(
                     "overwritten in part: load again"
                 ) from error
     for note in notes:
-        warnings.warn(f"{checkpoint.directory}: {note}", stacklevel=5)
+        warnings.warn(f"{path}: {note}", stacklevel=5)
     return dict(checkpoint.state)
 
 
