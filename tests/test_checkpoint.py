@@ -313,6 +313,19 @@ def test_a_link_to_itself_is_refused(tmp_path: Path):
             refused(tmp_path / "loop", Group())
 
 
+@pytest.mark.ranks(0)
+def test_a_path_that_may_not_be_searched_is_refused(tmp_path: Path):
+    (tmp_path / "closed").mkdir(mode=0)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # root may search any directory
+    try:
+        for refused in (write, lambda path, ranks: load(path, {}, [], ranks)):
+            with pytest.raises(CheckpointError, match="Permission denied"):
+                refused(tmp_path / "closed" / "a", Group())
+    finally:
+        os.seteuid(user)
+
+
 @pytest.mark.ranks(0, 2)
 def test_a_directory_that_is_no_checkpoint_is_not_walked(tmp_path: Path):
     (tmp_path / "data" / "train" / "images").mkdir(parents=True, exist_ok=True)

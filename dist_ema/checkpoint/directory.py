@@ -139,7 +139,7 @@ def is_checkpoint(directory: Path) -> bool:
 
 def target(path: Path) -> Path:
     """The absolute path to replace: for a symbolic link, its target."""
-    is_direct = not path.is_symlink() and ".." not in path.parts
+    is_direct = not os.path.islink(path) and ".." not in path.parts
     return path.absolute() if is_direct else Path(os.path.realpath(path))
 
 
@@ -226,7 +226,7 @@ def release(lock: int) -> None:
 def find(path: Path) -> Path:
     """The directory to read for a path: itself, or the one that a killed writer had renamed."""
     path = target(path)
-    if path.exists():
+    if os.path.exists(path):
         return path
     return _latest_old(path) or path
 
@@ -312,7 +312,7 @@ def _sibling(path: Path, kind: str) -> Path:
 
 def _siblings(path: Path, kinds: str) -> list[Path]:
     pattern = re.compile(re.escape(f".{path.name}.") + rf"({kinds})-[0-9a-f]{{8}}")
-    with suppress(FileNotFoundError, NotADirectoryError):
+    with suppress(OSError):  # no such directory, or it may not be read
         named = [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]
         return [entry for entry in named if entry.is_dir() and not entry.is_symlink()]
     return []

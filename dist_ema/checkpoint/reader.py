@@ -81,7 +81,7 @@ class Checkpoint:
             CheckpointError: there is no such checkpoint, or it is damaged.
         """
         path = find(path)
-        self.directory, only = (path.parent, path.name) if path.is_file() else (path, None)
+        self.directory, only = (path.parent, path.name) if os.path.isfile(path) else (path, None)
         self.files = Files(self.directory, num)
 
         def has(name: str) -> bool:
