@@ -446,6 +446,25 @@ def test_tied_weights_that_some_leave_out(tmp_path: Path):
     assert_close(written(tmp_path / "out"), numpy_sum(states[1:], [0.5, 0.5]))
 
 
+def test_tensors_of_an_optimizer_are_not_those_of_a_model(tmp_path: Path):
+    """Whose names have no level of their own in a `torch.distributed.checkpoint`."""
+    model = {
+        "model.w": torch.randn(3),
+        "ema.b": torch.randn(2),
+        "head.optim.state.c": torch.ones(1),
+    }
+    state = {f"optimizer.state.{fqn}.exp_avg": t + 1 for fqn, t in model.items()}
+    paths = [write_dcp(tmp_path / "flat", {**model, **state})]
+    merge(paths, tmp_path / "out")
+    assert_close(written(tmp_path / "out"), model)
+    nested = write_dcp(tmp_path / "nested", {"model": {"w": model["model.w"]}, "model_2": {"v": 1}})
+    for prefix in ("model", "model."):
+        merge([nested], tmp_path / "out", prefix=prefix)
+        assert_close(written(tmp_path / "out"), {"w": model["model.w"]})
+    with pytest.raises(CheckpointError, match=r"prefix 'modal', but \['model\.w'\]"):
+        merge([nested], tmp_path / "out", prefix="modal")
+
+
 def test_ties_of_an_average(tmp_path: Path):
     states = [full(TENSORS, seed) for seed in range(2)]
     group = Group.alone()
@@ -505,6 +524,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(tmp_path: Path):
     file.write_bytes(file.read_bytes()[:-3])
     refused(path, "it is cut short")
     refused(first, "is the same checkpoint as", ValueError)
+    refused(first / FILE, "is the same checkpoint as", ValueError)
     with pytest.raises(ValueError, match="dtype is 'int64', wanted a floating one"):
         merge([first, base], tmp_path / "out", dtype=torch.int64)
     os.symlink(first, tmp_path / "again")

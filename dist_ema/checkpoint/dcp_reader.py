@@ -65,6 +65,7 @@ _NOT_MODEL = re.compile(
     r"optim.*|lr_sched.*|sched.*|dataload.*|train.*|loops|callbacks|ema.*|rng.*"
 )
 _AVERAGE = re.compile(r"(.*?\.state\.).+(\.ema_params)")  # of torchtitan
+_FLAT_OPTIMIZER = re.compile(r"optim\w*\.(?=(state|param_groups)\.)")  # start of a name
 _STEP = "train_state.step"
 
 
@@ -171,19 +172,23 @@ def _model_names(
             )
         (head,) = heads
         tensors = [fqn for fqn in tensors if holders[fqn] == head]
+    elif not tail and any(fqn.startswith(f"{head}.") for fqn in tensors):
+        head += "."
     names = {
         fqn[len(head) : len(fqn) - len(tail)]: fqn
         for fqn in tensors
         if fqn.startswith(head) and fqn.endswith(tail) and len(fqn) > len(head) + len(tail)
     }
     if not names:
-        raise CheckpointError(f"has no tensor with the prefix {prefix!r}, but {short(tensors)}")
+        raise CheckpointError(f"has no tensor with the prefix {prefix!r}, but {short([*tensors])}")
     return names
 
 
 def _holder(fqn: str, path: object) -> str:
     """What a name starts with: the entries that hold a tensor, each followed by a dot."""
     if isinstance(path, tuple) and path and all(isinstance(part, str | int) for part in path):
+        if len(path) == 1 and (start := _FLAT_OPTIMIZER.match(fqn)):
+            return start[0]
         return "".join(f"{part}." for part in path[:-1])
     head = fqn.split(".")[0]
     is_entry = head in ("model", "state_dict") or _NOT_MODEL.fullmatch(head)

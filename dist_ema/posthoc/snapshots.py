@@ -109,13 +109,16 @@ def match_tensors(snapshot: Snapshot, like: Snapshot) -> dict[str, str]:
 
 
 def refuse_duplicates(checkpoints: Iterable[tuple[Path, Checkpoint]]) -> None:
-    """Raise ValueError if a checkpoint is given twice, or with a copy of it."""
-    seen: dict[str, Path] = {}
+    """Raise ValueError if a checkpoint is given twice, or with a copy of it or a file in it."""
+    seen: list[tuple[Path, str, set[str]]] = []
     for path, checkpoint in checkpoints:
-        keys = [key for key in (os.path.realpath(path), checkpoint.manifest.id) if key]
-        if known := [seen[key] for key in keys if key in seen]:
-            raise ValueError(f"{path}: is the same checkpoint as {known[0]}; give it once")
-        seen |= dict.fromkeys(keys, path)
+        names = [a.path_of(name) for a in checkpoint.averages.values() for name in a.files]
+        files = {os.path.realpath(checkpoint.directory / name) for name in names}
+        for known, known_id, known_files in seen:
+            is_inside = files <= known_files or known_files <= files
+            if (files and is_inside) or (known_id and known_id == checkpoint.manifest.id):
+                raise ValueError(f"{path}: is the same checkpoint as {known}; give it once")
+        seen.append((path, checkpoint.manifest.id, files))
 
 
 def refuse_overlap(out: Path, checkpoints: Sequence[Path]) -> None:
