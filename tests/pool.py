@@ -338,6 +338,10 @@ def _outcome(task: Task) -> tuple[str, str]:
         return "skipped", str(skipped)
     except BaseException:
         return "failed", traceback.format_exc()
+    finally:  # pytest does so in its own process only
+        for argument in task.arguments.values():
+            if isinstance(argument, pytest.MonkeyPatch):
+                argument.undo()
     return "passed", ""
 
 
