@@ -261,7 +261,7 @@ class Gatherer:
                 r.start,
                 allocate(r.tensor, r.start, r.stop)
                 if allocate
-                else _pages(r.stop - r.start, r.dtype),
+                else pages(r.stop - r.start, r.dtype),
             )
             for r in bucket
         ]
@@ -327,7 +327,7 @@ def whole_tensors(
         chunks.close()
 
 
-def _pages(numel: int, dtype: torch.dtype) -> torch.Tensor:
+def pages(numel: int, dtype: torch.dtype) -> torch.Tensor:
     """1-D memory that the system gets back as soon as it is freed.
 
     malloc keeps blocks of this size that are freed by other threads, up to hundreds of MB of them.

@@ -35,6 +35,7 @@ from dist_ema.checkpoint.manifest import (
 from dist_ema.checkpoint.reader import Checkpoint, boxes_within
 from dist_ema.checkpoint.writer import is_finite, write_all
 from dist_ema.core.errors import CheckpointError
+from dist_ema.core.gather import pages
 from dist_ema.core.layout import Box
 from dist_ema.core.safetensors import torch_dtype
 from dist_ema.posthoc.snapshots import Snapshot
@@ -147,10 +148,11 @@ class WeightedSums:
         try:
             (first, *others), numel = wanted.terms, wanted.numel
             if not others and first.coefficients == (1.0,):  # a copy, also of integers
-                copy = torch.empty((1, numel), dtype=first.dtype)
+                copy = pages(numel, first.dtype).view(1, numel)
                 self._read(first, wanted, 0, copy[0], buffers.block)
                 return copy
-            result = torch.empty((len(first.coefficients), numel), dtype=wanted.dtype)
+            num_sums = len(first.coefficients)
+            result = pages(num_sums * numel, wanted.dtype).view(num_sums, numel)
             step = _IN_CACHE if all(term.is_plain for term in wanted.terms) else numel
             for at in range(0, numel, step):
                 self._add_up(wanted, at, result[:, at : at + step], buffers)
