@@ -339,7 +339,7 @@ class ShardedEMA:
         Collective: every rank calls it. One all-reduce of two numbers.
         """
         self._meet("drift()", {"name": name})
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64, device="cpu")
         for fragment, value in zip(self._average.plan.fragments, self._values(name), strict=True):
             if fragment.is_owner:
                 sums += squared_norms(value, fragment.view).cpu()

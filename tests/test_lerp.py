@@ -16,7 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_ema import EqualWeight, ShardedEMA
+from dist_ema import EqualWeight, ShardedEMA, merge
+from dist_ema.core import lerp
 from tests.test_cost import Counted
 from tests.worlds import mesh
 
@@ -168,6 +169,64 @@ def test_a_function_is_given_every_element_once():
     ema.update()
     assert sum(SIZES) <= sum(seen) < sum(SIZES) + 4 * len(SIZES)
     assert all(not value.any() for value in ema.gather_state_dict().values())
+
+
+ODD = {
+    "one element of a row": lambda: torch.randn(1, 5)[:, 0],
+    "conjugate": lambda: torch.randn(4, dtype=torch.complex64).conj(),
+    "negative": lambda: torch._neg_view(torch.randn(4)),
+}
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+def test_small_weights_that_are_odd_views_are_averaged(make):
+    odd = nn.Parameter(make())
+    model = nn.ParameterList([odd, nn.Parameter(torch.randn(3).to(odd.dtype))])
+    wanted = [p.detach().resolve_conj().resolve_neg().clone() for p in model]
+    ema = ShardedEMA(model, 0.5)
+    with torch.no_grad():
+        for parameter in model:
+            parameter.add_(1)
+    ema.update()
+    for value, tensor in zip(wanted, ema.gather_state_dict().values(), strict=True):
+        torch.testing.assert_close(tensor.resolve_conj().resolve_neg(), value + 0.5)
+
+
+def test_live_storage_can_still_be_resized():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    ema = ShardedEMA(model)
+    ema.update()
+    model[0].weight.untyped_storage().resize_(64)
+
+
+def test_streams_end_before_the_memory_that_they_use():
+    ended = []
+
+    class Ending:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __del__(self) -> None:
+            ended.append(self.name)
+
+    lerp._Track(streams=Ending("streams"), batches=Ending("batches"))
+    assert ended == ["streams", "batches"]
+
+
+def test_a_default_device_changes_nothing(tmp_path: Path):
+    with torch.device("meta"):
+        model = nn.Linear(3, 2, device="cpu")
+        ema = ShardedEMA(model, 0.5)
+        ema.update()
+        ema.save(tmp_path / "saved")
+        ema.load(tmp_path / "saved")
+        ema.export(tmp_path / "exported")
+        merge([tmp_path / "saved", tmp_path / "exported"], tmp_path / "merged")
+        with ema.average_parameters():
+            assert ema.model.weight.device.type == "cpu"
+        assert ema.drift() == 0 and ema.save(tmp_path / "b", asynchronous=True).result() is None
+        assert {t.device.type for t in ema.gather_state_dict().values()} == {"cpu"}
+        ema.copy_to(nn.Linear(3, 2, device="cpu"))
 
 
 FUSED = """

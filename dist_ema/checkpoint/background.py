@@ -127,7 +127,8 @@ class BackgroundSaves:
         staging = self._staging
         if staging is None or staging.numel() < sum(aligned) or pinned > staging.is_pinned():
             self._staging = None  # freed before the next allocation
-            staging = torch.empty(sum(aligned), dtype=torch.uint8, pin_memory=pinned)
+            kind: Any = {"dtype": torch.uint8, "device": "cpu", "pin_memory": pinned}
+            staging = torch.empty(sum(aligned), **kind)
             self._staging = staging
         rooms = staging[: sum(aligned)].split(aligned)
         return [room[:nbytes] for room, nbytes in zip(rooms, sizes, strict=True)]

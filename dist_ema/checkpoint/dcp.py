@@ -102,7 +102,7 @@ def _boxed(
     for each in tensors:
         shape, own = each.shape or (1,), held.get(each.fqn, ())
         if 0 in shape:
-            values[each.fqn] = torch.empty(shape, dtype=each.dtype)
+            values[each.fqn] = torch.empty(shape, dtype=each.dtype, device="cpu")
         elif plain and len(own) == 1 and own[0].meta.box == whole(shape):
             values[each.fqn] = own[0].tensor
         else:

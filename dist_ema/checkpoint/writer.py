@@ -282,7 +282,7 @@ class _Save:
         boxes = [(number_of[f.meta.fqn], f.meta.box, f.tensor) for f in owned]
         if rank == 0:  # tensors without elements
             boxes += [
-                (i, whole(meta.shape), torch.empty(meta.shape, dtype=meta.dtype))
+                (i, whole(meta.shape), torch.empty(meta.shape, dtype=meta.dtype, device="cpu"))
                 for i, meta in enumerate(self.tensors)
                 if 0 in meta.shape
             ]
@@ -416,7 +416,7 @@ def row_major_blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
             yield memoryview(data)[start : start + BLOCK_BYTES]
         return
     pinned, length = is_accelerator(tensor.device), min(step, tensor.numel())
-    staging = torch.empty(length, dtype=tensor.dtype, pin_memory=pinned)
+    staging = torch.empty(length, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
     sizes = tuple(tensor.shape)
     for start in range(0, tensor.numel(), step):
         end = 0

@@ -455,14 +455,14 @@ def addresses(tensors: Sequence[torch.Tensor | None], path: str) -> list[int]:
     try:
         plain = [*map(values, tensors)] if values else tensors
         return [*map(torch.Tensor.data_ptr, plain)]  # type: ignore[arg-type]
-    except (TypeError, AttributeError):  # some are of another kind
+    except (TypeError, AttributeError, ValueError):  # some are of another kind, or lazy
         return [_pointer_at(tensor, values) for tensor in tensors]
 
 
 def _pointer_at(tensor: torch.Tensor | None, values: attrgetter[torch.Tensor] | None) -> int:
     try:
         return pointer(values(tensor) if values else tensor)
-    except AttributeError:
+    except (AttributeError, ValueError):
         return -1
 
 

@@ -34,7 +34,10 @@ def _lerp(  # type: ignore[no-untyped-def]
     lives = tl.load(row + 1).to(tl.pointer_type(live_dtype)) + offsets
     average = tl.load(averages, mask).to(tl.float32)
     live = tl.load(lives, mask).to(tl.float32)
-    tl.store(averages, (average + weight * (live - average)).to(average_dtype), mask)
+    near_average = average + weight * (live - average)  # which of the two, as torch does
+    near_live = live - (1 - weight) * (live - average)
+    value = tl.where(weight < 0.5, near_average, near_live)
+    tl.store(averages, value.to(average_dtype), mask)
 
 
 def fused_lerp(
@@ -55,11 +58,12 @@ def fused_lerp(
     device, kind = lives[0].device, averages[0].dtype
     values = torch.linspace(-3, 5, 2 * _BLOCK + 1, device=device)
     average, live = values.to(kind), values.flip(0).to(lives[0].dtype)
-    wanted = torch.lerp(average.float(), live.float(), 0.3).to(kind)
-    _launcher([average], [live])(0.3)
     precision = 4 * torch.finfo(kind).eps
-    if not torch.allclose(average, wanted, rtol=precision, atol=precision):
-        raise RuntimeError(f"Triton gives wrong values for {kind} and {live.dtype} on {device}")
+    for weight in (0.3, 0.9):
+        wanted = torch.lerp(average.float(), live.float(), weight).to(kind)
+        _launcher([average], [live])(weight)
+        if not torch.allclose(average, wanted, rtol=precision, atol=precision):
+            raise RuntimeError(f"Triton gives wrong values for {kind} and {live.dtype} on {device}")
     return _launcher(averages, lives)
 
 
@@ -68,7 +72,7 @@ def _launcher(
 ) -> Callable[[float], None]:
     rows = []
     for average, live in zip(averages, lives, strict=True):
-        starts = torch.arange(0, live.numel(), _BLOCK)
+        starts = torch.arange(0, live.numel(), _BLOCK, device="cpu")
         addresses = [t.data_ptr() + starts * t.itemsize for t in (average, live)]
         rows.append(torch.stack([*addresses, (live.numel() - starts).clamp(max=_BLOCK)], 1))
     device = lives[0].device

@@ -312,7 +312,8 @@ def whole_tensors(
 
     def allocate(tensor: TensorMeta, start: int, stop: int) -> torch.Tensor:
         if start == 0:
-            incomplete[tensor.fqn] = torch.empty(tensor.shape, dtype=tensor.dtype_as(dtype))
+            kind = tensor.dtype_as(dtype)
+            incomplete[tensor.fqn] = torch.empty(tensor.shape, dtype=kind, device="cpu")
         return incomplete[tensor.fqn].view(-1)[start:stop]
 
     chunks = gatherer.chunks(values, dtype, allocate)
@@ -398,7 +399,10 @@ def write_into(
     for bucket in buckets:
         metas = group.broadcast([(meta, tensor.dtype) for meta, tensor in bucket])
         for number, (meta, dtype) in enumerate(metas):
-            tensor = bucket[number][1] if bucket else torch.empty(meta.shape, dtype=dtype)
+            if bucket:
+                tensor = bucket[number][1]
+            else:
+                tensor = torch.empty(meta.shape, dtype=dtype, device="cpu")
             group.broadcast_tensor(tensor)
             for fqn in (meta.fqn, *meta.aliases):
                 targets[fqn].copy_(tensor)

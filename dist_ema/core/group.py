@@ -310,7 +310,7 @@ class Group:
         if self.size == 1:
             return [own]
         longest = self.maxima([len(own)])[0]
-        row = torch.zeros(1 + longest, dtype=torch.int64)
+        row = torch.zeros(1 + longest, dtype=torch.int64, device="cpu")
         row[0], row[1 : 1 + len(own)] = len(own), torch.from_numpy(own)
         rows = torch.empty(self.size * len(row), dtype=torch.int64, device=self.device)
         all_gather_single(rows, row.to(self.device), group=self.process_group)

@@ -118,6 +118,7 @@ class _FusedBatch:
         for averages, launch, step in zip(self.averages, self.launches, steps, strict=True):
             if isinstance(step, _Lerp):
                 launch(step.weight)
+                torch.autograd.graph.increment_version(averages)  # as operators of torch do
             elif step is _copy:
                 torch._foreach_copy_(averages, self.lives)
 
@@ -204,9 +205,12 @@ class Lerp:
             track.streams.synchronize()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class _Track:
-    """Batches with one pair of devices, and the side streams that they run on, if any."""
+    """Batches with one pair of devices, and the side streams that they run on, if any.
+
+    Without slots, which would be destroyed in the order of their names.
+    """
 
     streams: SideStreams  # the first field: destroyed before the memory that they use
     batches: Sequence[_Batch | _FusedBatch]
@@ -307,11 +311,16 @@ def _packing(parts: Sequence[torch.Tensor], packed: torch.Tensor) -> Callable[[]
 
     By NumPy, which takes a quarter of the time of `torch.cat` for each small tensor.
     """
-    *arrays, out = (tensor.view(torch.uint8).numpy() for tensor in (*parts, packed))
+    lives = list(parts)
+    if any(part.is_conj() or part.is_neg() or part.stride(0) != 1 for part in lives):
+        return lambda: torch.cat(lives, out=packed)
+    # `Tensor.numpy()` would forbid to resize the storage of live values from then on.
+    arrays = [np.from_dlpack(part.view(torch.uint8)) for part in lives]
+    out = packed.view(torch.uint8).numpy()
 
     def pack() -> object:
         if torch.compiler.is_compiling():  # NumPy would be traced as operators of torch
-            return torch.cat(list(parts), out=packed)
+            return torch.cat(lives, out=packed)
         return np.concatenate(arrays, out=out)
 
     return pack

@@ -88,7 +88,7 @@ def allocate(
     On the fragments' devices, or on the wanted one: pinned, if that is the CPU and theirs is not.
     """
     views = [f.view for f in fragments]
-    averages = [[torch.empty(0)] * len(views) for _ in range(num_averages)]
+    averages = [[torch.empty(0, device="cpu")] * len(views) for _ in range(num_averages)]
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, view in enumerate(views):
         kinds.setdefault((average_dtype(dtype, view), view.device), []).append(i)

@@ -60,7 +60,8 @@ class Source:
         """The elements of a tensor in row-major order, each chunk with its start."""
         step = _CHUNK_BYTES // tensor.dtype.itemsize
         for start in range(0, tensor.numel, step):
-            chunk = torch.empty(min(step, tensor.numel - start), dtype=tensor.dtype)
+            numel = min(step, tensor.numel - start)
+            chunk = torch.empty(numel, dtype=tensor.dtype, device="cpu")
             self.checkpoint.read(self.average, tensor.fqn, start, chunk)
             yield start, chunk
 

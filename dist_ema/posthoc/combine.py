@@ -208,7 +208,8 @@ class _Buffer:
     """Memory for tensors of any dtype. What is not used takes no memory."""
 
     def __init__(self, numel: int) -> None:
-        self._storage = torch.empty(numel * torch.complex128.itemsize, dtype=torch.uint8)
+        nbytes = numel * torch.complex128.itemsize
+        self._storage = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def view(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return self._storage[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)

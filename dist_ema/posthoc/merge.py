@@ -293,7 +293,8 @@ class _Input(Source):
         """The first elements of a tensor."""
         if name not in self._heads:
             meta = self.meta(name)
-            self._heads[name] = torch.empty(min(_HEAD, meta.numel), dtype=meta.dtype)
+            numel = min(_HEAD, meta.numel)
+            self._heads[name] = torch.empty(numel, dtype=meta.dtype, device="cpu")
             self.checkpoint.read(self.average, self.known[name], 0, self._heads[name])
         return self._heads[name]
 

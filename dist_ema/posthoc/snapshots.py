@@ -116,7 +116,9 @@ def refuse_duplicates(checkpoints: Iterable[tuple[Path, Checkpoint]]) -> None:
         files = {os.path.realpath(checkpoint.directory / name) for name in names}
         for known, known_id, known_files in seen:
             is_inside = files <= known_files or known_files <= files
-            if (files and is_inside) or (known_id and known_id == checkpoint.manifest.id):
+            if (files and known_files and is_inside) or (
+                known_id and known_id == checkpoint.manifest.id
+            ):
                 raise ValueError(f"{path}: is the same checkpoint as {known}; give it once")
         seen.append((path, checkpoint.manifest.id, files))
 
