@@ -301,7 +301,7 @@ class ShardedEMA:
         now = self._step + 1 if step is None else operator.index(step)
         applies = self._fold(now - self._options.start_step)
         self._applied_steps, self._step = applied_steps, now
-        self._num_updates += applies
+        self._num_updates += 1 if applies else 0  # a compiler cannot add a bool
         return applies
 
     def _fold(self, since: int) -> bool:

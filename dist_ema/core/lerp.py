@@ -60,7 +60,7 @@ class _Batch:
     staged_averages: list[torch.Tensor] | None
     non_blocking: bool  # argument of `copy_`; True on a side stream, which keeps copies in order
 
-    def update(self, steps: Sequence[Step]) -> None:
+    def update(self, steps: Sequence[Step], decays: Sequence[float] | None) -> None:
         if self.pack is not None:
             self.pack()
         lives = self.narrow
@@ -84,21 +84,11 @@ def _copy(averages: list[torch.Tensor], lives: list[torch.Tensor]) -> None:
     """The step of a decay of 0. Live values are copied as they are, without a wider dtype."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Lerp:
-    """The step of any other decay."""
-
-    weight: float  # of the live values
-
-    def __call__(self, averages: list[torch.Tensor], lives: list[torch.Tensor]) -> None:
-        torch._foreach_lerp_(averages, lives, self.weight)
-
-
 def _step(decay: float) -> Step:
     weight = 1.0 - decay
     if weight == 0.0:
         return None
-    return _copy if weight == 1.0 else _Lerp(weight)
+    return _copy if weight == 1.0 else lambda a, lives: torch._foreach_lerp_(a, lives, weight)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,17 +100,18 @@ class _FusedBatch:
     launches: list[Callable[[float], None]]  # of the weight, one for each average
     batches: list[_Batch]  # for steps that are functions of the user
 
-    def update(self, steps: Sequence[Step]) -> None:
-        if not all(step is None or step is _copy or isinstance(step, _Lerp) for step in steps):
+    def update(self, steps: Sequence[Step], decays: Sequence[float] | None) -> None:
+        if decays is None:
             for batch in self.batches:
-                batch.update(steps)
+                batch.update(steps, decays)
             return
-        for averages, launch, step in zip(self.averages, self.launches, steps, strict=True):
-            if isinstance(step, _Lerp):
-                launch(step.weight)
-                torch.autograd.graph.increment_version(averages)  # as operators of torch do
-            elif step is _copy:
+        every = zip(self.averages, self.launches, steps, decays, strict=True)
+        for averages, launch, step, decay in every:
+            if step is _copy:
                 torch._foreach_copy_(averages, self.lives)
+            elif step is not None:
+                launch(1.0 - decay)
+                torch.autograd.graph.increment_version(averages)  # as operators of torch do
 
 
 class Lerp:
@@ -164,7 +155,7 @@ class Lerp:
         No host sync, no allocation. A decay of 0 copies and a decay of 1 changes nothing, both
         exactly, even where values are not finite.
         """
-        self._run([_step(decay) for decay in decays])
+        self._run([_step(decay) for decay in decays], decays)
 
     def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
         """Call a function with the signature of torch's `multi_avg_fn` for each batch.
@@ -181,7 +172,7 @@ class Lerp:
         self._run([_copy] * self._num_averages)
         self.fence()
 
-    def _run(self, steps: Sequence[Step]) -> None:
+    def _run(self, steps: Sequence[Step], decays: Sequence[float] | None = None) -> None:
         for track in self._tracks:
             if track.streams.is_capturing():
                 raise RuntimeError(
@@ -189,7 +180,7 @@ class Lerp:
                     "apply the decay of this call, and step and num_updates would not be "
                     "incremented; call update() after the replay, outside the graph"
                 )
-            track.streams.run(lambda batch: batch.update(steps), track.batches)
+            track.streams.run(lambda batch: batch.update(steps, decays), track.batches)
         if self._waits:
             self.fence()
 
