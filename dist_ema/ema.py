@@ -253,7 +253,7 @@ class ShardedEMA:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "an average cannot be copied or pickled, since it is one with its model: "
+            "an average cannot be copied or pickled, since it refers to its model: "
             "`ema.save(path)` writes a checkpoint, and `ema.state_dict()` is for torch.save"
         )
 
@@ -301,7 +301,7 @@ class ShardedEMA:
         now = self._step + 1 if step is None else operator.index(step)
         applies = self._fold(now - self._options.start_step)
         self._applied_steps, self._step = applied_steps, now
-        self._num_updates += 1 if applies else 0  # a compiler cannot add a bool
+        self._num_updates += 1 if applies else 0  # torch.compile cannot add a bool
         return applies
 
     def _fold(self, since: int) -> bool:
@@ -670,11 +670,10 @@ class ShardedEMA:
             group: the ranks that meet; by default all that hold the model.
             counters: whether `step` and `num_updates` must be equal.
         """
-        values = {f"argument {label}": str(value) for label, value in arguments.items()}
-        if "path" in arguments:
+        compared = {label: value for label, value in arguments.items() if label != "path"}
+        values = {f"argument {label}": str(value) for label, value in compared.items()}
+        if "path" in arguments and call != "save()":  # `checkpoint.save` compares its own
             values["argument path"] = os.path.abspath(str(arguments["path"]))
-        if call == "save()":
-            del values["argument path"]  # `checkpoint.save` compares it
         if not isinstance(name := arguments.get("name"), str | None):
             values["argument name"] = type(name).__name__  # its text may contain an address
         if counters:

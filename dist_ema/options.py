@@ -31,6 +31,7 @@ from dist_ema.schedule import (
 )
 
 DEFAULT_NAME = "ema"
+_DEVICES = "'cpu', or None for beside the weights"
 
 
 class EMAKeywords(TypedDict, total=False):
@@ -77,8 +78,7 @@ class EMAOptions:
         try:
             device = None if device is None else torch.device(device)
         except (RuntimeError, TypeError):
-            wanted = "'cpu', or None for beside the weights"
-            raise ValueError(f"device is {device!r}, wanted {wanted}") from None
+            raise ValueError(f"device is {device!r}, wanted {_DEVICES}") from None
         return cls(device=device, **keywords)
 
     def __post_init__(self) -> None:
@@ -103,8 +103,7 @@ class EMAOptions:
         if fn is not None and names != [DEFAULT_NAME]:
             raise ValueError("multi_avg_fn keeps one average; give it without a mapping")
         if self.device is not None and self.device.type != "cpu":
-            wanted = "'cpu', or None for beside the weights"
-            raise ValueError(f"device is {self.device}, wanted {wanted}")
+            raise ValueError(f"device is {self.device}, wanted {_DEVICES}")
         if self.into is not None and (self.device is not None or self.overlap):
             raise ValueError("into holds the average: device and overlap have no meaning with it")
         if self.into is not None and len(self.values) > 1:

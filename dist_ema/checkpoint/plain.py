@@ -45,9 +45,9 @@ def describe(files: Files, only: str | None, *, has_models: bool = False) -> Sav
     """
     if only is not None:
         return _describe(files, [only], {})
-    models = [m for m in files.names() if any(n.endswith(_SUFFIX) for n in files.names(m))]
-    is_one = any(name.endswith(_SUFFIX) for name in files.names()) or files.checkpoints()
-    if is_one or not models or not has_models:
+    names = files.names() if has_models else []
+    models = [name for name in names if any(n.endswith(_SUFFIX) for n in files.names(name))]
+    if not models or any(name.endswith(_SUFFIX) for name in names) or files.checkpoints():
         return _describe(files, *_names(files))
     saved_files: dict[str, SavedFile] = {}
     tensors: dict[str, SavedTensor] = {}

@@ -439,17 +439,17 @@ class Registered:
 
     def addresses(self) -> list[int]:
         """The data pointers of what is registered there now."""
-        found: list[int] = []
+        pointers: list[int] = []
         for path, (registries, names) in self._kinds.items():
-            found += addresses([*map(dict.get, registries, names)], path)
-        return found
+            pointers += addresses([*map(dict.get, registries, names)], path)
+        return pointers
 
 
 def addresses(tensors: Sequence[torch.Tensor | None], path: str) -> list[int]:
     """Data pointers of the values at a path; 0 for None, and -1 for a tensor of another kind.
 
-    One step for all tensors, then the next: where they are not in a core's caches, it waits for
-    several at once.
+    Each step runs for all tensors before the next one, so that a core waits for several tensors at
+    once if they are not in its caches.
     """
     values = attrgetter(path) if path else None
     try:

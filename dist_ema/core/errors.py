@@ -35,7 +35,7 @@ def require_names(owner: object, names: str, package: str) -> None:
     """Raise RuntimeError if an object lacks attributes that are private to its library. Local.
 
     Args:
-        owner: of a class, what it declares of its instances counts too.
+        owner: an object or a class. For a class, annotated attributes count as present.
         names: the attributes, separated by spaces.
         package: the library, "torch" or "deepspeed".
     """

@@ -34,7 +34,8 @@ def _lerp(  # type: ignore[no-untyped-def]
     lives = tl.load(row + 1).to(tl.pointer_type(live_dtype)) + offsets
     average = tl.load(averages, mask).to(tl.float32)
     live = tl.load(lives, mask).to(tl.float32)
-    near_average = average + weight * (live - average)  # which of the two, as torch does
+    # As in `torch.lerp`, the first below a weight of 0.5 and the second from there on.
+    near_average = average + weight * (live - average)
     near_live = live - (1 - weight) * (live - average)
     value = tl.where(weight < 0.5, near_average, near_live)
     tl.store(averages, value.to(average_dtype), mask)
@@ -84,6 +85,6 @@ def _launcher(
         with on_device(device):  # Triton launches on the current one
             _lerp[len(table),](table, weight, *dtypes, _BLOCK, num_warps=_NUM_WARPS)
 
-    # A compiler must not see it: it does not know which memory the addresses are of.
+    # Not to be traced: a compiler cannot know which memory is at the addresses in the table.
     disabled: Callable[[float], None] = torch.compiler.disable(launch)
     return disabled

@@ -98,7 +98,7 @@ class _FusedBatch:
     averages: list[list[torch.Tensor]]  # one list for each average
     lives: list[torch.Tensor]
     launches: list[Callable[[float], None]]  # of the weight, one for each average
-    batches: list[_Batch]  # for steps that are functions of the user
+    batches: list[_Batch]  # for steps that are not given by decays
 
     def update(self, steps: Sequence[Step], decays: Sequence[float] | None) -> None:
         if decays is None:
@@ -297,15 +297,14 @@ def _batches(
         )
 
 
-def _packing(parts: Sequence[torch.Tensor], packed: torch.Tensor) -> Callable[[], object]:
-    """A function that copies tensors on a CPU one after the other into another one.
+def _packing(lives: list[torch.Tensor], packed: torch.Tensor) -> Callable[[], object]:
+    """A function that concatenates tensors on the CPU into `packed`.
 
-    By NumPy, which takes a quarter of the time of `torch.cat` for each small tensor.
+    It uses NumPy, which takes a quarter of the time of `torch.cat` for each small tensor.
     """
-    lives = list(parts)
     if any(part.is_conj() or part.is_neg() or part.stride(0) != 1 for part in lives):
         return lambda: torch.cat(lives, out=packed)
-    # `Tensor.numpy()` would forbid to resize the storage of live values from then on.
+    # `Tensor.numpy()` would make the storage of live values non-resizable.
     arrays = [np.from_dlpack(part.view(torch.uint8)) for part in lives]
     out = packed.view(torch.uint8).numpy()
 

@@ -31,7 +31,7 @@ from dist_ema.core.names import Registration, is_instance, layers, registrations
 from dist_ema.core.replicas import exchange_slices
 from dist_ema.engines.plain import outdate
 
-# What an optimizer has by which its kind is known, then what is read of that kind besides.
+# For each kind of optimizer, the attribute that identifies it, then the others that are read.
 _STAGE_3 = (
     "fp32_partitioned_groups_flat fp16_groups fp16_partitioned_groups_flat parameter_offload "
     "offloaded_states"
@@ -330,7 +330,7 @@ def _stage(o: Any) -> _Whole:
 
 
 def _has(optimizer: Any, names: str) -> bool:
-    """Whether an optimizer has the first of the attributes; RuntimeError if not the others too."""
+    """Whether an optimizer has the first attribute. Raises RuntimeError if it lacks another one."""
     if not hasattr(optimizer, names.split()[0]):
         return False
     require_names(optimizer, names, "deepspeed")

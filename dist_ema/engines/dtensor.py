@@ -158,8 +158,8 @@ class _Shards:
     """Sharded parameters of FSDP2, and their addresses with no Python code for each.
 
     An `FSDPParam` takes its sharded parameter from the module. So while the module has the one that
-    was sharded when this was built, the `FSDPParam` has it too, and is not asked: its attributes
-    are many, and seldom in a core's caches.
+    was sharded when this was built, the `FSDPParam` has it too, and is not read: it has many
+    attributes, which are rarely in a core's caches.
     """
 
     def __init__(self, path: str, fsdp_params: Sequence[Any]) -> None:

@@ -70,8 +70,11 @@ class Term:
         return self.checkpoint.is_plain and len(self.average.tensors[self.fqn].boxes) == 1
 
     def read(self, wanted: Range, at: int, out: Tensor) -> None:
-        """Fill a 1-D tensor of the saved dtype with elements of a range: from `at` on if the tensor
-        is plain, else all of them."""
+        """Fill a 1-D tensor of the saved dtype with elements of a range.
+
+        Args:
+            at: the first element; 0 unless all terms of the range are plain.
+        """
         if self.is_plain:
             (saved,) = self.average.tensors[self.fqn].boxes
             first = saved.start + (wanted.start + at) * out.itemsize

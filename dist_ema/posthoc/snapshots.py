@@ -115,10 +115,9 @@ def refuse_duplicates(checkpoints: Iterable[tuple[Path, Checkpoint]]) -> None:
         names = [a.path_of(name) for a in checkpoint.averages.values() for name in a.files]
         files = {os.path.realpath(checkpoint.directory / name) for name in names}
         for known, known_id, known_files in seen:
-            is_inside = files <= known_files or known_files <= files
-            if (files and known_files and is_inside) or (
-                known_id and known_id == checkpoint.manifest.id
-            ):
+            common = files & known_files
+            is_inside = common and common in (files, known_files)  # one is a subset of the other
+            if is_inside or (known_id and known_id == checkpoint.manifest.id):
                 raise ValueError(f"{path}: is the same checkpoint as {known}; give it once")
         seen.append((path, checkpoint.manifest.id, files))
 
