@@ -164,6 +164,9 @@ class ShardedEMA:
         # and cheap: every update() calls it. Set by dist_ema.integrations.
         self.gate: Callable[[], bool] | None = None
         self._saves = BackgroundSaves()
+        # If a whole training step is compiled, the update is a graph break: a compiler would treat
+        # decays, counters and the addresses of weights as constants of its graph.
+        self._untraced_update: Callable[..., bool] = torch.compiler.disable(ShardedEMA._update)
         self._mixed: set[str] = set()  # averages whose history mixes schedules
         if into is not None:
             dtype = min((meta.dtype for meta in self._tensors()), key=lambda d: d.itemsize)
@@ -277,11 +280,14 @@ class ShardedEMA:
                 were replaced by ones of another shape or layout, or a frozen one trains now. The
                 average is unchanged.
         """
-        with self._average.lock:  # not while another thread exchanges values
-            self._average.marks.refuse("update()")
-            return self._update(step)
+        return self._untraced_update(self, step)
 
     def _update(self, step: int | None) -> bool:
+        with self._average.lock:  # not while another thread exchanges values
+            return self._locked_update(step)
+
+    def _locked_update(self, step: int | None) -> bool:
+        self._average.marks.refuse("update()")
         self._average.follow()
         self._average.refuse_unfrozen()
         if self._num_updates == 0 and self._options.masters is not None:
@@ -301,7 +307,7 @@ class ShardedEMA:
         now = self._step + 1 if step is None else operator.index(step)
         applies = self._fold(now - self._options.start_step)
         self._applied_steps, self._step = applied_steps, now
-        self._num_updates += 1 if applies else 0  # torch.compile cannot add a bool
+        self._num_updates += applies
         return applies
 
     def _fold(self, since: int) -> bool:

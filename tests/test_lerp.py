@@ -16,8 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_ema import EqualWeight, ShardedEMA, merge
+from dist_ema import EqualWeight, ShardedEMA, Warmup, merge
 from dist_ema.core import lerp
+from dist_ema.schedule import Schedule
 from tests.test_cost import Counted
 from tests.worlds import mesh
 
@@ -73,21 +74,29 @@ def test_a_weight_that_overflows_or_moves_leaves_its_neighbours_alone():
     assert torch.equal(ema.gather_state_dict()["2"], torch.full((700,), 2.0))
 
 
-def test_a_compiled_training_step_packs_small_weights_each_time():
-    model = weights(torch.float32, 8 * [30])
-    ema = ShardedEMA(model, 0.5)
+@pytest.mark.parametrize(
+    "decay",
+    [0.5, Warmup(0.9999), EqualWeight(), lambda t, delta: (0.1 * t) ** delta],
+    ids=["constant", "warmup", "equal weight", "function"],
+)
+def test_a_compiled_training_step_updates_as_an_eager_one(decay: float | Schedule):
+    """A compiler would keep the decays, the counters and the addresses of the first steps."""
+    model = weights(torch.float32, [*8 * [30], 5000])
+    ema, eager = ShardedEMA(model, decay, update_every=2), ShardedEMA(model, decay, update_every=2)
 
-    def step() -> None:
+    def step() -> bool:
         with torch.no_grad():
-            torch._foreach_add_(list(model), 1.0)
-        ema.update()
+            torch._foreach_mul_(list(model), 1.5)
+        return ema.update()
 
-    wanted, compiled = [p.detach().clone() for p in model], torch.compile(step, backend="eager")
-    for _ in range(3):
-        compiled()
-        wanted = [(average + p.detach()) / 2 for average, p in zip(wanted, model, strict=True)]
-    for average, found in zip(wanted, ema.gather_state_dict().values(), strict=True):
-        torch.testing.assert_close(found, average)
+    compiled = torch.compile(step, backend="eager")
+    for number in range(8):
+        if number == 5:
+            model[8].data, model[2].data = torch.ones(5000), torch.ones(30)  # other storage
+        assert compiled() == eager.update()
+        assert (ema.step, ema.num_updates) == (eager.step, eager.num_updates)
+    found, wanted = ema.gather_state_dict(), eager.gather_state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.ranks(2)

@@ -236,8 +236,8 @@ def test_chunks_take_turns_on_two_streams_and_optimizers_and_readers_wait(record
 def test_a_compiled_training_step_waits_each_time_and_traces_no_stream(recorder: Recorder):
     traced: list[tuple[str, bool]] = []
 
-    def launch(self: SideStreams, work: Any, items: Any) -> None:
-        traced.append(("launch", torch.compiler.is_compiling()))
+    def run(self: SideStreams, work: Any, items: Any) -> None:
+        traced.append(("run", torch.compiler.is_compiling()))
         for item in items:
             work(item)
 
@@ -247,7 +247,7 @@ def test_a_compiled_training_step_waits_each_time_and_traces_no_stream(recorder:
     optimizer = an_optimizer()
     model = nn.ParameterList(optimizer.param_groups[0]["params"])
     with (
-        mock.patch.object(SideStreams, "launch", launch),
+        mock.patch.object(SideStreams, "run", run),
         mock.patch.object(SideStreams, "fence", fence),
     ):
         with mock.patch.object(lerp, "SideStreams", lambda device, count: recorder.streams(count)):
@@ -263,7 +263,7 @@ def test_a_compiled_training_step_waits_each_time_and_traces_no_stream(recorder:
         for _ in range(3):
             compiled()
             wanted = (wanted + model[0].detach()) / 2
-    assert traced == [("fence", False), ("launch", False)] * 3
+    assert traced == [("fence", False), ("run", False)] * 3
     torch.testing.assert_close(ema.gather_state_dict()["0"], wanted)
 
 

@@ -64,9 +64,6 @@ class SideStreams:
         self.is_capturing = graph_capture_query(device)
         if not count or not is_accelerator(device):
             return
-        # Streams and events must be used at each call, not traced into a graph once, if a whole
-        # training step is compiled.
-        self._launch: Callable[..., None] = torch.compiler.disable(SideStreams.launch)
         self._streams = [torch.Stream(device) for _ in range(count)]
         self._start = torch.Event(device)
         self._ends = [torch.Event(device) for _ in self._streams]
@@ -76,14 +73,10 @@ class SideStreams:
 
     def run(self, work: Callable[[T], None], items: Iterable[T]) -> None:
         """Call `work` with each item, on the streams in turn, after what the caller launched."""
-        if self._streams:
-            self._launch(self, work, items)
+        if not self._streams:
+            for item in items:
+                work(item)
             return
-        for item in items:
-            work(item)
-
-    def launch(self, work: Callable[[T], None], items: Iterable[T]) -> None:
-        """`run` on streams."""
         self._start.record(torch.accelerator.current_stream(self._device))
         for stream in self._streams:
             stream.wait_event(self._start)
@@ -123,7 +116,8 @@ def _hook_of(fence: weakref.WeakMethod[Any]) -> Callable[..., None]:
         if bound is not None:
             bound()
 
-    hook: Callable[..., None] = torch.compiler.disable(call)  # see `SideStreams`
+    # Events must be waited for at each call, not traced once, if a training step is compiled.
+    hook: Callable[..., None] = torch.compiler.disable(call)
     return hook
 
 

@@ -85,6 +85,4 @@ def _launcher(
         with on_device(device):  # Triton launches on the current one
             _lerp[len(table),](table, weight, *dtypes, _BLOCK, num_warps=_NUM_WARPS)
 
-    # Not to be traced: a compiler cannot know which memory is at the addresses in the table.
-    disabled: Callable[[float], None] = torch.compiler.disable(launch)
-    return disabled
+    return launch

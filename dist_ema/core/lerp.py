@@ -307,13 +307,7 @@ def _packing(lives: list[torch.Tensor], packed: torch.Tensor) -> Callable[[], ob
     # `Tensor.numpy()` would make the storage of live values non-resizable.
     arrays = [np.from_dlpack(part.view(torch.uint8)) for part in lives]
     out = packed.view(torch.uint8).numpy()
-
-    def pack() -> object:
-        if torch.compiler.is_compiling():  # NumPy would be traced as operators of torch
-            return torch.cat(lives, out=packed)
-        return np.concatenate(arrays, out=out)
-
-    return pack
+    return lambda: np.concatenate(arrays, out=out)
 
 
 def _chunk_elements(crosses: bool, accelerated: bool, packs: bool) -> int:
