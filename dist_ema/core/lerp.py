@@ -230,7 +230,7 @@ def squared_norms(average: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     step = 1 << 20
     for chunk, here in zip(average.split(step), live.split(step), strict=True):
         exact = here.to(wide)
-        apart = chunk.to(live.device, wide).sub_(exact)
+        apart = chunk.to(live.device, wide) - exact
         norms = [torch.linalg.vector_norm(apart), torch.linalg.vector_norm(exact)]
         sums += torch.stack(norms).square()
     return sums
