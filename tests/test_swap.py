@@ -546,6 +546,39 @@ def test_a_signal_at_any_line_of_a_swap_leaves_everything_as_it_was():
 
 
 @pytest.mark.ranks(0)
+def test_what_was_made_in_inference_mode_is_written_and_restored():
+    class Counting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "calls"):
+                self.register_buffer("calls", torch.zeros(2, 3))
+                self.register_buffer("column", torch.zeros(2, 3)[:, 0], persistent=False)
+            for buffer in self.buffers():
+                buffer.add_(1)
+            return super().forward(x)
+
+    model = Counting(5, 3)
+    with torch.inference_mode():
+        teacher, exported = copy.deepcopy(model), copy.deepcopy(model)
+        model(torch.ones(1, 5))
+        exported.register_buffer("calls", torch.zeros(2, 3))
+    live = [p.detach().clone() for p in model.parameters()]
+    average = ShardedEMA(model, 0.5, buffers="average")
+    into = ShardedEMA(model, 0.5, into=teacher)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    average.update()
+    into.update()
+    with average.average_parameters(), torch.inference_mode():
+        model(torch.ones(1, 5))
+    assert [buffer.unique().tolist() for buffer in model.buffers()] == [[1.0], [1.0]]
+    average.copy_to(exported)
+    for shown in (teacher, exported):
+        for start, value in zip(live, shown.parameters(), strict=True):
+            torch.testing.assert_close(value, start + 0.5)
+
+
+@pytest.mark.ranks(0)
 def test_an_update_in_another_thread_never_meets_a_swap():
     model, ema = small_average()
     live = [p.clone() for p in model.parameters()]

@@ -285,8 +285,17 @@ def path_to_values(tensor: torch.Tensor, precomputed: Set[str]) -> str | None:
 def values_of(tensor: torch.Tensor, precomputed: Set[str]) -> torch.Tensor:
     """The plain tensor that holds the values of a DTensor's local part or of a wrapper."""
     path = path_to_values(tensor, precomputed)
-    values: torch.Tensor = attrgetter(path)(tensor) if path else tensor
-    return values
+    return writable(attrgetter(path)(tensor) if path else tensor)
+
+
+def writable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or one of its storage if it was made in inference mode, which protects it."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        storage, offset = tensor.untyped_storage(), tensor.storage_offset()
+        return view.set_(storage, offset, tensor.shape, tensor.stride())
 
 
 def _held(wrapper: torch.Tensor, precomputed: Set[str]) -> set[str]:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema.core.engine import Engine, Weight
+from dist_ema.core.engine import Engine, Weight, writable
 from dist_ema.core.errors import listed
 from dist_ema.core.group import Group, digest
 from dist_ema.core.layout import (
@@ -375,7 +375,7 @@ def write_into(
                 "weights every rank holds whole; copy_to() without it writes the live weights"
             )
         Marks(module.modules()).refuse("copy_to() into a module")
-        targets = {r.fqn: r.tensor for r in registrations(module) if r.persistent}
+        targets = {r.fqn: writable(r.tensor) for r in registrations(module) if r.persistent}
         shapes = {fqn: t.shape for t in tensors for fqn in (t.fqn, *t.aliases)}
         differences = [
             f"{fqn}: average has {shapes.get(fqn, 'nothing')}, module has "

@@ -241,9 +241,7 @@ class _Row:
     def store(self) -> None:
         """Copy the buffer to the storage; autograd notices the write."""
         if self.is_storage:
-            torch.autograd.graph.increment_version(
-                [piece for piece in self.pieces if not piece.is_inference()]
-            )
+            torch.autograd.graph.increment_version(self.pieces)
         for piece, part in self._pairs():
             piece.copy_(part)
 

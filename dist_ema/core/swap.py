@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dist_ema.core.engine import Weight
+from dist_ema.core.engine import Weight, writable
 from dist_ema.core.layout import Fragment, bits
 from dist_ema.core.names import ddp_modules, registrations
 
@@ -173,7 +173,7 @@ class Buffers:
         # Slices of larger tensors have no fragments.
         slices = [w.tensor for w in buffers if w.problem and type(w.tensor) is torch.Tensor]
         slices = [t for t in slices if t.layout == torch.strided and not t.is_meta]
-        self._copies += [(t, t.clone()) for t in slices]
+        self._copies += [(writable(t), t.clone()) for t in slices]
         # After a forward without gradients DDP skips the next broadcast of buffers, since it takes
         # them for equal on all ranks. Once restored, they are not.
         self._ddp = [(m, m.require_forward_param_sync) for m in ddp_modules(model)]
