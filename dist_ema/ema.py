@@ -29,6 +29,7 @@ from dist_ema.core.group import Group
 from dist_ema.core.layout import Fragment, TensorMeta
 from dist_ema.core.lerp import MultiAvgFn, squared_norms
 from dist_ema.core.names import Modules, as_module, registrations
+from dist_ema.core.swap import DeferredSignals
 from dist_ema.engines import select
 from dist_ema.export import export
 from dist_ema.export.layouts import model_state, unregistered_tensors
@@ -283,32 +284,29 @@ class ShardedEMA:
         return self._untraced_update(self, step)
 
     def _update(self, step: int | None) -> bool:
-        with self._average.lock:  # not while another thread exchanges values
-            return self._locked_update(step)
-
-    def _locked_update(self, step: int | None) -> bool:
-        self._average.marks.refuse("update()")
-        self._average.follow()
-        self._average.refuse_unfrozen()
-        if self._num_updates == 0 and self._options.masters is not None:
-            self._warn_of_low_precision()  # the optimizer has made its masters now
-        if isinstance(step, bool) or (step is not None and not _is_count(step)):
-            what = type(step).__name__ if isinstance(step, nn.Module) else repr(step)
-            raise ValueError(
-                f"step is {what}, wanted the number of an optimizer step >= 0, not a model"
-            )
-        applied_steps = self._average.engine.applied_steps()
-        if applied_steps is not None:
-            if self._applied_steps is not None and applied_steps <= self._applied_steps:
-                self._applied_steps = applied_steps  # fewer: the engine has loaded a checkpoint
+        with self._average.lock, DeferredSignals():  # complete and counted, or not begun
+            self._average.marks.refuse("update()")
+            self._average.follow()
+            self._average.refuse_unfrozen()
+            if self._num_updates == 0 and self._options.masters is not None:
+                self._warn_of_low_precision()  # the optimizer has made its masters now
+            if isinstance(step, bool) or (step is not None and not _is_count(step)):
+                what = type(step).__name__ if isinstance(step, nn.Module) else repr(step)
+                raise ValueError(
+                    f"step is {what}, wanted the number of an optimizer step >= 0, not a model"
+                )
+            applied_steps = self._average.engine.applied_steps()
+            if applied_steps is not None:
+                if self._applied_steps is not None and applied_steps <= self._applied_steps:
+                    self._applied_steps = applied_steps  # fewer: the engine has loaded a checkpoint
+                    return False
+            elif self.gate is not None and not self.gate():
                 return False
-        elif self.gate is not None and not self.gate():
-            return False
-        now = self._step + 1 if step is None else operator.index(step)
-        applies = self._fold(now - self._options.start_step)
-        self._applied_steps, self._step = applied_steps, now
-        self._num_updates += applies
-        return applies
+            now = self._step + 1 if step is None else operator.index(step)
+            applies = self._fold(now - self._options.start_step)
+            self._applied_steps, self._step = applied_steps, now
+            self._num_updates += applies
+            return applies
 
     def _fold(self, since: int) -> bool:
         """Update the averages, `since` steps after the initial copies; False if skipped."""
@@ -328,15 +326,16 @@ class ShardedEMA:
     @torch.no_grad()
     def reset(self) -> None:
         """Start again: the average is the live weights, `step` and `num_updates` are 0. Local."""
-        self._average.marks.refuse("reset()", mends=True)
-        self._average.follow()
-        self._average.reset()
-        self._average.marks.mend()
-        self._step = self._num_updates = 0
-        self._num_resets += 1
-        self._decays = None
-        self._mixed = set()
-        self._applied_steps = self._average.engine.applied_steps()
+        with self._average.lock, DeferredSignals():
+            self._average.marks.refuse("reset()", mends=True)
+            self._average.follow()
+            self._average.reset()
+            self._average.marks.mend()
+            self._step = self._num_updates = 0
+            self._num_resets += 1
+            self._decays = None
+            self._mixed = set()
+            self._applied_steps = self._average.engine.applied_steps()
 
     @torch.no_grad()
     def drift(self, name: str | None = None) -> float:
@@ -503,26 +502,27 @@ class ShardedEMA:
         rank, with such tensors buckets of 16 MiB. With "rank0", each byte is sent to rank 0 once,
         in buckets of 16 MiB.
         """
-        gatherer, values = self._gathered(
-            "export()",
-            name,
-            dtype,
-            path=path,
-            max_shard_size=max_shard_size,
-            weights_name=weights_name,
-            method=method,
-        )
-        export(
-            Path(path),
-            self._average.model,
-            gatherer,
-            values,
-            self._group,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            weights_name=weights_name,
-            method=method,
-        )
+        with self._average.lock:
+            gatherer, values = self._gathered(
+                "export()",
+                name,
+                dtype,
+                path=path,
+                max_shard_size=max_shard_size,
+                weights_name=weights_name,
+                method=method,
+            )
+            export(
+                Path(path),
+                self._average.model,
+                gatherer,
+                values,
+                self._group,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                weights_name=weights_name,
+                method=method,
+            )
 
     # Resuming.
 
@@ -555,23 +555,24 @@ class ShardedEMA:
         Collective: every rank calls it. Each rank writes what it owns. Four small exchanges; if
         weights are replicated, they are also read once, and compared in one more.
         """
-        self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout, "path": path})
-        self._compare_replicas()
-        averages = self._fragments(corrected=True)
-        state = self._state()
-        model = model_state(self._average.model, self._average.others(), self._group)
-        if self._group.rank == 0:  # which writes the manifest
-            state["model"] = model
-        return save(
-            path,
-            averages,
-            self._tensors(),
-            state,
-            self._group,
-            asynchronous=asynchronous,
-            timeout=timeout,
-            background=self._saves,
-        )
+        with self._average.lock:  # no other thread updates or exchanges values meanwhile
+            self._meet("save()", {"asynchronous": asynchronous, "timeout": timeout, "path": path})
+            self._compare_replicas()
+            averages = self._fragments(corrected=True)
+            state = self._state()
+            model = model_state(self._average.model, self._average.others(), self._group)
+            if self._group.rank == 0:  # which writes the manifest
+                state["model"] = model
+            return save(
+                path,
+                averages,
+                self._tensors(),
+                state,
+                self._group,
+                asynchronous=asynchronous,
+                timeout=timeout,
+                background=self._saves,
+            )
 
     def load(self, path: str | Path, *, strict: bool = True, step: int | None = None) -> None:
         """Load averages and counters from a checkpoint of any engine and world size.
@@ -654,9 +655,10 @@ class ShardedEMA:
         Raises:
             CheckpointError: an average is missing, or tensors differ. Nothing has changed.
         """
-        self._average.marks.refuse("load_state_dict()", mends=True)
-        self._average.follow()
-        self._resume(dcp.load_state_dict(state_dict, self._fragments(), self._tensors()))
+        with self._average.lock, DeferredSignals():
+            self._average.marks.refuse("load_state_dict()", mends=True)
+            self._average.follow()
+            self._resume(dcp.load_state_dict(state_dict, self._fragments(), self._tensors()))
 
     # Inside.
 
@@ -676,8 +678,7 @@ class ShardedEMA:
             group: the ranks that meet; by default all that hold the model.
             counters: whether `step` and `num_updates` must be equal.
         """
-        compared = {label: value for label, value in arguments.items() if label != "path"}
-        values = {f"argument {label}": str(value) for label, value in compared.items()}
+        values = {f"argument {label}": str(v) for label, v in arguments.items() if label != "path"}
         if "path" in arguments and call != "save()":  # `checkpoint.save` compares its own
             values["argument path"] = os.path.abspath(str(arguments["path"]))
         if not isinstance(name := arguments.get("name"), str | None):
@@ -826,7 +827,8 @@ class ShardedEMA:
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for meta, tensor in one_by_one(whole_tensors(gatherer, values, dtype)):
-                self._average.marks.refuse(call)
+                with self._average.lock:  # until an update in progress is counted
+                    self._average.marks.refuse(call)
                 if self._num_updates != num_updates:
                     raise RuntimeError(
                         f"the average was updated while {call} was in progress; consume its "

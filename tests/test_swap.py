@@ -10,15 +10,19 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
@@ -510,39 +514,80 @@ def _one_dies_inside(rank: int, port: int) -> None:
     os._exit(0)  # destroying the group would wait for the peer
 
 
+def interrupted(call: Callable[[], object], at: int, files: tuple[str, ...]) -> str:
+    """Run a call with Ctrl-C before line number `at` that it runs in these files; where that is."""
+    lines = itertools.count()
+    where, raised = "", False
+
+    def trace(frame: types.FrameType, event: str, _: object) -> Any:
+        nonlocal where
+        if not frame.f_code.co_filename.endswith(files):
+            return None
+        if event == "line" and next(lines) == at:
+            where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    outer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        raised = True
+    finally:
+        sys.settrace(outer)
+    assert raised == bool(where), (at, where)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return where
+
+
 @pytest.mark.ranks(0)
 def test_a_signal_at_any_line_of_a_swap_leaves_everything_as_it_was():
     model, ema = small_average()
     before = parts(model, ema)
+
+    def swap() -> None:
+        with ema.average_parameters():
+            pass
+
+    files = ("/average.py", "/swap.py", "/contextlib.py")
     for at in itertools.count():
-        lines = itertools.count()
-        raised, interrupted = "", False
-
-        def trace(frame: types.FrameType, event: str, _: object, /, at: int = at) -> Any:
-            nonlocal raised
-            if not frame.f_code.co_filename.endswith(("/average.py", "/swap.py", "/contextlib.py")):
-                return None
-            if event == "line" and next(lines) == at:
-                raised = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-                signal.raise_signal(signal.SIGINT)
-            return trace
-
-        outer = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            with ema.average_parameters():
-                pass
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            sys.settrace(outer)
-        assert interrupted == bool(raised), (at, raised)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        where = interrupted(swap, at, files)
         same(parts(model, ema), before)
-        if not raised:
+        if not where:
             break
     assert at > 200
     assert ema.update()
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("call", ["update", "reset", "copy_to", "load_state_dict"])
+def test_a_signal_at_any_line_finds_a_call_complete_or_not_begun(call: str):
+    def new() -> tuple[nn.Module, ShardedEMA, Callable[[], object]]:
+        torch.manual_seed(0)
+        model, ema = small_average(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3).double()))
+        state = copy.deepcopy(ema.state_dict())
+        for value in state["averages"]["ema"].values():
+            value.add_(1)
+        arguments = [state] if call == "load_state_dict" else []
+        return model, ema, lambda: getattr(ema, call)(*arguments)
+
+    def held(model: nn.Module, ema: ShardedEMA) -> list[float]:
+        values = [t.double().flatten() for t in parts(model, ema)]
+        return [*torch.cat(values).tolist(), ema.step, ema.num_updates]
+
+    before, complete = held(*new()[:2]), new()
+    complete[2]()
+    after, seen = held(*complete[:2]), set()
+    for at in itertools.count():
+        model, ema, run = new()
+        where = interrupted(run, at, ("/ema.py", "/average.py", "/lerp.py", "/dcp.py"))
+        found = held(model, ema)
+        assert found in (before, after), (at, where)
+        seen.add(found == after)
+        if not where:
+            break
+    assert seen == {False, True}
 
 
 @pytest.mark.ranks(0)
@@ -574,8 +619,8 @@ def test_what_was_made_in_inference_mode_is_written_and_restored():
     assert [buffer.unique().tolist() for buffer in model.buffers()] == [[1.0], [1.0]]
     average.copy_to(exported)
     for shown in (teacher, exported):
-        for start, value in zip(live, shown.parameters(), strict=True):
-            torch.testing.assert_close(value, start + 0.5)
+        for before, value in zip(live, shown.parameters(), strict=True):
+            torch.testing.assert_close(value, before + 0.5)
 
 
 @pytest.mark.ranks(0)
@@ -607,6 +652,38 @@ def test_an_update_in_another_thread_never_meets_a_swap():
     for _ in range(60):
         ema.update()
     assert ema.drift() < 1e-6
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("call", ["save", "export", "gather_state_dict"])
+def test_nothing_reads_half_an_update_in_another_thread(tmp_path: Path, call: str):
+    halfway, batches = threading.Event(), itertools.count()
+
+    def slow(averaged: list[Tensor], live: list[Tensor], _: object) -> None:
+        if next(batches) == 1:  # the first of two dtypes is done
+            halfway.set()
+            time.sleep(0.5)
+        for average in averaged:
+            average.fill_(7)
+
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3).double())
+    ema = ShardedEMA(model, multi_avg_fn=slow, start_step=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(2)
+    ema.update()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(ema.update)
+        assert halfway.wait(60)
+        try:
+            read = getattr(ema, call)(*([] if call == "gather_state_dict" else [tmp_path / "a"]))
+        except RuntimeError as error:
+            assert "was updated while" in str(error)
+            read = {}
+        assert future.result()
+    for file in tmp_path.rglob("*.safetensors"):
+        read = load_file(file)
+    assert len({float(x) for t in (read or {}).values() for x in t.flatten()}) <= 1
 
 
 @pytest.mark.ranks(0)

@@ -265,7 +265,7 @@ class Average:
         self.refuse_differing_replicas()
         self._await_copies()
         self.engine.release()
-        with self.group.together():
+        with self.lock, DeferredSignals(), self.group.together():
             for fragment, value in zip(self.plan.fragments, values, strict=True):
                 fragment.view.copy_(value)
             for replica_group in self.plan.replica_groups:
@@ -326,6 +326,7 @@ class Average:
             try:
                 signals.hold()
                 with self.lock, torch.no_grad():
+                    marks.refuse("average_parameters()")  # another thread may have come first
                     started = True
                     marks.set("swapped", name)
                     with self.swap_group.together():

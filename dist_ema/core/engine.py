@@ -294,8 +294,7 @@ def writable(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     with torch.inference_mode(False):
         view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        storage, offset = tensor.untyped_storage(), tensor.storage_offset()
-        return view.set_(storage, offset, tensor.shape, tensor.stride())
+        return view.set_(tensor)  # type: ignore[call-overload, no-any-return]
 
 
 def _held(wrapper: torch.Tensor, precomputed: Set[str]) -> set[str]:
