@@ -182,8 +182,6 @@ class ShardedEMA:
             self._warn_of_low_precision()
         self._warn_of_standstill(dtype)
 
-    # Used by dist_ema.integrations.
-
     @property
     def group(self) -> Group:
         """The ranks that together hold the model. Used by `dist_ema.integrations`."""
@@ -292,9 +290,7 @@ class ShardedEMA:
                 self._warn_of_low_precision()  # the optimizer has made its masters now
             if isinstance(step, bool) or (step is not None and not _is_count(step)):
                 what = type(step).__name__ if isinstance(step, nn.Module) else repr(step)
-                raise ValueError(
-                    f"step is {what}, wanted the number of an optimizer step >= 0, not a model"
-                )
+                raise ValueError(f"step is {what}, wanted the number of an optimizer step >= 0")
             applied_steps = self._average.engine.applied_steps()
             if applied_steps is not None:
                 if self._applied_steps is not None and applied_steps <= self._applied_steps:
@@ -352,9 +348,7 @@ class ShardedEMA:
             sums = sums.to(self._group.device)
             dist.all_reduce(sums, group=self._group.process_group)
         apart, length = sums.sqrt().tolist()
-        if apart == 0:
-            return 0.0
-        return apart / length if length else math.inf
+        return apart / length if length else (math.inf if apart else 0.0)
 
     # Evaluating.
 
@@ -607,8 +601,7 @@ class ShardedEMA:
             if step is not None and (isinstance(step, bool) or not _is_count(step)):
                 raise ValueError(f"step is {step!r}, wanted a number of optimizer steps >= 0")
             step = None if step is None else operator.index(step)  # JSON knows no other integers
-            is_file = not Path(path).is_dir()
-            if is_file and (problem := no_pickles(Path(path))):
+            if not Path(path).is_dir() and (problem := no_pickles(Path(path))):
                 raise CheckpointError(problem)
         weights = [*self._average.plan.weights, *self._average.others()]
         names = {n for w in weights for n in (w.fqn, *w.aliases)}
@@ -622,8 +615,7 @@ class ShardedEMA:
             background=self._saves,
         )
         if "averages" not in state:
-            if step is None:
-                step = state.get("step")
+            step = state.get("step") if step is None else step
             if step is None:
                 step = self._group.broadcast(_diffusers_step(Path(path)))
             self._resume(self._uncounted(step or 0))

@@ -324,8 +324,7 @@ class Average:
 
         try:
             try:
-                signals.hold()
-                with self.lock, torch.no_grad():
+                with signals, self.lock, torch.no_grad():
                     marks.refuse("average_parameters()")  # another thread may have come first
                     started = True
                     marks.set("swapped", name)
@@ -343,7 +342,6 @@ class Average:
                         if weight.fqn in self.plan.averaged and not weight.is_buffer
                         for tensor in self.engine.versioned(weight)
                     )
-                signals.release()
                 yield
             finally:
                 signals.hold()

@@ -293,8 +293,7 @@ def writable(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_inference():
         return tensor
     with torch.inference_mode(False):
-        view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return view.set_(tensor)  # type: ignore[call-overload, no-any-return]
+        return tensor.new_empty(0).set_(tensor)  # type: ignore[call-overload, no-any-return]
 
 
 def _held(wrapper: torch.Tensor, precomputed: Set[str]) -> set[str]:

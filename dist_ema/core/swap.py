@@ -9,7 +9,7 @@ The live weights are restored whatever happens during a swap:
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]
+import _signal  # type: ignore[import-not-found]  # without enums, six times as fast as `signal`
 import itertools
 import signal
 import threading
@@ -255,7 +255,6 @@ class DeferredSignals:
         self._holding = True
         try:
             for number in _SIGNALS:
-                # `signal.getsignal` and `signal.signal` look handlers up in an enum: 12 us in all.
                 handler = _signal.getsignal(number)
                 if callable(handler) and handler != self._handle:
                     self._handlers[number] = handler
