@@ -644,7 +644,7 @@ def test_an_update_in_another_thread_never_meets_a_swap():
         try:
             for _ in range(200):
                 with ema.average_parameters():
-                    pass
+                    time.sleep(1e-4)  # for the other thread to be refused
         finally:
             stop.set()
         assert future.result()
