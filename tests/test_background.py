@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from dist_ema.checkpoint import background, writer
 from dist_ema.checkpoint import directory as files
+from dist_ema.checkpoint.reader import Checkpoint, problems
 from dist_ema.checkpoint.writer import save
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
@@ -299,3 +300,16 @@ def test_the_interpreter_waits_for_the_save_or_says_what_is_lost(tmp_path: Path)
         assert "No space left on device" in printed[f"badly-{rank}"]
     assert [p.name for p in (tmp_path / "well").iterdir()] == ["a"]
     assert [p.name for p in (tmp_path / "badly").iterdir()] == []
+
+
+def test_a_save_in_an_exit_handler_is_complete(tmp_path: Path):
+    """The interpreter has waited for its threads already."""
+    program = (
+        "import atexit, sys, torch; from dist_ema import ShardedEMA;"
+        "ema = ShardedEMA(torch.nn.Linear(300, 300));"
+        "atexit.register(ema.save, sys.argv[1], asynchronous=True)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, tmp_path / "a"], cwd=ROOT, timeout=100)
+    if sys.version_info < (3, 12):  # since then, no thread can be started
+        assert ended.returncode == 0 and not list(problems(Checkpoint(tmp_path / "a")))
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]

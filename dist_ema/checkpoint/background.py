@@ -62,6 +62,8 @@ class Handle(threading.Thread):
         self._problem: Exception | None = None
         self._is_known = False  # whether the caller has learned how the save ended
         self.start()
+        if not threading.main_thread().is_alive():  # in an exit handler: nobody waits later
+            self.join()
 
     def __repr__(self) -> str:
         return f"<save of {self.path}, {'done' if self.done() else 'in progress'}>"

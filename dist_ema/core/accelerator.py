@@ -44,9 +44,7 @@ def synchronize_if_initialized() -> None:
 
 def graph_capture_query(device: torch.device) -> Callable[[], bool]:
     """A function that returns whether the current stream is being captured into a graph."""
-    if not is_accelerator(device):
-        return lambda: False
-    module = torch.get_device_module(device)
+    module = torch.get_device_module(device) if is_accelerator(device) else None
     return getattr(module, "is_current_stream_capturing", lambda: False)
 
 

@@ -75,12 +75,9 @@ class Group:
 
     def outdated(self) -> bool:
         """Whether this process was taken for the only one and is now one of several. Local."""
-        return (
-            self.process_group is None
-            and dist.is_available()
-            and dist.is_initialized()
-            and dist.get_world_size() > 1
-        )
+        if self.process_group is not None or not dist.is_available():
+            return False
+        return dist.is_initialized() and dist.get_world_size() > 1
 
     def _global_rank(self, rank: int) -> int:
         assert self.process_group is not None

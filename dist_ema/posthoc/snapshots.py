@@ -18,7 +18,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_ema.checkpoint.directory import target
 from dist_ema.checkpoint.manifest import SavedAverage
 from dist_ema.checkpoint.reader import Checkpoint
 from dist_ema.core.errors import CheckpointError, listed
@@ -124,9 +123,9 @@ def refuse_duplicates(checkpoints: Iterable[tuple[Path, Checkpoint]]) -> None:
 
 def refuse_overlap(out: Path, checkpoints: Sequence[Path]) -> None:
     """Raise ValueError if a directory to write is, holds or is in a checkpoint that is read."""
-    place = Path(os.path.realpath(target(out)))
+    place = Path(os.path.realpath(out))
     for path in checkpoints:
-        other = Path(os.path.realpath(target(path)))
+        other = Path(os.path.realpath(path))
         if place.is_relative_to(other) or other.is_relative_to(place):
             raise ValueError(f"out {out} would be written over the checkpoint {path}")
 

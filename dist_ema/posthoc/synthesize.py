@@ -216,7 +216,7 @@ def _check_outputs(outputs: Sequence[Path], checkpoints: Sequence[Path]) -> None
         raise ValueError(
             f"{len(outputs)} widths are wanted, the limit is {_MAX_WIDTHS} in one pass"
         )
-    places = [Path(os.path.realpath(target(out))) for out in outputs]
+    places = [Path(os.path.realpath(out)) for out in outputs]
     for out in outputs:
         refuse_overlap(out, checkpoints)
     if len(set(places)) < len(places):
