@@ -27,7 +27,7 @@ from dist_ema.checkpoint import manifest, reader
 from dist_ema.checkpoint.reader import Checkpoint, load, problems
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group
-from dist_ema.core.layout import Fragment
+from dist_ema.core.layout import Fragment, collector_paused
 from tests.cuts import (
     SEVERAL_BLOCKS,
     TENSORS,
@@ -560,7 +560,7 @@ def test_the_collector_is_left_as_it_was():
             with pytest.raises(CheckpointError):
                 manifest.parse(signed(b"{}"))
             assert gc.isenabled() == is_on
-            with manifest.collector_paused(), manifest.collector_paused():
+            with collector_paused(), collector_paused():
                 assert not gc.isenabled()
             assert gc.isenabled() == is_on
     finally:

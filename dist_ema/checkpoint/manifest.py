@@ -23,14 +23,11 @@ more than that part. Boxes partition each tensor, and header and boxes partition
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import re
-import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import repeat
@@ -41,7 +38,7 @@ import xxhash
 
 from dist_ema.checkpoint.directory import MANIFEST
 from dist_ema.core.errors import CheckpointError
-from dist_ema.core.layout import Box, Shape, uncovered
+from dist_ema.core.layout import Box, Shape, collector_paused, uncovered
 from dist_ema.core.safetensors import ITEMSIZE
 
 FORMAT, VERSION = "dist_ema", 2
@@ -276,12 +273,12 @@ def parse(data: bytes) -> Manifest:
         CheckpointError: it is cut short, altered, of another version, or inconsistent.
     """
     try:
-        with collector_paused():
-            return _parse(data)
+        return _parse(data)
     except (RecursionError, MemoryError, ValueError, OverflowError) as error:
         raise CheckpointError(f"is not a manifest ({type(error).__name__})") from error
 
 
+@collector_paused()
 def _parse(data: bytes) -> Manifest:
     fields = read_head(data[:MAX_HEAD], len(data))
     save_id, algorithm, head_bytes = fields["id"], fields["algorithm"], fields["head_bytes"]
@@ -456,20 +453,3 @@ def short(value: object) -> str:
     """A value's `repr` for a message, cut to 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Disable Python's garbage collector, in the main thread.
-
-    It scans all objects whenever a quarter more exist, which takes three quarters of the time to
-    read the manifest of a thousand ranks.
-    """
-    pauses = threading.current_thread() is threading.main_thread() and gc.isenabled()
-    if pauses:
-        gc.disable()
-    try:
-        yield
-    finally:
-        if pauses:
-            gc.enable()

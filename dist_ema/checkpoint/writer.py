@@ -49,7 +49,15 @@ from dist_ema.checkpoint.manifest import (
 from dist_ema.core.accelerator import is_accelerator
 from dist_ema.core.errors import CheckpointError
 from dist_ema.core.group import Group, describe, merge_errors
-from dist_ema.core.layout import Box, Fragment, TensorMeta, flat_boxes, uncovered, whole
+from dist_ema.core.layout import (
+    Box,
+    Fragment,
+    TensorMeta,
+    collector_paused,
+    flat_boxes,
+    uncovered,
+    whole,
+)
 from dist_ema.core.safetensors import dtype_name, header_of
 
 Averages = Mapping[str, Sequence[Fragment]]
@@ -341,11 +349,11 @@ class _Save:
             raise CheckpointError(f"{path}: {error.strerror} (writing {part})") from error
         return checksums
 
+    @collector_paused()
     def manifest(self, reports: Sequence[Report]) -> Manifest:
         """The manifest of what all ranks report; raises if the boxes do not cover the tensors."""
-        with manifest.collector_paused():
-            of_averages = zip(self.averages, zip(*reports, strict=True), strict=True)
-            averages = {name: self._saved_average(name, of_ranks) for name, of_ranks in of_averages}
+        of_averages = zip(self.averages, zip(*reports, strict=True), strict=True)
+        averages = {name: self._saved_average(name, of_ranks) for name, of_ranks in of_averages}
         written = written_by(len(reports))
         return Manifest(self.save_id, ALGORITHM, BLOCK_BYTES, written, self.state, averages)
 

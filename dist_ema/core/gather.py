@@ -26,6 +26,7 @@ from dist_ema.core.layout import (
     Fragment,
     FragmentMeta,
     TensorMeta,
+    collector_paused,
     flat_boxes,
     flat_ends,
     overlap,
@@ -101,6 +102,7 @@ _ByName = dict[str, list[OwnedFragment]]
 class Gatherer:
     """What can be gathered, and which rank owns it. Its construction is collective."""
 
+    @collector_paused()
     def __init__(
         self,
         plan: Plan,

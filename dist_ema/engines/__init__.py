@@ -112,7 +112,7 @@ def _renamed(weight: Weight, prefix: str) -> Weight:
         fqn=prefix + weight.fqn,
         aliases=tuple(prefix + alias for alias in weight.aliases),
         fragments=tuple(
-            replace(fragment, meta=replace(fragment.meta, fqn=prefix + fragment.meta.fqn))
+            replace(fragment, meta=fragment.meta._replace(fqn=prefix + fragment.meta.fqn))
             for fragment in weight.fragments
         ),
     )

@@ -114,11 +114,15 @@ def tables(found: Tables, where: str) -> str:
             "Time to enter and to leave `average_parameters()` with 1 GB of fp32 weights, over a "
             "copy of what the rank averages. *MB*: resident memory in the block beyond the memory "
             "before. *First*: the same in the first block, which includes what libraries set up "
-            "once."
+            "once. Where ranks share the weights, also over an all-gather of as many bytes: by "
+            "torch's operator, and as messages between the ranks. *in / out*."
         ),
         _swap(found["swap/swap"]),
         "## Files",
-        "Time over a plain write and sync of the same bytes (268 MB) by one process:",
+        _text(
+            "Time over a plain write and sync of the same bytes (268 MB), by one process or by all "
+            "ranks at once, whichever is faster:"
+        ),
         _files(found["swap/files"]),
         "## 1,024 ranks, simulated",
         _text(
@@ -167,8 +171,11 @@ def _beside(rows: Iterable[Row], way: str, kind: str) -> Any:
 
 def _hot_and_cold(row: Row, column: str) -> str:
     """Both figures; the hot one alone where the results have no other."""
-    both = (row.get(column), row.get(f"{column} cold"))
-    return " / ".join(_shown(figure) for figure in both if figure is not None)
+    return _pair(row, column, f"{column} cold")
+
+
+def _pair(row: Row, *columns: str) -> str:
+    return " / ".join(_shown(row[column]) for column in columns if column in row)
 
 
 def _group(rows: Sequence[Row]) -> str:
@@ -180,8 +187,15 @@ def _swap(rows: Sequence[Row]) -> str:
     columns = {"ranks": "ranks", "in/copy": "in", "out/copy": "out"}
     columns |= {"extra MB": "MB", "extra MB, first": "first"}
     fp32 = [row for row in rows if "bf16" not in row["weights"]]
-    lines = [[ENGINES[row["engine"]], *(row[column] for column in columns)] for row in fp32]
-    return _table(["engine", *columns.values()], lines)
+    lines = [
+        [
+            ENGINES[row["engine"]],
+            *(row[column] for column in columns),
+            *(_pair(row, f"in/{way}", f"out/{way}") for way in ("all-gather", "messages")),
+        ]
+        for row in fp32
+    ]
+    return _table(["engine", *columns.values(), "over all-gather", "over messages"], lines)
 
 
 def _files(rows: Sequence[Row]) -> str:

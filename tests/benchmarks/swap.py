@@ -23,18 +23,22 @@ from tests.benchmarks.sizes import Sizes
 
 SWAP_NOTE = """\
 One `average_parameters()`: *in* and *out* over a copy of what the rank averages, in the same
-round; *extra*: the most memory held on any rank within the block beyond what was held before it
-(resident memory of the process on a CPU, allocated memory on CUDA). Medians over rounds, all ranks
-at once."""
+round. Where ranks share the weights, also over an all-gather of as many bytes into memory that is
+there, by torch's operator and as *messages* between the ranks. *Extra*: the most memory held on any
+rank within the block beyond what was held before it (resident memory of the process on a
+CPU, allocated memory on CUDA). Medians over rounds, all ranks at once."""
 FILES_NOTE = """\
-Time of each, all ranks at once, over *write*: rank 0 writing as many bytes as an fp32 copy of the
-model has to one file, and syncing it, in the same round. Medians over rounds. *Extra*: as above, on
-rank 0 and on any rank. What is read is in the page cache."""
+Time of each, all ranks at once, over the faster of *write*: rank 0 writing as many bytes as an fp32
+copy of the model has to one file, and syncing it; and *write apart*: each rank writing an equal
+part. In the same round; medians over rounds. *Over read*: the same over each rank reading an equal
+part into memory that it has. What is read is in the page cache. *Extra*: as above, on rank 0 and on
+any rank."""
 MEMORY_NOTE = """\
 One process. *Average*: `ema.nbytes` over 4 bytes an element. *Extra*: the most memory held during a
 call beyond what was held before it, in MB; of `ShardedEMA(model)`, beyond the average as well."""
 BLOCK = 4 << 20
 FURTHER = ("fsdp2", "zero2")  # with bf16 weights too
+SHARING = ("ddp", "zero2")  # each rank has all weights and averages a part
 STORED = ("plain", "ddp", "fsdp1", "fsdp2", "zero3")
 
 
@@ -44,8 +48,8 @@ def run(device: str, sizes: Sizes) -> list[Table]:
     bf16 = replace(sizes.swapped, name=f"{sizes.swapped.name} bf16", dtype=torch.bfloat16)
     every = [(engine, sizes.swapped) for engine in ENGINES] + [(engine, bf16) for engine in FURTHER]
     stored = [(engine, sizes.stored) for engine in STORED]
-    for table, case, cases in ((swaps, swap_case, every), (files, files_case, stored)):
-        table.rows += rows_of(case, cases, device, sizes, sizes.slow_rounds)
+    swaps.rows = rows_of(swap_case, every, device, sizes, sizes.slow_rounds)
+    files.rows = rows_of(files_case, stored, device, sizes, 2 * sizes.slow_rounds + 1)
     return [swaps, files]
 
 
@@ -81,7 +85,12 @@ def swap_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]
     updater(ema, model)()
     values = ema._average.storage.values[0]
     copies = [torch.empty_like(value) for value in values]
-    taken: dict[str, list[float]] = {"copy": [], "in": [], "out": []}
+    numel = -(-shapes.numel // here.size)
+    parts = torch.empty(here.size, numel, dtype=shapes.dtype, device=here.device)
+    own = parts[here.rank].clone()
+    taken: dict[str, list[float]] = {
+        name: [] for name in ("copy", "all-gather", "messages", "in", "out")
+    }
     first = extra = 0
     for number in range(rounds + 1):
         block = ema.average_parameters()
@@ -91,24 +100,42 @@ def swap_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]
         peak = peak_memory(here.device) - before
         first, extra = (peak, 0) if number == 0 else (first, max(extra, peak))
         copying = together(here, lambda: torch._foreach_copy_(copies, values))
+        gathering = together(here, lambda: dist.all_gather_into_tensor(parts.view(-1), own))
+        sending = together(here, lambda: send(own, parts, here))
         if number:  # the first compares replicas, and makes what is made once
-            for name, seconds in (("copy", copying), ("in", entering), ("out", leaving)):
+            every = (copying, gathering, sending, entering, leaving)
+            for name, seconds in zip(taken, every, strict=True):
                 taken[name].append(seconds)
     firsts, extras = here.all_gather(first), here.all_gather(extra)
-    return [
-        {
-            "engine": engine,
-            "ranks": here.size,
-            "weights": shapes.name,
-            "model MB": shapes.numel * shapes.dtype.itemsize / 1e6,
-            "in/copy": ratio(taken, "in", "copy"),
-            "out/copy": ratio(taken, "out", "copy"),
-            "in s": statistics.median(taken["in"]),
-            "out s": statistics.median(taken["out"]),
-            "extra MB": max(extras) / 1e6,
-            "extra MB, first": max(firsts) / 1e6,
-        }
+    row = {
+        "engine": engine,
+        "ranks": here.size,
+        "weights": shapes.name,
+        "model MB": shapes.numel * shapes.dtype.itemsize / 1e6,
+        "in/copy": ratio(taken, "in", "copy"),
+        "out/copy": ratio(taken, "out", "copy"),
+        "in s": statistics.median(taken["in"]),
+        "out s": statistics.median(taken["out"]),
+        "extra MB": max(extras) / 1e6,
+        "extra MB, first": max(firsts) / 1e6,
+    }
+    if engine in SHARING and here.size > 1:
+        for limit in ("all-gather", "messages"):
+            row[f"{limit} s"] = statistics.median(taken[limit])
+            row |= {f"{name}/{limit}": ratio(taken, name, limit) for name in ("in", "out")}
+    return [row]
+
+
+def send(own: torch.Tensor, parts: torch.Tensor, here: Here) -> None:
+    """What an all-gather does, as messages."""
+    operations = [
+        dist.P2POp(operation, tensor, rank)
+        for rank in range(here.size)
+        for operation, tensor in ((dist.isend, own), (dist.irecv, parts[rank]))
+        if rank != here.rank
     ]
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
 
 
 def files_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]:
@@ -118,8 +145,12 @@ def files_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row
     told = [tempfile.mkdtemp(prefix="bench-files-") if here.rank == 0 else ""]
     dist.broadcast_object_list(told, src=0)
     directory = Path(told[0])
+    part = 4 * shapes.numel // here.size
+    path, room = directory / f"raw-{here.rank}", bytearray(part)
     acts: dict[str, Callable[[], object]] = {
-        "write": lambda: write(directory / "raw", 4 * shapes.numel) if here.rank == 0 else None,
+        "write": lambda: write(path, 4 * shapes.numel) if here.rank == 0 else None,
+        "write apart": lambda: write(path, part),
+        "read": lambda: read(path, room),
         "save": lambda: ema.save(directory / "ema"),
         "load": lambda: ema.load(directory / "ema"),
         "gather_state_dict": ema.gather_state_dict,
@@ -143,6 +174,7 @@ def files_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row
         if here.rank == 0:
             shutil.rmtree(directory)
     every = here.all_gather(extra)
+    limit = min(("write", "write apart"), key=lambda name: statistics.median(taken[name]))
     return [
         {
             "engine": engine,
@@ -150,7 +182,8 @@ def files_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row
             "weights": shapes.name,
             "fp32 MB": 4 * shapes.numel / 1e6,
             "what": name,
-            "over write": ratio(taken, name, "write"),
+            "over write": ratio(taken, name, limit),
+            "over read": ratio(taken, name, "read"),
             "s": statistics.median(taken[name]),
             "extra MB rank 0": every[0][name] / 1e6,
             "extra MB any": max(e[name] for e in every) / 1e6,
@@ -179,3 +212,11 @@ def write(path: Path, nbytes: int) -> None:
         for start in range(0, nbytes, BLOCK):
             file.write(block[: min(BLOCK, nbytes - start)])
         os.fsync(file.fileno())
+
+
+def read(path: Path, room: bytearray) -> None:
+    """As much of a file as there is room for."""
+    with open(path, "rb", buffering=0) as file:
+        view = memoryview(room)
+        for start in range(0, len(room), BLOCK):
+            file.readinto(view[start : start + BLOCK])
