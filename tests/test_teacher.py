@@ -20,7 +20,7 @@ from tests.oracle import Oracle, worst_relative_error
 from tests.runs import DECAY, MAX_RELATIVE_ERROR, make_ema, same
 from tests.test_cost import HOST_SYNCS, Counted, counted_collectives
 from tests.worlds import Plain, Training, World, evaluate, from_rank_0, parametrized
-from tests.worlds_deepspeed import Zero, persistence
+from tests.worlds_deepspeed import HPZ_NET, Zero, persistence
 
 [DDP, FSDP2] = named(WORLDS, "ddp", "fsdp2")
 HPZ = {"zero_hpz_partition_size": 2}  # copies of the weights within a node
@@ -28,7 +28,7 @@ TABLE = [
     *named(WORLDS, "plain", "ddp", "fsdp2", "fsdp2_root_only", "fsdp2_no_reshard", "hsdp"),
     *named(WORLDS, "z0", "z3"),
     World(name="z3_cut", ranks=(3,), engine=Zero(stage=3, zero=persistence(0))),
-    World(name="z3_hpz", ranks=(4,), engine=Zero(stage=3, zero=HPZ | persistence(0))),
+    World(name="z3_hpz", ranks=(4,), engine=Zero(stage=3, zero=HPZ | persistence(0)), net=HPZ_NET),
 ]
 every = parametrized(TABLE, one_size)
 few = parametrized(named(TABLE, "plain", "ddp", "fsdp2", "z3"), lambda world, n: n in (0, 2))
@@ -374,7 +374,7 @@ def test_a_reference_model_without_optimizer_is_the_average_in_float64(
         same(evaluate(teacher), evaluate(twin))
     assert worst_relative_error(state, oracle.average) <= MAX_RELATIVE_ERROR
     ema.save(tmp_path / "ema")
-    other = make_ema(FSDP2.train(seed=5))
+    other = make_ema(FSDP2.train(seed=5, **world.net))
     other.load(tmp_path / "ema")
     same(from_rank_0(other.gather_state_dict())["blocks.0.l1.weight"], state["blocks.0.l1.weight"])
     again = reference(world, seed=6, zero_optimization=zero)
