@@ -262,7 +262,6 @@ class ShardedEMA:
 
     # Averaging.
 
-    @torch.no_grad()
     def update(self, step: int | None = None) -> bool:
         """Update the average with the live weights; call it after each optimizer step.
 

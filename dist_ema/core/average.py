@@ -117,8 +117,9 @@ class Average:
         if self._fingerprint() != self._remembered:
             self._rebind()
         if self._teacher is not None and self._teacher.moved(self.engine):
-            self._teacher.follow(self.plan, self.engine)
-            self.storage = self._teacher.storage(self.plan)
+            with torch.no_grad():
+                self._teacher.follow(self.plan, self.engine)
+                self.storage = self._teacher.storage(self.plan)
 
     def refuse_unfrozen(self) -> None:
         """Raise if a parameter that was frozen, and is not averaged, requires grad now. Local."""
@@ -131,6 +132,7 @@ class Average:
                     "requires grad now; build ShardedEMA with params='all', or after unfreezing"
                 )
 
+    @torch.no_grad()
     def _rebind(self) -> None:
         engine = self._select(self.model)
         if engine.kind != self.engine.kind:
@@ -209,7 +211,9 @@ class Average:
         After a load, frozen weights are copied to it now and at the next update: the model's own
         may be loaded in between. Those of an adapter are few, and copied at each update.
         """
-        if self._teacher is not None:
+        if self._teacher is None:
+            return
+        with torch.no_grad():
             self.storage.synchronize()  # a teacher in host memory is read by the host
             if loaded or self._copies_frozen or isinstance(self._into, str):
                 self._teacher.copy_parameters(frozen_only=True)

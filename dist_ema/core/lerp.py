@@ -157,6 +157,7 @@ class Lerp:
         """
         self._run([_step(decay) for decay in decays], decays)
 
+    @torch.no_grad()
     def apply(self, fn: MultiAvgFn, num_averaged: int) -> None:
         """Call a function with the signature of torch's `multi_avg_fn` for each batch.
 
