@@ -86,7 +86,9 @@ def test_the_model_computes_with_the_average_inside_and_comes_back_bit_for_bit(w
     same(live_buffers(training), buffers)
     same(training.evaluate(), live)
     with torch.inference_mode():
-        same(run.averaged_logits().clone(), averaged)
+        inferred = run.averaged_logits().clone()
+    # Since torch 2.14 tensor parallelism adds in another order in inference mode.
+    torch.testing.assert_close(inferred, averaged, **world.forward_tolerance)
     same(training.evaluate(), live)
     same(training.full_weights(), weights)
     for name, tensor in shown().items():
@@ -97,7 +99,11 @@ def test_the_model_computes_with_the_average_inside_and_comes_back_bit_for_bit(w
         plain = evaluate(world.plain_twin(state))
         torch.testing.assert_close(logits, plain, **world.forward_tolerance)
         if world.engine.model_parallel > 1:  # which adds in another order than a plain model
-            same(world.parallel_twin(state).evaluate(), logits)
+            twin = world.parallel_twin(state)
+            same(twin.evaluate(), logits)
+            if logits is averaged:
+                with torch.inference_mode():
+                    same(twin.evaluate().clone(), inferred)
 
     same(training.evaluate(), live)  # which leaves live weights gathered
     run.ema.copy_to()
