@@ -338,11 +338,13 @@ class ShardedEMA:
 
         Collective: every rank calls it. One all-reduce of two numbers.
         """
-        self._meet("drift()", {"name": name})
         sums = torch.zeros(2, dtype=torch.float64, device="cpu")
-        for fragment, value in zip(self._average.plan.fragments, self._values(name), strict=True):
-            if fragment.is_owner:
-                sums += squared_norms(value, fragment.view).cpu()
+        with self._average.lock:
+            self._meet("drift()", {"name": name})
+            fragments = self._average.plan.fragments
+            for fragment, value in zip(fragments, self._values(name), strict=True):
+                if fragment.is_owner:
+                    sums += squared_norms(value, fragment.view).cpu()
         if self._group.size > 1:
             sums = sums.to(self._group.device)
             dist.all_reduce(sums, group=self._group.process_group)
@@ -402,14 +404,15 @@ class ShardedEMA:
         Collective: every rank calls it. Without a module, an all-gather of replicated weights;
         with one, each byte is sent to rank 0 once and broadcast, in bounded buckets.
         """
-        if module is not None:
+        with self._average.lock:
+            if module is None:
+                self._meet("copy_to()", {"name": name, "dtype": None, "module": None})
+                self._average.make_permanent(self._values(name))
+                return
             gatherer, values = self._gathered("copy_to()", name, None, module="a module")
             self._unregistered("copy_to()", None)
             buckets = whole_tensors(gatherer, values, None)
             write_into(module, gatherer.tensors, buckets, self._group, select)
-            return
-        self._meet("copy_to()", {"name": name, "dtype": None, "module": None})
-        self._average.make_permanent(self._values(name))
 
     # Gathering.
 
@@ -495,16 +498,10 @@ class ShardedEMA:
         rank, with such tensors buckets of 16 MiB. With "rank0", each byte is sent to rank 0 once,
         in buckets of 16 MiB.
         """
+        files: dict[str, Any] = {"max_shard_size": max_shard_size, "weights_name": weights_name}
+        files["method"] = method
         with self._average.lock:
-            gatherer, values = self._gathered(
-                "export()",
-                name,
-                dtype,
-                path=path,
-                max_shard_size=max_shard_size,
-                weights_name=weights_name,
-                method=method,
-            )
+            gatherer, values = self._gathered("export()", name, dtype, path=path, **files)
             export(
                 Path(path),
                 self._average.model,
@@ -512,9 +509,7 @@ class ShardedEMA:
                 values,
                 self._group,
                 dtype=dtype,
-                max_shard_size=max_shard_size,
-                weights_name=weights_name,
-                method=method,
+                **files,
             )
 
     # Resuming.
@@ -594,17 +589,18 @@ class ShardedEMA:
 
         Collective: every rank calls it, and reads what it holds.
         """
-        arguments = {"path": path, "strict": strict, "step": step}
-        self._meet("load()", arguments, counters=False)
-        with self._group.together():
-            if step is not None and (isinstance(step, bool) or not _is_count(step)):
-                raise ValueError(f"step is {step!r}, wanted a number of optimizer steps >= 0")
-            step = None if step is None else operator.index(step)  # JSON knows no other integers
-            if not Path(path).is_dir() and (problem := no_pickles(Path(path))):
-                raise CheckpointError(problem)
-        weights = [*self._average.plan.weights, *self._average.others()]
-        names = {n for w in weights for n in (w.fqn, *w.aliases)}
         with self._average.lock, ExitStack() as signals:  # complete and counted, or not begun
+            arguments = {"path": path, "strict": strict, "step": step}
+            self._meet("load()", arguments, counters=False)
+            with self._group.together():
+                if step is not None:
+                    if isinstance(step, bool) or not _is_count(step):
+                        raise ValueError(f"step is {step!r}, wanted optimizer steps >= 0")
+                    step = operator.index(step)  # JSON knows no other integers
+                if not Path(path).is_dir() and (problem := no_pickles(Path(path))):
+                    raise CheckpointError(problem)
+            weights = [*self._average.plan.weights, *self._average.others()]
+            names = {n for w in weights for n in (w.fqn, *w.aliases)}
             state = load(
                 Path(path),
                 self._fragments(),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 
 from dist_ema import HalfLife, ShardedEMA
 from dist_ema.checkpoint.reader import load
@@ -189,3 +190,20 @@ def test_one_process_has_plain_tensors_in_its_state_dict(tmp_path: Path):
     ema = ShardedEMA(net, 0.5)
     ema.load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True))
     same(ema.gather_state_dict(), expected)
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_is_an_error_finds_a_load_complete_or_not_begun(tmp_path: Path):
+    ema = ShardedEMA(nn.ParameterDict({"a": nn.Parameter(torch.ones(3))}), 0.5)
+    ema.update()
+    ema.save(tmp_path / "a")
+    larger = nn.ParameterDict({n: nn.Parameter(torch.zeros(3)) for n in "ab"})
+    other = ShardedEMA(larger, 0.5)
+    with pytest.raises(CheckpointError, match="missing: b"):
+        other.load(tmp_path / "a", strict=False)
+    assert (other.step, other.gather_state_dict()["a"].tolist()) == (0, [0.0] * 3)
+    another = ShardedEMA(nn.ParameterDict({"a": nn.Parameter(torch.zeros(3))}), 0.9)
+    with pytest.raises(UserWarning, match="goes on with the constructor's"):
+        another.load(tmp_path / "a")
+    assert (another.step, another.gather_state_dict()["a"].tolist()) == (1, [1.0] * 3)

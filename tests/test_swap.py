@@ -709,3 +709,35 @@ def test_a_swap_of_a_compiled_model_compiles_nothing_again():
             with ema.average_parameters():
                 assert not torch.equal(compiled(x), live)
             assert torch.equal(compiled(x), live)
+
+
+@pytest.mark.ranks(0)
+@pytest.mark.parametrize("call", ["load", "copy_to", "drift"])
+def test_a_swap_waits_for_a_call_of_another_thread(call: str, tmp_path: Path):
+    model, ema = small_average()
+    ema.save(tmp_path / "a")
+    with torch.no_grad():
+        model[0].weight.add_(8)
+    ema.update()
+    live = [p.clone() for p in model.parameters()]
+    wanted = ema.drift()
+    meet, has_met, found = ema._meet, threading.Event(), []
+
+    def meet_and_pause(*arguments: Any, **named: Any) -> None:
+        meet(*arguments, **named)
+        has_met.set()
+        time.sleep(0.2)
+
+    arguments = [tmp_path / "a"] if call == "load" else []
+    thread = threading.Thread(target=lambda: found.append(getattr(ema, call)(*arguments)))
+    ema._meet = meet_and_pause
+    thread.start()
+    has_met.wait()
+    ema._meet = meet
+    with ema.average_parameters():
+        thread.join()
+    assert found == [wanted if call == "drift" else None]
+    if call == "copy_to":
+        assert ema.drift() == 0 and not torch.equal(model[0].weight, live[0])
+    else:
+        same(list(model.parameters()), live)

@@ -62,8 +62,9 @@ class Handle(threading.Thread):
         self._problem: Exception | None = None
         self._is_known = False  # whether the caller has learned how the save ended
         self.start()
-        if not threading.main_thread().is_alive():  # in an exit handler: nobody waits later
+        if not threading.main_thread().is_alive():  # nobody waits later, or prints a problem
             self.join()
+            self._print_problem()
 
     def __repr__(self) -> str:
         return f"<save of {self.path}, {'done' if self.done() else 'in progress'}>"

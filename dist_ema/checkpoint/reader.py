@@ -413,6 +413,8 @@ def _load(
                 checkpoint.check_file(average, name)
         with group.together(error=CheckpointError):
             _fill(checkpoint, sources, averages, None)
+            for note in notes:  # before anything changes: warnings may be errors
+                warnings.warn(f"{path}: {note}", stacklevel=4)
         with group.together(error=CheckpointError):
             copying()
             try:
@@ -422,8 +424,6 @@ def _load(
                     f"{error}; the checkpoint changed while it was read, and the average is "
                     "overwritten in part: load again"
                 ) from error
-    for note in notes:
-        warnings.warn(f"{path}: {note}", stacklevel=5)
     return dict(checkpoint.state)
 
 

@@ -328,8 +328,9 @@ class Average:
 
         try:
             try:
-                with signals, self.lock, torch.no_grad():
-                    marks.refuse("average_parameters()")  # another thread may have come first
+                with self.lock, signals, torch.no_grad():
+                    with self.swap_group.together():
+                        marks.refuse("average_parameters()")  # another thread may have come first
                     started = True
                     marks.set("swapped", name)
                     with self.swap_group.together():

@@ -289,7 +289,7 @@ def values_of(tensor: torch.Tensor, precomputed: Set[str]) -> torch.Tensor:
 
 
 def writable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or one of its storage if it was made in inference mode, which protects it."""
+    """The tensor, or, if it was made in inference mode, a normal one that shares its storage."""
     if not tensor.is_inference():
         return tensor
     with torch.inference_mode(False):

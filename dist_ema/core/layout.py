@@ -1,4 +1,4 @@
-"""Boxes, and fragments of tensors: arithmetic that knows no engine.
+"""Boxes, and fragments of tensors, whatever the engine.
 
 [Note: terms]
     fqn           canonical name of a weight, without prefixes of wrappers
@@ -319,9 +319,9 @@ def collector_paused() -> Iterator[None]:
     it would take three quarters of the time to make or read their objects.
     """
     pauses = threading.current_thread() is threading.main_thread() and gc.isenabled()
-    if pauses:
-        gc.disable()
     try:
+        if pauses:
+            gc.disable()
         yield
     finally:
         if pauses:

@@ -270,10 +270,10 @@ class DeferredSignals:
                 _signal.signal(number, self._handlers[number])
         finally:
             self._holding = False
-        frames, self._frames = self._frames, {}
-        with ExitStack() as calls:  # every one is called, even if another raised
-            for number, frame in frames.items():
-                calls.callback(self._handlers[number], number, frame)
+            frames, self._frames = self._frames, {}
+            with ExitStack() as calls:  # every one is called, even if another raised
+                for number, frame in frames.items():
+                    calls.callback(self._handlers[number], number, frame)
 
     __enter__ = hold
 
