@@ -401,10 +401,8 @@ def write_into(
             )
     for bucket in buckets:
         metas = group.broadcast([(meta, tensor.dtype) for meta, tensor in bucket])
-        for number, (meta, dtype) in enumerate(metas):
-            full = (
-                bucket[number][1] if bucket else torch.empty(meta.shape, dtype=dtype, device="cpu")
-            )
+        for i, (meta, dtype) in enumerate(metas):
+            full = bucket[i][1] if bucket else torch.empty(meta.shape, dtype=dtype, device="cpu")
             group.broadcast_tensor(full)
             for fqn in (meta.fqn, *meta.aliases):
                 targets[fqn].copy_(full)
