@@ -322,3 +322,14 @@ def test_a_complex_average_is_not_written_where_its_imaginary_part_would_be_lost
             call()
     assert not real["w"].any()
     assert not any(t.any() for t in other.gather_state_dict().values())
+
+
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.complex64), (torch.float32, torch.int8)])
+def test_a_weight_that_becomes_of_another_kind_of_number_is_refused(kinds):
+    module = nn.ParameterDict({"w": torch.zeros(3, dtype=kinds[0]), "v": torch.zeros(3)})
+    ema = ShardedEMA(module, 0.5)
+    module.w = nn.Parameter(torch.ones(3, dtype=kinds[1]), requires_grad=kinds[1].is_complex)
+    for call in (ema.update, ema.drift, ema.copy_to, ema.reset, ema.gather_state_dict):
+        with pytest.raises(RuntimeError, match=f"w: was .*{kinds[0]}, is .*{kinds[1]}"):
+            call()
+    assert ema.step == 0
