@@ -9,7 +9,7 @@ import operator
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never, NoReturn
 
@@ -604,28 +604,28 @@ class ShardedEMA:
                 raise CheckpointError(problem)
         weights = [*self._average.plan.weights, *self._average.others()]
         names = {n for w in weights for n in (w.fqn, *w.aliases)}
-        state = load(
-            path,
-            self._fragments(),
-            self._tensors(),
-            self._group,
-            strict=strict,
-            others=names,
-            background=self._saves,
-        )
-        if "averages" not in state:
-            step = state.get("step") if step is None else step
-            if step is None:
-                step = self._group.broadcast(_diffusers_step(Path(path)))
-            self._resume(self._uncounted(step or 0))
-            self._warn_of_discarding()
-            return
-        if step is not None and step != state["step"]:
-            warnings.warn(
-                f"step={step} is ignored: the checkpoint was saved at step {state['step']}",
-                stacklevel=2,
+        with self._average.lock, ExitStack() as signals:  # complete and counted, or not begun
+            state = load(
+                Path(path),
+                self._fragments(),
+                self._tensors(),
+                self._group,
+                strict=strict,
+                others=names,
+                background=self._saves,
+                copying=lambda: signals.enter_context(DeferredSignals()),
             )
-        self._resume(state)
+            if "averages" not in state:
+                step = state.get("step") if step is None else step
+                if step is None:
+                    step = self._group.broadcast(_diffusers_step(Path(path)))
+                self._resume(self._uncounted(step or 0))
+                self._warn_of_discarding()
+                return
+            self._resume(state)
+            if step is not None and step != state["step"]:
+                text = f"step={step} is ignored: the checkpoint was saved at step {state['step']}"
+                warnings.warn(text, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """For `torch.distributed.checkpoint`: `dcp.save({"model": ..., "ema": ema})`. Local.
@@ -753,8 +753,6 @@ class ShardedEMA:
             for label in ("update_every", "start_step")
             if state.get(label, own[label]) != own[label]
         ]
-        for text in notes:
-            warnings.warn(text, stacklevel=3)
         self._mixed = changed | {name for name, saved in averages.items() if saved.get("mixed")}
         if not averages and state.get("step"):
             self._mixed = set(self.names)  # the schedule that made it is not known
@@ -765,6 +763,8 @@ class ShardedEMA:
         self._applied_steps = self._average.engine.applied_steps()
         self._average.refresh_teacher(loaded=True)
         self._average.marks.mend()
+        for text in notes:  # last: warnings may be errors
+            warnings.warn(text, stacklevel=3)
 
     def _uncounted(self, step: int) -> dict[str, int]:
         """The state after a number of steps of an average that was saved without counters."""

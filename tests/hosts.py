@@ -172,7 +172,9 @@ def _carry(devices: list[int], children: list[int], directory: Path) -> list[int
         if now > look_again:
             look_again = now + 0.1
             is_bad = (directory / "bad_network").exists()
-            (directory / "packets.json").write_text(json.dumps(count))
+            part = directory / "packets.part"
+            part.write_text(json.dumps(count))
+            part.rename(directory / "packets.json")  # this process may be killed at any time
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid in children:
                 ended.append(os.waitstatus_to_exitcode(status) & 0xFF)

@@ -78,7 +78,9 @@ class Net(nn.Module):
     num_batches: Tensor
     mask: Tensor
 
-    def __init__(self, *, hidden: int = 11, scalar_dims: int = 1, num_experts: int = 0) -> None:
+    def __init__(
+        self, *, hidden: int = 11, scalar_dims: int = 1, scalar_size: int = 1, num_experts: int = 0
+    ) -> None:
         super().__init__()
         self.emb = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.ModuleList(
@@ -88,7 +90,7 @@ class Net(nn.Module):
         self.skip = nn.Identity()
         self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
         self.tiny = nn.Parameter(torch.randn(3))
-        self.scale = nn.Parameter(torch.full((1,) * scalar_dims, 1.5))
+        self.scale = nn.Parameter(torch.full((scalar_size,) * scalar_dims, 1.5))
         self.register_buffer("running", torch.zeros(WIDTH))
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
         self.register_buffer("mask", torch.linspace(0.5, 1.5, WIDTH), persistent=False)
@@ -104,7 +106,7 @@ class Net(nn.Module):
                 self.running.lerp_(h.detach().mean((0, 1)).to(self.running.dtype), 0.1)
                 self.num_batches += 1
         h = self.skip(self.drop(h + self.frozen(h) * self.mask.to(h.dtype)))
-        return self.head(h * self.scale.reshape(()) + self.tiny.sum())
+        return self.head(h * self.scale.mean() + self.tiny.sum())
 
 
 PARAMETERS = tuple(name for name, _ in Net().named_parameters())

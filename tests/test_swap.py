@@ -86,7 +86,9 @@ def test_the_model_computes_with_the_average_inside_and_comes_back_bit_for_bit(w
     same(live_buffers(training), buffers)
     same(training.evaluate(), live)
     with torch.inference_mode():
-        same(run.averaged_logits().clone(), averaged)
+        inferred = run.averaged_logits().clone()
+    # Since torch 2.14 tensor parallelism adds in another order in inference mode.
+    torch.testing.assert_close(inferred, averaged, **world.forward_tolerance)
     same(training.evaluate(), live)
     same(training.full_weights(), weights)
     for name, tensor in shown().items():
@@ -97,7 +99,11 @@ def test_the_model_computes_with_the_average_inside_and_comes_back_bit_for_bit(w
         plain = evaluate(world.plain_twin(state))
         torch.testing.assert_close(logits, plain, **world.forward_tolerance)
         if world.engine.model_parallel > 1:  # which adds in another order than a plain model
-            same(world.parallel_twin(state).evaluate(), logits)
+            twin = world.parallel_twin(state)
+            same(twin.evaluate(), logits)
+            if logits is averaged:
+                with torch.inference_mode():
+                    same(twin.evaluate().clone(), inferred)
 
     same(training.evaluate(), live)  # which leaves live weights gathered
     run.ema.copy_to()
@@ -561,27 +567,33 @@ def test_a_signal_at_any_line_of_a_swap_leaves_everything_as_it_was():
 
 
 @pytest.mark.ranks(0)
-@pytest.mark.parametrize("call", ["update", "reset", "copy_to", "load_state_dict"])
-def test_a_signal_at_any_line_finds_a_call_complete_or_not_begun(call: str):
+@pytest.mark.parametrize("call", ["update", "reset", "copy_to", "load_state_dict", "load"])
+def test_a_signal_at_any_line_finds_a_call_complete_or_not_begun(call: str, tmp_path: Path):
     def new() -> tuple[nn.Module, ShardedEMA, Callable[[], object]]:
         torch.manual_seed(0)
         model, ema = small_average(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3).double()))
         state = copy.deepcopy(ema.state_dict())
         for value in state["averages"]["ema"].values():
             value.add_(1)
-        arguments = [state] if call == "load_state_dict" else []
+        arguments = {"load_state_dict": [state], "load": [tmp_path / "other"]}.get(call, [])
         return model, ema, lambda: getattr(ema, call)(*arguments)
 
     def held(model: nn.Module, ema: ShardedEMA) -> list[float]:
         values = [t.double().flatten() for t in parts(model, ema)]
         return [*torch.cat(values).tolist(), ema.step, ema.num_updates]
 
+    other = new()[1]
+    for _ in range(2):
+        other.model[0].weight.data += 1
+        other.update()
+    other.save(tmp_path / "other")
     before, complete = held(*new()[:2]), new()
     complete[2]()
     after, seen = held(*complete[:2]), set()
     for at in itertools.count():
         model, ema, run = new()
-        where = interrupted(run, at, ("/ema.py", "/average.py", "/lerp.py", "/dcp.py"))
+        files = ("/ema.py", "/average.py", "/lerp.py", "/dcp.py", "/reader.py")
+        where = interrupted(run, at, files)
         found = held(model, ema)
         assert found in (before, after), (at, where)
         seen.add(found == after)

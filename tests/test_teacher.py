@@ -20,7 +20,7 @@ from tests.oracle import Oracle, worst_relative_error
 from tests.runs import DECAY, MAX_RELATIVE_ERROR, make_ema, same
 from tests.test_cost import HOST_SYNCS, Counted, counted_collectives
 from tests.worlds import Plain, Training, World, evaluate, from_rank_0, parametrized
-from tests.worlds_deepspeed import Zero, persistence
+from tests.worlds_deepspeed import HPZ_NET, Zero, persistence
 
 [DDP, FSDP2] = named(WORLDS, "ddp", "fsdp2")
 HPZ = {"zero_hpz_partition_size": 2}  # copies of the weights within a node
@@ -28,7 +28,7 @@ TABLE = [
     *named(WORLDS, "plain", "ddp", "fsdp2", "fsdp2_root_only", "fsdp2_no_reshard", "hsdp"),
     *named(WORLDS, "z0", "z3"),
     World(name="z3_cut", ranks=(3,), engine=Zero(stage=3, zero=persistence(0))),
-    World(name="z3_hpz", ranks=(4,), engine=Zero(stage=3, zero=HPZ | persistence(0))),
+    World(name="z3_hpz", ranks=(4,), engine=Zero(stage=3, zero=HPZ | persistence(0)), net=HPZ_NET),
 ]
 every = parametrized(TABLE, one_size)
 few = parametrized(named(TABLE, "plain", "ddp", "fsdp2", "z3"), lambda world, n: n in (0, 2))
@@ -101,11 +101,12 @@ def test_a_teacher_has_the_frozen_weights_that_were_loaded_after_it_was_made(tmp
 
 
 def lora(world: World, **options: Any) -> Any:
-    peft = pytest.importorskip("peft", minversion="0.18")
+    from peft import LoraConfig
+
     # PEFT does not gather the weights that DoRA needs under DeepSpeed without transformers.
     dora = {} if isinstance(world.engine, Zero) else {"use_dora": True}
     chosen = {"target_modules": ["l1", "l2", "emb"], "modules_to_save": ["norm"], **dora}
-    return peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **chosen, **options})
+    return LoraConfig(**{"r": 2, "lora_alpha": 3, **chosen, **options})
 
 
 def adapted(world: World, *, seed: int = 0, teacher: bool = True, **options: Any) -> nn.Module:
@@ -115,6 +116,7 @@ def adapted(world: World, *, seed: int = 0, teacher: bool = True, **options: Any
     model: Any = get_peft_model(world.make_net(seed=seed), lora(world))
     if teacher:
         model.add_adapter("teacher", lora(world, **options))
+        freeze_teacher(model)  # PEFT 0.17 lets the magnitudes of an embedding's DoRA train
     with torch.no_grad():  # PEFT starts one of the two matrices at zero
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -122,11 +124,27 @@ def adapted(world: World, *, seed: int = 0, teacher: bool = True, **options: Any
     return model
 
 
+def train_adapted(world: World) -> Training:
+    training = world.train(adapted(world))
+    if isinstance(world.engine, Zero):
+        # PEFT lends the attributes of a module to save to its wrapper, so stage 3 of DeepSpeed 0.17
+        # and 0.18 trains it only after a forward pass without gradients.
+        training.evaluate()
+    return training
+
+
+def freeze_teacher(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if ".teacher" in name:
+            parameter.requires_grad_(False)
+
+
 @contextlib.contextmanager
-def shown(training: Training, adapter: str = "teacher") -> Iterator[None]:
-    """Within the block the model computes with an adapter, and nothing trains."""
+def shown(training: Training) -> Iterator[None]:
+    """Within the block the model computes with the teacher, which does not train."""
     training.engine.settle(training)
-    training.net.set_adapter(adapter, inference_mode=True)
+    training.net.set_adapter("teacher")
+    freeze_teacher(training.net)  # as inference_mode=True does, since PEFT 0.18
     try:
         yield
     finally:
@@ -150,7 +168,7 @@ def full_adapter(training: Training, name: str) -> dict[str, Tensor]:
 
 @every
 def test_an_adapter_is_the_average_in_float64_and_its_update_communicates_nothing(world: World):
-    training = world.train(adapted(world))
+    training = train_adapted(world)
     ema = make_ema(training, into="teacher")
     oracle = Oracle(full_adapter(training, "default"), DECAY)
     same(full_adapter(training, "teacher"), full_adapter(training, "default"))
@@ -177,7 +195,7 @@ def test_an_adapter_is_the_average_in_float64_and_its_update_communicates_nothin
 
 @few
 def test_an_update_while_the_teacher_is_active_averages_the_student(world: World):
-    training = world.train(adapted(world))
+    training = train_adapted(world)
     ema = make_ema(training, into="teacher")
     oracle = Oracle(full_adapter(training, "default"), DECAY)
     training.train_step(0)
@@ -208,7 +226,7 @@ def full_adapter_of(ema: ShardedEMA) -> dict[str, Tensor]:
 
 @few
 def test_an_adapter_teacher_is_saved_loaded_swapped_and_reset(world: World, tmp_path):
-    training = world.train(adapted(world))
+    training = train_adapted(world)
     ema = make_ema(training, into="teacher")
     for i in range(3):
         training.train_step(i)
@@ -255,7 +273,7 @@ def full_adapter_shown(training: Training) -> dict[str, Tensor]:
 def test_the_adapter_that_is_exported_is_the_average(world: World, tmp_path):
     from peft import PeftModel
 
-    training = world.train(adapted(world))
+    training = train_adapted(world)
     ema = make_ema(training, into="teacher")
     for i in range(2):
         training.train_step(i)
@@ -356,7 +374,7 @@ def test_a_reference_model_without_optimizer_is_the_average_in_float64(
         same(evaluate(teacher), evaluate(twin))
     assert worst_relative_error(state, oracle.average) <= MAX_RELATIVE_ERROR
     ema.save(tmp_path / "ema")
-    other = make_ema(FSDP2.train(seed=5))
+    other = make_ema(FSDP2.train(seed=5, **world.net))
     other.load(tmp_path / "ema")
     same(from_rank_0(other.gather_state_dict())["blocks.0.l1.weight"], state["blocks.0.l1.weight"])
     again = reference(world, seed=6, zero_optimization=zero)

@@ -314,7 +314,7 @@ def problems(
 
 
 def load(
-    path: str | Path,
+    path: Path,
     averages: Mapping[str, Sequence[Fragment]],
     tensors: Sequence[TensorMeta],
     group: Group,
@@ -322,6 +322,7 @@ def load(
     strict: bool = True,
     others: Collection[str] = (),
     background: BackgroundSaves | None = None,
+    copying: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Fill averages from a checkpoint, however their tensors were sharded when it was saved.
 
@@ -335,6 +336,7 @@ def load(
     Args:
         strict: refuse missing and unexpected tensors, instead of warning of them.
         others: names that such files may have beside the averaged ones.
+        copying: called when everything is verified, before the first value is copied.
 
     Returns:
         The saved state.
@@ -346,7 +348,6 @@ def load(
     """
     from dist_ema.checkpoint.writer import tensors_of_all_ranks  # imports torch
 
-    path = Path(path)
     with group.together(error=CheckpointError):
         (background or BackgroundSaves()).wait()
     if not group.equal(sorted(others)):
@@ -354,7 +355,7 @@ def load(
     every = tensors_of_all_ranks(tensors, group)
     while True:
         try:
-            return _load(path, averages, every, group, strict, others)
+            return _load(path, averages, every, group, strict, others, copying)
         except CheckpointError:
             # A network file system may show the files to some ranks later than to others.
             if not _becomes_visible_to_all(path, group):
@@ -393,6 +394,7 @@ def _load(
     group: Group,
     strict: bool,
     others: Collection[str],
+    copying: Callable[[], object],
 ) -> dict[str, Any]:
     with ExitStack() as opened:
         with group.together(error=CheckpointError):
@@ -410,10 +412,11 @@ def _load(
             for average, name in files[group.rank :: group.size]:
                 checkpoint.check_file(average, name)
         with group.together(error=CheckpointError):
-            _fill(checkpoint, sources, averages, copies=False)
+            _fill(checkpoint, sources, averages, None)
         with group.together(error=CheckpointError):
+            copying()
             try:
-                _fill(checkpoint, sources, averages, copies=True)
+                _fill(checkpoint, sources, averages, _copy)
             except CheckpointError as error:
                 raise CheckpointError(
                     f"{error}; the checkpoint changed while it was read, and the average is "
@@ -428,10 +431,9 @@ def _fill(
     checkpoint: Checkpoint,
     sources: Mapping[str, Source],
     averages: Mapping[str, Sequence[Fragment]],
-    *,
-    copies: bool,
+    put: Put | None,
 ) -> None:
-    """Read and verify every block that this rank needs, and copy the values if `copies`. Local."""
+    """Read and verify every block that this rank needs; for `put` see `Checkpoint.fill`. Local."""
     import torch
 
     for name, (average, saved_names) in sources.items():
@@ -442,7 +444,6 @@ def _fill(
                 targets.setdefault(fragment.meta.fqn, []).append(target)
         with torch.no_grad():
             for fqn, saved_name in saved_names.items():
-                put = _copy if copies else None
                 checkpoint.fill(average, saved_name, targets.get(fqn, ()), put)
 
 

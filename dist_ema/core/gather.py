@@ -93,8 +93,7 @@ class _Part:
         return outer.view(self.outer.sizes)[self.common.within(self.outer)]
 
 
-Allocate = Callable[[TensorMeta, int, int], torch.Tensor]
-"""(tensor, start, stop) -> 1-D CPU tensor for the values of a chunk."""
+Allocate = Callable[[TensorMeta, int, int], torch.Tensor]  # (tensor, start, stop) -> 1-D, on CPU
 
 _ByName = dict[str, list[OwnedFragment]]
 

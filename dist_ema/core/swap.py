@@ -30,8 +30,8 @@ from dist_ema.core.names import ddp_modules, registrations
 
 _CHUNK_BYTES = 1 << 20  # exchanged at a time: three of them fit a common L2 cache
 _MARK = "_dist_ema_swap"  # attribute of a module: the mark of a swap, or None
-_NAMES = "INT TERM HUP ALRM VTALRM PROF CHLD USR1 USR2"
-_SIGNALS = [getattr(signal, f"SIG{name}") for name in _NAMES.split()]
+_NAMES = "SIGINT SIGTERM SIGHUP SIGALRM SIGVTALRM SIGPROF SIGCHLD SIGUSR1 SIGUSR2"
+_SIGNALS = [getattr(signal, n) for n in _NAMES.split() if hasattr(signal, n)]  # of this system
 
 
 class Swap:

@@ -241,9 +241,9 @@ def _averaged_adapter(
     missing = [fqn for fqn, components in candidates.items() if not components]
     if trained := [fqn for fqn in missing if adapter in fqn.split(".")]:
         raise ValueError(
-            f"into={adapter!r}: {trained[0]} is of that adapter and would be averaged itself; call "
-            "set_adapter() with the name of the student's, which freezes the teacher, or leave it "
-            "out by params= and buffers="
+            f"into={adapter!r}: {trained[0]} is of that adapter and would be averaged itself; "
+            "freeze it by set_adapter() with the name of the student's and, where PEFT leaves it "
+            "trainable, by requires_grad_(False), or leave it out by params= and buffers="
         )
     if missing:
         raise ValueError(
