@@ -90,7 +90,7 @@ def test_an_averaged_buffer_that_changes_its_shape_is_refused_on_every_rank(wrap
         net.mean = torch.zeros(7)
         with pytest.raises(RuntimeError, match=r"mean: was shape \(4,\).* is shape \(7,\)"):
             ema.update()
-    with pytest.raises(RuntimeError, match=r"mean: was shape \(4,\), whole, is sh.*7") as caught:
+    with pytest.raises(RuntimeError, match=r"mean: was shape \(4,\), whole, .*is sh.*7") as caught:
         ema.gather_state_dict()
     assert "fully_shard" not in str(caught.value)  # which has no part in it
 

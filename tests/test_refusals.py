@@ -306,3 +306,30 @@ def test_the_state_dict_of_a_model_is_refused_with_the_remedy():
     net = nn.Linear(2, 2)
     with pytest.raises(CheckpointError, match=r"no state dict of this average.*load\(path\)"):
         ShardedEMA(net, 0.5).load_state_dict(net.state_dict())
+
+
+@pytest.mark.ranks(0, 2)
+def test_a_complex_average_is_not_written_where_its_imaginary_part_would_be_lost():
+    module = nn.ParameterDict({"w": torch.ones(3, dtype=torch.complex64)})
+    real = nn.ParameterDict({"w": torch.zeros(3)})
+    ema, other = ShardedEMA(module), ShardedEMA(copy.deepcopy(real))
+    for call in (
+        lambda: ShardedEMA(module, into=real),
+        lambda: ema.copy_to(real),
+        lambda: other.load_state_dict(ema.state_dict()),
+    ):
+        with pytest.raises((ValueError, CheckpointError), match="complex64"):
+            call()
+    assert not real["w"].any()
+    assert not any(t.any() for t in other.gather_state_dict().values())
+
+
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.complex64), (torch.float32, torch.int8)])
+def test_a_weight_that_becomes_of_another_kind_of_number_is_refused(kinds):
+    module = nn.ParameterDict({"w": torch.zeros(3, dtype=kinds[0]), "v": torch.zeros(3)})
+    ema = ShardedEMA(module, 0.5)
+    module.w = nn.Parameter(torch.ones(3, dtype=kinds[1]), requires_grad=kinds[1].is_complex)
+    for call in (ema.update, ema.drift, ema.copy_to, ema.reset, ema.gather_state_dict):
+        with pytest.raises(RuntimeError, match=f"w: was .*{kinds[0]}, is .*{kinds[1]}"):
+            call()
+    assert ema.step == 0

@@ -116,6 +116,8 @@ def _mismatch(own: torch.Tensor, other: object) -> str | None:
         return "is missing" if other is None else f"is a {type(other).__name__}, wanted a tensor"
     if own.shape != other.shape:
         return f"has shape {tuple(other.shape)}, the model {tuple(own.shape)}"
+    if not torch.can_cast(other.dtype, own.dtype):
+        return f"is of {other.dtype}, the average of {own.dtype}"
     if isinstance(own, BoxedTensor) and isinstance(other, BoxedTensor):
         boxes = {fragment.meta.box for fragment in other.fragments}
         missing = [f.meta.box for f in own.fragments if f.meta.box not in boxes]
@@ -125,11 +127,9 @@ def _mismatch(own: torch.Tensor, other: object) -> str | None:
 
 
 def _fill(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy a whole tensor, or one with the same boxes, into a boxed tensor."""
-    if not isinstance(target, BoxedTensor):
-        return  # without elements
+    """Copy a whole tensor, or one with the same boxes, into a boxed one or one without elements."""
     boxes = {f.meta.box: f.tensor for f in getattr(source, "fragments", ())}
-    for fragment in target.fragments:
+    for fragment in getattr(target, "fragments", ()):
         box, out = fragment.meta.box, fragment.tensor
         values = boxes[box] if boxes else source[box.within(whole(tuple(target.shape)))]
         if values.data_ptr() != out.data_ptr():

@@ -362,7 +362,7 @@ def write_into(
     Each tensor is broadcast from rank 0; all ranks hold one bucket at a time.
 
     Raises:
-        ValueError: the module is sharded, or its names or shapes differ. On every rank.
+        ValueError: the module is sharded, or its names, shapes or dtypes do not fit. On every rank.
     """
     with group.together():
         try:
@@ -377,12 +377,13 @@ def write_into(
             )
         Marks(module.modules()).refuse("copy_to() into a module")
         targets = {r.fqn: writable(r.tensor) for r in registrations(module) if r.persistent}
-        shapes = {fqn: t.shape for t in tensors for fqn in (t.fqn, *t.aliases)}
+        averages = {n: (t.shape, t.dtype) for t in tensors for n in (t.fqn, *t.aliases)}
+        own = {fqn: (tuple(t.shape), t.dtype) for fqn, t in targets.items()}
         differences = [
-            f"{fqn}: average has {shapes.get(fqn, 'nothing')}, module has "
-            f"{tuple(targets[fqn].shape) if fqn in targets else 'nothing'}"
-            for fqn in dict.fromkeys([*shapes, *targets])
-            if fqn not in targets or shapes.get(fqn) != tuple(targets[fqn].shape)
+            f"{n}: average has {averages.get(n, 'nothing')}, module has {own.get(n, 'nothing')}"
+            for n in dict.fromkeys([*averages, *own])
+            if not (n in averages and n in own and averages[n][0] == own[n][0])
+            or not torch.can_cast(averages[n][1], own[n][1])
         ]
         if differences:
             raise ValueError(f"module has another layout: {'; '.join(differences)}")
@@ -399,14 +400,11 @@ def write_into(
             )
     for bucket in buckets:
         metas = group.broadcast([(meta, tensor.dtype) for meta, tensor in bucket])
-        for number, (meta, dtype) in enumerate(metas):
-            if bucket:
-                tensor = bucket[number][1]
-            else:
-                tensor = torch.empty(meta.shape, dtype=dtype, device="cpu")
-            group.broadcast_tensor(tensor)
+        for i, (meta, dtype) in enumerate(metas):
+            full = bucket[i][1] if bucket else torch.empty(meta.shape, dtype=dtype, device="cpu")
+            group.broadcast_tensor(full)
             for fqn in (meta.fqn, *meta.aliases):
-                targets[fqn].copy_(tensor)
+                targets[fqn].copy_(full)
     engine.publish()
 
 

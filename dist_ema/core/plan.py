@@ -208,9 +208,9 @@ def _differences(
     def layout(weight: Weight | None) -> object:
         if weight is None:
             return None
-        metas = [f.meta for f in weight.fragments]
-        layout = (weight.shape, metas) if weight.fqn in averaged else len(metas)
-        return weight.aliases, weight.is_buffer, layout
+        metas, t = [f.meta for f in weight.fragments], weight.tensor
+        layout = weight.shape, metas, t.is_complex(), t.is_floating_point()
+        return weight.aliases, weight.is_buffer, layout if weight.fqn in averaged else len(metas)
 
     def describe(weight: Weight | None) -> str:
         if weight is None:
@@ -218,7 +218,7 @@ def _differences(
         boxes = [f.meta.box for f in weight.fragments]
         is_whole = [box.sizes for box in boxes] == [weight.shape]
         parts = "whole" if is_whole else f"boxes {[f'{b.offsets}+{b.sizes}' for b in boxes]} here"
-        return f"shape {weight.shape}, {parts}"
+        return f"shape {weight.shape}, {parts}, {weight.tensor.dtype}"
 
     before, after = ({w.fqn: w for w in weights} for weights in (old, new))
     texts = [

@@ -308,6 +308,8 @@ def _difference(student: Weight, teacher: Weight) -> str | None:
         return teacher.problem
     if teacher.shape != student.shape:
         return f"has shape {teacher.shape}, the model's {student.shape}"
+    if not torch.can_cast(student.tensor.dtype, teacher.tensor.dtype):
+        return f"is of {teacher.tensor.dtype}, the model's of {student.tensor.dtype}"
     places = [[(f.meta.box, f.meta.order) for f in w.fragments] for w in (teacher, student)]
     if places[0] != places[1]:
         return "is sharded in another way"
