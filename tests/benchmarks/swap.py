@@ -85,12 +85,14 @@ def swap_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]
     updater(ema, model)()
     values = ema._average.storage.values[0]
     copies = [torch.empty_like(value) for value in values]
-    numel = -(-shapes.numel // here.size)
-    parts = torch.empty(here.size, numel, dtype=shapes.dtype, device=here.device)
-    own = parts[here.rank].clone()
-    taken: dict[str, list[float]] = {
-        name: [] for name in ("copy", "all-gather", "messages", "in", "out")
-    }
+    limits: dict[str, Callable[[], object]] = {}
+    if engine in SHARING and here.size > 1:
+        numel = -(-shapes.numel // here.size)
+        parts = torch.empty(here.size, numel, dtype=shapes.dtype, device=here.device)
+        own = parts[here.rank].clone()
+        limits["all-gather"] = lambda: dist.all_gather_into_tensor(parts.view(-1), own)
+        limits["messages"] = lambda: send(own, parts, here)
+    taken: dict[str, list[float]] = {name: [] for name in ("copy", "in", "out", *limits)}
     first = extra = 0
     for number in range(rounds + 1):
         block = ema.average_parameters()
@@ -100,11 +102,9 @@ def swap_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]
         peak = peak_memory(here.device) - before
         first, extra = (peak, 0) if number == 0 else (first, max(extra, peak))
         copying = together(here, lambda: torch._foreach_copy_(copies, values))
-        gathering = together(here, lambda: dist.all_gather_into_tensor(parts.view(-1), own))
-        sending = together(here, lambda: send(own, parts, here))
+        sending = [together(here, act) for act in limits.values()]
         if number:  # the first compares replicas, and makes what is made once
-            every = (copying, gathering, sending, entering, leaving)
-            for name, seconds in zip(taken, every, strict=True):
+            for name, seconds in zip(taken, (copying, entering, leaving, *sending), strict=True):
                 taken[name].append(seconds)
     firsts, extras = here.all_gather(first), here.all_gather(extra)
     row = {
@@ -119,10 +119,9 @@ def swap_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]
         "extra MB": max(extras) / 1e6,
         "extra MB, first": max(firsts) / 1e6,
     }
-    if engine in SHARING and here.size > 1:
-        for limit in ("all-gather", "messages"):
-            row[f"{limit} s"] = statistics.median(taken[limit])
-            row |= {f"{name}/{limit}": ratio(taken, name, limit) for name in ("in", "out")}
+    for limit in limits:
+        row[f"{limit} s"] = statistics.median(taken[limit])
+        row |= {f"{name}/{limit}": ratio(taken, name, limit) for name in ("in", "out")}
     return [row]
 
 
@@ -146,11 +145,11 @@ def files_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row
     dist.broadcast_object_list(told, src=0)
     directory = Path(told[0])
     part = 4 * shapes.numel // here.size
-    path, room = directory / f"raw-{here.rank}", bytearray(part)
+    own, room = directory / f"raw-{here.rank}", bytearray(part)
     acts: dict[str, Callable[[], object]] = {
-        "write": lambda: write(path, 4 * shapes.numel) if here.rank == 0 else None,
-        "write apart": lambda: write(path, part),
-        "read": lambda: read(path, room),
+        "write": lambda: write(own, 4 * shapes.numel) if here.rank == 0 else None,
+        "write apart": lambda: write(own, part),
+        "read": lambda: read(own / "raw", room),
         "save": lambda: ema.save(directory / "ema"),
         "load": lambda: ema.load(directory / "ema"),
         "gather_state_dict": ema.gather_state_dict,
@@ -204,14 +203,21 @@ def together(here: Here, act: Callable[[], object]) -> float:
     return Clock(torch.device("cpu")).time(act_and_wait)
 
 
-def write(path: Path, nbytes: int) -> None:
-    """A new file of so many bytes, on disk."""
-    path.unlink(missing_ok=True)
+def write(directory: Path, nbytes: int) -> None:
+    """A new file of so many bytes, on disk, in a new directory, which replaces the one before.
+
+    File systems put the files of a new directory elsewhere, which may cost more than to reuse the
+    blocks of the last file.
+    """
+    new = directory.with_name(f"{directory.name}.new")
+    new.mkdir()
     block = torch.randn(BLOCK // 4).numpy().data.cast("B")
-    with open(path, "wb", buffering=0) as file:
+    with open(new / "raw", "wb", buffering=0) as file:
         for start in range(0, nbytes, BLOCK):
             file.write(block[: min(BLOCK, nbytes - start)])
         os.fsync(file.fileno())
+    shutil.rmtree(directory, ignore_errors=True)
+    new.rename(directory)
 
 
 def read(path: Path, room: bytearray) -> None:
