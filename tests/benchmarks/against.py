@@ -67,10 +67,12 @@ def slower(
     before: Mapping[tuple[str, str, str], list[float]],
     after: Mapping[tuple[str, str, str], list[float]],
 ) -> list[str]:
-    """A line for each figure whose median grew by more than 15 %."""
+    """Print the medians of all figures, and return the lines of those that grew by over 15 %."""
     lines = []
-    for key in before.keys() & after.keys():
+    for key in sorted(before.keys() & after.keys()):
         old, new = statistics.median(before[key]), statistics.median(after[key])
+        line = f"{', '.join(key)}: {old:.2f} -> {new:.2f}"
+        print(line)
         if new > SLOWER * old:
-            lines.append(f"{', '.join(key)}: {old:.2f} -> {new:.2f}")
-    return sorted(lines)
+            lines.append(line)
+    return lines
