@@ -287,7 +287,7 @@ class ShardedEMA:
             self._average.refuse_unfrozen()
             if self._num_updates == 0 and self._options.masters is not None:
                 self._warn_of_low_precision()  # the optimizer has made its masters now
-            if isinstance(step, bool) or (step is not None and not _is_count(step)):
+            if step is not None and not _is_count(step):
                 what = type(step).__name__ if isinstance(step, nn.Module) else repr(step)
                 raise ValueError(f"step is {what}, wanted the number of an optimizer step >= 0")
             applied_steps = self._average.engine.applied_steps()
@@ -593,10 +593,9 @@ class ShardedEMA:
             arguments = {"path": path, "strict": strict, "step": step}
             self._meet("load()", arguments, counters=False)
             with self._group.together():
-                if step is not None:
-                    if isinstance(step, bool) or not _is_count(step):
-                        raise ValueError(f"step is {step!r}, wanted optimizer steps >= 0")
-                    step = operator.index(step)  # JSON knows no other integers
+                if step is not None and not _is_count(step):
+                    raise ValueError(f"step is {step!r}, wanted a number of optimizer steps >= 0")
+                step = None if step is None else operator.index(step)  # NumPy's are not JSON
                 if not Path(path).is_dir() and (problem := no_pickles(Path(path))):
                     raise CheckpointError(problem)
             weights = [*self._average.plan.weights, *self._average.others()]
@@ -916,6 +915,6 @@ def _diffusers_step(path: Path) -> int | None:
 
 def _is_count(step: object) -> bool:
     try:
-        return operator.index(step) >= 0  # type: ignore[arg-type]
+        return not isinstance(step, bool) and operator.index(step) >= 0  # type: ignore[arg-type]
     except TypeError:
         return False

@@ -32,7 +32,7 @@ ROOMS = [
 
 FOREIGN = {"deepspeed", "accelerate", "transformers", "diffusers", "peft", "lightning"}
 FILES = sorted(ROOT.rglob("*.py"))
-MAX_FILES, MAX_LINES = 55, 14_385
+MAX_FILES, MAX_LINES = 55, 14_382
 
 
 def module_name(path: Path) -> str:

@@ -62,7 +62,7 @@ class Handle(threading.Thread):
         self._problem: Exception | None = None
         self._is_known = False  # whether the caller has learned how the save ended
         self.start()
-        if not threading.main_thread().is_alive():  # nobody waits later, or prints a problem
+        if not threading.main_thread().is_alive():  # the interpreter no longer waits
             self.join()
             self._print_problem()
 

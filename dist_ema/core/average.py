@@ -260,7 +260,7 @@ class Average:
     # Writing to the live weights.
 
     def make_permanent(self, values: Sequence[torch.Tensor]) -> None:
-        """Write an average to the live weights, masters and low-precision copies too.
+        """Write an average to the live weights, masters and low-precision copies too. Needs `lock`.
 
         Collective where weights are replicated or the engine keeps copies.
         """
@@ -269,7 +269,7 @@ class Average:
         self.refuse_differing_replicas()
         self._await_copies()
         self.engine.release()
-        with self.lock, DeferredSignals(), self.group.together():
+        with DeferredSignals(), self.group.together():
             for fragment, value in zip(self.plan.fragments, values, strict=True):
                 fragment.view.copy_(value)
             for replica_group in self.plan.replica_groups:
@@ -330,7 +330,7 @@ class Average:
             try:
                 with self.lock, signals, torch.no_grad():
                     with self.swap_group.together():
-                        marks.refuse("average_parameters()")  # another thread may have come first
+                        marks.refuse("average_parameters()")  # another thread may have swapped
                     started = True
                     marks.set("swapped", name)
                     with self.swap_group.together():

@@ -1,4 +1,4 @@
-"""Boxes, and fragments of tensors, whatever the engine.
+"""Boxes and fragments of tensors, independent of the engine.
 
 [Note: terms]
     fqn           canonical name of a weight, without prefixes of wrappers
@@ -315,8 +315,8 @@ def bits(values: torch.Tensor) -> torch.Tensor:
 def collector_paused() -> Iterator[None]:
     """Disable Python's garbage collector, in the main thread; also a decorator.
 
-    It scans all objects whenever a quarter more exist. A thousand ranks have a million boxes, and
-    it would take three quarters of the time to make or read their objects.
+    The collector scans all objects each time their number has grown by a quarter. For the million
+    boxes of a thousand ranks this would take three quarters of the time.
     """
     pauses = threading.current_thread() is threading.main_thread() and gc.isenabled()
     try:

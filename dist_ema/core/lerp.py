@@ -201,7 +201,7 @@ class Lerp:
 class _Track:
     """Batches with one pair of devices, and the side streams that they run on, if any.
 
-    Without slots, which would be destroyed in the order of their names.
+    This class has no slots, since slots are destroyed in the order of their names.
     """
 
     streams: SideStreams  # the first field: destroyed before the memory that they use

@@ -115,7 +115,7 @@ def tables(found: Tables, where: str) -> str:
             "copy of what the rank averages. *MB*: resident memory in the block beyond the memory "
             "before. *First*: the same in the first block, which includes what libraries set up "
             "once. Where ranks share the weights, also over an all-gather of as many bytes: by "
-            "torch's operator, and as messages between the ranks. *in / out*."
+            "torch's operator, and as messages between the ranks, both as *in / out*."
         ),
         _swap(found["swap/swap"]),
         "## Files",
@@ -126,9 +126,8 @@ def tables(found: Tables, where: str) -> str:
         _files(found["swap/files"]),
         "## 1,024 ranks, simulated",
         _text(
-            "A model of 70.6 billion parameters. One rank at a time runs `ShardedEMA(model)` on "
-            "one core; the network is not counted. *Asked by all*: the rank that answers most "
-            "questions of other ranks."
+            "A model of 70.6 billion parameters. One rank runs `ShardedEMA(model)` on one core; "
+            "the network is not counted."
         ),
         _scale(found["scale/construction"]),
     ]

@@ -23,15 +23,15 @@ from tests.benchmarks.sizes import Sizes
 
 SWAP_NOTE = """\
 One `average_parameters()`: *in* and *out* over a copy of what the rank averages, in the same
-round. Where ranks share the weights, also over an all-gather of as many bytes into memory that is
-there, by torch's operator and as *messages* between the ranks. *Extra*: the most memory held on any
-rank within the block beyond what was held before it (resident memory of the process on a
-CPU, allocated memory on CUDA). Medians over rounds, all ranks at once."""
+round. Where ranks share the weights, also over an all-gather of as many bytes into allocated
+memory, by torch's operator and as *messages* between the ranks. *Extra*: the most memory held on
+any rank within the block beyond what was held before it (resident memory of the process on a CPU,
+allocated memory on CUDA). Medians over rounds, all ranks at once."""
 FILES_NOTE = """\
 Time of each, all ranks at once, over the faster of *write*: rank 0 writing as many bytes as an fp32
 copy of the model has to one file, and syncing it; and *write apart*: each rank writing an equal
 part. In the same round; medians over rounds. *Over read*: the same over each rank reading an equal
-part into memory that it has. What is read is in the page cache. *Extra*: as above, on rank 0 and on
+part into allocated memory. What is read is in the page cache. *Extra*: as above, on rank 0 and on
 any rank."""
 MEMORY_NOTE = """\
 One process. *Average*: `ema.nbytes` over 4 bytes an element. *Extra*: the most memory held during a
@@ -126,14 +126,14 @@ def swap_case(here: Here, engine: str, shapes: Shapes, rounds: int) -> list[Row]
 
 
 def send(own: torch.Tensor, parts: torch.Tensor, here: Here) -> None:
-    """What an all-gather does, as messages."""
+    """An all-gather by point-to-point messages."""
     operations = [
         dist.P2POp(operation, tensor, rank)
         for rank in range(here.size)
         for operation, tensor in ((dist.isend, own), (dist.irecv, parts[rank]))
         if rank != here.rank
     ]
-    for work in dist.batch_isend_irecv(operations) if operations else ():
+    for work in dist.batch_isend_irecv(operations):
         work.wait()
 
 
@@ -221,7 +221,7 @@ def write(directory: Path, nbytes: int) -> None:
 
 
 def read(path: Path, room: bytearray) -> None:
-    """As much of a file as there is room for."""
+    """Fill a buffer with the start of a file."""
     with open(path, "rb", buffering=0) as file:
         view = memoryview(room)
         for start in range(0, len(room), BLOCK):
